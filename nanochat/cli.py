@@ -1,0 +1,71 @@
+"""
+Flags and exits that all scripts share: --a-b and --a_b are the same flag, and a user's mistake is one line, exit code 2.
+
+    def build_parser(): ...; def main(argv=None): args = parse_args(build_parser(), argv); ...
+    if __name__ == "__main__":
+        run(main)
+"""
+
+import argparse
+import os
+import re
+import sys
+
+from nanochat.common import UserError, compute_cleanup, is_rank0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line, and where to read more, instead of argparse's page of usage."""
+        if is_rank0():
+            print(f"error: {message}; see python -m {self.prog} --help", file=sys.stderr)
+        sys.exit(2)
+
+
+def make_parser(module, doc):
+    """A parser for the script `module` ("scripts.base_train") whose --help opens with the script's own docstring."""
+    return _Parser(
+        prog=module,
+        description=doc.strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def boolean(text):
+    """argparse type for `--x`, `--x=1`, `--x=0`; use with add_argument(type=boolean, nargs="?", const=True)."""
+    values = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is not 0 or 1")
+    return values[text.lower()]
+
+
+def parse_args(parser, argv=None):
+    """Parse; only a flag's name is touched (dashes become underscores), never its value."""
+    argv = sys.argv[1:] if argv is None else argv
+    name = re.compile(r"(?<=^--)\w[\w-]*")
+    return parser.parse_args([name.sub(lambda m: m[0].replace("-", "_"), a) for a in argv])
+
+
+def run(main):
+    """Run a script's main(): 0 when it ends, 2 and one line for a user's mistake, 130 for Ctrl-C."""
+    try:
+        main()
+        compute_cleanup()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.stderr.flush()
+        _exit(2)
+    except BrokenPipeError:  # `... | head` closed our output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _exit(1)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        _exit(130)
+
+
+def _exit(code):
+    """End now: a rank that failed must not wait in a collective, nor a thread of the loader keep the process alive."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

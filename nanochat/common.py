@@ -1,0 +1,239 @@
+"""
+What every part needs from the machine: where files live, which device and dtype to use, the process group,
+printing once, and fetching a file without ever leaving half of one behind.
+
+This is the only module that reads environment variables; the README lists them.
+"""
+
+import contextlib
+import gc
+import math
+import os
+import shutil
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+# Public hosts, each replaceable by a mirror: another URL, or a folder on this machine.
+HUB_URL = "https://huggingface.co/datasets"  # <base>/<organisation>/<dataset>/resolve/main/<file>
+BUCKET_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com"  # <base>/<file>
+GITHUB_URL = "https://raw.githubusercontent.com"  # <base>/<owner>/<repository>/refs/heads/<branch>/<file>
+
+
+class UserError(ValueError):
+    """A mistake the user can mend (flag, file, environment): its one line says what was given and what to do."""
+
+
+def base_dir():
+    """The folder that holds everything a run makes; created on first use."""
+    path = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot create {path} ({e.strerror}); point NANOCHAT_BASE_DIR at a folder you can write to")
+    return path
+
+
+def mirror_url(host):
+    """The base URL (or folder) of `host`: "hub", "bucket" or "github"; NANOCHAT_<HOST>_URL replaces it."""
+    default = {"hub": HUB_URL, "bucket": BUCKET_URL, "github": GITHUB_URL}[host]
+    return (os.environ.get(f"NANOCHAT_{host.upper()}_URL") or default).rstrip("/")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Device, dtype, process group
+
+
+@dataclass(frozen=True)
+class Compute:
+    """The machine, decided once per run and passed down."""
+
+    device: "torch.device"  # noqa: F821 (torch is imported where it is used, so that --help is instant)
+    dtype: "torch.dtype"  # noqa: F821 of activations and matmuls; master weights stay float32
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    def autocast(self):
+        """Context in which matmuls run in `dtype`; does nothing for float32."""
+        import torch
+
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def synchronize(self):
+        """Wait for the device, so that a clock read afterwards is honest."""
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+
+def dist_env():
+    """(rank, local_rank, world_size) as torchrun sets them; (0, 0, 1) for a plain run."""
+    return tuple(int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+
+
+def is_rank0():
+    return dist_env()[0] == 0
+
+
+def print0(*args, **kwargs):
+    """print(), on rank 0 only, and at once, so that a log file is always up to date."""
+    if is_rank0():
+        print(*args, **kwargs, flush=True)
+
+
+def choose_device(device_type=""):
+    """`device_type` if given and present, else the first of cuda, mps, cpu. Raises UserError for one not here."""
+    import torch
+
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device_type and device_type not in present:
+        raise UserError(f"--device_type={device_type}: choose one of {', '.join(present)}")
+    if device_type and not present[device_type]:
+        raise UserError(f"--device_type={device_type}: no such device on this machine; leave the flag out to detect one")
+    return device_type or next(d for d, here in present.items() if here)
+
+
+def choose_dtype(device_type, dtype=""):
+    """`dtype` ("float32" or "bfloat16") if given, else bfloat16 where the hardware multiplies it natively."""
+    import torch
+
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp32": torch.float32, "bf16": torch.bfloat16}
+    dtype = dtype or os.environ.get("NANOCHAT_DTYPE", "")
+    if dtype:
+        if dtype not in names:
+            raise UserError(f"--dtype={dtype}: choose float32 or bfloat16")
+        return names[dtype]
+    if device_type == "cuda":
+        native = torch.cuda.get_device_capability() >= (8, 0)
+    else:  # measured on Zen 5 (AVX512-BF16), 2026-11: bfloat16 matmuls are 4 times as fast as float32 ones
+        can = torch.cpu.get_capabilities() if device_type == "cpu" else {}
+        native = can.get("avx512_bf16", False) or can.get("amx_bf16", False)
+    return torch.bfloat16 if native else torch.float32
+
+
+def compute_init(device_type="", dtype="", seed=42):
+    """Seed torch, pick device and dtype, join the process group under torchrun (NCCL on CUDA, else gloo)."""
+    import torch
+
+    device_type = choose_device(device_type)
+    rank, local_rank, world_size = dist_env()
+    torch.manual_seed(seed)
+    if device_type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"{world_size} processes but {torch.cuda.device_count()} GPUs here; lower --nproc_per_node")
+        torch.cuda.manual_seed(seed)
+        torch.set_float32_matmul_precision("high")  # tf32
+        torch.cuda.set_device(local_rank)
+    device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device(device_type)
+    if world_size > 1:
+        on_gpu = device_type == "cuda"
+        torch.distributed.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    return Compute(device, choose_dtype(device_type, dtype), rank, local_rank, world_size)
+
+
+def compute_cleanup():
+    """Leave the process group, in the one order that does not abort: free tensors, meet at a barrier, destroy."""
+    if "torch" not in sys.modules:
+        return
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        gc.collect()  # gloo on torch 2.15 now and then aborts at exit while tensors of a collective are alive
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@contextlib.contextmanager
+def atomic_path(path):
+    """Yield a draft path beside `path` that replaces it only if the block succeeds; the draft is synced to disk."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield draft
+        with open(draft, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def fetch(url, path, attempts=5, timeout=30, progress=None):
+    """
+    Copy `url` (http, https, or a path on this machine) to `path`, which appears whole or not at all.
+
+    A download that breaks off is taken up where it stopped (HTTP Range), after waits of 2, 4, 8, 16 seconds; what
+    arrived stays in `<path>.part`, so also the next call goes on from there. `progress(bytes_so_far, bytes_total)`
+    is called along the way. Raises UserError when the file does not exist or cannot be had.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if "://" not in str(url):
+        if not Path(url).is_file():
+            raise UserError(f"no file at {url}")
+        with atomic_path(path) as draft:
+            shutil.copyfile(url, draft)
+        return path
+    part = path.with_name(path.name + ".part")
+    for attempt in range(1, attempts + 1):
+        try:
+            _fetch_part(url, part, timeout, progress)
+            os.replace(part, path)
+            return path
+        except urllib.error.HTTPError as e:
+            if e.code == 416:  # the part is not a prefix of what the host has now
+                part.unlink(missing_ok=True)
+            elif e.code < 500 and e.code != 429:
+                raise UserError(f"{url}: the host says {e.code} {e.reason}") from e
+            error = e
+        except OSError as e:  # URLError, timeouts, connections reset
+            error = e
+        if attempt < attempts:
+            time.sleep(2**attempt)
+    raise UserError(f"cannot fetch {url} after {attempts} attempts ({error}); check the network or the mirror's URL")
+
+
+def _fetch_part(url, part, timeout, progress, chunk=1 << 20):
+    """One attempt: append to `part` from where it ends. Raises OSError when the connection breaks early."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=timeout) as response:
+        if response.status != 206:  # the host sends the whole file
+            have = 0
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        with open(part, "ab" if have else "wb") as f:
+            while block := response.read(chunk):
+                f.write(block)
+                have += len(block)
+                if progress:
+                    progress(have, total)
+            f.flush()
+            os.fsync(f.fileno())
+    if total is not None and have < total:
+        raise OSError(f"connection closed after {have:,} of {total:,} bytes")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small things
+
+
+def format_duration(seconds):
+    """7 -> "7s", 65 -> "1m05s", 3700 -> "1h01m"; "?" for what is not finite."""
+    if not math.isfinite(seconds):
+        return "?"
+    s = int(seconds + 0.5)
+    if s < 60:
+        return f"{s}s"
+    return f"{s // 60}m{s % 60:02d}s" if s < 3600 else f"{s // 3600}h{s % 3600 // 60:02d}m"
