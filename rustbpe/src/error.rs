@@ -1,0 +1,30 @@
+use std::fmt;
+
+/// What can go wrong; every message says what was given and what was expected.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Error {
+    /// The split pattern is not a regular expression.
+    Pattern(String),
+    /// The split pattern failed on a text, for example by backtracking without end.
+    Split(String),
+    /// The vocabulary has no room for the 256 bytes.
+    VocabTooSmall(u32),
+    /// The texts hold more distinct pieces than can be numbered.
+    TooManyWords,
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Pattern(why) => write!(f, "the split pattern is not a valid regular expression: {why}"),
+            Error::Split(why) => write!(f, "the split pattern failed on a text: {why}"),
+            Error::VocabTooSmall(size) => {
+                write!(f, "vocab_size={size} is too small: the 256 bytes are tokens themselves, so give 256 or more")
+            }
+            Error::TooManyWords => write!(f, "the texts hold more than {} distinct pieces", u32::MAX),
+        }
+    }
+}
+
+impl std::error::Error for Error {}

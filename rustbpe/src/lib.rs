@@ -1,0 +1,33 @@
+//! Exact, parallel training of byte-level BPE tokenizers.
+//!
+//! Text goes through four small parts: [`Splitter`] cuts it into pieces, [`WordCounts`] counts the distinct ones on
+//! all threads, [`train`] finds the merges, and [`Tokenizer`] holds the result, encodes with it and lists its ranks.
+//!
+//! ```
+//! use rustbpe::{Error, GPT4_PATTERN, Splitter, Tokenizer, WordCounts, train};
+//!
+//! let splitter = Splitter::new(GPT4_PATTERN)?;
+//! let mut words = WordCounts::new();
+//! words.add_texts(&["low lower lowest"], &splitter)?;
+//! let merges = train(&words, 260, |_| Ok::<(), Error>(()))?;
+//! let tokenizer = Tokenizer::new(splitter, merges);
+//! assert_eq!(tokenizer.encode("slow")?, [b's'.into(), 257]);
+//! # Ok::<(), Error>(())
+//! ```
+#![deny(missing_docs)]
+#![forbid(unsafe_code)]
+
+mod error;
+mod split;
+mod tokenizer;
+mod trainer;
+mod words;
+
+#[cfg(feature = "python")]
+mod python;
+
+pub use error::Error;
+pub use split::{GPT4_PATTERN, Splitter};
+pub use tokenizer::Tokenizer;
+pub use trainer::{Pair, train};
+pub use words::WordCounts;
