@@ -166,9 +166,10 @@ class GPT(nn.Module):
         if self._rotary is None or self._rotary[0].size(0) < length or self._rotary[0].device != device:
             length = max(self.config.sequence_len, 1 << (length - 1).bit_length())
             dim = self.config.head_dim
-            inv_freq = 1.0 / 10000 ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
-            angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), inv_freq)
-            self._rotary = angles.cos(), angles.sin()
+            with torch.inference_mode(False):  # a table first made while generating must serve training too
+                inv_freq = 1.0 / 10000 ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+                angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), inv_freq)
+                self._rotary = angles.cos(), angles.sin()
         return self._rotary
 
     def hidden(self, idx, kv_cache=None):
