@@ -7,6 +7,7 @@ This is the only module that reads environment variables; the README lists them.
 
 import contextlib
 import gc
+import hashlib
 import math
 import os
 import shutil
@@ -96,7 +97,9 @@ def choose_device(device_type=""):
     if device_type and device_type not in present:
         raise UserError(f"--device_type={device_type}: choose one of {', '.join(present)}")
     if device_type and not present[device_type]:
-        raise UserError(f"--device_type={device_type}: no such device on this machine; leave the flag out to detect one")
+        raise UserError(
+            f"--device_type={device_type}: no such device on this machine; leave the flag out to detect one"
+        )
     return device_type or next(d for d, here in present.items() if here)
 
 
@@ -223,6 +226,15 @@ def _fetch_part(url, part, timeout, progress, chunk=1 << 20):
             os.fsync(f.fileno())
     if total is not None and have < total:
         raise OSError(f"connection closed after {have:,} of {total:,} bytes")
+
+
+def file_fingerprint(path):
+    """{"bytes", "sha256"} of a file: what a manifest keeps to recognise it by."""
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            sha256.update(block)
+    return {"bytes": Path(path).stat().st_size, "sha256": sha256.hexdigest()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,9 @@ from nanochat.muon import Muon
 
 SOFTCAP = 15.0  # logits are 15 tanh(logits / 15), so they stay within (-15, 15)
 NORM_EPS = 1.1920929e-07  # float32 machine epsilon, torch's default; explicit, since older torch uses the input's dtype
-VOCAB_MULTIPLE = 64  # rows of wte and lm_head are padded up to it: aligned matmuls, and any usual world size divides them
+VOCAB_MULTIPLE = (
+    64  # rows of wte and lm_head are padded up to it: aligned matmuls, and any usual world size divides them
+)
 CHUNK_ELEMENTS = 1 << 21  # logits of one chunk on CPU: 8 MiB of float32 stay in the cache
 CUDA_CHUNK_ELEMENTS = 1 << 29  # on GPU: 2 GiB of float32
 

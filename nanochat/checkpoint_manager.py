@@ -1,0 +1,193 @@
+"""
+Checkpoints that appear whole or not at all, are verified when read, and resume on any number of processes.
+
+    <base dir>/base_checkpoints/d20/step_021400/   model.safetensors  optim_rank0.pt ...  meta.json
+                                                   (likewise mid_checkpoints, chatsft_checkpoints, chatrl_checkpoints)
+
+A checkpoint is written into step_XXXXXX.tmp, synced and renamed. meta.json holds whatever resumes the run, and size and
+sha256 of every other file. Reading verifies these and falls back to the newest step that is good, saying so.
+"""
+
+import json
+import os
+import pickle
+import re
+import shutil
+from dataclasses import asdict
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from nanochat.common import UserError, base_dir, file_fingerprint, print0
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.tokenizer import get_tokenizer
+
+FOLDERS = {
+    "base": "base_checkpoints",
+    "mid": "mid_checkpoints",
+    "sft": "chatsft_checkpoints",
+    "rl": "chatrl_checkpoints",
+}
+MAKERS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}
+
+
+def checkpoint_dir(source, model_tag):
+    return base_dir() / FOLDERS[source] / model_tag
+
+
+def _step_dirs(folder):
+    """{step: path} of the finished checkpoints in `folder`."""
+    if not folder.is_dir():
+        return {}
+    names = {p: re.fullmatch(r"step_(\d+)", p.name) for p in folder.iterdir()}
+    return {int(m[1]): p for p, m in names.items() if m and p.is_dir()}
+
+
+def _sync(path):
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def save_checkpoint(folder, step, model, optimizers, meta, compute, keep=0):
+    """
+    Write step_<step> into `folder`; called by all ranks. `meta` is JSON-able; model_config, step and files are added.
+
+    Every rank writes its shard of the optimizers' state. The newest `keep` checkpoints are kept, 0 = all of them.
+    """
+    final, draft = folder / f"step_{step:06d}", folder / f"step_{step:06d}.tmp"
+    if compute.rank == 0:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+    _barrier(compute)
+    if optimizers:
+        torch.save([o.state_shard() for o in optimizers], draft / f"optim_rank{compute.rank}.pt")
+    if compute.rank == 0:
+        save_file(
+            {n: p.detach().cpu().contiguous() for n, p in model.state_dict().items()}, draft / "model.safetensors"
+        )
+    _barrier(compute)
+    if compute.rank == 0:
+        files = {p.name: file_fingerprint(p) for p in sorted(draft.iterdir())}
+        meta = {
+            "step": step,
+            "model_config": asdict(model.config),
+            "world_size": compute.world_size,
+            "torch_version": torch.__version__,
+            **meta,
+            "files": files,
+        }
+        (draft / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+        for path in [*draft.iterdir(), draft]:
+            _sync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(draft, final)
+        _sync(folder)
+        for old in sorted(_step_dirs(folder))[:-keep] if keep else ():
+            shutil.rmtree(folder / f"step_{old:06d}")
+    _barrier(compute)
+
+
+def _barrier(compute):
+    if compute.world_size > 1:
+        dist.barrier()
+
+
+def _read_meta(path):
+    """The checkpoint's meta.json, after checking every file against it. Raises UserError naming what is wrong."""
+    try:
+        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        files, _ = meta["files"], meta["model_config"]
+    except FileNotFoundError:
+        raise UserError(f"{path} has no meta.json") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path / 'meta.json'} is damaged") from None
+    for name, expected in files.items():
+        if not (path / name).is_file():
+            raise UserError(f"{path / name} is missing")
+        if (path / name).stat().st_size != expected["bytes"] or file_fingerprint(path / name) != expected:
+            raise UserError(f"{path / name} is damaged")
+    return meta
+
+
+def find_checkpoint(folder, step=None):
+    """
+    (path, meta) of the checkpoint of `step`, or of the newest that is whole, with a warning for each one passed over.
+
+    Raises UserError when there is none; a step that was asked for is never replaced by another.
+    """
+    steps = _step_dirs(folder)
+    if step is not None:
+        if step not in steps:
+            have = ", ".join(map(str, sorted(steps))) or "none"
+            raise UserError(f"no checkpoint of step {step} in {folder} (there: {have})")
+        return steps[step], _read_meta(steps[step])
+    problem = None
+    for s in sorted(steps, reverse=True):
+        try:
+            return steps[s], _read_meta(steps[s])
+        except UserError as e:
+            problem = e
+            print0(f"warning: {e}; trying the checkpoint before it")
+    raise UserError(f"no good checkpoint left in {folder}: {problem}" if problem else f"no checkpoint in {folder}")
+
+
+def find_model_tag(source):
+    """The tag to take when none is given: the deepest d<depth>, else the one saved last. Raises UserError without any."""
+    root = base_dir() / FOLDERS[source]
+    tags = [p for p in root.iterdir() if _step_dirs(p)] if root.is_dir() else []
+    if not tags:
+        raise UserError(f"no {source} checkpoint in {root}; make one with `python -m scripts.{MAKERS[source]}`")
+    depths = {int(m[1]): p for p in tags if (m := re.fullmatch(r"d(\d+)", p.name))}
+    return (depths[max(depths)] if depths else max(tags, key=lambda p: p.stat().st_mtime)).name
+
+
+def build_model(path, meta, device):
+    """The GPT of a verified checkpoint, on `device`, in the dtypes that training keeps there."""
+    model = GPT(GPTConfig(**meta["model_config"]))
+    model.to_empty(device=device)
+    weights = load_file(path / "model.safetensors", device=str(device))
+    expected = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    if {n: tuple(w.shape) for n, w in weights.items()} != expected:
+        raise UserError(f"{path / 'model.safetensors'} does not fit the model that meta.json describes")
+    model.load_state_dict(weights)
+    if torch.device(device).type == "cuda":
+        model.transformer.wte.to(dtype=torch.bfloat16)
+    return model
+
+
+def load_optimizers(path, meta, optimizers):
+    """Give each optimizer its state back, saved by any number of ranks. Raises UserError when none was saved."""
+    names = [f"optim_rank{r}.pt" for r in range(meta["world_size"])]
+    if any(n not in meta["files"] for n in names):
+        raise UserError(f"{path} holds no optimizer state; a run cannot resume from it")
+    try:
+        saved = [torch.load(path / n, map_location="cpu", weights_only=True) for n in names]
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as e:
+        raise UserError(f"{path}: the optimizer state cannot be read ({str(e).splitlines()[0]})") from e
+    for i, optimizer in enumerate(optimizers):
+        optimizer.load_shards([shards[i] for shards in saved])
+
+
+def load_model(source, compute, model_tag=None, step=None, inference=True):
+    """
+    (model, tokenizer, meta) of a finished stage: "base", "mid", "sft" or "rl"; newest step of the deepest model.
+
+    With `inference` the weights are cast to compute.dtype once. Raises UserError when there is no such checkpoint, or
+    when the tokenizer is not the one it was trained with.
+    """
+    model_tag = model_tag or find_model_tag(source)
+    path, meta = find_checkpoint(checkpoint_dir(source, model_tag), step)
+    tokenizer = get_tokenizer()
+    if tokenizer.get_vocab_size() != meta["model_config"]["vocab_size"]:
+        raise UserError(
+            f"{path} was trained with a vocabulary of {meta['model_config']['vocab_size']:,}, the tokenizer in "
+            f"{base_dir() / 'tokenizer'} has {tokenizer.get_vocab_size():,}; retrain one of them"
+        )
+    model = build_model(path, meta, compute.device)
+    if inference:
+        model.to(dtype=compute.dtype).eval()
+    return model, tokenizer, meta | {"model_tag": model_tag}
