@@ -1,0 +1,349 @@
+"""The engine against full forward passes, against itself in other company, and on models that follow a script."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nanochat.common import UserError
+from nanochat.engine import DecodeLoop, Engine, KVCache, Request, sample
+from nanochat.gpt import GPT, GPTConfig
+
+SPECIALS = [
+    "<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
+    "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>",
+]  # fmt: skip
+BOS, END, PYTHON, PYTHON_END, OUTPUT, OUTPUT_END = 256, 260, 261, 262, 263, 264
+VOCAB = 256 + len(SPECIALS)
+
+
+class ByteTokenizer:
+    """Every byte is a token."""
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def decode(self, ids):
+        return bytes(ids).decode(errors="replace")
+
+    def encode_special(self, name):
+        return 256 + SPECIALS.index(name)
+
+    def get_bos_token_id(self):
+        return BOS
+
+
+class ScriptedModel:
+    """Follows the cache's protocol and gives the logits of `script(sequence) -> wanted token`, for each row."""
+
+    def __init__(self, script, sequence_len=64):
+        self.script, self.config = script, SimpleNamespace(n_layer=1, sequence_len=sequence_len)
+        self.batch_sizes = []  # of each decode step
+
+    def get_device(self):
+        return torch.device("cpu")
+
+    def __call__(self, idx, kv_cache, last_only):
+        B, T = idx.shape
+        kv_cache.begin(T)
+        ids = idx[:, None, :, None].double()  # the cache carries the tokens themselves
+        held, _ = kv_cache.insert(0, ids, ids)
+        if T == 1:
+            self.batch_sizes.append(B)
+        logits = torch.zeros(B, 1, VOCAB)
+        for b in range(B):
+            sequence = held[b, 0, : kv_cache.lengths[b] + T, 0].long().tolist()
+            wanted = self.script(sequence) if T == 1 else 0
+            logits[b, 0, wanted if isinstance(wanted, list) else [wanted]] = 100.0
+        kv_cache.advance(T)
+        return logits
+
+
+def write(text, prompt_length=1):
+    """A script that writes `text` (ids or a string) after the prompt, then ends the answer."""
+    ids = ([*text.encode()] if isinstance(text, str) else text) + [END]
+    return lambda sequence: ids[min(len(sequence) - prompt_length, len(ids) - 1)]
+
+
+@pytest.fixture(scope="module", params=[4, 2], ids=["mha", "gqa"])
+def model(request):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(sequence_len=96, vocab_size=VOCAB, n_layer=3, n_head=4, n_kv_head=request.param, n_embd=32))
+    model.init_weights("cpu")
+    for p in model.parameters():  # c_proj and lm_head start at zero, where nothing could go wrong visibly
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+@pytest.fixture
+def engine(model):
+    return Engine(model, ByteTokenizer())
+
+
+def random_ids(rows, length, seed=0):
+    return torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, atol=2e-4, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache
+
+
+@torch.no_grad()
+def test_cached_logits_equal_a_full_forward_one_token_at_a_time(model):
+    ids, cache = random_ids(2, 90), KVCache(3, rows=2)  # 90 > 64: the cache grows on the way
+    one_by_one = [model(ids[:, t : t + 1], kv_cache=cache) for t in range(90)]
+    close(torch.cat(one_by_one, dim=1), model(ids))
+
+
+@torch.no_grad()
+def test_cached_logits_equal_a_full_forward_at_every_chunk_split(model):
+    ids = random_ids(2, 9)
+    full = model(ids)
+    for a in range(1, 8):
+        for b in range(a + 1, 9):
+            cache = KVCache(3, rows=2)
+            close(torch.cat([model(ids[:, i:j], kv_cache=cache) for i, j in ((0, a), (a, b), (b, 9))], dim=1), full)
+
+
+@torch.no_grad()
+def test_growth_keeps_what_is_held(model):
+    ids, cache = random_ids(1, 300), KVCache(3, rows=1)
+    full = model(ids)
+    close(torch.cat([model(c, kv_cache=cache) for c in ids.split([40, 23, 1, 1, 100, 135], dim=1)], dim=1), full)
+
+
+@torch.no_grad()
+def test_rows_of_unequal_length_share_chunks(engine, model):
+    prompts = [random_ids(1, n, seed=n)[0].tolist() for n in (1, 70, 5, 12)]
+    cache = engine.prefill([p[:-1] for p in prompts])
+    assert cache.lengths == [0, 69, 4, 11]
+    more = random_ids(4, 6)
+    logits = torch.cat([model(c, kv_cache=cache) for c in more.split([1, 3, 1, 1], dim=1)], dim=1)
+    for row, prompt in enumerate(prompts):
+        alone = torch.cat([torch.tensor(prompt[:-1], dtype=torch.long), more[row]])[None]
+        close(logits[row], model(alone)[0, -6:])
+
+
+@torch.no_grad()
+def test_rows_copied_moved_and_joined_go_on_as_if_alone(engine, model):
+    a, b, c = (random_ids(1, n, seed=n)[0].tolist() for n in (3, 80, 17))
+    cache = engine.prefill([a, b])
+    cache.append(engine.prefill([c]), [0, 0])  # a b c c
+    cache.select([3, 1, 1, 0])  # c b b a
+    cache.append(engine.prefill([[], b]), [1, 0])  # c b b a b -
+    cache.select([1, 5, 0])  # b - c
+    assert cache.lengths == [80, 0, 17]
+    more = random_ids(3, 2)
+    logits = model(more, kv_cache=cache)
+    for row, held in enumerate((b, [], c)):
+        close(logits[row], model(torch.tensor([held + more[row].tolist()]))[0, -2:])
+
+
+def test_leftovers_of_former_rows_do_not_leak(engine):
+    prompts = [random_ids(1, n, seed=n)[0].tolist() for n in (50, 3)]
+    alone = list(engine.generate_many([Request(prompts[1], max_tokens=20, temperature=0)]))[0].tokens
+    rows = list(engine.generate_many([Request(p, max_tokens=20, temperature=0) for p in prompts], max_rows=1))
+    assert rows[1].tokens == alone
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+def naive_greedy(model, tokens, max_tokens):
+    generated = []
+    for token in model.generate(tokens, max_tokens, temperature=0):
+        if token in (BOS, END):
+            break
+        generated.append(token)
+    return tokens + generated
+
+
+def test_greedy_equals_the_models_own_plain_loop(engine, model):
+    for n in (1, 2, 30):
+        prompt = random_ids(1, n, seed=n)[0].tolist()
+        results, masks = engine.generate_batch(prompt, num_samples=2, max_tokens=40, temperature=0)
+        assert results == [naive_greedy(model, prompt, 40)] * 2
+        assert masks == [[0] * n + [1] * (len(results[0]) - n)] * 2
+
+
+def test_next_logits_equal_the_full_forward_whatever_the_lengths(engine, model):
+    prompts = [random_ids(1, n, seed=n)[0].tolist() for n in (1, 40, 7)]
+    with torch.no_grad():
+        expected = torch.cat([model(torch.tensor([p]))[:, -1] for p in prompts])
+    close(engine.next_logits(prompts), expected)
+
+
+@pytest.mark.parametrize("max_rows", [1, 3, 64])
+def test_a_row_does_not_depend_on_its_company(engine, max_rows):
+    settings = [dict(temperature=0), dict(temperature=1.0, top_k=5), dict(temperature=0.7), dict(temperature=1.3)]
+    requests = [
+        Request(random_ids(1, 1 + 3 * i, seed=i)[0].tolist(), max_tokens=5 + 2 * i, seed=i % 3, **settings[i % 4])
+        for i in range(12)
+    ]
+    requests[5] = Request(requests[5].tokens, max_tokens=9, num_samples=5, seed=1)
+    alone = {}
+    for request in requests:
+        alone |= {(request, row.sample): row.tokens for row in engine.generate_many([request])}
+    company = {(row.request, row.sample): row.tokens for row in engine.generate_many(requests, max_rows)}
+    assert company == alone and len(alone) == 16
+
+
+def test_samples_differ_and_a_seed_repeats_them(engine):
+    prompt = random_ids(1, 5)[0].tolist()
+    batch = dict(num_samples=8, max_tokens=12, temperature=1.0)
+    first = engine.generate_batch(prompt, seed=1, **batch)[0]
+    assert len({tuple(r) for r in first}) == 8
+    assert engine.generate_batch(prompt, seed=1, **batch)[0] == first
+    assert engine.generate_batch(prompt, seed=2, **batch)[0] != first
+    assert engine.generate_batch(prompt, seed=1, **(batch | {"num_samples": 3}))[0] == first[:3]
+
+
+def test_first_tokens_follow_the_distribution():
+    model = ScriptedModel(lambda sequence: [65, 66, 67, 68])  # four equally likely tokens
+    firsts = [row.tokens[0] for row in Engine(model, ByteTokenizer()).generate_many(
+        [Request([BOS], max_tokens=1, num_samples=2000)])]  # fmt: skip
+    counts = [firsts.count(t) for t in (65, 66, 67, 68)]
+    chi2 = sum((c - 500) ** 2 / 500 for c in counts)
+    assert sum(counts) == 2000 and chi2 < 16.3  # 3 degrees of freedom, p = 0.001
+
+
+def test_sampling_draws_from_softmax_with_temperature_and_top_k():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, float("-inf")]])
+    rngs = [row.rng for row in DecodeLoop(Engine(ScriptedModel(None), ByteTokenizer()), 1).submit(
+        Request([1], num_samples=20000))]  # fmt: skip
+    for temperature, top_k, kept in ((1.0, None, 5), (0.5, 0, 5), (2.0, 2, 2), (1.0, 100, 5), (1.0, 1, 1)):
+        drawn = sample(logits.expand(len(rngs), -1), temperature, top_k, rngs)
+        seen = torch.bincount(drawn, minlength=5) / len(rngs)
+        cut = logits.masked_fill(logits < logits.sort(descending=True).values[:, kept - 1], float("-inf"))
+        torch.testing.assert_close(seen, (cut / temperature).softmax(-1)[0], atol=0.015, rtol=0)
+    assert sample(logits, 0, 3, rngs[:1]).item() == 2
+    assert sample(logits, 1e-300, None, rngs[:1]).item() == 2
+
+
+def test_generate_yields_columns_until_the_last_row_is_done(engine):
+    prompt = random_ids(1, 4)[0].tolist()
+    steps = list(engine.generate(prompt, num_samples=3, max_tokens=30, temperature=1.0, top_k=50, seed=3))
+    results, masks = engine.generate_batch(prompt, num_samples=3, max_tokens=30, temperature=1.0, top_k=50, seed=3)
+    for row in range(3):
+        column, mask = [tokens[row] for tokens, _ in steps], [m[row] for _, m in steps]
+        n = len(results[row]) - len(prompt)
+        assert column[:n] == results[row][len(prompt) :]
+        assert set(column[n + 1 :]) <= {END} and not any(mask[n + 1 :])
+    assert max(map(len, results)) - len(prompt) in (len(steps), len(steps) - 1)
+
+
+def test_the_model_can_be_trained_after_generating(model):
+    model._rotary = None
+    Engine(model, ByteTokenizer()).generate_batch([BOS], max_tokens=2)
+    ids = random_ids(1, 8)
+    model(ids, ids).backward()
+    model.zero_grad()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ends
+
+
+def test_answers_end_at_assistant_end_and_at_bos():
+    for terminal in (END, BOS):
+        script = write([72, 105, terminal, 33])
+        row = next(Engine(ScriptedModel(script), ByteTokenizer()).generate_many([Request([BOS], temperature=0)]))
+        assert (row.finish, row.tokens, row.completion) == ("stop", [72, 105, terminal], [72, 105])
+
+
+@pytest.mark.parametrize("prompt, max_tokens, expected", [(1, 5, 5), (1, None, 15), (10, 50, 6), (15, None, 1)])
+def test_max_tokens_and_the_context_end_a_row(prompt, max_tokens, expected):
+    model = ScriptedModel(lambda sequence: 65, sequence_len=16)
+    request = Request([66] * prompt, max_tokens=max_tokens, temperature=0)
+    row = next(Engine(model, ByteTokenizer()).generate_many([request]))
+    assert (row.finish, row.completion) == ("length", [65] * expected)
+
+
+def test_finished_rows_stop_costing_and_waiting_ones_take_their_place():
+    model = ScriptedModel(lambda sequence: 65)
+    requests = [Request([66], max_tokens=n, temperature=0) for n in (2, 5, 1, 3)]
+    rows = list(Engine(model, ByteTokenizer()).generate_many(requests, max_rows=3))
+    assert [row.request.max_tokens for row in rows] == [1, 2, 3, 5]
+    assert model.batch_sizes == [3, 3, 2, 2, 1]
+
+
+def test_a_prompt_is_prefilled_once_for_all_samples():
+    passes = []
+    model = ScriptedModel(lambda sequence: 65)
+    engine = Engine(model, ByteTokenizer())
+    prefill, engine.prefill = engine.prefill, lambda prompts: passes.append(len(prompts)) or prefill(prompts)
+    list(engine.generate_many([Request([66, 67], max_tokens=3, num_samples=4) for _ in range(3)], max_rows=8))
+    assert passes == [2, 1]
+
+
+@pytest.mark.parametrize(
+    "request_, message",
+    [
+        (dict(tokens=[1] * 16), "16 tokens; the model's context of 16"),
+        (dict(tokens=[1] * 40), "40 tokens"),
+        (dict(tokens=[]), "empty"),
+        (dict(tokens=[1], max_tokens=0), "max_tokens=0"),
+        (dict(tokens=[1], temperature=-1), "temperature=-1"),
+        (dict(tokens=[1], temperature=float("nan")), "temperature=nan"),
+        (dict(tokens=[1], top_k=-1), "top_k=-1"),
+        (dict(tokens=[1], num_samples=0), "num_samples=0"),
+    ],
+)
+def test_what_cannot_be_generated_is_said(request_, message):
+    engine = Engine(ScriptedModel(None, sequence_len=16), ByteTokenizer())
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        engine.generate_batch(**request_)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The calculator in the loop
+
+
+def run_script(text, **settings):
+    ids = []
+    for part in text:
+        ids += [part] if isinstance(part, int) else list(part.encode())
+    engine = Engine(ScriptedModel(write(ids)), ByteTokenizer())
+    return next(engine.generate_many([Request([BOS], temperature=0, **settings)]))
+
+
+def test_the_calculators_result_is_forced_into_the_row():
+    # While tokens are forced, what the model wants is ignored: "??????" stands where it would have written.
+    row = run_script(["a", PYTHON, "0.2*50", PYTHON_END, "????", "b"])
+    forced = [OUTPUT, *b"10", OUTPUT_END]
+    assert row.completion == [*b"a", PYTHON, *b"0.2*50", PYTHON_END, *forced, *b"b"]
+    assert row.mask[: len(row.completion)] == [1] * 9 + [0] * 4 + [1]
+
+
+@pytest.mark.parametrize("call", ["import os", "1/0", ""])
+def test_what_the_calculator_refuses_gives_no_output(call):
+    row = run_script([PYTHON, call, PYTHON_END, "b"])
+    assert row.completion == [PYTHON, *call.encode(), PYTHON_END, *b"b"] and all(row.mask)
+
+
+def test_stray_tool_tokens_are_harmless():
+    for text in ([PYTHON_END, "1+1", PYTHON_END], [OUTPUT_END, OUTPUT], [PYTHON, "1+1"], [PYTHON, PYTHON, PYTHON_END]):
+        assert all(run_script(text).mask)
+    assert run_script([PYTHON, "9", PYTHON, "1+1", PYTHON_END, "???"]).tokens[-4:] == [OUTPUT, *b"2", OUTPUT_END, END]
+
+
+def test_forced_tokens_do_not_overrun_max_tokens():
+    row = run_script([PYTHON, "9*99", PYTHON_END, "?????"], max_tokens=8)
+    assert (row.finish, row.tokens[-3:], row.mask[-3:]) == ("length", [PYTHON_END, OUTPUT, ord("8")], [1, 0, 0])
+
+
+def test_rows_with_and_without_tools_share_a_batch():
+    def script(sequence):  # rows that start with "t" call the calculator
+        ids = [PYTHON, *b"6*7", PYTHON_END, *b"????", END] if sequence[1:2] == [ord("t")] else [*b"plain talk", END]
+        return ids[len(sequence) - 2]
+
+    requests = [Request([BOS, ord(c)], temperature=0) for c in "ttxt"]
+    rows = list(Engine(ScriptedModel(script), ByteTokenizer()).generate_many(requests, max_rows=3))
+    for row in rows:
+        call = [PYTHON, *b"6*7", PYTHON_END, OUTPUT, *b"42", OUTPUT_END]
+        assert row.completion == (call if row.request.tokens[1] == ord("t") else [*b"plain talk"])
