@@ -1,0 +1,70 @@
+"""Documents from own files: txt and md (cut at blank lines), jsonl ("text" of each line), parquet (column `text`)."""
+
+import json
+from pathlib import Path
+
+from nanochat.common import UserError
+
+DOC_CHARS = 10_000  # text files are cut near this size, which is also the cap in tokenizer training
+
+
+def source_files(paths):
+    """The files with one of our suffixes among `paths` and below the folders among them, in a fixed order."""
+    files = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"--from_files: no file or folder at {path}")
+        below = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        readable = [p for p in below if p.suffix.lower() in (".txt", ".md", ".jsonl", ".parquet")]
+        if not readable:
+            raise UserError(f"--from_files: no txt, md, jsonl or parquet file at {path}")
+        files += readable
+    return files
+
+
+def read_documents(path):
+    """Yield the documents of one file, few at a time and none blank. Raises UserError for what cannot be read."""
+    kind = path.suffix.lower().lstrip(".")
+    read = {"parquet": parquet_documents, "jsonl": json_documents}.get(kind, text_documents)
+    try:
+        yield from (text for text in read(path) if text and text.strip())
+    except UserError:
+        raise
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read as {kind} ({str(e).splitlines()[0]})") from e
+
+
+def parquet_documents(path):
+    """Yield column `text` of a parquet file."""
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(path)
+    if "text" not in file.schema_arrow.names:
+        raise UserError(f"{path} has no column `text`, only {', '.join(file.schema_arrow.names)}")
+    for batch in file.iter_batches(1024, columns=["text"]):
+        yield from batch.column(0).to_pylist()
+
+
+def json_documents(path):
+    """Yield the "text" of every line of a jsonl file. Raises UserError naming the line that is broken."""
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if line.strip():
+                    yield json.loads(line)["text"].encode("utf-8", "replace").decode()  # lone surrogates become "?"
+            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
+                got = line.strip()[:60]
+                raise UserError(f'{path}:{number}: expected a JSON object with a string "text", got {got}') from e
+
+
+def text_documents(path, size=DOC_CHARS):
+    """Yield pieces of a text file, cut at the first blank line after `size` characters, at the latest at twice that."""
+    doc, chars = [], 0
+    with open(path, encoding="utf-8-sig") as file:
+        while line := file.readline(size):
+            doc.append(line)
+            chars += len(line)
+            if chars >= (2 * size if line.strip() else size):
+                yield "".join(doc)
+                doc, chars = [], 0
+    yield "".join(doc)
