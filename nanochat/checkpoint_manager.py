@@ -8,6 +8,7 @@ A checkpoint is written into step_XXXXXX.tmp, synced and renamed. meta.json hold
 sha256 of every other file. Reading verifies these and falls back to the newest step that is good, saying so.
 """
 
+import itertools
 import json
 import os
 import pickle
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from nanochat.common import UserError, base_dir, file_fingerprint, print0
+from nanochat.common import UserError, atomic_path, base_dir, file_fingerprint, print0
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import get_tokenizer
 
@@ -44,6 +45,18 @@ def _step_dirs(folder):
     return {int(m[1]): p for p, m in names.items() if m and p.is_dir()}
 
 
+def has_checkpoints(folder):
+    return bool(_step_dirs(folder))
+
+
+def set_aside(folder):
+    """Rename a folder of an earlier run to <folder>.old1, .old2, ...: a new run takes its place, and nothing is lost."""
+    if has_checkpoints(folder):
+        n = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}.old{n}").exists())
+        folder.rename(folder.with_name(f"{folder.name}.old{n}"))
+        print0(f"{folder} held an earlier run: now {folder.name}.old{n}")
+
+
 def _sync(path):
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -56,7 +69,7 @@ def save_checkpoint(folder, step, model, optimizers, meta, compute, keep=0):
     """
     Write step_<step> into `folder`; called by all ranks. `meta` is JSON-able; model_config, step and files are added.
 
-    Every rank writes its shard of the optimizers' state. The newest `keep` checkpoints are kept, 0 = all of them.
+    Every rank writes its shard of the optimizers' state. The newest `keep` checkpoints are kept, 0 = all of them. Returns its path.
     """
     final, draft = folder / f"step_{step:06d}", folder / f"step_{step:06d}.tmp"
     if compute.rank == 0:
@@ -89,6 +102,15 @@ def save_checkpoint(folder, step, model, optimizers, meta, compute, keep=0):
         for old in sorted(_step_dirs(folder))[:-keep] if keep else ():
             shutil.rmtree(folder / f"step_{old:06d}")
     _barrier(compute)
+    return final
+
+
+def update_meta(path, compute, **values):
+    """Add what became known after the checkpoint was saved, such as its validation loss."""
+    if compute.rank == 0:
+        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        with atomic_path(path / "meta.json") as draft:
+            draft.write_text(json.dumps(meta | values, indent=1) + "\n", encoding="utf-8")
 
 
 def _barrier(compute):
@@ -145,18 +167,13 @@ def find_model_tag(source):
     return (depths[max(depths)] if depths else max(tags, key=lambda p: p.stat().st_mtime)).name
 
 
-def build_model(path, meta, device):
-    """The GPT of a verified checkpoint, on `device`, in the dtypes that training keeps there."""
-    model = GPT(GPTConfig(**meta["model_config"]))
-    model.to_empty(device=device)
-    weights = load_file(path / "model.safetensors", device=str(device))
+def load_weights(model, path):
+    """Copy a verified checkpoint's weights into `model`."""
+    weights = load_file(path / "model.safetensors", device=str(model.get_device()))
     expected = {n: tuple(p.shape) for n, p in model.named_parameters()}
     if {n: tuple(w.shape) for n, w in weights.items()} != expected:
         raise UserError(f"{path / 'model.safetensors'} does not fit the model that meta.json describes")
     model.load_state_dict(weights)
-    if torch.device(device).type == "cuda":
-        model.transformer.wte.to(dtype=torch.bfloat16)
-    return model
 
 
 def load_optimizers(path, meta, optimizers):
@@ -187,7 +204,9 @@ def load_model(source, compute, model_tag=None, step=None, inference=True):
             f"{path} was trained with a vocabulary of {meta['model_config']['vocab_size']:,}, the tokenizer in "
             f"{base_dir() / 'tokenizer'} has {tokenizer.get_vocab_size():,}; retrain one of them"
         )
-    model = build_model(path, meta, compute.device)
+    model = GPT(GPTConfig(**meta["model_config"]))
+    model.allocate(compute.device)
+    load_weights(model, path)
     if inference:
         model.to(dtype=compute.dtype).eval()
     return model, tokenizer, meta | {"model_tag": model_tag}

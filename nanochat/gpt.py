@@ -136,9 +136,15 @@ class GPT(nn.Module):
             )
             self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
 
+    def allocate(self, device):
+        """Give the weights memory on `device`, in the dtypes that training keeps there, and no values yet."""
+        self.to_empty(device=device)
+        if torch.device(device).type == "cuda":
+            self.transformer.wte.to(dtype=torch.bfloat16)  # halves the largest table, and AdamW bears it
+
     def init_weights(self, device):
         """Materialise on `device` and draw the weights from torch's global generator."""
-        self.to_empty(device=device)
+        self.allocate(device)
         for name, p in self.named_parameters():
             if name == "transformer.wte.weight":
                 nn.init.normal_(p)
@@ -147,8 +153,6 @@ class GPT(nn.Module):
             else:  # keeps activations' scale whatever the aspect ratio (spectral condition, Yang et al. 2023)
                 fan_out, fan_in = p.shape
                 nn.init.normal_(p, std=min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in))
-        if torch.device(device).type == "cuda":
-            self.transformer.wte.to(dtype=torch.bfloat16)  # the largest activation reads, and AdamW tolerates it
 
     def get_device(self):
         return self.transformer.wte.weight.device

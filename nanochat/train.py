@@ -1,12 +1,21 @@
-"""What every stage's loop calls: the geometry of a batch, one optimizer step, when something is due, stop signals."""
+"""What every stage's loop calls: the geometry of a batch, one optimizer step, when something is due, and
+a run's start, saves and end."""
 
 import math
 import signal
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
 
+from nanochat.checkpoint_manager import (
+    find_checkpoint,
+    has_checkpoints,
+    load_optimizers,
+    load_weights,
+    save_checkpoint,
+    set_aside,
+)
 from nanochat.common import UserError, print0
 
 
@@ -79,13 +88,75 @@ def train_step(model, optimizers, micro_batches, compute, grad_clip=0.0, progres
     return StepResult(loss, grad_norm, int(tokens), progress / compute.world_size, stops > 0)
 
 
-class StopSignal:
-    """Turns the first SIGTERM or Ctrl-C into a request, to be looked at after every step; a second one ends at once."""
+class Run:
+    """
+    One stage's run and its place on disk: fresh or resumed, saved, and stopped when SIGTERM or Ctrl-C asks for it.
 
-    def __init__(self):
+    With --resume it goes on from the newest good checkpoint in `folder`, if there is any; with --resume_from_step from
+    that one. A fresh run sets an earlier one in the same folder aside, but only when it has something to save itself.
+    `num_iterations` -1: the stage ends when its data do.
+    """
+
+    SAME = ("total_batch_size", "max_seq_len", "packing", "seed", "data", "target_examples_per_step")  # or not exact
+
+    def __init__(self, folder, args, compute, config, num_iterations):
+        self.folder, self.args, self.compute = folder, args, compute
+        self.path, self.meta = None, {}
+        if args.resume_from_step >= 0:
+            self.path, self.meta = find_checkpoint(folder, args.resume_from_step)
+        elif args.resume and has_checkpoints(folder):
+            self.path, self.meta = find_checkpoint(folder)
+        self.first_step = self.meta.get("step", 0)
+        self.finished = bool(self.meta.get("finished")) and self.first_step >= num_iterations
+        if self.path:
+            self._check(config)
+            print0(f"{self.path}: " + ("finished already" if self.finished else "resuming from here"))
+        self.stopping = False
         self.signum = None
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, self._handle)
+        if not self.finished:
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(signum, self._handle)
+
+    def _check(self, config):
+        """Raises UserError when the checkpoint is of another model, or of other batches."""
+        saved = self.meta["user_config"]
+        differences = [
+            f"{name}={new} (saved: {old})"
+            for name, new, old in [
+                *((n, v, self.meta["model_config"].get(n)) for n, v in asdict(config).items()),
+                *((n, getattr(self.args, n, None), saved.get(n)) for n in self.SAME),
+            ]
+            if new != old
+        ]
+        if differences:
+            raise UserError(
+                f"cannot resume {self.path}, it was made with other settings: {', '.join(differences)}; "
+                "run without --resume to start anew, or with another --model_tag"
+            )
+
+    def restore(self, model, optimizers):
+        """Load weights and optimizer state, if resuming; returns the checkpoint's meta, {} for a fresh run."""
+        if self.path:
+            load_weights(model, self.path)
+            load_optimizers(self.path, self.meta, optimizers)
+        return self.meta
+
+    def save(self, step, model, optimizers, state, loader_state, finished=False):
+        """Checkpoint of `step` with the JSON-able `state` and all ranks' `loader_state`; returns its path."""
+        lanes = [loader_state]
+        if self.compute.world_size > 1:
+            lanes = [None] * self.compute.world_size
+            dist.all_gather_object(lanes, loader_state)
+        if self.path is None and self.compute.rank == 0:
+            set_aside(self.folder)
+        meta = {
+            "user_config": vars(self.args),
+            "finished": finished,
+            **state,
+            "loader_state": {lane: position for part in lanes for lane, position in part.items()},
+        }
+        self.path = save_checkpoint(self.folder, step, model, optimizers, meta, self.compute, self.args.keep)
+        return self.path
 
     def _handle(self, signum, frame):
         print0(f"\n{signal.Signals(signum).name}: saving after this step, then exiting; once more exits at once")
@@ -94,9 +165,11 @@ class StopSignal:
             signal.signal(s, signal.SIG_DFL)
 
     @property
-    def requested(self):
+    def stop_requested(self):
+        """Whether this rank was asked to stop; train_step() tells the others."""
         return self.signum is not None
 
-    def exit_code(self):
-        """130 after Ctrl-C, so that a calling shell script stops too; 0 after SIGTERM: all is saved."""
-        return 130 if self.signum == signal.SIGINT else 0
+    def exit(self):
+        """Leave after the save: 130 after Ctrl-C, so that a calling shell script stops too, else 0."""
+        print0(f"stopped; saved {self.path}. Go on with the same command and --resume")
+        raise SystemExit(130 if self.signum == signal.SIGINT else 0)
