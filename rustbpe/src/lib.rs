@@ -6,11 +6,10 @@
 //! ```
 //! use rustbpe::{Error, GPT4_PATTERN, Splitter, Tokenizer, WordCounts, train};
 //!
-//! let splitter = Splitter::new(GPT4_PATTERN)?;
-//! let mut words = WordCounts::new();
-//! words.add_texts(&["low lower lowest"], &splitter)?;
-//! let merges = train(&words, 260, |_| Ok::<(), Error>(()))?;
-//! let tokenizer = Tokenizer::new(splitter, merges);
+//! let mut words = WordCounts::new(GPT4_PATTERN)?;
+//! words.add_texts(&["low lower lowest"])?;
+//! let merges = train(words, 260, |_| Ok::<(), Error>(()))?;
+//! let tokenizer = Tokenizer::new(Splitter::new(GPT4_PATTERN)?, merges);
 //! assert_eq!(tokenizer.encode("slow")?, [b's'.into(), 257]);
 //! # Ok::<(), Error>(())
 //! ```

@@ -36,18 +36,21 @@ impl Tokenizer {
         &mut self,
         py: Python<'_>,
         iterator: &Bound<'_, PyAny>,
-        vocab_size: u32,
+        vocab_size: i64,
         buffer_size: usize,
         pattern: Option<&str>,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<()> {
-        let n_merges = vocab_size.checked_sub(256).ok_or(Error::VocabTooSmall(vocab_size))?;
+        let Ok(vocab_size @ 256..) = u32::try_from(vocab_size) else {
+            return Err(PyValueError::new_err(format!("vocab_size={vocab_size} is not between 256 and {}", u32::MAX)));
+        };
         let splitter = Splitter::new(pattern.unwrap_or(GPT4_PATTERN))?;
-        let words = count_words(py, &iterator.try_iter()?, buffer_size.max(1), &splitter)?;
+        let words = WordCounts::new(splitter.pattern())?;
+        let words = count_words(py, &iterator.try_iter()?, buffer_size.max(1), words)?;
         let tick = |done: usize| {
             Python::attach(|py| {
                 py.check_signals()?;
-                progress.as_ref().map_or(Ok(()), |f| f.call1(py, (done, n_merges)).map(drop))
+                progress.as_ref().map_or(Ok(()), |f| f.call1(py, (done, vocab_size - 256)).map(drop))
             })
         };
         let merges = py.detach(|| train(words, vocab_size, tick))?;
@@ -77,14 +80,13 @@ fn count_words(
     py: Python<'_>,
     iterator: &Bound<'_, PyIterator>,
     buffer_size: usize,
-    splitter: &Splitter,
+    mut words: WordCounts,
 ) -> PyResult<WordCounts> {
     const BUFFER_BYTES: usize = 64 << 20; // books, not only pages, may come in: keep memory flat
-    let mut words = WordCounts::new();
     let mut buffer: Vec<PyBackedStr> = Vec::new();
     let mut bytes = 0;
     let mut count = |buffer: &mut Vec<PyBackedStr>| {
-        py.detach(|| words.add_texts(buffer, splitter))?;
+        py.detach(|| words.add_texts(buffer))?;
         buffer.clear();
         py.check_signals()
     };

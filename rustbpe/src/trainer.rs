@@ -185,11 +185,10 @@ impl Words {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Splitter;
 
     fn merges(texts: &[&str], vocab_size: u32) -> Vec<Pair> {
-        let mut words = WordCounts::new();
-        words.add_texts(texts, &Splitter::new(r"\S+").unwrap()).unwrap();
+        let mut words = WordCounts::new(r"\S+").unwrap();
+        words.add_texts(texts).unwrap();
         train(words, vocab_size, |_| Ok::<(), Error>(())).unwrap()
     }
 
@@ -223,7 +222,7 @@ mod tests {
 
     #[test]
     fn a_vocabulary_without_room_for_the_bytes_is_an_error() {
-        let result = train(WordCounts::new(), 255, |_| Ok::<(), Error>(()));
+        let result = train(WordCounts::new("").unwrap(), 255, |_| Ok::<(), Error>(()));
         assert_eq!(result, Err(Error::VocabTooSmall(255)));
     }
 
@@ -236,6 +235,6 @@ mod tests {
                 Stop
             }
         }
-        assert_eq!(train(WordCounts::new(), 300, |_| Err(Stop)), Err(Stop));
+        assert_eq!(train(WordCounts::new("").unwrap(), 300, |_| Err(Stop)), Err(Stop));
     }
 }

@@ -7,50 +7,63 @@ use rayon::prelude::*;
 use crate::{Error, Splitter};
 
 /// How often each distinct piece occurs. Memory is bounded by the distinct pieces, not by the text.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct WordCounts {
-    /// One table a thread, each with the pieces that its thread happened to see; joined when they are read.
-    shards: Vec<Mutex<Shard>>,
+    workers: Vec<Mutex<Worker>>,
+}
+
+/// What one thread has seen. It has a splitter of its own, because threads that share a regex wait for each other:
+/// two threads with one regex were slower than one thread (EPYC, 2026-11).
+#[derive(Debug)]
+struct Worker {
+    splitter: Splitter,
+    words: Words,
 }
 
 impl WordCounts {
-    /// No words yet.
-    pub fn new() -> Self {
-        Self::default()
+    /// No words yet; texts will be cut by `pattern`, on all threads of the current rayon pool.
+    ///
+    /// # Errors
+    /// [`Error::Pattern`] if `pattern` is not a regular expression.
+    pub fn new(pattern: &str) -> Result<Self, Error> {
+        let worker = |_| Ok(Mutex::new(Worker { splitter: Splitter::new(pattern)?, words: Words::default() }));
+        Ok(Self { workers: (0..rayon::current_num_threads()).map(worker).collect::<Result<_, Error>>()? })
     }
 
-    /// Splits `texts` on all threads of the current rayon pool and adds up the pieces.
+    /// Splits `texts` and adds up the pieces.
     ///
     /// # Errors
     /// [`Error::Split`] if the pattern fails on a text, [`Error::TooManyWords`] beyond 2^32 distinct pieces.
-    pub fn add_texts<T: AsRef<str> + Sync>(&mut self, texts: &[T], splitter: &Splitter) -> Result<(), Error> {
-        if self.shards.is_empty() {
-            self.shards.resize_with(rayon::current_num_threads(), Mutex::default);
-        }
-        let shards = &self.shards;
+    pub fn add_texts<T: AsRef<str> + Sync>(&mut self, texts: &[T]) -> Result<(), Error> {
+        let workers = &self.workers;
         texts.par_iter().try_for_each(|text| {
             let thread = rayon::current_thread_index().unwrap_or(0);
-            let shard = &mut *shards[thread % shards.len()].lock().unwrap_or_else(PoisonError::into_inner);
-            splitter.split(text.as_ref(), |piece| shard.add(piece.as_bytes(), 1))
+            let worker = &mut *workers[thread % workers.len()].lock().unwrap_or_else(PoisonError::into_inner);
+            let Worker { splitter, words } = worker;
+            splitter.split(text.as_ref(), |piece| words.add(piece.as_bytes(), 1))
         })
     }
 
     /// All words and their counts in one table; the order depends on the threads, the contents do not.
-    pub(crate) fn join(self) -> Result<Shard, Error> {
-        let mut shards = self.shards.into_iter().map(|s| s.into_inner().unwrap_or_else(PoisonError::into_inner));
-        let mut all = shards.next().unwrap_or_default();
-        for shard in shards {
-            for (word, count) in shard.iter() {
-                all.add(word, count)?;
+    pub(crate) fn join(self) -> Result<Words, Error> {
+        let workers = self.workers.into_iter().map(|w| w.into_inner().unwrap_or_else(PoisonError::into_inner));
+        let mut joined = Words::default();
+        for Worker { words, .. } in workers {
+            if joined.words.is_empty() {
+                joined = words;
+                continue;
+            }
+            for (word, count) in words.iter() {
+                joined.add(word, count)?;
             }
         }
-        Ok(all)
+        Ok(joined)
     }
 }
 
 /// Words in one arena, found again by hash.
 #[derive(Debug, Default)]
-pub(crate) struct Shard {
+pub(crate) struct Words {
     bytes: Vec<u8>,
     words: Vec<Word>,
     index: HashTable<u32>,
@@ -70,7 +83,7 @@ impl Word {
     }
 }
 
-impl Shard {
+impl Words {
     fn add(&mut self, word: &[u8], count: u64) -> Result<(), Error> {
         let Self { bytes, words, index, hasher } = self;
         let hash = hasher.hash_one(word);
@@ -97,10 +110,9 @@ mod tests {
 
     #[test]
     fn counts_survive_many_buffers_and_threads() {
-        let splitter = Splitter::new(GPT4_PATTERN).unwrap();
-        let mut words = WordCounts::new();
+        let mut words = WordCounts::new(GPT4_PATTERN).unwrap();
         for _ in 0..10 {
-            words.add_texts(&vec!["to be or not to be"; 100], &splitter).unwrap();
+            words.add_texts(&vec!["to be or not to be"; 100]).unwrap();
         }
         let joined = words.join().unwrap();
         let mut counts: Vec<_> = joined.iter().collect();
@@ -112,10 +124,10 @@ mod tests {
 
     #[test]
     fn counts_are_64_bit() {
-        let mut shard = Shard::default();
+        let mut words = Words::default();
         for _ in 0..3 {
-            shard.add(b"the", u64::from(u32::MAX)).unwrap();
+            words.add(b"the", u64::from(u32::MAX)).unwrap();
         }
-        assert_eq!(shard.iter().next(), Some((&b"the"[..], 3 * u64::from(u32::MAX))));
+        assert_eq!(words.iter().next(), Some((&b"the"[..], 3 * u64::from(u32::MAX))));
     }
 }
