@@ -22,6 +22,8 @@ from nanochat.common import UserError
 PREFILL_TOKENS = 8192  # padded tokens in one prefill pass; bounds the activations' memory
 MIN_COLUMNS = 64  # of a new cache
 MIN_TEMPERATURE = 1e-5  # below it sampling is greedy: logits lie within (-15, 15)
+PARTS = {"python_start": "python", "python_end": "text", "output_start": "output", "output_end": "text"}
+HIDDEN = ("bos", "user_start", "user_end", "assistant_start", "assistant_end")
 
 
 class KVCache:
@@ -321,3 +323,40 @@ class Engine:
             loop.submit(request)
         while loop.busy:
             yield from (row for row in loop.step() if row.finish)
+
+
+class TextStream:
+    """Tokens of an answer in, (kind, piece of text) out; kind is "text", or the calculator's "python" or "output"."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.kind = tokenizer, "text"
+        self.parts = {tokenizer.encode_special(f"<|{name}|>"): kind for name, kind in PARTS.items()}
+        self.hidden = {tokenizer.encode_special(f"<|{name}|>") for name in HIDDEN}
+        self.pending, self.emitted = [], 0  # tokens since the last clean cut, characters of them already given out
+
+    def push(self, token):
+        """The text that is certain now: a character whose bytes are not all there yet waits for the next token."""
+        if token in self.parts:
+            piece, self.kind = self.flush(), self.parts[token]
+            return piece
+        if token in self.hidden:
+            return self.kind, ""
+        self.pending.append(token)
+        text = self.tokenizer.decode(self.pending)
+        if not text.endswith("\ufffd"):
+            return self.flush()
+        start, self.emitted = self.emitted, len(text) - 1  # an unfinished character decodes to one U+FFFD
+        return self.kind, text[start:-1]
+
+    def flush(self):
+        """All that is left, also half a character (as U+FFFD)."""
+        piece = self.tokenizer.decode(self.pending)[self.emitted :]
+        self.pending, self.emitted = [], 0
+        return self.kind, piece
+
+
+def visible_text(tokenizer, tokens):
+    """What a reader sees of an answer: its text without the calculator's calls and outputs."""
+    stream = TextStream(tokenizer)
+    pieces = [*map(stream.push, tokens), stream.flush()]
+    return "".join(piece for kind, piece in pieces if kind == "text")

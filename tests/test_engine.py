@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanochat.common import UserError
-from nanochat.engine import DecodeLoop, Engine, KVCache, Request, sample
+from nanochat.engine import DecodeLoop, Engine, KVCache, Request, TextStream, sample, visible_text
 from nanochat.gpt import GPT, GPTConfig
 
 SPECIALS = [
@@ -347,3 +347,35 @@ def test_rows_with_and_without_tools_share_a_batch():
     for row in rows:
         call = [PYTHON, *b"6*7", PYTHON_END, OUTPUT, *b"42", OUTPUT_END]
         assert row.completion == (call if row.request.tokens[1] == ord("t") else [*b"plain talk"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+@pytest.mark.parametrize("text", ["plain", "naïve £5 – 日本語 👩‍🚀!", "a\ufffdb", "é", ""])
+def test_streamed_text_never_splits_a_character(text):
+    stream = TextStream(ByteTokenizer())
+    pieces = [stream.push(byte)[1] for byte in text.encode()]
+    assert "".join(pieces) + stream.flush()[1] == text
+    assert all("\ufffd" not in piece or "\ufffd" in text for piece in pieces)
+    whole = "".join(pieces)
+    assert whole == text or text.endswith("\ufffd")  # nothing waits longer than it must
+
+
+def test_streamed_text_equals_the_whole_whatever_the_bytes():
+    tokenizer, rng = ByteTokenizer(), torch.Generator().manual_seed(0)
+    for _ in range(300):
+        ids = torch.randint(100, 256, (12,), generator=rng).tolist()
+        ids[3:6] = "é日".encode()[:3]
+        stream = TextStream(tokenizer)
+        assert "".join([stream.push(i)[1] for i in ids] + [stream.flush()[1]]) == tokenizer.decode(ids)
+
+
+def test_the_calculators_part_is_told_from_the_text():
+    ids = [*b"So ", PYTHON, *b"6*7", PYTHON_END, OUTPUT, *b"42", OUTPUT_END, *b"it is 42", 0xC3, PYTHON, *b"1", END]
+    stream = TextStream(ByteTokenizer())
+    parts = [*map(stream.push, ids), stream.flush()]
+    joined = {kind: "".join(t for k, t in parts if k == kind) for kind in ("text", "python", "output")}
+    assert joined == {"text": "So it is 42\ufffd", "python": "6*71", "output": "42"}
+    assert visible_text(ByteTokenizer(), ids) == joined["text"]
