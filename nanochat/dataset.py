@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from nanochat.cli import boolean, make_parser, parse_args, run
-from nanochat.common import UserError, atomic_path, base_dir, fetch, format_duration, mirror_url, print0
+from nanochat.common import UserError, atomic_path, base_dir, fetch, file_fingerprint, mirror_url, print0
 from nanochat.documents import read_documents, source_files
 
 PUBLIC = "karpathy/fineweb-edu-100b-shuffle"
@@ -132,15 +132,6 @@ def _write_manifest(folder, kind, settings, shards):
         draft.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
-def _entry(path):
-    """What the manifest says about a shard."""
-    sha256 = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            sha256.update(block)
-    return {"bytes": path.stat().st_size, "sha256": sha256.hexdigest()}
-
-
 def _is_whole(path, shards):
     """Whether the shard is listed and has its listed size; sha256 is left to --verify."""
     return path.name in shards and path.exists() and path.stat().st_size == shards[path.name]["bytes"]
@@ -166,7 +157,7 @@ def verify(folder):
     files, manifest = list_parquet_files(folder), _read_manifest(folder)
     if manifest is None:
         raise UserError(f"{folder} has no manifest.json to compare with")
-    if bad := [path.name for path in files if _entry(path) != manifest["shards"][path.name]]:
+    if bad := [path.name for path in files if file_fingerprint(path) != manifest["shards"][path.name]]:
         raise UserError(f"damaged in {folder}: {', '.join(bad)}; delete them and {AGAIN}")
     return len(files)
 
@@ -196,7 +187,7 @@ def write_shard(path, documents):
     plain = dict(use_dictionary=False, write_statistics=False, compression="zstd", compression_level=3)
     with atomic_path(path) as draft:
         pq.write_table(pa.table({"text": pa.array(documents, pa.string())}), draft, row_group_size=ROW_GROUP, **plain)
-    return _entry(path)
+    return file_fingerprint(path)
 
 
 def write_set(folder, kind, settings, documents, overwrite=False, shard_chars=SHARD_CHARS):
@@ -347,7 +338,7 @@ def _get_shard(path, resized, progress):
             fetch(_url(path.name), path, progress=lambda have, total: progress.update(path.name, have))
         try:
             _open(path)
-            return _entry(path)
+            return file_fingerprint(path)
         except UserError as e:
             error = e
             path.unlink()
@@ -366,10 +357,10 @@ class Progress:
             self.bytes[name] = have or self.bytes.get(name, 0)
             self.finished += finished
             mb, seconds = sum(self.bytes.values()) / 1e6, time.time() - self.started + 1e-9
-            left = seconds / self.finished * (self.count - self.finished) if self.finished else float("inf")
             bar = f"[{'#' * (20 * self.finished // self.count):20}] {self.finished}/{self.count} shards"
             if sys.stdout.isatty():
-                line = f"{bar}, {mb:,.0f} MB at {mb / seconds:.1f} MB/s, {format_duration(left)} left"
+                left = seconds / 60 / self.finished * (self.count - self.finished) if self.finished else float("nan")
+                line = f"{bar}, {mb:,.0f} MB at {mb / seconds:.1f} MB/s, {left:.0f} min left"
                 print(f"\r{line:78}", end="\n" if self.finished == self.count else "", flush=True)
             elif finished:
                 print(f"{bar}: {name}", flush=True)
@@ -381,26 +372,24 @@ class Progress:
 
 def build_parser():
     parser = make_parser("nanochat.dataset", __doc__)
-    add = parser.add_argument
+    add, add_mode = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     flag = dict(type=boolean, nargs="?", const=True, default=False)
     add("-n", "--num_files", type=int, default=-1, help="public shards to fetch, beside the last (-1 = all 1,823)")
     add("-w", "--num_workers", type=int, default=4, help="downloads at the same time")
-    add("--pocket", **flag, help="write the embedded pocket world instead")
+    add_mode("--pocket", **flag, help="write the embedded pocket world instead")
     add("--chars", type=int, default=30_000_000, help="characters of the pocket world for training")
-    add("--from_files", nargs="+", metavar="PATH", help="make shards from these files and folders instead")
+    add_mode("--from_files", nargs="+", metavar="PATH", help="make shards from these files and folders instead")
     add("--val_share", type=float, default=0.01, help="share of the documents of own files that are validation")
     add("--seed", type=int, default=42, help="of the pocket world, and of the order of documents")
     add("--data_dir", help="folder of the shards (default: base_data in NANOCHAT_BASE_DIR)")
     add("--overwrite", **flag, help="replace shards of another kind or with other settings")
-    add("--verify", **flag, help="compare the shards with their sha256, change nothing")
+    add_mode("--verify", **flag, help="compare the shards with their sha256, change nothing")
     return parser
 
 
 def main(argv=None):
     args = parse_args(build_parser(), argv)
     folder = data_folder(args.data_dir)
-    if bool(args.pocket) + bool(args.from_files) + bool(args.verify) > 1:
-        raise UserError("--pocket, --from_files and --verify exclude each other; give one of them")
     if args.verify:
         return print0(f"all {verify(folder)} shards in {folder} are as the manifest says")
     with _only_writer(folder):
@@ -424,8 +413,10 @@ def _only_writer(folder):
     except filelock.Timeout:
         print0(f"waiting for another `{COMMAND}` to finish with {folder}")
         lock.acquire()
-    with lock:
+    try:
         yield
+    finally:
+        lock.release()
 
 
 if __name__ == "__main__":
