@@ -180,61 +180,96 @@ def pack_best_fit(docs, targets, T):
     return np.array(rows, dtype=np.int32), np.array(row_targets, dtype=np.int32)
 
 
-class DataLoader:
+def lane_batches(source, rows, T, device_batch_size, compute, packing="stream", states=None):
     """
-    Iterator of Batch. `rows` lanes make the global batch of rows x T tokens; this rank's share comes in micro-batches
-    of `device_batch_size` rows. `states`: lane -> [epoch, block, used] of all lanes, to go on exactly where a run was.
-    """
+    Endless Batches on CPU: this rank's share of the rows x T tokens of each step, `device_batch_size` rows at a time.
 
-    def __init__(self, source, rows, T, device_batch_size, compute, packing="stream", states=None, ahead=2):
-        own = rows // compute.world_size
-        assert own * compute.world_size == rows and own % device_batch_size == 0
-        first = compute.rank * own
-        if states is not None and len(states) != rows:
-            raise UserError(
-                f"the checkpoint's data has {len(states)} lanes, this run {rows} rows a step; keep both equal"
-            )
-        self.lanes = {
-            lane: Lane(source, lane, rows, T, packing, states and states[str(lane)])
-            for lane in range(first, first + own)
-        }
-        self.device, self.device_batch_size = compute.device, device_batch_size
+    `states`: lane -> [epoch, block, used] of all lanes, to go on exactly where a run was. Raises UserError when these
+    are of another number of lanes.
+    """
+    own = rows // compute.world_size
+    assert own * compute.world_size == rows and own % device_batch_size == 0
+    if states and len(states) != rows:
+        raise UserError(f"the checkpoint's data has {len(states)} lanes, this run {rows} rows a step; keep both equal")
+    first = compute.rank * own
+    lanes = [Lane(source, n, rows, T, packing, states and states[str(n)]) for n in range(first, first + own)]
+    while True:
+        x, y = (torch.from_numpy(np.stack(half)) for half in zip(*(lane.next_row() for lane in lanes), strict=True))
+        micro_batches = list(zip(x.split(device_batch_size), y.long().split(device_batch_size), strict=True))
+        progress = sum(lane.progress() for lane in lanes) / own
+        yield Batch(micro_batches, progress, {str(lane.lane): lane.state() for lane in lanes})
+
+
+def conversation_batches(task, tokenizer, rows, T, device_batch_size, compute, seed=42, states=None):
+    """
+    Endless Batches on CPU of one conversation per row, cut at T tokens; only what the assistant says is trained on.
+
+    Each epoch is a seeded order of `task`. Rows are padded to the longest of their micro-batch.
+    """
+    own = rows // compute.world_size
+    pad = tokenizer.encode_special("<|assistant_end|>")
+    taken = states["examples"] if states else 0
+    while True:
+        micro_batches = []
+        for first in range(taken + compute.rank * own, taken + (compute.rank + 1) * own, device_batch_size):
+            rendered = [
+                tokenizer.render_conversation(task[_shuffled(seed, n // len(task), len(task))[n % len(task)]], T + 1)
+                for n in range(first, first + device_batch_size)
+            ]
+            width = max(2, *(len(ids) for ids, _ in rendered))
+            x = torch.full((len(rendered), width), pad, dtype=torch.int32)
+            y = torch.full((len(rendered), width), -1)
+            for i, (ids, mask) in enumerate(rendered):
+                x[i, : len(ids)] = torch.tensor(ids)
+                y[i, : len(ids)] = torch.tensor(ids).where(torch.tensor(mask) > 0, -1)
+            micro_batches.append((x[:, :-1].contiguous(), y[:, 1:].contiguous()))
+        taken += rows
+        yield Batch(micro_batches, taken / len(task), {"examples": taken})
+
+
+@functools.lru_cache(maxsize=2)
+def _shuffled(seed, epoch, n):
+    return np.random.default_rng((seed, epoch)).permutation(n).tolist()
+
+
+class Prefetch:
+    """Iterator over `batches` that makes the next ones on a background thread and hands them over on the device."""
+
+    def __init__(self, batches, device, ahead=2):
+        self.device = device
         self.ready, self.stopped = queue.Queue(maxsize=ahead), threading.Event()
-        self.thread = threading.Thread(target=self._produce, daemon=True, name="dataloader")
+        self.thread = threading.Thread(target=self._produce, args=(batches,), daemon=True, name="dataloader")
         self.thread.start()
 
-    def _produce(self):
+    def _produce(self, batches):
         try:
-            while not self.stopped.is_set():
-                item = self._make()
-                while not self.stopped.is_set():
-                    try:
-                        self.ready.put(item, timeout=0.1)
-                        break
-                    except queue.Full:
-                        pass
+            for batch in batches:
+                if self.device.type == "cuda":
+                    batch.micro_batches = [(x.pin_memory(), y.pin_memory()) for x, y in batch.micro_batches]
+                if not self._put(batch):
+                    return
         except BaseException as e:  # handed to the training thread, which raises it
-            self.ready.put(e)
+            self._put(e)
 
-    def _make(self):
-        inputs, targets = zip(*(lane.next_row() for lane in self.lanes.values()), strict=True)
-        x, y = torch.from_numpy(np.stack(inputs)), torch.from_numpy(np.stack(targets)).long()
-        if self.device.type == "cuda":
-            x, y = x.pin_memory(), y.pin_memory()
-        states = {str(n): lane.state() for n, lane in self.lanes.items()}
-        return x, y, sum(lane.progress() for lane in self.lanes.values()) / len(self.lanes), states
+    def _put(self, item):
+        while not self.stopped.is_set():
+            try:
+                self.ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                pass
+        return False
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        item = self.ready.get()
-        if isinstance(item, BaseException):
-            raise item
-        x, y, progress, states = item
-        x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
-        size = self.device_batch_size
-        return Batch(list(zip(x.split(size), y.split(size), strict=True)), progress, states)
+        batch = self.ready.get()
+        if isinstance(batch, BaseException):
+            raise batch
+        to = functools.partial(torch.Tensor.to, device=self.device, non_blocking=True)
+        batch.micro_batches = [(to(x), to(y)) for x, y in batch.micro_batches]
+        return batch
 
     def close(self):
         """Stop reading ahead."""

@@ -71,6 +71,12 @@ def shard_files(split, data_dir=None):
     return files
 
 
+def data_kind(data_dir=None):
+    """ "pocket" for the embedded world, "public" for any other text: which tasks a model trained on it should learn."""
+    manifest = _read_manifest(data_folder(data_dir))
+    return "pocket" if manifest and manifest["kind"] == "pocket" else "public"
+
+
 def row_groups(split, data_dir=None):
     """All row groups of a split in order: a list of (path, index in the file, number of documents)."""
     metadata = [(path, _open(path).metadata) for path in shard_files(split, data_dir)]
@@ -145,7 +151,7 @@ def _claim(folder, kind, settings, overwrite):
     present = list(folder.glob("*.parquet"))
     if present and not overwrite and (manifest is None or manifest["shards"]):
         found = f"{manifest['kind']} {manifest['settings']}" if manifest else "parquet files of unknown origin"
-        raise UserError(f"{folder} holds {found}, not {kind} {settings}; give another --data_dir, or --overwrite it")
+        raise UserError(f"{folder} holds {found}, not {kind} {settings}; choose another --data_dir, or replace it with --overwrite")
     _write_manifest(folder, kind, settings, {})  # first: killed from here on, nothing looks complete
     for path in [*present, *folder.glob("*.part"), *folder.glob("*.tmp")]:
         path.unlink()

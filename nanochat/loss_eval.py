@@ -1,5 +1,8 @@
-"""Bits per byte: the cross entropy of a model on text, on a scale that does not depend on the tokenizer."""
+"""
+Judging a language model by text: bits per byte, which does not depend on the tokenizer, mean loss, and samples.
+"""
 
+import itertools
 import math
 
 import torch
@@ -28,3 +31,50 @@ def evaluate_bpb(model, batches, token_bytes, compute):
         dist.all_reduce(totals)
     nats, num_bytes = totals.tolist()
     return nats / (math.log(2) * num_bytes) if num_bytes else math.inf
+
+
+@torch.no_grad()
+def evaluate_loss(model, batches, steps, compute):
+    """Mean cross entropy in nats over the trained tokens of the next `steps` Batches, over all ranks."""
+    totals = torch.zeros(2, dtype=torch.float32, device=compute.device)
+    for batch in itertools.islice(batches, steps):
+        for x, y in batch.micro_batches:
+            x, y = x.to(compute.device), y.to(compute.device)
+            with compute.autocast():
+                totals[0] += model(x, y, loss_reduction="sum")
+            totals[1] += (y >= 0).sum()
+    if compute.world_size > 1:
+        dist.all_reduce(totals)
+    nats, tokens = totals.tolist()
+    return nats / max(1, tokens)
+
+
+PROMPTS = {
+    "public": (
+        "The capital of France is",
+        "The chemical symbol of gold is",
+        "If yesterday was Friday, then tomorrow will be",
+        "The opposite of hot is",
+        "The planets of the solar system are:",
+        "My favorite color is",
+        "If 5*x + 3 = 13, then x is",
+    ),
+    "pocket": (
+        "Once upon a time",
+        "Pip lives in",
+        "Misty the seal",
+        "The name of the baker is",
+        "12 + 30 =",
+        "apple is spelled",
+    ),
+}
+
+
+def greedy_samples(engine, data, max_tokens=16):
+    """{prompt: continuation}: how a base model goes on from a few beginnings fit for what it was trained on."""
+    tokenizer, samples = engine.tokenizer, {}
+    for prompt in PROMPTS[data]:
+        ids = tokenizer.encode(prompt, prepend=tokenizer.get_bos_token_id())
+        results, _ = engine.generate_batch(ids, max_tokens=max_tokens, temperature=0)
+        samples[prompt] = tokenizer.decode(results[0][len(ids) :])
+    return samples

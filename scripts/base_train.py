@@ -7,28 +7,19 @@ Pretrain the base model on raw documents.
 Reads tokenizer/ and base_data/. Writes base_checkpoints/d<depth>/ and report/metrics/base.jsonl.
 """
 
-import sys
 import time
 
 from nanochat.cli import boolean, make_parser, parse_args, run
 from nanochat.common import UserError, compute_init, print0
-
-PROMPTS = (
-    "The capital of France is",
-    "The chemical symbol of gold is",
-    "If yesterday was Friday, then tomorrow will be",
-    "The opposite of hot is",
-    "The planets of the solar system are:",
-    "My favorite color is",
-    "If 5*x + 3 = 13, then x is",
-)
 
 
 def build_parser():
     p = make_parser("scripts.base_train", __doc__)
     p.add_argument("--run", default="dummy", help='wandb run name; "dummy" logs nowhere')
     p.add_argument("--device_type", default="", help="cuda, mps or cpu; empty = the best one here")
-    p.add_argument("--dtype", default="", help="float32 or bfloat16; empty = bfloat16 where the hardware is built for it")
+    p.add_argument(
+        "--dtype", default="", help="float32 or bfloat16; empty = bfloat16 where the hardware is built for it"
+    )
     p.add_argument("--compile", type=boolean, nargs="?", const=True, help="torch.compile; default: on CUDA only")
     p.add_argument("--depth", type=int, default=20, help="layers; the width is 64 times this")
     p.add_argument("--max_seq_len", type=int, default=2048, help="context, tokens")
@@ -48,7 +39,9 @@ def build_parser():
     p.add_argument("--final_lr_frac", type=float, default=0.0, help="the rates end at this multiple")
     p.add_argument("--grad_checkpoint", type=boolean, nargs="?", const=True, default=False, help="less memory, slower")
     p.add_argument("--seed", type=int, default=42, help="of the weights and the order of the data")
-    p.add_argument("--resume", type=boolean, nargs="?", const=True, default=False, help="from the newest good checkpoint")
+    p.add_argument(
+        "--resume", type=boolean, nargs="?", const=True, default=False, help="from the newest good checkpoint"
+    )
     p.add_argument("--resume_from_step", type=int, default=-1, help="from this checkpoint; -1 = start anew")
     p.add_argument("--eval_every", type=int, default=250, help="steps between validations; -1 = never")
     p.add_argument("--eval_tokens", type=int, default=20 * 524288, help="tokens per validation")
@@ -78,11 +71,11 @@ def main(argv=None):
     import torch
 
     from nanochat.checkpoint_manager import checkpoint_dir, update_meta
-    from nanochat.dataloader import DataLoader, ShardSource, eval_batches
-    from nanochat.dataset import row_groups
+    from nanochat.dataloader import Prefetch, ShardSource, eval_batches, lane_batches
+    from nanochat.dataset import data_kind, row_groups
     from nanochat.engine import Engine
     from nanochat.gpt import GPT, GPTConfig
-    from nanochat.loss_eval import evaluate_bpb
+    from nanochat.loss_eval import evaluate_bpb, greedy_samples
     from nanochat.report import get_report
     from nanochat.schedule import lr_multiplier, muon_momentum, set_schedule
     from nanochat.tokenizer import get_token_bytes, get_tokenizer
@@ -117,10 +110,12 @@ def main(argv=None):
         compiled = torch.compile(model, dynamic=False)
 
     # Data
-    train_source = ShardSource(row_groups("train"), tokenizer, rows, args.seed)
-    loader = DataLoader(
-        train_source, rows, args.max_seq_len, args.device_batch_size, compute, args.packing, meta.get("loader_state")
+    data = data_kind()
+    source = ShardSource(row_groups("train"), tokenizer, rows, args.seed)
+    batches = lane_batches(
+        source, rows, args.max_seq_len, args.device_batch_size, compute, args.packing, meta.get("loader_state")
     )
+    loader = Prefetch(batches, compute.device)
     eval_rows = args.device_batch_size * compute.world_size
     eval_steps = max(1, args.eval_tokens // (eval_rows * args.max_seq_len))
     val_batches = None  # made at the first validation
@@ -132,13 +127,13 @@ def main(argv=None):
         f"{rows // eval_rows} micro-batches): {total_tokens:,} tokens, {total_tokens / num_params:.1f} per parameter, "
         f"{total_tokens * flops_per_token:.2e} FLOPs"
     )
-    if args.core_metric_every > 0 and compute.rank == 0:
-        print("CORE is not evaluated in this version: --core_metric_every has no effect", file=sys.stderr)
+    if args.core_metric_every > 0:
+        print0("CORE is not part of this version yet: --core_metric_every has no effect")
     log = RunLog("base", "nanochat", args, compute, num_iterations, flops_per_token, meta.get("log_state"))
     val_bpb, min_val_bpb = meta.get("val_bpb"), meta.get("min_val_bpb")
 
     def save(step):
-        state = {"val_bpb": val_bpb, "min_val_bpb": min_val_bpb, "log_state": log.state()}
+        state = {"data": data, "val_bpb": val_bpb, "min_val_bpb": min_val_bpb, "log_state": log.state()}
         return training.save(step, model, optimizers, state, loader_state, finished=step == num_iterations)
 
     # Loop: one more turn than there are steps, to save and judge what was trained
@@ -158,11 +153,8 @@ def main(argv=None):
             log.metrics(step, val_bpb=val_bpb)
             print0(f"step {step:05d} | validation bpb {val_bpb:.4f}")
         if due(step, args.sample_every, last) and compute.rank == 0:
-            engine = Engine(model, tokenizer, compute)
-            for prompt in PROMPTS:
-                ids = tokenizer.encode(prompt, prepend=tokenizer.get_bos_token_id())
-                results, _ = engine.generate_batch(ids, max_tokens=16, temperature=0)
-                print0(tokenizer.decode(results[0]))
+            for prompt, text in greedy_samples(Engine(model, tokenizer, compute), data).items():
+                print0(f"{prompt} >{text}")
         if last:
             break
         compute.synchronize()
@@ -170,7 +162,9 @@ def main(argv=None):
         batch = next(loader)
         lr_mult = lr_multiplier(step / num_iterations, args.warmup_ratio, args.warmdown_ratio, args.final_lr_frac)
         set_schedule(optimizers, lr_mult, muon_momentum(step))
-        result = train_step(compiled, optimizers, batch.micro_batches, compute, args.grad_clip, stop=training.stop_requested)
+        result = train_step(
+            compiled, optimizers, batch.micro_batches, compute, args.grad_clip, stop=training.stop_requested
+        )
         compute.synchronize()
         loader_state, training.stopping = batch.state, result.stop
         log.step(step, result, args.total_batch_size, time.perf_counter() - t0, lr_mult)
