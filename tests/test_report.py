@@ -1,0 +1,174 @@
+"""The report: sections and table from what the stages log, and no crash where git, torch or a section is absent."""
+
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from nanochat import report
+from nanochat.report import Report, get_report
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "base"
+
+
+def table_row(text, metric):
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {metric} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def log_everything():
+    log = get_report().log
+    log("Tokenizer training", [{"vocab_size": 4096, "train_time": 1.5}, {"wall_clock_seconds": 10.0}])
+    log("Base model training", [{"depth": 4}, {"Minimum validation bpb": 0.8, "Final validation bpb": 0.9}])
+    log("Base model loss", [{"train bpb": 0.81, "val bpb": 0.91, "wall_clock_seconds": 5.0}, "Sample: `hello`", None])
+    log("Base model evaluation", [{"CORE metric": 0.2219, "wall_clock_seconds": 65.4}])
+    log("Chat evaluation base", [{"source": "base", "PocketSums": 0.0}])
+    log("Midtraining", [{"val_bpb": 0.7}])
+    log("Chat evaluation mid", [{"temperature": 0.0, "max_problems": 1, "ARC-Easy": 0.3561, "PocketSums": 0.5}])
+    log("Chat SFT", {"Training loss": 1.25})
+    log("Chat evaluation sft", [{"ARC-Easy": 0.3876, "ChatCORE metric": 0.0884, "SpellingBee": 0.975, "NewTask": 1.0}])
+    log("Chat evaluation rl", [{"GSM8K": 0.0758}])
+
+
+def test_summary_has_every_metric_in_its_column(base):
+    Report(base / "report").reset()
+    log_everything()
+    report.main([])
+    text = Path("report.md").read_text(encoding="utf-8")
+    assert text == (base / "report" / "report.md").read_text(encoding="utf-8")
+    assert table_row(text, "CORE") == ["0.2219", "-", "-", "-"]
+    assert table_row(text, "Validation bpb") == ["0.9100", "0.7000", "-", "-"]
+    assert table_row(text, "ARC-Easy") == ["-", "0.3561", "0.3876", "-"]
+    assert table_row(text, "PocketSums") == ["0.0000", "0.5000", "-", "-"]
+    assert table_row(text, "SpellingBee") == ["-", "-", "0.9750", "-"]
+    assert table_row(text, "NewTask") == ["-", "-", "1.0000", "-"]
+    assert table_row(text, "GSM8K") == ["-", "-", "-", "0.0758"]
+    assert table_row(text, "ChatCORE") == ["-", "-", "0.0884", "-"]
+    rows = text[text.index("| Metric") :].split("\n\n")[0].splitlines()
+    assert rows[2].startswith("| CORE") and rows[-1].startswith("| ChatCORE")
+    assert "| temperature" not in text and "| MMLU" not in text
+    assert table_row(text, "Base model evaluation") == ["1m05s"] and table_row(text, "Sum") == ["1m20s"]
+    assert "Total wall clock time" in text
+    assert "Not run, or not logged: Tokenizer evaluation.\n" in text
+
+
+def test_sections_stand_in_the_order_of_the_stages(base):
+    get_report().log("Midtraining", [])
+    get_report().log("A stage of my own", [])
+    get_report().log("Tokenizer training", [])
+    text = Report(base / "report").generate().read_text(encoding="utf-8")
+    heads = [line[3:] for line in text.splitlines() if line.startswith("## ")]
+    assert heads == ["Tokenizer training", "Midtraining", "A stage of my own", "Summary"]
+
+
+def test_a_section_is_markdown_for_people_and_json_for_machines(base):
+    data = [
+        {"lr": 0.02, "eps": 1e-10, "tokens": 11_200_000_000, "steps": 9999, "flops": 4.5e20},
+        "| a |",
+        {"done": True},
+    ]
+    get_report().log("Chat SFT", data)
+    text = (base / "report" / "chat-sft.md").read_text(encoding="utf-8")
+    assert text.startswith("## Chat SFT\ntimestamp: 20")
+    lines = ["- lr: 0.0200", "- eps: 1e-10", "- tokens: 11,200,000,000", "- steps: 9999", "- flops: 4.5e+20"]
+    assert "\n".join(lines) + "\n\n| a |\n\n- done: True\n" in text
+    found = json.loads((base / "report" / "chat-sft.json").read_text(encoding="utf-8"))
+    assert found["section"] == "Chat SFT" and found["metrics"] == {**data[0], **data[2]}
+
+
+def test_reset_forgets_sections_and_keeps_metrics(base):
+    log_everything()
+    metrics = base / "report" / "metrics" / "base.jsonl"
+    metrics.parent.mkdir()
+    metrics.write_text("{}\n")
+    report.main(["reset"])
+    assert sorted(path.name for path in (base / "report").iterdir()) == ["header.json", "header.md", "metrics"]
+    assert metrics.exists()
+    report.main(["generate"])
+    text = Path("report.md").read_text(encoding="utf-8")
+    assert (
+        "No metrics yet." in text and "Run started: 20" in text and "Tokenizer training, Tokenizer evaluation" in text
+    )
+
+
+def test_nothing_is_needed_from_the_machine(base, monkeypatch):
+    def absent(*args, **kwargs):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(subprocess, "run", absent)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    monkeypatch.setattr(report, "_cpu_name", lambda: "")
+    report.main(["reset"])
+    log_everything()
+    (base / "report" / "midtraining.json").write_text('{"section": "Midtr')  # a crash while it was written
+    report.main([])
+    text = Path("report.md").read_text(encoding="utf-8")
+    assert "- Commit: unknown" in text and "- PyTorch: unknown" in text and "unknown (not a git checkout)" in text
+    assert table_row(text, "Validation bpb") == ["0.9100", "-", "-", "-"]
+
+
+def test_git_is_asked_about_this_repository(base, tmp_path, monkeypatch):
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "init", "-q", "-b", "main", str(tmp_path)], check=True)
+    (tmp_path / "ä b.txt").write_text("four\nlines\nof\ntext\n", encoding="utf-8")
+    (tmp_path / "gone.txt").write_text("deleted, not committed")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    subprocess.run([*git, "add", "-A"], check=True)
+    subprocess.run([*git, "commit", "-qm", "m" * 100], check=True)
+    (tmp_path / "gone.txt").unlink()
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    text = report.header([], "Run started: now")
+    assert "- Branch: main\n" in text and "(dirty)" in text and f"- Message: {'m' * 80}\n" in text
+    assert "- Characters: 19\n- Lines: 4\n- Files: 1\n- Tokens (characters / 4): 4\n" in text
+
+
+def test_cost_is_that_of_the_gpus(base, monkeypatch):
+    assert report.hourly_rate([("NVIDIA H100 80GB HBM3", 80 << 30)] * 8) == 24.0
+    assert report.hourly_rate([("NVIDIA A100-SXM4-80GB", 1), ("Tesla V100", 1), ("RTX 4090", 1)]) == pytest.approx(4.34)
+    assert report.hourly_rate([]) is None
+    monkeypatch.setattr(report, "gpu_list", lambda: [("NVIDIA H100 80GB HBM3", 80 << 30)] * 8)
+    report.main(["reset"])
+    head = base / "report" / "header.json"
+    head.write_text(json.dumps(json.loads(head.read_text()) | {"started": 1000.0}))
+    found = {"section": "Chat SFT", "time": 1000.0 + 3.5 * 3600, "metrics": {}}
+    (base / "report" / "chat-sft.json").write_text(json.dumps(found))
+    text = Report(base / "report").generate().read_text(encoding="utf-8")
+    assert "8 x NVIDIA H100" in text and "about $24.00 an hour" in text
+    assert "before RL: 3h30m\nCost: about $84.00\n" in text
+
+
+def test_loss_curves_are_drawn_from_the_metrics(base):
+    get_report().log("Base model training", [{"depth": 4}])
+    rows = [{"step": step, "loss": 9 / (1 + step)} for step in range(1000)]
+    rows += [{"step": 0, "val_bpb": 3.4}, {"step": 999, "val_bpb": 1.0}, {"step": 5, "loss": float("nan")}]
+    path = base / "report" / "metrics" / "base.jsonl"
+    path.parent.mkdir()
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 1000, "lo', encoding="utf-8")
+    text = Report(base / "report").generate().read_text(encoding="utf-8")
+    svg = base / "report" / "base.svg"
+    assert f"![loss curve]({svg})" in text
+    lines = ElementTree.parse(svg).getroot().findall("{http://www.w3.org/2000/svg}polyline")
+    loss, bpb = ([tuple(map(float, p.split(","))) for p in line.get("points").split()] for line in lines)
+    assert len(loss) == 334 and len(bpb) == 2
+    assert all(48 <= x <= 708 and 12 <= y <= 232 for x, y in loss + bpb)
+    assert loss[0][1] < loss[-1][1]  # falls: y grows downwards
+    assert report.curve_svg([{"step": 0, "loss": 1.0}]) is None
+
+
+def test_other_ranks_are_silent(base, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    get_report().log("Midtraining", [{"a": 1}])
+    assert not (base / "report").exists()
