@@ -88,7 +88,7 @@ def main(argv=None):
     tokenizer = Tokenizer.train_from_iterator(
         read_texts(args.max_chars, args.doc_cap, totals),
         args.vocab_size,
-        progress=lambda done, wanted: merging(done / wanted, f"{done:,} of {wanted:,} merges"),
+        progress=lambda done, wanted: merging(done / max(wanted, 1), f"{done:,} of {wanted:,} merges"),
     )
     train_time = time.time() - start
     vocab_size = tokenizer.get_vocab_size()
