@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# From raw text to a chat model, in one command:
+#
+#     bash speedrun.sh
+#
+# Sets up its own environment, picks what this machine can train (TIER=pocket|laptop|single|speedrun overrides that),
+# and at the end says how to chat. Run again, it goes on where it was stopped. What it makes is in NANOCHAT_BASE_DIR
+# (~/.cache/nanochat). WANDB_RUN=<name> logs to wandb.
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+. dev/setup.sh
+. dev/stages.sh
+export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
+mkdir -p "$NANOCHAT_BASE_DIR"
+run=--run=${WANDB_RUN:-dummy}
+
+# No GPU and no network: the embedded world, in about a quarter of an hour on two cores.
+pocket() {
+    local tasks="PocketSums|PocketFacts|SpellingBee"
+    local size="--max_seq_len=256 --device_batch_size=32 --total_batch_size=8192 --eval_tokens=131072"
+    stage "report: machine and time" 5 report/header.md python -m nanochat.report reset
+    stage "text of the pocket world" 10 base_data/manifest.json python -m nanochat.dataset --pocket
+    stage "tokenizer" 15 tokenizer python -m scripts.tok_train --vocab_size=4096
+    stage "tokenizer evaluation" 10 report/tokenizer-evaluation.md python -m scripts.tok_eval
+    stage "base pretraining" 360 base_checkpoints/d4 python -m scripts.base_train "$run" --resume=1 --depth=4 $size \
+        --num_iterations=700 --eval_every=100 --save_every=100 --keep=2 --core_metric_every=-1 --sample_every=350
+    stage "base loss" 15 report/base-model-loss.md \
+        python -m scripts.base_loss --device_batch_size=32 --split_tokens=131072
+    stage "base evaluation" 30 report/chat-evaluation-base.md python -m scripts.chat_eval -i base -a "$tasks" -x 100
+    stage "midtraining" 240 mid_checkpoints/d4 python -m scripts.mid_train "$run" --resume=1 --data=pocket $size \
+        --num_iterations=400 --eval_every=100 --save_every=100 --keep=2
+    stage "midtraining evaluation" 30 report/chat-evaluation-mid.md \
+        python -m scripts.chat_eval -i mid -a "$tasks" -x 100
+    stage "supervised finetuning" 90 chatsft_checkpoints/d4 python -m scripts.chat_sft "$run" --resume=1 --data=pocket \
+        --device_batch_size=16 --eval_metrics_every=-1
+    stage "final evaluation" 30 report/chat-evaluation-sft.md python -m scripts.chat_eval -i sft -a "$tasks" -x 200
+    stage "report" 10 report/report.md python -m nanochat.report generate
+}
+
+# Shards: 20 tokens a parameter, 4.8 characters a token, 250 million characters a shard. Hours are of pretraining.
+laptop() { depth=8 context=1024 batch=8 vocab=32768 shards=22 hours=7 && public; }
+single() { depth=12 context=2048 batch=16 vocab=32768 shards=52 hours=10 && public; }
+speedrun() {
+    export OMP_NUM_THREADS=1
+    launch="torchrun --standalone --nproc_per_node=${NPROC_PER_NODE:-8}"
+    depth=20 context=2048 batch=32 vocab=65536 shards=240 hours=3 && public
+}
+
+# A GPU, or eight, and public text. While the tokenizer trains on the first shards, the others arrive.
+public() {
+    local launch=${launch:-python}
+    stage "report: machine and time" 10 report/header.md python -m nanochat.report reset
+    stage "the first shards" 120 base_data/manifest.json python -m nanochat.dataset -n 8
+    stage "tokenizer" 180 tokenizer downloading "$shards" \
+        python -m scripts.tok_train --max_chars=2000000000 --vocab_size="$vocab"
+    stage "tokenizer evaluation" 20 report/tokenizer-evaluation.md python -m scripts.tok_eval
+    stage "the other shards" $((shards * 5)) base_data/manifest.json python -m nanochat.dataset -n "$shards"
+    stage "base pretraining" $((hours * 3600)) "base_checkpoints/d$depth" $launch -m scripts.base_train "$run" \
+        --resume=1 --depth="$depth" --max_seq_len="$context" --device_batch_size="$batch" --save_every=500 --keep=2
+    stage "base loss" 120 report/base-model-loss.md $launch -m scripts.base_loss --device_batch_size="$batch"
+    stage "midtraining" $((hours * 400)) "mid_checkpoints/d$depth" $launch -m scripts.mid_train "$run" \
+        --resume=1 --max_seq_len="$context" --device_batch_size="$batch" --save_every=500 --keep=2
+    stage "midtraining evaluation" 900 report/chat-evaluation-mid.md $launch -m scripts.chat_eval -i mid
+    stage "supervised finetuning" 900 "chatsft_checkpoints/d$depth" $launch -m scripts.chat_sft "$run" --resume=1
+    stage "final evaluation" 900 report/chat-evaluation-sft.md $launch -m scripts.chat_eval -i sft
+    stage "report" 10 report/report.md python -m nanochat.report generate
+}
+
+gpu_mib=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null || true)
+gpus=$(grep -c '[0-9]' <<<"$gpu_mib" || true) # one line a GPU, and none without a driver
+smallest=$(sort -n <<<"${gpu_mib:-0}" | head -1)
+if ((gpus >= 8 && smallest > 75000)); then
+    fits=speedrun
+elif ((smallest > 22000)); then
+    fits=single
+elif ((smallest > 7000)); then
+    fits=laptop
+else
+    fits=pocket
+fi
+tier=${TIER:-$fits}
+case $tier in
+pocket | laptop | single | speedrun) ;;
+*) die "TIER=$tier: choose pocket, laptop, single or speedrun" ;;
+esac
+echo "tier $tier: $gpus GPUs of $smallest MiB and $(getconf _NPROCESSORS_ONLN) CPU cores are fit for $fits" \
+    "(TIER=pocket|laptop|single|speedrun chooses another)"
+
+set_up
+$tier
+run_stages
+cat <<END
+
+Done: the report is in report.md, everything else in $NANOCHAT_BASE_DIR. Talk to the model:
+
+    source .venv/bin/activate
+    python -m scripts.chat_cli
+END

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# All checks, in the environment they set up themselves: bash tests/run.sh
+# Style and tests of Python and Rust; pytest with the slow tests, without those that need a GPU or the internet.
+
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. dev/setup.sh
+set_up dev
+find_rust
+failed=()
+
+check() { # <what> <command...>
+    echo
+    echo "== $1"
+    "${@:2}" || failed+=("$1")
+}
+
+check "ruff check" ruff check .
+check "ruff format" ruff format --check .
+check "shell syntax" bash -n speedrun.sh run1000.sh dev/*.sh tests/run.sh .ci/run
+cd rustbpe || exit 1
+check "cargo fmt" cargo fmt --check
+check "cargo clippy" cargo clippy --quiet --all-targets -- -D warnings
+check "cargo test" cargo test --quiet
+cd ..
+echo
+if ((${#failed[@]})); then
+    echo "FAILED before pytest: ${failed[*]}"
+else
+    echo "style and Rust: all passed"
+fi
+echo "== pytest"
+python -m pytest -q -m "not gpu and not network" || failed+=(pytest)
+exit $((${#failed[@]} > 0))
