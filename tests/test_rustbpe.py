@@ -1,0 +1,217 @@
+"""The Rust trainer and encoder against slow Python, tiktoken and the `regex` module."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import regex
+import tiktoken
+
+import rustbpe
+from nanochat.tokenizer import SPLIT_PATTERN
+
+ROOT = Path(__file__).parents[1]
+MIRROR = ROOT.parent / "shared" / "data" / "mirror" / "karpathy" / "fineweb-edu-100b-shuffle" / "resolve" / "main"
+
+
+def train(texts, vocab_size, **options):
+    tokenizer = rustbpe.Tokenizer()
+    tokenizer.train_from_iterator(iter(texts), vocab_size, **options)
+    return tokenizer
+
+
+def merge(tokens, pair):
+    """Join every occurrence of `pair` (two bytes objects), from the left."""
+    out, i = [], 0
+    while i < len(tokens):
+        both = tuple(tokens[i : i + 2]) == pair
+        out.append(tokens[i] + tokens[i + 1] if both else tokens[i])
+        i += 1 + both
+    return out
+
+
+def naive_tokens(texts, vocab_size):
+    """The tokens of greedy BPE: all pairs are counted anew for each merge; ties go to the pair of lowest ranks."""
+    words = Counter(piece for text in texts for piece in regex.findall(SPLIT_PATTERN, text))
+    words = [([bytes([b]) for b in word.encode()], n) for word, n in words.items()]
+    ranks = {bytes([b]): b for b in range(256)}
+    while len(ranks) < vocab_size:
+        counts = Counter()
+        for tokens, n in words:
+            for pair in zip(tokens, tokens[1:], strict=False):
+                counts[pair] += n
+        if not counts:
+            break
+        best = min(counts, key=lambda p: (-counts[p], ranks[p[0]], ranks[p[1]]))
+        words = [(merge(tokens, best), n) for tokens, n in words]
+        assert best[0] + best[1] not in ranks
+        ranks[best[0] + best[1]] = len(ranks)
+    return list(ranks)
+
+
+def tokens_of(tokenizer):
+    tokens, ranks = zip(*tokenizer.get_mergeable_ranks(), strict=True)
+    assert ranks == tuple(range(len(tokens)))
+    return list(tokens)
+
+
+def strange_text(rng, length):
+    """Random characters, with plenty of what the split pattern treats specially, of which all Unicode tables know."""
+    kinds = [
+        lambda: rng.choice(" \t\n\r\x0b\x0c\x85\xa0\u2028\u3000\u200b"),
+        lambda: rng.choice("'''sdmtSDMT\u017f") + rng.choice(["ll", "VE", "re", "x", ""]),
+        lambda: rng.choice("0123456789½²٣Ⅷ"),
+        lambda: chr(rng.randrange(0x21, 0x7F)),
+        lambda: chr(rng.randrange(0x300, 0x370)),
+        lambda: chr(rng.randrange(0x80, 0x3000)),
+        lambda: chr(rng.randrange(0x80, 0x110000)),
+    ]
+    text = "".join(rng.choice(kinds)() for _ in range(length))
+    return "".join(c for c in text if unicodedata.category(c) not in ("Cn", "Cs"))
+
+
+def real_texts(limit):
+    """Paragraphs of English: the mirror's where it exists, else of this repository's own files."""
+    if MIRROR.exists():
+        import pyarrow.parquet as pq
+
+        documents = pq.read_table(MIRROR / "shard_00003.parquet").column("text").to_pylist()
+    else:
+        documents = [path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("nanochat/*.py"))]
+    out = []
+    for text in documents:
+        out.append(text[:limit])
+        limit -= len(out[-1])
+        if limit <= 0:
+            return out
+    return out
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_merges_equal_the_naive_trainer_on_random_text(seed):
+    rng = random.Random(seed)
+    letters = ["ab", "aab c", "abc' s12\n", "aéß漢😀 '1s"][seed % 4]
+    texts = ["".join(rng.choices(letters, k=rng.randrange(60))) for _ in range(40)]
+    assert tokens_of(train(texts, 330, buffer_size=7)) == naive_tokens(texts, 330)
+
+
+def test_merges_equal_the_naive_trainer_on_real_text():
+    texts = real_texts(20_000)
+    assert tokens_of(train(texts, 380)) == naive_tokens(texts, 380)
+
+
+def test_merges_do_not_depend_on_the_number_of_threads(tmp_path):
+    path = tmp_path / "text.json"
+    path.write_text(json.dumps(real_texts(500_000)), encoding="utf-8")
+    code = (
+        "import json, rustbpe; t = rustbpe.Tokenizer()\n"
+        f"t.train_from_iterator(iter(json.load(open({str(path)!r}, encoding='utf-8'))), 2000, buffer_size=9)\n"
+        "print(t.get_mergeable_ranks())"
+    )
+    outputs = set()
+    for threads in ("1", "3"):
+        env = os.environ | {"RAYON_NUM_THREADS": threads}
+        outputs.add(subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=True).stdout)
+    assert len(outputs) == 1 and b", 1999)]" in outputs.pop()
+
+
+def test_ids_equal_tiktoken():
+    rng = random.Random(0)
+    texts = real_texts(1_000_000)
+    tokenizer = train(texts + [strange_text(rng, 300) for _ in range(300)], 8000)
+    ranks = dict(tokenizer.get_mergeable_ranks())
+    assert len(ranks) == 8000  # no two tokens have the same bytes
+    oracle = tiktoken.Encoding("oracle", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    runs = ["", " ", "a" * 5000, " " * 5000 + "x", "ab" * 999, "\r\n" * 999, "!" * 999 + "\n\n", "'" * 99, "<|bos|>"]
+    for text in texts[:100] + runs + [strange_text(rng, rng.randrange(100)) for _ in range(3000)]:
+        ids = tokenizer.encode(text)
+        assert ids == oracle.encode_ordinary(text), text
+        assert oracle.decode(ids) == text
+
+
+def test_pieces_equal_the_regex_module():
+    rng = random.Random(1)
+    texts = [strange_text(rng, rng.randrange(60)) for _ in range(3000)]
+    # With room for every merge each distinct piece of two bytes or more becomes one token: the ids show the pieces.
+    tokenizer = train(texts, 10_000_000)
+    tokens = tokens_of(tokenizer)
+    for text in texts:
+        assert [tokens[i].decode() for i in tokenizer.encode(text)] == regex.findall(SPLIT_PATTERN, text)
+
+
+def test_the_default_pattern_is_the_projects():
+    assert rustbpe.Tokenizer().get_pattern() == SPLIT_PATTERN
+
+
+def test_another_pattern():
+    tokenizer = train(["ab ab"], 300, pattern=r"\w+|\W+")
+    assert tokenizer.get_pattern() == r"\w+|\W+"
+    assert tokens_of(tokenizer)[256:] == [b"ab"]
+
+
+def test_an_untrained_tokenizer_knows_the_bytes():
+    assert rustbpe.Tokenizer().encode("é!") == [0xC3, 0xA9, 0x21]
+
+
+def test_training_stops_when_pairs_run_out():
+    assert tokens_of(train(["aaaaa"], 1000))[256:] == [b"aa", b"aaa", b"aaaaa"]
+    assert tokens_of(train([], 1000))[256:] == []
+
+
+@pytest.mark.parametrize(
+    "texts, vocab_size, options, error, message",
+    [
+        (["a"], 255, {}, ValueError, "vocab_size=255 is not between 256 and"),
+        (["a"], -1, {}, ValueError, "vocab_size=-1 is not between 256 and"),
+        (["a"], 300, {"pattern": "(["}, ValueError, "the split pattern is not a valid regular expression"),
+        (["a", "\ud800"], 300, {}, ValueError, "surrogates not allowed"),
+        (["a", b"a"], 300, {}, TypeError, "bytes"),
+        ((1 / 0 for _ in "a"), 300, {}, ZeroDivisionError, "division by zero"),
+    ],
+)
+def test_mistakes_raise_and_leave_the_tokenizer_as_it_was(texts, vocab_size, options, error, message):
+    tokenizer = train(["ab ab"], 257)
+    with pytest.raises(error, match=message.replace("(", r"\(")):
+        tokenizer.train_from_iterator(iter(texts), vocab_size, **options)
+    assert tokens_of(tokenizer)[256:] == [b"ab"]
+
+
+def test_other_threads_run_while_it_counts():
+    """The iterator waits for a thread that can only proceed while the interpreter is free."""
+    texts, ticks, stop = real_texts(3_000_000), [0], threading.Event()
+
+    def tick():
+        while not stop.is_set():
+            ticks[0] += 1
+            stop.wait(0.001)
+
+    def feed():
+        yield from texts
+        seen.append(ticks[0])  # the buffer is full: counting happens after this
+
+    seen = []
+    thread = threading.Thread(target=tick)
+    thread.start()
+    train(feed(), 256)
+    stop.set()
+    thread.join()
+    assert ticks[0] - seen[0] > 10
+
+
+def test_progress_is_reported_and_its_errors_end_the_training():
+    calls = []
+    train(["abc abd"], 258, progress=lambda done, wanted: calls.append((done, wanted)))
+    assert calls[-1] == (2, 2)
+
+    def interrupt(done, wanted):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(["abc abd"], 258, progress=interrupt)

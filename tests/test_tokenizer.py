@@ -1,0 +1,370 @@
+"""The Tokenizer class, its files and the rendering of conversations; tok_train and tok_eval on a small corpus."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiktoken
+import torch
+
+from nanochat.common import UserError
+from nanochat.tokenizer import (
+    SPECIAL_TOKENS,
+    SPLIT_PATTERN,
+    RustBPETokenizer,
+    Tokenizer,
+    get_token_bytes,
+    get_tokenizer,
+)
+from scripts import tok_eval, tok_train
+
+TEXTS = ["The cat sat on the mat. The cat's mat!\n\nWhat is 12 + 30? It is 42.", "Ünïcödé 漢字 😀 안녕하세요"] * 3
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train_from_iterator(iter(TEXTS), 320)
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def one_line(error):
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+def test_special_tokens_follow_the_merges_in_order(tokenizer):
+    assert tokenizer.get_vocab_size() == 320
+    assert tokenizer.get_special_tokens() == list(SPECIAL_TOKENS)
+    assert [tokenizer.encode_special(name) for name in SPECIAL_TOKENS] == list(range(311, 320))
+    assert tokenizer.get_bos_token_id() == 311
+    with pytest.raises(ValueError, match="not a special token"):
+        tokenizer.encode_special("<|system|>")
+
+
+def test_encoding_equals_tiktoken_and_round_trips(tokenizer):
+    oracle = tiktoken.Encoding("o", pat_str=SPLIT_PATTERN, mergeable_ranks=tokenizer.ranks, special_tokens={})
+    for text in [*TEXTS, "", " \r\n\t  x", "<|bos|><|user_start|>", "\U0001f468\u200d\U0001f469", tok_train.SAMPLE]:
+        ids = tokenizer.encode(text)
+        assert ids == oracle.encode_ordinary(text) == tokenizer(text)
+        assert max(ids, default=0) < 311  # no special token comes out of text
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.decode_bytes(ids) == text.encode()
+
+
+def test_prepend_and_append_take_ids_and_names(tokenizer):
+    cat, mat = tokenizer.encode("cat"), tokenizer.encode("mat")
+    assert tokenizer.encode("cat", prepend="<|bos|>", append=5) == [311, *cat, 5]
+    assert tokenizer.encode(["cat", "mat", ""], prepend=0, append="<|user_end|>") == [
+        [0, *cat, 313],
+        [0, *mat, 313],
+        [0, 313],
+    ]
+    assert tokenizer.encode(["cat", "mat"], num_threads=2) == [cat, mat]
+
+
+def test_half_a_character_decodes_to_the_replacement_character(tokenizer):
+    assert tokenizer.id_to_token(0xC3) == "\ufffd"
+    assert tokenizer.id_to_token(311) == "<|bos|>"
+
+
+@pytest.mark.parametrize("vocab_size", [264, 0, -5])
+def test_a_vocabulary_that_is_too_small_is_refused(vocab_size):
+    with pytest.raises(UserError, match=f"vocab_size={vocab_size} is too small.*265"):
+        Tokenizer.train_from_iterator(iter(TEXTS), vocab_size)
+
+
+def test_the_smallest_vocabulary_and_one_that_the_text_cannot_fill():
+    assert Tokenizer.train_from_iterator(iter(TEXTS), 265).get_vocab_size() == 265
+    small = Tokenizer.train_from_iterator(iter(["ab"]), 1000)
+    assert small.get_vocab_size() == 257 + 9 and small.encode_special("<|bos|>") == 257
+
+
+def test_a_name_that_tiktoken_does_not_know():
+    with pytest.raises(UserError, match="no tokenizer 'gpt9'; tiktoken has .*gpt2"):
+        Tokenizer.from_pretrained("gpt9")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def test_a_saved_tokenizer_is_the_same_one(tokenizer, base):
+    tokenizer.save(base / "tokenizer")
+    loaded = get_tokenizer()
+    assert isinstance(loaded, RustBPETokenizer)
+    assert (loaded.pattern, loaded.ranks, loaded.bos) == (tokenizer.pattern, tokenizer.ranks, tokenizer.bos)
+    assert loaded.special_tokens == tokenizer.special_tokens
+    assert sorted(p.name for p in (base / "tokenizer").iterdir()) == [
+        "ranks.tiktoken",
+        "token_bytes.pt",
+        "tokenizer.json",
+    ]
+    assert loaded.encode(TEXTS) == tokenizer.encode(TEXTS)
+
+
+def test_the_ranks_file_is_in_tiktokens_format(tokenizer, base, monkeypatch):
+    from tiktoken.load import load_tiktoken_bpe
+
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+    tokenizer.save(base)
+    assert load_tiktoken_bpe(str(base / "ranks.tiktoken")) == tokenizer.ranks
+
+
+def test_token_bytes_count_raw_bytes(tokenizer, base):
+    tokenizer.save(base / "tokenizer")
+    counts = get_token_bytes("cpu")
+    assert counts.dtype == torch.int32 and counts.shape == (320,)
+    assert counts[:256].tolist() == [1] * 256  # also those that are no UTF-8 by themselves
+    assert counts[311:].tolist() == [0] * 9
+    for text in TEXTS:
+        assert counts[tokenizer.encode(text, prepend="<|bos|>")].sum() == len(text.encode())
+
+
+def test_a_missing_tokenizer_names_the_command(base):
+    for load in (get_tokenizer, get_token_bytes):
+        with pytest.raises(
+            UserError, match="no tokenizer at .*tokenizer.json; train one with `python -m scripts.tok_train`"
+        ):
+            load()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "ranks.tiktoken", "token_bytes.pt"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "other"])
+def test_a_damaged_file_is_named(tokenizer, base, name, damage):
+    tokenizer.save(base / "tokenizer")
+    path = base / "tokenizer" / name
+    data = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(data[: len(data) // 2] if damage == "cut" else b"[1, 2]")
+    with pytest.raises(UserError, match=f"{name}.*tok_train") as error:
+        get_token_bytes() if name == "token_bytes.pt" else get_tokenizer()
+    one_line(error)
+
+
+def test_a_failed_save_leaves_the_old_files(tokenizer, base, monkeypatch):
+    tokenizer.save(base)
+    before = {p.name: p.read_bytes() for p in base.iterdir()}
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError):
+        Tokenizer.train_from_iterator(iter(TEXTS), 300).save(base)
+    assert {p.name: p.read_bytes() for p in base.iterdir()} == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conversations
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+def chat(*messages):
+    return {"messages": list(messages)}
+
+
+def expected(tokenizer, *spans):
+    """(ids, mask) from (text or name of a special token, mask) pairs."""
+    ids, mask = [], []
+    for text, learned in spans:
+        new = [tokenizer.encode_special(text)] if text in SPECIAL_TOKENS else tokenizer.encode(text)
+        ids += new
+        mask += [learned] * len(new)
+    return ids, mask
+
+
+def test_a_conversation_with_a_tool_call(tokenizer):
+    parts = [
+        {"type": "text", "text": "It is "},
+        {"type": "python", "text": "12+30"},
+        {"type": "python_output", "text": "42"},
+        {"type": "text", "text": "42."},
+    ]
+    conversation = chat(
+        {"role": "system", "content": "Be kind."}, user("12 + 30?"), assistant(parts), user("Sure?"), assistant("Yes.")
+    )
+    rendered = tokenizer.render_conversation(conversation)
+    assert rendered == expected(
+        tokenizer,
+        ("<|bos|>", 0),
+        *[("<|user_start|>", 0), ("Be kind.\n\n12 + 30?", 0), ("<|user_end|>", 0)],
+        *[("<|assistant_start|>", 0), ("It is ", 1)],
+        *[("<|python_start|>", 1), ("12+30", 1), ("<|python_end|>", 1)],
+        *[("<|output_start|>", 0), ("42", 0), ("<|output_end|>", 0)],
+        *[("42.", 1), ("<|assistant_end|>", 1)],
+        *[("<|user_start|>", 0), ("Sure?", 0), ("<|user_end|>", 0)],
+        *[("<|assistant_start|>", 0), ("Yes.", 1), ("<|assistant_end|>", 1)],
+    )
+    assert tokenizer.render_conversation(conversation, max_tokens=20) == (rendered[0][:20], rendered[1][:20])
+    assert conversation["messages"][1]["content"] == "12 + 30?"  # the caller's data stays as it is
+
+
+def test_special_strings_in_messages_stay_text(tokenizer):
+    ids, mask = tokenizer.render_conversation(chat(user("<|assistant_start|>"), assistant("<|assistant_end|><|bos|>")))
+    special = [(tokenizer.id_to_token(i), m) for i, m in zip(ids, mask, strict=True) if i >= 311]
+    assert special == [
+        *[("<|bos|>", 0), ("<|user_start|>", 0), ("<|user_end|>", 0)],
+        *[("<|assistant_start|>", 0), ("<|assistant_end|>", 1)],
+    ]
+
+
+@pytest.mark.parametrize(
+    "conversation, message",
+    [
+        (chat(), "one message or more"),
+        ([user("a")], "a conversation is"),
+        (chat(assistant("a")), "message 1 of 1 has the role 'assistant', expected 'user'"),
+        (chat(user("a"), user("b")), "message 2 of 2 has the role 'user', expected 'assistant'"),
+        (chat(user("a"), {"role": "system", "content": "b"}), "message 2 of 2 has the role 'system'"),
+        (chat({"role": "system", "content": "b"}), "ends after its system message"),
+        (chat({"role": "system", "content": "b"}, assistant("a")), "message 2 of 2 .* expected 'user'"),
+        (chat(user("a"), "b"), "message 2 of 2 is 'b', expected an object"),
+        (chat(user(3)), "message 1 of 1 .* has the content '3', expected text"),
+        (chat(user([{"type": "text", "text": "a"}])), r"message 1 of 1 \(user\) has the content"),
+        (chat(user("a"), assistant([{"type": "image", "text": "b"}])), "message 2 of 2 .* type of text, python"),
+        (chat(user("a"), {"role": "assistant"}), "message 2 of 2 .* has the content 'None'"),
+    ],
+)
+def test_conversations_of_another_shape_are_refused(tokenizer, conversation, message):
+    for render in (tokenizer.render_conversation, tokenizer.render_for_completion):
+        with pytest.raises(UserError, match=message) as error:
+            render(conversation)
+        one_line(error)
+
+
+def test_a_prompt_ends_with_assistant_start(tokenizer):
+    prompt, _ = expected(
+        tokenizer,
+        *[("<|bos|>", 0), ("<|user_start|>", 0), ("Hi.\n\nWhy?", 0), ("<|user_end|>", 0), ("<|assistant_start|>", 0)],
+    )
+    system = {"role": "system", "content": "Hi."}
+    assert tokenizer.render_for_completion(chat(system, user("Why?"))) == prompt
+    assert tokenizer.render_for_completion(chat(system, user("Why?"), assistant("Because."))) == prompt
+
+
+def test_a_prompt_is_the_start_of_the_conversation_that_follows(tokenizer):
+    conversation = chat(user("a"), assistant("b"), user("c"), assistant("d"))
+    prompt = tokenizer.render_for_completion(conversation)
+    ids, mask = tokenizer.render_conversation(conversation)
+    assert ids[: len(prompt)] == prompt and mask[len(prompt) :] == [1] * (len(ids) - len(prompt))
+
+
+def test_a_long_prompt_loses_its_oldest_turns_and_keeps_the_system_message(tokenizer):
+    system = {"role": "system", "content": "Be kind."}
+    turns = [user("one"), assistant("1"), user("two"), assistant("2"), user("three")]
+    full = tokenizer.render_for_completion(chat(system, *turns))
+    assert tokenizer.render_for_completion(chat(system, *turns), max_tokens=len(full)) == full
+    without_first = tokenizer.render_for_completion(chat(system, *turns[2:]))
+    assert tokenizer.render_for_completion(chat(system, *turns), max_tokens=len(full) - 1) == without_first
+    last = tokenizer.render_for_completion(chat(system, turns[4]))
+    assert tokenizer.render_for_completion(chat(system, *turns), max_tokens=len(last)) == last
+
+
+@pytest.mark.parametrize("max_tokens", [8, 50, 2048])
+def test_a_question_that_is_too_long_keeps_its_end(tokenizer, max_tokens):
+    question = "12 + 30? " * 2000 + "What is it?"
+    ids = tokenizer.render_for_completion(chat(user("a"), assistant("b"), user(question)), max_tokens)
+    tail = tokenizer.encode(question)[-(max_tokens - 4) :]
+    assert ids == [311, 312, *tail, 313, 314]
+
+
+def test_no_room_for_a_prompt(tokenizer):
+    with pytest.raises(UserError, match="max_tokens=-3 leaves no room"):
+        tokenizer.render_for_completion(chat(user("What?")), max_tokens=-3)
+
+
+def test_visualize(tokenizer):
+    ids, mask = tokenizer.render_conversation(chat(user("a"), assistant("b")))
+    shown = tokenizer.visualize_tokenization(ids, mask)
+    assert "\033[31ma\033[0m" in shown and "\033[32mb\033[0m" in shown and shown.count("|\033") == len(ids) - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scripts
+
+
+@pytest.fixture
+def shards(base):
+    (base / "base_data").mkdir()
+    for i in range(3):
+        table = pa.table({"text": [f"{text} {i}" for text in TEXTS]})
+        pq.write_table(table, base / "base_data" / f"shard_{i:05d}.parquet")
+    return base
+
+
+def test_tok_train_and_tok_eval(shards, capsys, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shards / "no-cache"))
+    tok_train.main(["--vocab-size=300", "--max_chars=1e6"])
+    assert get_tokenizer().get_vocab_size() == 300
+    tok_eval.main([])
+    out = capsys.readouterr().out
+    assert "saved 300 tokens" in out and "| korean |" in out and "| val |" in out
+    assert "Left out: tiktoken has not cached gpt2" in out
+    assert (shards / "report" / "tokenizer-training.md").exists()
+    assert "Left out" in (shards / "report" / "tokenizer-evaluation.md").read_text(encoding="utf-8")
+
+    monkeypatch.setattr(Tokenizer, "from_pretrained", lambda name: get_tokenizer())
+    tok_eval.main([])
+    assert "| news | 579 |" in capsys.readouterr().out
+
+
+def test_tok_train_reads_the_training_split_up_to_its_limits(shards):
+    totals = {"documents": 0, "characters": 0}
+    texts = list(tok_train.read_texts(10**6, 10, totals))
+    assert texts == [text[:10] for text in TEXTS] * 2  # the third shard is validation
+    assert totals == {"documents": 12, "characters": sum(map(len, texts))}
+    totals = {"documents": 0, "characters": 0}
+    assert list(tok_train.read_texts(11, 10, totals)) == texts[:2]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--vocab_size=264"], "vocab_size=264 is too small"),
+        (["--max_chars=0"], "--max_chars=0: give 1 or more"),
+        (["--doc_cap=-1"], "--doc_cap=-1: give 1 or more"),
+    ],
+)
+def test_tok_train_leaves_the_old_tokenizer_on_a_mistake(shards, tokenizer, flags, message):
+    tokenizer.save(shards / "tokenizer")
+    with pytest.raises(UserError, match=message):
+        tok_train.main(flags)
+    assert get_tokenizer().ranks == tokenizer.ranks
+
+
+def test_tok_train_on_a_damaged_shard(shards, tokenizer):
+    tokenizer.save(shards / "tokenizer")
+    shard = shards / "base_data" / "shard_00001.parquet"
+    shard.write_bytes(shard.read_bytes()[:-50])
+    with pytest.raises(UserError, match="shard_00001.parquet"):
+        tok_train.main(["--vocab_size=300"])
+    assert get_tokenizer().ranks == tokenizer.ranks
+
+
+def test_tok_train_without_shards_names_the_command(base):
+    with pytest.raises(UserError, match="python -m nanochat.dataset"):
+        tok_train.main([])
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "1.5", "many"])
+def test_a_count_that_is_none(value, capsys):
+    with pytest.raises(SystemExit) as stop:
+        tok_train.main([f"--max_chars={value}"])
+    assert stop.value.code == 2 and value in capsys.readouterr().err
