@@ -1,0 +1,165 @@
+"""The model against transformers' NanoChat class, its loss against the plain formula, its sizes against the spec."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanochat.common import UserError
+from nanochat.engine import KVCache
+from nanochat.gpt import GPT, GPTConfig, chunk_rows
+
+HF_NAMES = {
+    "transformer.wte": "model.embed_tokens",
+    "transformer.h": "model.layers",
+    "attn.c_q": "self_attn.q_proj",
+    "attn.c_k": "self_attn.k_proj",
+    "attn.c_v": "self_attn.v_proj",
+    "attn.c_proj": "self_attn.o_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+
+
+def random_model(n_kv_head=4, vocab_size=100, **changes):
+    torch.manual_seed(1)
+    shape = {"sequence_len": 32, "n_layer": 3, "n_head": 4, "n_embd": 64} | changes
+    model = GPT(GPTConfig(vocab_size=vocab_size, n_kv_head=n_kv_head, **shape))
+    model.init_weights("cpu")
+    for p in model.parameters():  # the recipe's zeros would hide half of the model
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("n_kv_head", [4, 2])
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_logits_equal_transformers(n_kv_head, use_cache):
+    transformers = pytest.importorskip("transformers")
+    model = random_model(n_kv_head)
+    c = model.config
+    hf = transformers.NanoChatForCausalLM(
+        transformers.NanoChatConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.n_embd,
+            intermediate_size=4 * c.n_embd,
+            num_hidden_layers=c.n_layer,
+            num_attention_heads=c.n_head,
+            num_key_value_heads=c.n_kv_head,
+            max_position_embeddings=c.sequence_len,
+            rms_norm_eps=1.1920929e-07,
+        )
+    ).eval()
+    weights = {}
+    for name, p in model.state_dict().items():
+        for ours, theirs in HF_NAMES.items():
+            name = name.replace(ours, theirs)
+        weights[name] = p[: c.vocab_size] if name in ("model.embed_tokens.weight", "lm_head.weight") else p
+    hf.load_state_dict(weights)
+    ids = torch.randint(0, c.vocab_size, (2, 24))
+    with torch.no_grad():
+        if use_cache:
+            cache, ours, past, theirs = KVCache(c.n_layer, rows=2), [], None, []
+            for chunk in ids.split((7, 1, 1, 10, 1, 4), dim=1):
+                ours.append(model(chunk, kv_cache=cache))
+                out = hf(chunk, past_key_values=past, use_cache=True)
+                past = out.past_key_values
+                theirs.append(out.logits)
+            ours, theirs = torch.cat(ours, 1), torch.cat(theirs, 1)
+        else:
+            ours, theirs = model(ids), hf(ids).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_chunked_loss_equals_plain_cross_entropy(reduction, monkeypatch):
+    model = random_model(vocab_size=130)
+    monkeypatch.setattr("nanochat.gpt.CHUNK_ELEMENTS", 130 * 5)  # 5 rows a chunk, the last one shorter
+    idx, targets = torch.randint(0, 130, (2, 2, 16))
+    targets[0, 3:9] = -1
+    weights = torch.rand(2, 16) if reduction == "none" else torch.tensor(0.7)
+
+    loss = model(idx, targets, loss_reduction=reduction)
+    (loss * weights).sum().backward()
+    grads = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    plain = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
+    plain = plain.view_as(targets) if reduction == "none" else plain
+    (plain * weights).sum().backward()
+
+    assert chunk_rows(idx, 130) == 5
+    torch.testing.assert_close(loss, plain)
+    for ours, p in zip(grads, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, p.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_loss_without_any_target_is_zero_and_harmless():
+    model = random_model()
+    idx = torch.randint(0, 100, (1, 8))
+    loss = model(idx, torch.full_like(idx, -1))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad.abs().sum() == 0 for p in model.parameters())
+
+
+def test_fresh_model_predicts_every_token_equally():
+    model = GPT(GPTConfig.from_depth(2, 16, 300))
+    model.init_weights("cpu")
+    idx = torch.randint(0, 300, (2, 16))
+    torch.testing.assert_close(model(idx, idx), torch.tensor(300.0).log())
+    for name, p in model.named_parameters():
+        assert p.isfinite().all(), name
+    fc = model.transformer.h[0].mlp.c_fc.weight  # (512, 128): std 1 / sqrt(128)
+    assert abs(fc.std().item() * 128**0.5 - 1) < 0.05
+
+
+@pytest.mark.parametrize(("depth", "vocab", "params"), [(20, 65536, 560_988_160), (32, 65536, 1_879_048_192)])
+def test_sizes_of_the_recipe(depth, vocab, params):
+    model = GPT(GPTConfig.from_depth(depth, 2048, vocab))
+    assert model.num_params() == params
+
+
+def test_flops_of_the_recipe():
+    model = GPT(GPTConfig.from_depth(4, 256, 8192))
+    assert model.num_params() == 7_340_032
+    assert model.estimate_flops() == pytest.approx(3.4603e7, rel=1e-4)
+
+
+def test_any_depth_gives_heads_that_fit():
+    for depth in range(1, 40):
+        config = GPTConfig.from_depth(depth, 64, 256)
+        assert config.n_embd == 64 * depth
+        assert config.n_head * config.head_dim == config.n_embd
+        assert config.head_dim % 8 == 0
+    assert GPTConfig.from_depth(20, 64, 256).n_head == 10
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model = random_model()
+    idx = torch.randint(0, 100, (2, 16))
+    model(idx, idx).backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.grad_checkpoint = True
+    model(idx, idx).backward()
+    for before, p in zip(grads, model.parameters(), strict=True):
+        torch.testing.assert_close(before, p.grad)
+
+
+def test_positions_past_the_training_length():
+    model = random_model()
+    long = torch.randint(0, 100, (1, 80))  # trained on 32: the rotary table grows
+    short = model(long[:, :40])
+    torch.testing.assert_close(model(long)[:, :40], short, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [{"n_head": 3}, {"n_kv_head": 3}, {"n_layer": 0}, {"n_embd": 64, "n_head": 64}])
+def test_impossible_shapes_are_refused(shape):
+    with pytest.raises(UserError):
+        GPTConfig(**({"n_embd": 64, "n_head": 4, "n_kv_head": 4} | shape))
+
+
+def test_naive_generation_is_seeded():
+    model = random_model()
+    sample = [list(model.generate([1, 2, 3], 8, seed=s)) for s in (1, 1, 2)]
+    assert sample[0] == sample[1] != sample[2]
+    greedy = list(model.generate([1, 2, 3], 4, temperature=0))
+    assert greedy == list(model.generate([1, 2, 3], 4, temperature=1, top_k=1))

@@ -1,0 +1,133 @@
+"""Muon and AdamW against torch.optim, one process against two, schedules by hand."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nanochat.adamw import AdamW
+from nanochat.muon import Muon, orthogonalize
+from nanochat.schedule import lr_multiplier, muon_momentum, set_schedule
+
+
+def twins(*shapes):
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(s)) for s in shapes]
+    return ours, [torch.nn.Parameter(p.detach().clone()) for p in ours]
+
+
+def assert_same_steps(ours, theirs, make_ours, make_theirs, steps=6):
+    a, b = make_ours(ours), make_theirs(theirs)
+    for step in range(steps):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p) * 10.0 ** (step - 3)
+            q.grad = p.grad.clone()
+        for optimizer in (a, b):
+            optimizer.param_groups[0]["lr"] *= 0.9  # a schedule
+            optimizer.step()
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q, atol=1e-5, rtol=0)
+
+
+def test_adamw_equals_torch():
+    ours, theirs = twins((7, 5), (33,), (4, 3, 2))
+    kw = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.1}
+    assert_same_steps(ours, theirs, lambda p: AdamW(p, **kw), lambda p: torch.optim.AdamW(p, **kw))
+
+
+def test_muon_equals_torch():
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    ours, theirs = twins((64, 64), (64, 64), (128, 32), (32, 128))
+    kw = {"lr": 0.02, "momentum": 0.95}
+    assert_same_steps(
+        ours,
+        theirs,
+        lambda p: Muon(p, **kw),
+        lambda p: torch.optim.Muon(p, weight_decay=0.0, adjust_lr_fn="original", **kw),
+    )
+
+
+def test_orthogonalize():
+    g = torch.randn(3, 48, 20, dtype=torch.float32)
+    values = torch.linalg.svdvals(orthogonalize(g, dtype=torch.float32))
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+    assert orthogonalize(torch.zeros(1, 4, 4)).abs().sum() == 0
+
+
+def test_state_moves_between_world_sizes():
+    """Two ranks' shards, cut by hand, give the state of one; and a step after that is the same."""
+    ours, theirs = twins((8, 4), (8, 4), (8, 4))
+    a = Muon(ours)
+    for p in ours:
+        p.grad = torch.randn_like(p)
+    a.step()
+    whole = a.state_shard()
+    buffer = whole["0.momentum_buffer"]
+    padded = torch.cat([buffer, torch.zeros(1, 8, 4)])  # 3 matrices over 2 ranks
+    b = Muon(theirs)
+    b.load_shards([{"steps": 1, "0.momentum_buffer": half} for half in padded.split(2)])
+    assert torch.equal(b.state_shard()["0.momentum_buffer"], buffer)
+    assert b.steps == 1
+
+
+TWO_RANKS = """
+import sys, torch, torch.distributed as dist
+from nanochat.adamw import AdamW
+from nanochat.muon import Muon
+from nanochat.common import compute_init, compute_cleanup
+compute = compute_init("cpu", "float32")
+torch.manual_seed(3)
+params = [torch.nn.Parameter(torch.randn(s)) for s in ((6, 4), (6, 4), (6, 4), (5, 3), (7,))]
+optimizers = [AdamW(params[3:], lr=0.01), Muon(params[:3], ns_dtype=torch.float32)]
+grads = torch.Generator().manual_seed(5)
+for step in range(4):
+    for p in params:
+        both = [torch.randn(p.shape, generator=grads) for _ in range(2)]
+        p.grad = sum(both) / 2 if compute.world_size == 1 else both[compute.rank]
+    norm = sum(o.reduce_grads() or o.grad_sq_norm() for o in optimizers)
+    if compute.world_size > 1:
+        dist.all_reduce(norm)
+    for o in optimizers:
+        o.step(0.5)
+if compute.rank == 0:
+    torch.save([norm] + [p.detach() for p in params], sys.argv[1])
+del params, optimizers
+compute_cleanup()
+"""
+
+
+def test_two_ranks_equal_one(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(TWO_RANKS, encoding="utf-8")
+    subprocess.run([sys.executable, script, tmp_path / "1.pt"], check=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run([*torchrun, script, tmp_path / "2.pt"], check=True, capture_output=True)
+    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_schedules_by_hand():
+    assert [lr_multiplier(p) for p in (0, 0.5, 0.8)] == [1, 1, pytest.approx(1)]
+    assert lr_multiplier(0.9) == pytest.approx(0.5)
+    assert lr_multiplier(1) == 0
+    assert lr_multiplier(1.7) == 0  # never negative
+    assert lr_multiplier(0.05, warmup_ratio=0.1) == pytest.approx(0.5)
+    assert lr_multiplier(1, final_lr_frac=0.1) == pytest.approx(0.1)
+    assert lr_multiplier(1, warmdown_ratio=0) == 1
+    assert muon_momentum(0) == pytest.approx(0.85)
+    assert muon_momentum(150) == pytest.approx(0.90)
+    assert muon_momentum(9999) == pytest.approx(0.95)
+
+
+def test_set_schedule_scales_the_initial_rates():
+    p = torch.nn.Parameter(torch.zeros(2, 2))
+    muon = Muon([p], lr=0.02)
+    muon.param_groups[0]["initial_lr"] = 0.02
+    for _ in range(2):
+        set_schedule([muon], 0.5, momentum=0.9)
+    assert muon.param_groups[0]["lr"] == 0.01
+    assert muon.param_groups[0]["momentum"] == 0.9
