@@ -1,0 +1,505 @@
+"""
+The pocket world: stories, facts, sums, words and small talk made from a seed, so that everything runs offline.
+
+`pocket_world.txt` beside this file says who lives there and how one talks about it; this module reads it and makes
+documents for pretraining and problems for the tasks. Facts are the same for every seed. Everything that could be asked
+in an evaluation has a key (a question's text, the numbers of a sum, a story's plot and cast) and `split_of` gives each
+key to one split for ever, so training, validation and test never share a problem, whatever the seeds.
+"""
+
+import functools
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+WORLD_FILE = Path(__file__).with_name("pocket_world.txt")
+LETTERS = "ABCD"
+ATTRIBUTES = ("kind", "home", "color", "food", "job", "hobby", "fear", "thing", "friend")  # of a character
+# Drawn about as often as there are facts: a character has one of each, and `who` asks for them backwards.
+FACT_WEIGHTS = dict.fromkeys(ATTRIBUTES, 2) | {"who": 5, "landmark": 1, "famous": 1, "near": 1, "resident": 1}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The world
+
+
+def article(noun):
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def gerund(phrase):
+    """'dig tunnels' -> 'digging tunnels'."""
+    verb, _, rest = phrase.partition(" ")
+    if verb.endswith("e"):
+        verb = verb[:-1]
+    elif re.search(r"[^aeiou][aeiou][dgmnpt]$", verb):
+        verb += verb[-1]
+    return f"{verb}ing {rest}".strip()
+
+
+class Place:
+    def __init__(self, name, preposition, about, landmark, famous, near):
+        self.name, self.about, self.landmark, self.famous, self.near = name, about, landmark, famous, near
+        self.at = f"{preposition} {name}"
+        self.residents = []
+
+    who = property(lambda self: self.residents[0])
+    who2 = property(lambda self: self.residents[1])
+
+    def __str__(self):
+        return self.name
+
+
+class Character:
+    """One of the cast. Templates reach everything as an attribute: {a.his}, {a.a_job}, {a.place.landmark}."""
+
+    def __init__(self, name, he, kind, home, wears, food, job, hobby, fear, thing, friend):
+        self.name, self.he, self.kind, self.home, self.wears, self.food = name, he, kind, home, wears, food
+        self.job, self.hobby, self.fear, self.thing, self.friend = job, hobby, fear, thing, friend
+        self.him, self.his = {"he": ("him", "his"), "she": ("her", "her")}[he]
+        self.color, self.garment = wears.split()
+        for noun in ("kind", "wears", "garment", "job", "thing"):
+            setattr(self, f"a_{noun}", article(getattr(self, noun)))
+        self.He, self.His, self.Food = he.capitalize(), self.his.capitalize(), food.capitalize()
+        self.doing = gerund(hobby)
+
+    def __str__(self):
+        return self.name
+
+
+class World:
+    """The parsed world file. Raises ValueError when a home, friend or neighbor is not in its tables."""
+
+    def __init__(self, text):
+        self.sections = {}  # name -> list of blocks, a block being a list of lines
+        for block in re.split(r"^== ", text, flags=re.M)[1:]:
+            name, *lines = block.split("\n")
+            lines = [line.replace("\\n", "\n") for line in lines if line and not line.startswith("# ")]
+            self.sections.setdefault(name, []).append(lines)
+        self.places = {row[0]: Place(*row) for row in self.table("places")}
+        self.characters = [Character(*row) for row in self.table("characters")]
+        by_name = {c.name: c for c in self.characters}
+        for place in self.places.values():
+            place.near = self._known(self.places, place.near)
+        for c in self.characters:
+            c.place = self._known(self.places, c.home)
+            c.friend = self._known(by_name, c.friend)
+            c.at = c.place.at
+            c.place.residents.append(c)
+        self.place_list = list(self.places.values())
+        self.say = {attribute: (value, answer) for attribute, value, answer in self.table("say")}
+        self.values = {attribute: self._values(attribute) for attribute in self.say}
+        self.sums = [_Sum(*line.split(" => ")) for line in self.lines("sums")]
+        self.talk = {}  # topic -> (what users say, what is replied)
+        for name in self.sections:
+            if name.startswith("talk "):
+                lines = self.lines(name)
+                self.talk[name[5:]] = tuple([line[2:] for line in lines if line[0] == mark] for mark in "?!")
+        self.items, self.countries, self.strangers = (self.words_in(s) for s in ("things", "countries", "strangers"))
+        cells = " ".join(" ".join(row) for name in ("characters", "places") for row in self.table(name))
+        vocabulary = re.findall(r"(?<![A-Za-z])[a-z]{3,}", cells)
+        self.words = sorted({*self.words_in("words"), *vocabulary})
+
+    @staticmethod
+    def _known(table, name):
+        if name not in table:
+            raise ValueError(f"the world file names {name!r}, which is not in its tables")
+        return table[name]
+
+    def lines(self, name):
+        return self.sections[name][0]
+
+    def table(self, name):
+        return [[cell.strip() for cell in line.split("|")] for line in self.lines(name)]
+
+    def words_in(self, name):
+        return " ".join(self.lines(name)).split()
+
+    def subjects(self, attribute):
+        """Those that have the attribute, and the slot that they fill."""
+        return (self.place_list, "p") if "{p" in self.say[attribute][0] else (self.characters, "a")
+
+    def _values(self, attribute):
+        subjects, slot = self.subjects(attribute)
+        values = [self.say[attribute][0].format(**{slot: s}) for s in subjects]
+        return sorted({*values, *(c.name for c in self.characters)} if attribute == "resident" else {*values})
+
+
+@functools.cache
+def load_world(path=WORLD_FILE):
+    return World(Path(path).read_text(encoding="utf-8"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Choosing words, choosing splits
+
+
+@functools.cache
+def _parts(template):
+    """'a [b|c] d' -> ['a ', ['b', 'c'], ' d']: every other part is a list of alternatives."""
+    parts = re.split(r"\[([^\[\]]*)\]", template)
+    return [part.split("|") if i % 2 else part for i, part in enumerate(parts)]
+
+
+def fill(rng, template, **slots):
+    """The template with one alternative of each [a|b] chosen and its slots filled."""
+    text = "".join([part if type(part) is str else rng.choice(part) for part in _parts(template)])
+    return text.format_map(slots)
+
+
+def split_of(*key):
+    """The split that `key` belongs to, for ever: "test" (10 %), "val" (5 %) or "train"."""
+    digest = hashlib.blake2b("|".join(map(str, key)).encode(), digest_size=4).digest()
+    bucket = int.from_bytes(digest, "big") % 20
+    return "test" if bucket < 2 else "val" if bucket == 2 else "train"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Problems. Each function draws until it has one whose key belongs to `split` ("train", "val" or "test").
+
+
+@dataclass(frozen=True)
+class Fact:
+    attribute: str
+    subject: object  # the Character or Place it is about
+    question: str
+    answer: str  # a sentence
+    value: str  # the right choice
+    choices: tuple  # four values, the right one among them
+
+
+def fact(rng, split, world):
+    """A question about the world. Its wording for this very subject belongs to `split`; the fact itself is shared."""
+    while True:
+        attribute = rng.choices(list(FACT_WEIGHTS), FACT_WEIGHTS.values())[0]
+        subjects, slot = world.subjects(attribute)
+        subject = rng.choice(subjects)
+        question = fill(rng, rng.choice(world.lines(f"ask {attribute}")), **{slot: subject})
+        if split_of("fact", question) == split:
+            break
+    value, answer = (t.format(**{slot: subject}) for t in world.say[attribute])
+    if attribute == "resident":
+        value = rng.choice(subject.residents).name
+    not_wrong = {value, subject.name, *(r.name for r in getattr(subject, "residents", ()))}
+    choices = [value, *rng.sample([v for v in world.values[attribute] if v not in not_wrong], 3)]
+    rng.shuffle(choices)
+    return Fact(attribute, subject, question, answer, value, tuple(choices))
+
+
+class _Sum:
+    """A sum's wording: templates of question and answer, and the operator of each of its one or two steps."""
+
+    def __init__(self, question, answer):
+        self.question, self.answer = question, answer
+        self.ops = [m[1] for m in re.finditer(r"<<(?:\{x\}|@)(.)\{.\}>>", answer)]
+
+    def numbers(self, rng):
+        """x, y, z: two to three digits, so that every step comes out whole and at least 2."""
+        top = rng.choice((9, 20, 99, 999))
+        small = min(top, 99)
+        first, second = (*self.ops, None)[:2]
+        if second == "/":  # (x + y) / z
+            z = rng.randint(2, 9)
+            total = z * rng.randint(2, small)
+            x = rng.randint(2, total - 2)
+            return x, total - x, z
+        if first == "+":
+            top = small if second == "*" else top
+            x, y = rng.randint(2, top), rng.randint(2, top)
+        elif first == "-":
+            x = rng.randint(6, max(top, 12))
+            y = rng.randint(2, x - (4 if second else 2))
+        elif first == "*":
+            x, y = rng.randint(2, small), rng.randint(2, 12)
+        else:
+            y = rng.randint(2, 12)
+            x = y * rng.randint(2, small)
+        result = _apply(x, first, y)
+        z = rng.randint(2, result - 2) if second == "-" else rng.randint(2, 9 if second == "*" else top)
+        return x, y, z
+
+
+def _apply(x, op, y):
+    return {"+": x + y, "-": x - y, "*": x * y, "/": x // y}[op]
+
+
+def sum_problem(rng, split, world):
+    """(question, answer) in GSM8K's format: <<34+12=46>>46 calls the calculator, the last line is `#### 46`."""
+    while True:
+        wording = rng.choice(world.sums)
+        x, y, z = wording.numbers(rng)
+        if split_of("sum", x, *(f"{op}{n}" for op, n in zip(wording.ops, (y, z), strict=False))) == split:
+            break
+    a, b, c = rng.sample(world.characters, 3)
+    slots = dict(x=x, y=y, z=z, a=a, b=b, c=c, p=rng.choice(world.place_list), i=rng.choice(world.items))
+    result = x
+
+    def call(match):
+        nonlocal result
+        left, op, right = re.fullmatch(r"(\d+|@)(.)(\d+)", match[1]).groups()
+        before, result = result, _apply(result, op, int(right))
+        return f"<<{before if left == '@' else left}{op}{right}={result}>>{result}"
+
+    answer = re.sub(r"<<(.*?)>>", call, fill(rng, wording.answer, **slots))
+    return fill(rng, wording.question, **slots), f"{answer}\n#### {result}"
+
+
+def letter_problem(rng, split, words):
+    """(word, letter): nine times in ten the letter is one of the word's."""
+    while True:
+        word = rng.choice(words)
+        letter = rng.choice(word if rng.random() < 0.9 else "abcdefghijklmnopqrstuvwxyz")
+        if split_of("letter", word, letter) == split:
+            return word, letter
+
+
+def story(rng, split, world, title=False):
+    """(text, hero, friend, place). Plot, cast and place together belong to `split`."""
+    plots = world.sections["plot"]
+    while True:
+        plot = rng.choice(plots)
+        a, b = rng.sample(world.characters, 2)
+        p = rng.choice(world.place_list)
+        if (
+            split_of("story", plot[0], a, b, p) == split
+            and p not in (a.place, b.place)
+            and (a.fear != b.fear or "cannot sleep" not in plot[0])
+        ):
+            break
+    more = rng.sample(world.lines("opening more"), rng.randint(0, 2))
+    opening = " ".join([rng.choice(world.lines("opening")), *more])
+    kinds = rng.choice((("ending",), ("closing",), ("ending", "closing")))
+    ending = " ".join(rng.choice(world.lines(kind)) for kind in kinds)
+    lines = [plot[0], "-"] if title else []
+    text = "\n".join([*lines, opening, *plot[1:], ending]).replace("\n-\n", "\n\n")
+    return fill(rng, text, a=a, b=b, p=p), a, b, p
+
+
+def describe(rng, world, subject, sentences):
+    """`sentences` true sentences about a character or a place, in any order, the first with the name."""
+    if isinstance(subject, Place):
+        lines = world.lines("describe place")
+        return " ".join(fill(rng, t, p=subject) for t in [lines[0], *rng.sample(lines[1:], sentences - 1)])
+    names = rng.sample(["home", "wears", "food", "job", "hobby", "fear", "thing", "friend"], min(8, sentences - 1))
+    text = [fill(rng, world.lines("describe kind")[0], S=subject, a=subject)]
+    for name in names:
+        s, S = (subject, subject) if rng.random() < 0.4 else (subject.he, subject.He)
+        text.append(fill(rng, rng.choice(world.lines(f"describe {name}")), a=subject, s=s, S=S))
+    return " ".join(text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Talk
+
+
+def exchange(rng, split, world, topic):
+    """(what a user says, what is replied) on `topic`; None when the words drawn belong to another split."""
+    says, replies = world.talk[topic]
+    told = story(rng, split, world) if topic == "ask story" else None
+    a, b, p = told[1:] if told else (*rng.sample(world.characters, 2), rng.choice(world.place_list))
+    slots = dict(a=a, b=b, p=p, n=rng.choice(world.strangers), w=rng.choice(world.countries))
+    text = fill(rng, rng.choice(says), **slots)
+    if split_of("talk", text) != split:
+        return None
+    if told:
+        return text, told[0]
+    if topic in ("ask who", "ask place"):
+        return text, describe(rng, world, a if topic == "ask who" else p, rng.randint(3, 5))
+    return text, fill(rng, rng.choice(replies), **slots)
+
+
+def about(rng, split, world):
+    """One or two exchanges about a character: an open or a yes-or-no question, then one that only says he or she."""
+    while True:
+        a, o = rng.choice(world.characters), rng.choice(world.characters)
+        attribute, template = rng.choice(world.table("check")) if rng.random() < 0.5 else (rng.choice(ATTRIBUTES), None)
+        if template and o.friend is not a:
+            o = rng.choice((a, o))
+            question, yes = template.format(a=a, o=o), getattr(a, attribute) == getattr(o, attribute)
+            reply = f"{'Yes' if yes else 'No'}, {world.say[attribute][1].format(a=a)}"
+        else:
+            question = fill(rng, rng.choice(world.lines(f"ask {attribute}")), a=a)
+            reply = world.say[attribute][1].format(a=a)
+        if split_of("fact", question) == split:
+            turns = [(question, reply)]
+            break
+    attribute, _, template = rng.choice(world.lines("follow")).partition(" | ")
+    question = fill(rng, template, a=a)
+    if split_of("fact", a, question) == split:
+        turns.append((question, world.say[attribute][1].format(a=a)))
+    return turns
+
+
+# What one turn of a conversation is about -> how often. Greetings and goodbyes come at their place.
+TURNS = {"fact": 22, "about": 10, "ask story": 14, "ask who": 8, "ask place": 4, "sum": 6, "name": 9, "what": 5}
+TURNS |= {"unknown": 5, "stranger": 3, "feel": 3, "can": 3, "like": 2, "sad": 1, "happy": 1, "world": 2}
+TURNS |= dict.fromkeys(("maker", "age", "size", "limits", "home"), 1)
+
+
+def talk(rng, split, world, topics):
+    """An exchange on one of `topics` (name -> weight), whichever comes first with words that belong to `split`."""
+    while True:
+        topic = rng.choices(list(topics), topics.values())[0]
+        if topic == "fact":
+            f = fact(rng, split, world)
+            return [(f.question, f.answer)]
+        if topic == "sum":
+            return [sum_problem(rng, split, world)]
+        if topic == "about":
+            return about(rng, split, world)
+        if turn := exchange(rng, split, world, topic):
+            return [turn]
+
+
+def conversation(rng, split, world):
+    """One to five exchanges (what a user says, what is replied); replies may hold calculator calls as in GSM8K."""
+    turns = talk(rng, split, world, {"hello": 2, "hello name": 1}) if rng.random() < 0.25 else []
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        turns += talk(rng, split, world, TURNS)
+    if rng.random() < 0.2:
+        turns += talk(rng, split, world, {"thanks": 2, "bye": 1})
+    return turns
+
+
+def casually(rng, text):
+    """As people type: now and then without capitals, without the last mark, or after a greeting."""
+    luck = rng.random()
+    if luck < 0.1:
+        return text.lower()
+    if luck < 0.2:
+        return text.rstrip("?.!")
+    if luck < 0.25:
+        return text.lower().rstrip("?.!")
+    if luck < 0.35 and text.endswith("?"):
+        return rng.choice(("Hi! ", "Hello! ", "Hello, ", "Hey, ", "Please tell me: ", "I have a question. ")) + text
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Documents
+
+
+def _story_page(rng, split, world):
+    return story(rng, split, world, title=rng.random() < 0.5)[0]
+
+
+def _portrait_page(rng, split, world):
+    cast = rng.sample(world.characters, rng.choice((1, 1, 2, 3)))
+    return "\n\n".join(describe(rng, world, c, rng.randint(6, 9)) for c in cast)
+
+
+def _place_page(rng, split, world):
+    p = rng.choice(world.place_list)
+    neighbors = [describe(rng, world, c, rng.randint(2, 4)) for c in p.residents]
+    return "\n\n".join([describe(rng, world, p, rng.randint(4, 8)), *neighbors[: rng.randint(0, 2)]])
+
+
+def _card_page(rng, split, world):
+    def card(c):
+        rows = [f"{name}: {getattr(c, name)}" for name in ("kind", "home", "wears", *ATTRIBUTES[3:])]
+        rng.shuffle(rows)
+        return "\n".join([f"name: {c}", *rows])
+
+    return "\n\n".join(card(c) for c in rng.sample(world.characters, rng.randint(1, 4)))
+
+
+def _list_page(rng, split, world):
+    """One sentence each on many characters: backwards (the baker is Hazel), or two side by side."""
+    name = rng.choice(("reverse", "reverse", "pair"))
+    lines = []
+    for _ in range(rng.randint(6, 14)):
+        a, b = rng.sample(world.characters, 2)
+        lines.append(fill(rng, rng.choice(world.lines(name)), a=a, b=b))
+    return rng.choice("\n ").join(lines)
+
+
+def _chatter_page(rng, split, world):
+    a, b = rng.sample(world.characters, 2)
+    here, p = rng.sample([p for p in world.place_list if p not in (a.place, b.place)], 2)
+    talk = []
+    for template in rng.sample(world.lines("chatter"), rng.randint(3, 6)):
+        one, two = rng.sample((a, b), 2)
+        talk.append(fill(rng, template, a=one, b=two, p=p))
+    first, last = (fill(rng, rng.choice(world.lines(f"chatter {s}")), a=a, b=b, p=here) for s in ("opening", "ending"))
+    return "\n".join([first, *talk, last])
+
+
+def _letter_page(rng, split, world):
+    a, b = rng.sample(world.characters, 2)
+    p = rng.choice([p for p in world.place_list if p not in (a.place, b.place)])
+    return fill(rng, rng.choice(world.lines("letter")), a=a, b=b, p=p)
+
+
+def _question_page(rng, split, world):
+    quiz, page = rng.random() < 0.5, []
+    for _ in range(rng.randint(3, 8)):
+        f = fact(rng, split, world)
+        choices = "".join(f"- {c}={letter}\n" for c, letter in zip(f.choices, LETTERS, strict=True))
+        answer = LETTERS[f.choices.index(f.value)] if quiz else f.answer
+        page.append(f"Question: {f.question}\n{choices if quiz else ''}Answer: {answer}")
+    return "\n\n".join(page)
+
+
+def _sum_page(rng, split, world):
+    if rng.random() < 0.3:  # bare equations with numbers small enough to know by heart
+        rows = []
+        while len(rows) < 20:
+            x, op, y = rng.randint(2, 20), rng.choice("+-*"), rng.randint(2, 20)
+            if x - y >= 2 and split_of("sum", x, f"{op}{y}") == split:
+                rows.append(f"{x} {op} {y} = {_apply(x, op, y)}")
+        return "\n".join(rows)
+    page = []
+    for _ in range(rng.randint(3, 8)):
+        question, answer = sum_problem(rng, split, world)
+        answer = re.sub(r"<<(.*?=).*?>>", r"\1", answer)  # a plain page has no calculator: 34+12=46
+        page.append(f"Question: {question}\nAnswer: {answer}")
+    return "\n\n".join(page)
+
+
+def _spelling_page(rng, split, world):
+    rows = []
+    for _ in range(rng.randint(8, 20)):
+        word, letter = letter_problem(rng, split, world.words)
+        n = word.count(letter)
+        how_often = "does not appear" if n == 0 else "appears once" if n == 1 else f"appears {n} times"
+        rows.append(
+            rng.choice(
+                (
+                    f"{word}:{','.join(word)}",
+                    f"The word {word} is spelled {'-'.join(word)}.",
+                    f'"{word}" is {word}:{",".join(word)}',
+                    f"The letter {letter} {how_often} in {word}: {'-'.join(word)}.",
+                )
+            )
+        )
+    return "\n".join(rows)
+
+
+PAGES = {  # kind of document -> how often, per hundred
+    _story_page: 36,
+    _portrait_page: 12,
+    _place_page: 6,
+    _card_page: 3,
+    _list_page: 9,
+    _chatter_page: 7,
+    _letter_page: 6,
+    _question_page: 9,
+    _sum_page: 6,
+    _spelling_page: 6,
+}
+
+
+def documents(split, chars, seed=0, world=None):
+    """Yield documents for "train" or "val", `chars` characters in all (the last one may pass it), none in both."""
+    assert split in ("train", "val"), split
+    world = world or load_world()
+    rng = Random(f"pocket documents {split} {seed}")
+    pages, weights = list(PAGES), list(PAGES.values())
+    while chars > 0:
+        text = rng.choices(pages, weights)[0](rng, split, world)
+        # The problems on a page belong to the split already; this keeps apart whole pages, also those without any.
+        if (hashlib.blake2b(text.encode(), digest_size=1).digest()[0] < 32) == (split == "val"):
+            yield text
+            chars -= len(text)
