@@ -1,0 +1,53 @@
+"""A base directory with a little text of the pocket world and a small tokenizer, made once a session."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def pocket_base(tmp_path_factory):
+    """Path of a base dir with base_data/ (200,000 characters) and tokenizer/ (600 tokens); not to be written to."""
+    from nanochat import dataset
+    from scripts import tok_train
+
+    base = tmp_path_factory.mktemp("pocket_base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(base))
+        dataset.main(["--pocket", "--chars=200000"])
+        tok_train.main(["--vocab_size=600"])
+    return base
+
+
+@pytest.fixture
+def base(pocket_base, tmp_path, monkeypatch):
+    """A base dir of one's own with the same text and tokenizer; NANOCHAT_BASE_DIR points at it."""
+    for name in ("base_data", "tokenizer"):
+        (tmp_path / name).symlink_to(pocket_base / name)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run_script(base):
+    """run_script("scripts.base_train", "--depth=2", ranks=1) -> CompletedProcess, in a process of its own."""
+
+    def run_script(module, *flags, ranks=1, check=True, **kw):
+        command = [sys.executable, "-m"]
+        if ranks > 1:
+            command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
+        path = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        import os
+
+        kw = {"capture_output": True, "text": True, "timeout": 300, "env": os.environ | path} | kw
+        done = subprocess.run([*command, module, *map(str, flags)], **kw)
+        if check and done.returncode:
+            raise AssertionError(f"{module} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
+        return done
+
+    return run_script
