@@ -1,5 +1,6 @@
 """The Rust trainer and encoder against slow Python, tiktoken and the `regex` module."""
 
+import itertools
 import json
 import os
 import random
@@ -78,7 +79,7 @@ def strange_text(rng, length):
 
 
 def real_texts(limit):
-    """Paragraphs of English: the mirror's where it exists, else of this repository's own files."""
+    """`limit` characters of text that people wrote: the mirror's where it exists, else this repository's modules."""
     if MIRROR.exists():
         import pyarrow.parquet as pq
 
@@ -86,12 +87,11 @@ def real_texts(limit):
     else:
         documents = [path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("nanochat/*.py"))]
     out = []
-    for text in documents:
+    for text in itertools.cycle(documents):
         out.append(text[:limit])
         limit -= len(out[-1])
         if limit <= 0:
             return out
-    return out
 
 
 @pytest.mark.parametrize("seed", range(12))
