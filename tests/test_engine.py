@@ -225,6 +225,12 @@ def test_sampling_draws_from_softmax_with_temperature_and_top_k():
     assert sample(logits, 1e-300, None, rngs[:1]).item() == 2
 
 
+@pytest.mark.parametrize("bits, expected", [(0, 1), (2**23, 2), (2**24 - 1, 2)])
+def test_the_ends_of_the_random_range_hit_no_impossible_token(bits, expected):
+    logits = torch.tensor([[float("-inf"), 0.0, 0.0, float("-inf")]])
+    assert sample(logits, 1.0, None, [SimpleNamespace(getrandbits=lambda n: bits)]).item() == expected
+
+
 def test_generate_yields_columns_until_the_last_row_is_done(engine):
     prompt = random_ids(1, 4)[0].tolist()
     steps = list(engine.generate(prompt, num_samples=3, max_tokens=30, temperature=1.0, top_k=50, seed=3))
@@ -281,6 +287,15 @@ def test_a_prompt_is_prefilled_once_for_all_samples():
     assert passes == [2, 1]
 
 
+def test_prefill_passes_are_bounded(monkeypatch):
+    monkeypatch.setattr("nanochat.engine.PREFILL_TOKENS", 8)
+    passes = []
+    engine = Engine(ScriptedModel(lambda sequence: 65), ByteTokenizer())
+    prefill, engine.prefill = engine.prefill, lambda prompts: passes.append(len(prompts)) or prefill(prompts)
+    list(engine.generate_many([Request([66] * n, max_tokens=2) for n in (2, 2, 3, 30, 1)]))
+    assert passes == [2, 1, 1, 1]
+
+
 @pytest.mark.parametrize(
     "request_, message",
     [
@@ -329,6 +344,7 @@ def test_what_the_calculator_refuses_gives_no_output(call):
 def test_stray_tool_tokens_are_harmless():
     for text in ([PYTHON_END, "1+1", PYTHON_END], [OUTPUT_END, OUTPUT], [PYTHON, "1+1"], [PYTHON, PYTHON, PYTHON_END]):
         assert all(run_script(text).mask)
+    assert run_script([PYTHON, "1+1", PYTHON_END, "???", "*3", PYTHON_END, "b"]).mask.count(0) == 3
     assert run_script([PYTHON, "9", PYTHON, "1+1", PYTHON_END, "???"]).tokens[-4:] == [OUTPUT, *b"2", OUTPUT_END, END]
 
 

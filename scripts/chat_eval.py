@@ -1,0 +1,147 @@
+"""
+Score a chat model on tasks with right answers: choice questions by the letters' logits, all others by what it writes.
+
+    python -m scripts.chat_eval -i sft                                    # all tasks of the world it was trained on
+    python -m scripts.chat_eval -i sft -a "GSM8K|SpellingBee" -x 100 --save_samples answers.jsonl
+    torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -- -i sft
+
+ChatCORE is the mean over the tasks of the accuracy centred on guessing. Writes the report's section.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from nanochat.cli import make_parser, parse_args, run
+from nanochat.common import UserError, atomic_path, compute_init, format_duration, print0
+
+
+def build_parser():
+    parser = make_parser("scripts.chat_eval", __doc__)
+    add = parser.add_argument
+    add("-i", "--source", required=True, choices=["base", "mid", "sft", "rl"], help="stage whose model is scored")
+    add("-a", "--task_name", help="tasks, e.g. 'ARC-Easy|GSM8K' (default: all of the data it was trained on)")
+    add("-x", "--max_problems", type=int, help="only this many problems of each task (default: all)")
+    add(
+        "-n", "--num_samples", type=int, default=1, help="answers per generative problem; the score is pass@1 over them"
+    )
+    add("-t", "--temperature", type=float, default=0.0, help="0 = always the likeliest token (default)")
+    add("-k", "--top_k", type=int, default=50, help="sample from the k likeliest tokens, 0 = from all (default 50)")
+    add("-m", "--max_new_tokens", type=int, default=512, help="longest answer, in tokens (default 512)")
+    add("-b", "--batch_size", type=int, default=8, help="choice problems per forward pass (default 8)")
+    add("--max_rows", type=int, default=64, help="answers written at once (default 64)")
+    add("--seed", type=int, default=42, help="of the sampling (default 42)")
+    add("--data_seed", type=int, default=0, help="of the problems that are made, not read (default 0)")
+    add("--save_samples", metavar="FILE", help="write every problem, answer and verdict to this .jsonl")
+    add("-g", "--model_tag", help="model to load, e.g. d20 (default: the deepest)")
+    add("-s", "--step", type=int, help="step to load (default: the newest)")
+    add("--device_type", default="", help="cuda, mps or cpu (default: the first one there is)")
+    add("-d", "--dtype", default="", help="float32 or bfloat16 (default: what the device multiplies natively)")
+    return parser
+
+
+def check_flags(args):
+    """Raises UserError for a number out of range, before anything is loaded."""
+    for name in ("max_problems", "num_samples", "max_new_tokens", "batch_size", "max_rows"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name}={value}: expected at least 1")
+    if args.temperature == 0 and args.num_samples > 1:
+        raise UserError(f"--num_samples={args.num_samples} at temperature 0 are all the same; add e.g. -t 1.0")
+    if args.save_samples and not Path(args.save_samples).absolute().parent.is_dir():
+        raise UserError(f"--save_samples={args.save_samples}: there is no such folder")
+
+
+def choose_tasks(task_name, data):
+    """Names of the tasks asked for, or all that belong to `data`, "public" or "pocket". Raises UserError if unknown."""
+    from tasks.mixtures import EVAL_TASKS
+
+    if not task_name:
+        return [name for name, task in EVAL_TASKS.items() if task.data in (data, "both")]
+    names = list(dict.fromkeys(task_name.split("|")))
+    for name in names:
+        if name not in EVAL_TASKS:
+            raise UserError(f"-a {task_name}: no task {name!r}; there are {', '.join(EVAL_TASKS)}")
+    return names
+
+
+def progress_printer(name):
+    """progress(done, total) for evaluate_task: a line that is rewritten in a terminal, one every 10 s elsewhere."""
+    start = last = time.perf_counter()
+
+    def show(done, total):
+        nonlocal last
+        now, terminal = time.perf_counter(), sys.stdout.isatty()
+        if now - last < (0.3 if terminal else 10):
+            return
+        last, speed = now, done / (now - start)
+        text = f"{name}: {done:,}/{total:,} problems, {speed:.1f}/s, {format_duration((total - done) / speed)} left"
+        print0(f"\r{text}\x1b[K" if terminal else text, end="" if terminal else "\n")
+
+    return show
+
+
+def describe(name, score, seconds):
+    """One line: accuracy with its standard error, pass@k where there is more than one sample, speed."""
+    n, samples = len(score.records), len(score.records[0]["verdicts"])
+    ks = [2**i for i in range(1, samples.bit_length()) if 2**i < samples] + [samples] if samples > 1 else []
+    more = "".join(f", pass@{k} {score.pass_at(k):.2%}" for k in ks)
+    return f"{name}: {score.accuracy:.2%} ± {score.stderr:.2%}{more} ({n:,} problems, {n / seconds:.1f}/s)"
+
+
+def main(argv=None):
+    args = parse_args(build_parser(), argv)
+    check_flags(args)
+    started = time.time()
+    from nanochat.chat_eval import chat_core, evaluate_task
+    from nanochat.checkpoint_manager import load_model
+    from nanochat.engine import Engine, Request
+    from nanochat.report import get_report
+    from tasks.mixtures import EVAL_TASKS
+
+    # Machine and model
+    Request([0], temperature=args.temperature, top_k=args.top_k)  # a wrong setting is said at once
+    if args.task_name:
+        choose_tasks(args.task_name, None)
+    compute = compute_init(args.device_type, args.dtype, args.seed)
+    model, tokenizer, meta = load_model(args.source, compute, args.model_tag, args.step)
+    engine, data = Engine(model, tokenizer, compute), meta.get("data", "public")
+
+    # Tasks
+    scores, lines = {}, []
+    for name in choose_tasks(args.task_name, data):
+        task = EVAL_TASKS[name].make(seed=args.data_seed, words=data)
+        t0 = time.perf_counter()
+        score = scores[name] = evaluate_task(
+            task,
+            engine,
+            max_problems=args.max_problems,
+            num_samples=args.num_samples,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            batch_size=args.batch_size,
+            max_rows=args.max_rows,
+            seed=args.seed,
+            progress=progress_printer(name),
+        )
+        print0(("\r\x1b[K" if sys.stdout.isatty() else "") + describe(name, score, time.perf_counter() - t0))
+        lines += [json.dumps({"task": name, **record}, ensure_ascii=False) + "\n" for record in score.records]
+
+    # Results
+    accuracies = {name: score.accuracy for name, score in scores.items()}
+    core = {}
+    if len(scores) > 1:
+        core = {"ChatCORE": chat_core(accuracies, {name: EVAL_TASKS[name].baseline for name in scores})}
+        print0(f"ChatCORE over these {len(scores)} tasks: {core['ChatCORE']:.4f}")
+    if args.save_samples and compute.rank == 0:
+        with atomic_path(args.save_samples) as draft:
+            draft.write_text("".join(lines), encoding="utf-8")
+    errors = {f"standard error of {name}": score.stderr for name, score in scores.items()}
+    outcome = [accuracies, core, errors, {"wall_clock_seconds": time.time() - started}]
+    get_report().log(section=f"Chat evaluation {args.source}", data=[vars(args), *outcome])
+
+
+if __name__ == "__main__":
+    run(main)
