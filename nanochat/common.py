@@ -44,6 +44,11 @@ def mirror_url(host):
     return (os.environ.get(f"NANOCHAT_{host.upper()}_URL") or default).rstrip("/")
 
 
+def api_key():
+    """The key for the endpoint that writes synthetic data; "" without one (a local server needs none)."""
+    return os.environ.get("OPENAI_API_KEY", "")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Device, dtype, process group
 

@@ -358,6 +358,8 @@ def conversation(rng, split, world):
     turns = talk(rng, split, world, {"hello": 2, "hello name": 1}) if rng.random() < 0.25 else []
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         turns += talk(rng, split, world, TURNS)
+        if len(turns[-1][1]) > 500:  # a story: two of them would not fit into a context of 512 tokens
+            break
     if rng.random() < 0.2:
         turns += talk(rng, split, world, {"thanks": 2, "bye": 1})
     return turns

@@ -1,0 +1,161 @@
+"""
+Write conversations that teach a model who it is, from a persona file: offline by templates, or by asking another model.
+
+    python -m dev.gen_synthetic_data                                        # -> identity_conversations.jsonl
+    python dev/gen_synthetic_data.py --persona=me.json > my_identity.jsonl
+    OPENAI_API_KEY=... python -m dev.gen_synthetic_data --endpoint=https://api.example.com/v1 --model=some-model
+
+The persona is a JSON object: "name", "maker", "about", "traits" (a list), "facts" (a list of {"ask": [...], "tell":
+[...]}); in ask and tell, [a|b] is a choice. Each line of the output is a JSON array of messages, as CustomJSON reads.
+"""
+
+import json
+import re
+import sys
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from random import Random
+
+from nanochat.cli import make_parser, parse_args, run
+from nanochat.common import UserError, api_key, atomic_path, base_dir
+from nanochat.pocket import casually, fill
+
+# Besides the persona's own facts; {name}, {maker}, {about} and {trait} come from the persona.
+TOPICS = [
+    {
+        "ask": [
+            "[Who are you|What is your name|What are you called|What should I call you|Who is this]?",
+            "[Please introduce yourself|Tell me about yourself|Say a bit about yourself].",
+            "Who am I [talking|speaking|chatting] to?",
+            "[Are you ChatGPT|Are you Claude|Are you Gemini|Is this GPT-4]?",
+        ],
+        "tell": ["I am {name}, {about}.", "My name is {name}. I am {about}.", "This is {name}, {about}."],
+    },
+    {
+        "ask": ["Who [made|built|trained|created] you?", "Where do you come from?", "Who is your [maker|creator]?"],
+        "tell": ["I was made by {maker}.", "{Maker} made me.", "I am {name}, and I was made by {maker}."],
+    },
+    {
+        "ask": ["What are you like?", "How would you describe yourself?", "What is your character?"],
+        "tell": ["I try to be {trait}.", "I am {name}, and I try to be {trait}."],
+    },
+    {
+        "ask": ["What are you[| exactly]?", "Are you [human|a person|alive]?"],
+        "tell": ["I am {name}: {about}.", "No person, only a program: I am {name}, {about}."],
+    },
+]
+OPENERS = ["[Hi|Hello|Hey|Good morning|Good evening|hi|hello|hey there|Greetings|Yo|Hola|Bonjour|Hallo|Ciao][|!|.]"]
+GREETINGS = ["[Hi|Hello|Hey]! I am {name}. [How can I help you?|What would you like to know?|What is on your mind?]"]
+THANKS = ["[Thanks|Thank you|thanks a lot|Great, thanks|Interesting, thank you|Cool|Good to know][|!|.]"]
+WELCOMES = ["You are welcome!", "Any time!", "You are welcome. [Ask me more if you like.|Have a good day!]"]
+
+REQUEST = """Write one short, natural conversation between a user and a chat model, in which the user gets to know the \
+model. The model is described by this JSON:
+
+{persona}
+
+The model's answers must agree with the description, be plain text without markup, and be short. Some users are brief, \
+some are curious, some write in another language (then the model answers that English is its best language). The user \
+may begin like one of these: {openers}.
+
+Answer with nothing but a JSON array of 2 to 8 messages that take turns, user first: \
+[{{"role": "user", "content": "..."}}, {{"role": "assistant", "content": "..."}}]"""
+
+
+def load_persona(path):
+    try:
+        persona = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no persona file at {path}; copy dev/persona.json and change it") from None
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path}:{e.lineno}: not JSON ({e.msg})") from None
+    missing = {"name", "maker", "about", "traits", "facts"} - set(persona)
+    if missing or not persona["traits"] or not all(fact.get("ask") and fact.get("tell") for fact in persona["facts"]):
+        raise UserError(
+            f"{path}: expected name, maker, about, traits (not empty) and facts, each with ask and tell"
+            + (f"; missing: {', '.join(sorted(missing))}" if missing else "")
+        )
+    return persona
+
+
+def by_template(persona, rng):
+    """Messages of one conversation: now and then a greeting, one to three topics, now and then thanks."""
+    slots = {key: persona[key] for key in ("name", "maker", "about")}
+    slots |= {"trait": rng.choice(persona["traits"]), "Maker": persona["maker"][:1].upper() + persona["maker"][1:]}
+    topics = TOPICS * 2 + persona["facts"]
+    turns = [(OPENERS, GREETINGS)] if rng.random() < 0.4 else []
+    turns += [(t["ask"], t["tell"]) for t in rng.sample(topics, min(len(topics), rng.randint(1, 3)))]
+    turns += [(THANKS, WELCOMES)] if rng.random() < 0.3 else []
+    messages = []
+    for asks, tells in turns:
+        messages.append({"role": "user", "content": casually(rng, fill(rng, rng.choice(asks)))})
+        messages.append({"role": "assistant", "content": fill(rng, rng.choice(tells), **slots)})
+    return messages
+
+
+def by_model(persona, rng, args):
+    """Messages of one conversation written by the model behind an OpenAI-compatible endpoint."""
+    openers = [fill(rng, rng.choice(rng.choice([OPENERS, *(t["ask"] for t in TOPICS)]))) for _ in range(5)]
+    prompt = REQUEST.format(persona=json.dumps(persona, ensure_ascii=False), openers=json.dumps(openers))
+    body = {"model": args.model, "messages": [{"role": "user", "content": prompt}], "temperature": args.temperature}
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key()}"} if api_key() else {})
+    url = args.endpoint.rstrip("/") + "/chat/completions"
+    for _ in range(args.attempts):
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=120) as response:
+                reply = json.load(response)["choices"][0]["message"]["content"]
+            messages = json.loads(re.search(r"\[.*\]", reply, re.S)[0])
+            if [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2) and len(messages) >= 2:
+                return messages
+            error = "roles do not take turns"
+        except urllib.error.HTTPError as e:
+            error = f"{e.code} {e.reason}"
+            if e.code in (400, 401, 403, 404):
+                break
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as e:  # no connection, or not what was asked for
+            error = e
+    raise UserError(f"{url}: no usable conversation from {args.model} ({error})")
+
+
+def build_parser():
+    p = make_parser("dev.gen_synthetic_data", __doc__)
+    default = Path(__file__).with_name("persona.json")
+    p.add_argument("--persona", default=default, type=Path, help="JSON file (default: dev/persona.json)")
+    p.add_argument("-n", "--num", type=int, default=1000, help="conversations")
+    p.add_argument("-o", "--out", default="", help="file, - for stdout; default: the base directory, or a redirect")
+    p.add_argument("--seed", type=int, default=42, help="of the choices")
+    p.add_argument("--endpoint", default="", help="base URL of an OpenAI-compatible API; empty = templates, offline")
+    p.add_argument("--model", default="", help="model's name at the endpoint; the key is read from OPENAI_API_KEY")
+    p.add_argument("-w", "--num_workers", type=int, default=4, help="requests at the same time")
+    p.add_argument("--temperature", type=float, default=1.0, help="of the model at the endpoint")
+    p.add_argument("--attempts", type=int, default=3, help="tries per conversation at the endpoint")
+    return p
+
+
+def main(argv=None):
+    args = parse_args(build_parser(), argv)
+    if args.endpoint and not args.model:
+        raise UserError("--endpoint needs --model, the model's name there")
+    persona = load_persona(args.persona)
+    rngs = [Random(f"identity {args.seed} {i}") for i in range(args.num)]
+    if args.endpoint:
+        with ThreadPoolExecutor(args.num_workers) as pool:
+            conversations = list(pool.map(lambda rng: by_model(persona, rng, args), rngs))
+    else:
+        conversations = [by_template(persona, rng) for rng in rngs]
+    text = "".join(json.dumps(messages, ensure_ascii=False) + "\n" for messages in conversations)
+    if args.out == "-" or (not args.out and not sys.stdout.isatty()):
+        sys.stdout.reconfigure(encoding="utf-8")
+        sys.stdout.write(text)
+        return
+    path = Path(args.out) if args.out else base_dir() / "identity_conversations.jsonl"
+    with atomic_path(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+    print(f"{len(conversations):,} conversations of {persona['name']} -> {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)
