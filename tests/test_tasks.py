@@ -1,0 +1,453 @@
+"""Tasks: the interface, public data sets in their real schemas, the pocket tasks, conversations of one's own."""
+
+import functools
+import http.server
+import json
+import re
+import threading
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from dev import gen_synthetic_data
+from nanochat.calculator import calculate
+from nanochat.common import UserError
+from tasks import common, mixtures, spellingbee
+from tasks.arc import ARC
+from tasks.common import Task, TaskMixture, TaskSequence, render_mc
+from tasks.customjson import CustomJSON
+from tasks.gsm8k import GSM8K, final_number, split_calls
+from tasks.mmlu import MMLU
+from tasks.pocket import PocketChat, PocketFacts, PocketIdentity, PocketSums
+from tasks.smoltalk import SmolTalk
+from tasks.spellingbee import SimpleSpelling, SpellingBee
+
+MIRROR = Path(__file__).parents[2] / "shared" / "data" / "mirror"
+SPLITS = ("train", "val", "test")
+needs_mirror = pytest.mark.skipif(not MIRROR.is_dir(), reason="no local copy of the public data sets beside the repo")
+
+
+@pytest.fixture(autouse=True)
+def base(tmp_path, monkeypatch):
+    """A base directory of one's own, and no public host in reach."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    for host in ("HUB", "BUCKET", "GITHUB"):
+        monkeypatch.setenv(f"NANOCHAT_{host}_URL", str(tmp_path / "nowhere"))
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def mirror(monkeypatch):
+    for host, folder in (("HUB", MIRROR), ("GITHUB", MIRROR), ("BUCKET", MIRROR / "karpathy-public")):
+        monkeypatch.setenv(f"NANOCHAT_{host}_URL", str(folder))
+
+
+class Numbers(Task):
+    def __init__(self, n, first=0, **kwargs):
+        super().__init__(**kwargs)
+        self.n, self.first = n, first
+
+    def num_examples(self):
+        return self.n
+
+    def get_example(self, index):
+        return self.first + index
+
+
+def question(conversation):
+    return conversation["messages"][0]["content"]
+
+
+def as_text(conversation):
+    """The last reply as the engine gives it: text, and the forced output of tools."""
+    content = conversation["messages"][-1]["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def assert_well_formed(conversation):
+    messages = conversation["messages"]
+    assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2) and messages
+    for m in messages:
+        parts = [{"type": "text", "text": m["content"]}] if isinstance(m["content"], str) else m["content"]
+        assert parts and all(p["text"] and p["type"] in ("text", "python", "python_output") for p in parts)
+        for call, output in zip(parts, parts[1:], strict=False):
+            if call["type"] == "python" and m is messages[-1]:
+                assert output["type"] == "python_output"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The interface
+
+
+def test_slices():
+    assert list(Numbers(10)) == list(range(10))
+    sliced = Numbers(10, start=2, stop=9, step=3)
+    assert len(sliced) == 3 and list(sliced) == [2, 5, 8] and sliced[-1] == 8
+    assert len(Numbers(3, stop=100)) == 3 and len(Numbers(3, start=5)) == 0
+    with pytest.raises(IndexError):
+        sliced[3]
+
+
+def test_a_mixture_has_one_order_and_repeats_what_is_named_twice():
+    few, many = Numbers(3, first=100), Numbers(40)
+    mixture = TaskMixture([many, few, few])
+    assert len(mixture) == 46 and sorted(mixture) == [*range(40), 100, 100, 101, 101, 102, 102]
+    assert list(mixture) == list(TaskMixture([Numbers(40), few, few])) != [*many, *few, *few]
+    pairs = [(t, i) for t, n in enumerate((40, 3, 3)) for i in range(n)]
+    Random(42).shuffle(pairs)
+    assert list(mixture) == [(many, few, few)[t][i] for t, i in pairs]
+    assert list(TaskSequence([few, many])) == [*few, *many]
+    assert list(TaskMixture([many, few], stop=5)) == list(TaskMixture([many, few]))[:5]
+
+
+def test_choice_prompt():
+    assert render_mc("Why?", ["A", "B"], ["so", "not so"]) == (
+        "Multiple Choice question: Why?\n- so=A\n- not so=B\n\nRespond only with the letter of the correct answer."
+    )
+    with pytest.raises(ValueError):
+        render_mc("Why?", ["A", "B"], ["so"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Public data sets
+
+
+def test_gsm8k_notation():
+    parts = split_calls("She has 12 x 2 = <<12*2=24>>24 pages.\nSo <<a=b=3>>3.\n#### 1,024")
+    assert [(p["type"], p["text"]) for p in parts] == [
+        ("text", "She has 12 x 2 = "),
+        ("python", "12*2"),
+        ("python_output", "24"),
+        ("text", "24 pages.\nSo "),
+        ("python", "a=b"),  # split at the last "="
+        ("python_output", "3"),
+        ("text", "3.\n#### 1,024"),
+    ]
+    assert final_number("x\n#### -1,024.5") == "-1024.5" and final_number("It is #### 7.") == "7"
+    assert final_number("1024") is None
+
+
+@needs_mirror
+def test_arc(mirror):
+    for subset, size in (("ARC-Easy", 1226), ("ARC-Challenge", 580)):
+        task = ARC(subset, "test")
+        assert len(task) == size and task.eval_type == "categorical"
+        for conversation in (task[i] for i in range(0, size, 50)):
+            assert_well_formed(conversation)
+            answer, letters = as_text(conversation), conversation["letters"]
+            assert answer in letters and all(f"={letter}\n" in question(conversation) for letter in letters)
+            wrong = next(letter for letter in letters if letter != answer)
+            assert task.evaluate(conversation, answer) and not task.evaluate(conversation, wrong)
+            assert task.reward(conversation, answer) == 1.0
+
+
+@needs_mirror
+def test_mmlu_and_its_wrapped_rows(mirror):
+    test, train = MMLU("all", "test", stop=100), MMLU("auxiliary_train", "train")
+    assert len(test) == 100 and len(train) == 3858
+    for task in (test, train):
+        for i in range(0, 100, 20):
+            assert_well_formed(task[i])
+            assert as_text(task[i]) in "ABCD" and task.evaluate(task[i], as_text(task[i]))
+
+
+@needs_mirror
+def test_gsm8k(mirror):
+    train, test = GSM8K("main", "train"), GSM8K("main", "test", stop=420)
+    assert len(train) == 7473 and len(test) == 420
+    for i in range(0, 420, 20):
+        assert_well_formed(test[i])
+        text = as_text(test[i])
+        number = re.search(r"#### (\S+)", text)[1]
+        assert test.evaluate(test[i], text) and test.evaluate(test[i], f"so\n#### {number}")
+        assert not test.evaluate(test[i], "#### 123456") and not test.evaluate(test[i], number)
+
+
+@needs_mirror
+def test_smoltalk(mirror):
+    train = SmolTalk("train")
+    assert len(train) == 3571 and len(SmolTalk("test")) == 429
+    for i in range(0, 3571, 100):
+        roles = [m["role"] for m in train[i]["messages"]]
+        roles = roles[1:] if roles[0] == "system" else roles
+        assert roles[:2] == ["user", "assistant"]
+
+
+@needs_mirror
+def test_rows_come_in_the_order_of_the_datasets_library(mirror, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    path = MIRROR / "allenai/ai2_arc/resolve/main/ARC-Challenge/validation-00000-of-00001.parquet"
+    shuffled = datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path)).shuffle(seed=42)
+    ours = common.ParquetDataset("allenai/ai2_arc", "ARC-Challenge/validation")
+    assert [ours[i]["id"] for i in range(len(ours))] == shuffled["id"]
+
+
+def write_shards(folder, of):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(of):
+        rows = [{"messages": [{"role": "user", "content": f"{i}/{of}"}, {"role": "assistant", "content": "a"}]}]
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"train-{i:05d}-of-{of:05d}.parquet")
+
+
+@pytest.mark.parametrize("of", [1, 4])
+def test_data_sets_of_one_file_or_several_are_fetched_once(of, tmp_path, monkeypatch):
+    host = tmp_path / "host"
+    write_shards(host / "HuggingFaceTB/smol-smoltalk/resolve/main/data", of)
+    monkeypatch.setenv("NANOCHAT_HUB_URL", str(host))
+    assert {question(c) for c in SmolTalk("train")} == {f"{i}/{of}" for i in range(of)}
+    monkeypatch.setenv("NANOCHAT_HUB_URL", str(tmp_path / "gone"))
+    assert len(SmolTalk("train")) == of
+
+
+def test_a_data_set_that_cannot_be_had_is_one_clear_line(base):
+    with pytest.raises(UserError, match="openai/gsm8k.*NANOCHAT_HUB_URL") as e:
+        GSM8K("main", "train")
+    assert "\n" not in str(e.value) and not list(base.rglob("*.parquet"))
+    with pytest.raises(UserError, match="words_alpha.txt"):
+        SpellingBee(size=1, words="public")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks made from a seed
+
+MADE = {
+    "sums": PocketSums,
+    "facts": PocketFacts,
+    "identity": PocketIdentity,
+    "chat": PocketChat,
+    "bee": lambda split, size, seed=0: SpellingBee(size, split, "pocket", seed),
+    "spelling": lambda split, size, seed=0: SimpleSpelling(size, split, "pocket", seed),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_made_tasks_repeat_with_the_seed_and_differ_between_seeds(name):
+    make = MADE[name]
+    assert list(make("train", 30, seed=1)) == list(make("train", 30, seed=1)) != list(make("train", 30, seed=2))
+    assert make("train", 30, seed=1)[29] == make("train", 1000, seed=1)[29]  # whatever the size
+    for split in SPLITS:
+        for conversation in make(split, 100, seed=3):
+            assert_well_formed(conversation)
+
+
+@pytest.mark.parametrize("name", ["sums", "facts", "bee"])
+def test_made_problems_are_in_one_split_only(name):
+    def key(conversation):
+        if name == "facts":
+            return question(conversation).split("\n")[0]
+        calls = [p["text"] for p in conversation["messages"][-1]["content"] if p["type"] == "python"]
+        return tuple(calls)
+
+    keys = {split: {key(c) for seed in (1, 2) for c in MADE[name](split, 700, seed=seed)} for split in SPLITS}
+    assert not keys["train"] & keys["test"] and not keys["train"] & keys["val"] and not keys["val"] & keys["test"]
+
+
+@pytest.mark.parametrize("name", ["sums", "bee"])
+def test_calls_are_what_the_calculator_answers(name):
+    task = MADE[name]("test", 200)
+    for conversation in task:
+        parts = conversation["messages"][-1]["content"]
+        calls = [(p["text"], q["text"]) for p, q in zip(parts, parts[1:], strict=False) if p["type"] == "python"]
+        assert calls and all(calculate(call) == output for call, output in calls)
+        assert task.evaluate(conversation, as_text(conversation))
+        right = final_number(as_text(conversation))
+        assert right == calls[-1][1]
+        assert not task.evaluate(conversation, f"#### {int(right) + 1}") and not task.evaluate(conversation, right)
+
+
+def test_spelling_bee_spells_and_counts():
+    for conversation in SpellingBee(200, "train", "pocket"):
+        text = as_text(conversation)
+        word, letter = re.search(r"'(\w+)'\.count\('(\w)'\)", text).groups()
+        assert f"{word}:{','.join(word)}\n" in text
+        assert all(f"{i}:{c}" in text for i, c in enumerate(word, 1))
+        assert f"makes {word.count(letter)}." in text and f"({word.count(letter) + 1})" not in text
+        assert word in question(conversation).lower()
+    assert len({*spellingbee.ENGLISH, *spellingbee.OTHERS}) >= 50
+    assert all(t.count("{l}") == 1 and t.count("{w}") == 1 for t in spellingbee.ENGLISH + spellingbee.OTHERS)
+
+
+@needs_mirror
+def test_public_words(mirror):
+    task = SpellingBee(50, "test", "public")
+    assert len(task.words) == 370_099 and all(word.isalpha() for word in task.words[::1000])
+    assert any(not question(c).isascii() for c in task)
+    assert as_text(SimpleSpelling(size=1)[0]).count(":") == 1
+
+
+def test_facts_are_judged_by_their_letter():
+    task = PocketFacts("test", 50)
+    for conversation in task:
+        right = as_text(conversation)
+        assert [task.evaluate(conversation, letter) for letter in "ABCD"].count(True) == 1
+        assert task.evaluate(conversation, right) and f"={right}\n" in question(conversation)
+
+
+def test_identity_is_judged_by_the_name():
+    task = PocketIdentity("test", 100)
+    assert all(task.evaluate(c, as_text(c)) and not task.evaluate(c, "I am Bob.") for c in task)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mixtures
+
+
+@pytest.mark.parametrize("stage", [mixtures.midtraining, mixtures.sft])
+def test_pocket_mixtures_need_no_network(stage):
+    train, val = stage("pocket")
+    assert len(train) > 3000 and 200 < len(val) < len(train) / 4
+    seen = {question(train[i]) for i in range(0, len(train), 7)}
+    assert len(seen) > 400
+    for i in range(0, len(val), 9):
+        assert_well_formed(val[i])
+
+
+@needs_mirror
+def test_public_mixtures(mirror, monkeypatch):
+    monkeypatch.setattr(mixtures, "SimpleSpelling", lambda size: SimpleSpelling(size=size // 100))
+    train, val = mixtures.midtraining("public")
+    assert len(train) == 3571 + 3858 + 7473 + 2 * 300 + 2000 + 80_000 and len(val) == 429 + 5200 + 420
+    train, val = mixtures.sft("public")
+    assert len(train) == 2251 + 1119 + 7473 + 3571 + 300 + 3 + 300 and len(val) == 429
+
+
+def test_evaluation_tasks_take_another_seed():
+    assert {"ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "SpellingBee", "PocketSums", "PocketFacts"} <= set(
+        mixtures.EVAL_TASKS
+    )
+    for name, entry in mixtures.EVAL_TASKS.items():
+        if name.startswith("Pocket") or name == "SpellingBee":
+            one, two = (entry.make(seed=seed, words="pocket") for seed in (0, 7))
+            assert [question(one[i]) for i in range(20)] != [question(two[i]) for i in range(20)]
+            assert entry.baseline == (0.25 if one.eval_type == "categorical" else 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conversations of one's own
+
+GOOD = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+
+
+def test_custom_json_reads_arrays_and_objects(tmp_path):
+    path = tmp_path / "talk.jsonl"
+    path.write_text(f"{json.dumps(GOOD)}\n\n{json.dumps({'messages': GOOD})}\n", encoding="utf-8")
+    assert list(CustomJSON(path)) == [{"messages": GOOD}] * 2
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('[{"role": "user"', "not JSON"),
+        ("[]", "at least two messages"),
+        ('{"text": "x"}', "at least two messages"),
+        (json.dumps(GOOD[:1]), "at least two messages"),
+        (json.dumps(GOOD[::-1]), 'message 1 must have "role": "user"'),
+        (json.dumps([GOOD[0], GOOD[0]]), 'message 2 must have "role": "assistant"'),
+        (json.dumps([GOOD[0], {"role": "assistant"}]), 'message 2 needs "content"'),
+        ('["a", "b"]', 'message 1 must have "role"'),
+    ],
+)
+def test_custom_json_names_the_broken_line(line, message, tmp_path):
+    path = tmp_path / "talk.jsonl"
+    path.write_text(f"{json.dumps(GOOD)}\n{line}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=re.escape(f"{path}:2: ")) as e:
+        CustomJSON(path)
+    assert message in str(e.value) and "\n" not in str(e.value)
+
+
+def test_custom_json_says_how_to_get_a_missing_file(tmp_path):
+    with pytest.raises(UserError, match="gen_synthetic_data"):
+        CustomJSON(tmp_path / "none.jsonl")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dev/gen_synthetic_data.py
+
+
+def test_synthetic_data_offline(base, tmp_path, capsys):
+    gen_synthetic_data.main(["-n", "60", "--out", str(tmp_path / "a.jsonl")])
+    gen_synthetic_data.main(["-n", "60"])  # output is captured, so not a terminal
+    out, err = capsys.readouterr()
+    assert out == (tmp_path / "a.jsonl").read_text(encoding="utf-8") and "60 conversations of nanochat" in err
+    conversations = list(CustomJSON(tmp_path / "a.jsonl"))
+    assert len(conversations) == 60 and len({json.dumps(c) for c in conversations}) > 55
+    replies = " ".join(m["content"] for c in conversations for m in c["messages"] if m["role"] == "assistant")
+    assert "nanochat" in replies and not re.search(r"[\[\]{}|]", replies)
+    assert not (base / "identity_conversations.jsonl").exists()
+
+
+def test_synthetic_data_has_the_personas_name(tmp_path):
+    persona = json.loads((Path(gen_synthetic_data.__file__).parent / "persona.json").read_text(encoding="utf-8"))
+    (tmp_path / "me.json").write_text(json.dumps(persona | {"name": "Ada"}), encoding="utf-8")
+    gen_synthetic_data.main(["-n", "40", f"--persona={tmp_path / 'me.json'}", f"--out={tmp_path / 'me.jsonl'}"])
+    text = (tmp_path / "me.jsonl").read_text(encoding="utf-8")
+    assert "I am Ada" in text and "I am nanochat" not in text
+
+
+@pytest.mark.parametrize(
+    "text, message", [("{", "not JSON"), ('{"name": "x"}', "missing: about, facts, maker, traits")]
+)
+def test_a_broken_persona_is_a_users_mistake(text, message, tmp_path):
+    (tmp_path / "p.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "p.json"))) as e:
+        gen_synthetic_data.main([f"--persona={tmp_path / 'p.json'}"])
+    assert message in str(e.value)
+    with pytest.raises(UserError, match="no persona file"):
+        gen_synthetic_data.main([f"--persona={tmp_path / 'none.json'}"])
+
+
+@pytest.fixture
+def endpoint():
+    """A chat endpoint; `replies` are what it says, one after the other (a number is an error's status)."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Endpoint))
+    server.requests, server.replies, server.lock = [], [json.dumps(GOOD)], threading.Lock()
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    server.url = f"http://127.0.0.1:{server.server_port}/v1"
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+class _Endpoint(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.requests.append((self.path, self.headers.get("Authorization"), body))
+            replies = self.server.replies
+            reply = replies.pop(0) if len(replies) > 1 else replies[0]
+        self.send_response(reply if isinstance(reply, int) else 200)
+        self.end_headers()
+        if isinstance(reply, str):
+            self.wfile.write(json.dumps({"choices": [{"message": {"content": reply}}]}).encode())
+
+    def log_message(self, *args):
+        pass
+
+
+def test_synthetic_data_from_an_endpoint(endpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    endpoint.replies = ["no JSON", json.dumps(GOOD[:1]), f"Here it is:\n```json\n{json.dumps(GOOD)}\n```"]
+    out = tmp_path / "talk.jsonl"
+    gen_synthetic_data.main([f"--endpoint={endpoint.url}", "--model=some-model", "-n", "5", "--out", str(out)])
+    assert list(CustomJSON(out)) == [{"messages": GOOD}] * 5
+    assert len(endpoint.requests) == 7  # two replies were no conversation
+    path, authorization, body = endpoint.requests[0]
+    assert path == "/v1/chat/completions" and authorization == "Bearer secret"
+    assert body["model"] == "some-model" and body["temperature"] == 1.0 and "nanochat" in body["messages"][0]["content"]
+    assert len({r[2]["messages"][0]["content"] for r in endpoint.requests}) > 3  # other openers in every prompt
+
+
+def test_an_endpoint_that_refuses_is_a_users_mistake_and_writes_nothing(endpoint, tmp_path):
+    endpoint.replies = [401]
+    out = tmp_path / "talk.jsonl"
+    with pytest.raises(UserError, match="401"):
+        gen_synthetic_data.main([f"--endpoint={endpoint.url}", "--model=m", "-n", "3", "--out", str(out)])
+    assert not out.exists()
+    with pytest.raises(UserError, match="--model"):
+        gen_synthetic_data.main([f"--endpoint={endpoint.url}"])
