@@ -223,8 +223,14 @@ class GPT(nn.Module):
             losses.append(F.cross_entropy(logits, tc, ignore_index=-1, reduction="none"))
         return torch.cat(losses)
 
-    def setup_optimizers(self, unembedding_lr=0.004, embedding_lr=0.2, matrix_lr=0.02, weight_decay=0.0):
-        """[AdamW for head and embedding, Muon for the blocks' matrices]; AdamW's rates are for 768 wide, and scaled."""
+    def setup_optimizers(
+        self, unembedding_lr=0.004, embedding_lr=0.2, matrix_lr=0.02, weight_decay=0.0, ns_dtype=torch.bfloat16
+    ):
+        """
+        [AdamW for head and embedding, Muon for the blocks' matrices]; AdamW's rates are for 768 wide, and scaled.
+
+        `ns_dtype` is what Muon's Newton-Schulz runs in: float32 keeps a float32 run the same on any number of processes.
+        """
         scale = (self.config.n_embd / 768) ** -0.5
         head, wte = self.lm_head.weight, self.transformer.wte.weight
         groups = [
@@ -232,7 +238,7 @@ class GPT(nn.Module):
             {"params": [wte], "lr": embedding_lr * scale},
         ]
         adamw = AdamW(groups, betas=(0.8, 0.95), eps=1e-10, weight_decay=weight_decay)
-        muon = Muon(self.transformer.h.parameters(), lr=matrix_lr, momentum=0.95)
+        muon = Muon(self.transformer.h.parameters(), lr=matrix_lr, momentum=0.95, ns_dtype=ns_dtype)
         for group in adamw.param_groups + muon.param_groups:
             group["initial_lr"] = group["lr"]
         return [adamw, muon]

@@ -30,7 +30,7 @@ class Muon(ShardedOptimizer):
 
     def __init__(self, params, lr=0.02, momentum=0.95, nesterov=True, ns_steps=5, ns_dtype=torch.bfloat16):
         super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps})
-        self.ns_dtype = ns_dtype  # bfloat16 as published; float32 where the processor only emulates bfloat16
+        self.ns_dtype = ns_dtype
         for group in self.param_groups:
             by_shape = {}
             for p in group["params"]:

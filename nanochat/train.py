@@ -156,6 +156,9 @@ class Run:
             "loader_state": {lane: position for part in lanes for lane, position in part.items()},
         }
         self.path = save_checkpoint(self.folder, step, model, optimizers, meta, self.compute, self.args.keep)
+        if finished:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         return self.path
 
     def _handle(self, signum, frame):

@@ -103,7 +103,8 @@ def main(argv=None):
     print0(f"device {compute.device}, {str(compute.dtype).removeprefix('torch.')}, {compute.world_size} process(es)")
 
     # Optimizers, and where an earlier run left them
-    optimizers = model.setup_optimizers(args.unembedding_lr, args.embedding_lr, args.matrix_lr, args.weight_decay)
+    rates = (args.unembedding_lr, args.embedding_lr, args.matrix_lr)
+    optimizers = model.setup_optimizers(*rates, args.weight_decay, compute.dtype)
     meta = training.restore(model, optimizers)
     compiled = model
     if args.compile if args.compile is not None else compute.device.type == "cuda":

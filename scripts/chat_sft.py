@@ -91,7 +91,8 @@ def main(argv=None):
         return
 
     # Optimizers, and where an earlier run left them
-    optimizers = model.setup_optimizers(args.unembedding_lr, args.embedding_lr, args.matrix_lr, args.weight_decay)
+    rates = (args.unembedding_lr, args.embedding_lr, args.matrix_lr)
+    optimizers = model.setup_optimizers(*rates, args.weight_decay, compute.dtype)
     meta = training.restore(model, optimizers)
 
     # Data

@@ -82,7 +82,8 @@ def main(argv=None):
         print0(f"warning: --device_batch_size={args.device_batch_size}, in pretraining it was {pretrained_rows}")
 
     # Optimizers, and where an earlier run left them
-    optimizers = model.setup_optimizers(args.unembedding_lr, args.embedding_lr, args.matrix_lr, args.weight_decay)
+    rates = (args.unembedding_lr, args.embedding_lr, args.matrix_lr)
+    optimizers = model.setup_optimizers(*rates, args.weight_decay, compute.dtype)
     meta = training.restore(model, optimizers)
     compiled = model
     if args.compile if args.compile is not None else compute.device.type == "cuda":

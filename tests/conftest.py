@@ -1,5 +1,7 @@
 """A base directory with a little text of the pocket world and a small tokenizer, made once a session."""
 
+import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,19 +37,27 @@ def base(pocket_base, tmp_path, monkeypatch):
 
 @pytest.fixture
 def run_script(base):
-    """run_script("scripts.base_train", "--depth=2", ranks=1) -> CompletedProcess, in a process of its own."""
+    """run_script("scripts.base_train", "--depth=2", ranks=2) -> CompletedProcess; in processes of its own."""
 
-    def run_script(module, *flags, ranks=1, check=True, **kw):
+    def run_script(module, *flags, ranks=1, check=True):
         command = [sys.executable, "-m"]
         if ranks > 1:
             command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
-        path = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        import os
-
-        kw = {"capture_output": True, "text": True, "timeout": 300, "env": os.environ | path} | kw
-        done = subprocess.run([*command, module, *map(str, flags)], **kw)
+        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command += [module, *map(str, flags)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
         if check and done.returncode:
             raise AssertionError(f"{module} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
         return done
 
     return run_script
+
+
+@pytest.fixture
+def run_main(base):
+    """run_main("scripts.base_train", "--depth=2"): the script's main() in this process, which is quicker."""
+
+    def run_main(module, *flags):
+        importlib.import_module(module).main(list(map(str, flags)))
+
+    return run_main

@@ -117,7 +117,9 @@ class Talk(Task):
         return 23
 
     def get_example(self, i):
-        return {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": "word " * (i + 1)}]}
+        return {
+            "messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": "word " * (i + 1)}]
+        }
 
 
 def test_conversations_are_masked_padded_and_shared_out(base):
