@@ -1,152 +1,24 @@
 """
 The pocket world: stories, facts, sums, words and small talk made from a seed, so that everything runs offline.
 
-`pocket_world.txt` beside this file says who lives there and how one talks about it; this module reads it and makes
-documents for pretraining and problems for the tasks. Facts are the same for every seed. Everything that could be asked
+`pocket_world.txt` beside this file says who lives there and how one talks about it; here documents for pretraining and
+problems for the tasks are made of that. Facts are the same for every seed. Everything that could be asked
 in an evaluation has a key (a question's text, the numbers of a sum, a story's plot and cast) and `split_of` gives each
 key to one split for ever, so training, validation and test never share a problem, whatever the seeds.
 """
 
-import functools
 import hashlib
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 
-WORLD_FILE = Path(__file__).with_name("pocket_world.txt")
+from nanochat.pocket_world import Place, fill, load_world
+
 LETTERS = "ABCD"
 ATTRIBUTES = ("kind", "home", "color", "food", "job", "hobby", "fear", "thing", "friend")  # of a character
+OUTSIDERS = {"n": "strangers", "w": "countries", "t": "subjects"}  # slot -> section, of what is not in the world
 # Drawn about as often as there are facts: a character has one of each, and `who` asks for them backwards.
 FACT_WEIGHTS = dict.fromkeys(ATTRIBUTES, 2) | {"who": 5, "landmark": 1, "famous": 1, "near": 1, "resident": 1}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The world
-
-
-def article(noun):
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
-
-
-def gerund(phrase):
-    """'dig tunnels' -> 'digging tunnels'."""
-    verb, _, rest = phrase.partition(" ")
-    if verb.endswith("e"):
-        verb = verb[:-1]
-    elif re.search(r"[^aeiou][aeiou][dgmnpt]$", verb):
-        verb += verb[-1]
-    return f"{verb}ing {rest}".strip()
-
-
-class Place:
-    def __init__(self, name, preposition, about, landmark, famous, near):
-        self.name, self.about, self.landmark, self.famous, self.near = name, about, landmark, famous, near
-        self.at = f"{preposition} {name}"
-        self.residents = []
-
-    who = property(lambda self: self.residents[0])
-    who2 = property(lambda self: self.residents[1])
-
-    def __str__(self):
-        return self.name
-
-
-class Character:
-    """One of the cast. Templates reach everything as an attribute: {a.his}, {a.a_job}, {a.place.landmark}."""
-
-    def __init__(self, name, he, kind, home, wears, food, job, hobby, fear, thing, friend):
-        self.name, self.he, self.kind, self.home, self.wears, self.food = name, he, kind, home, wears, food
-        self.job, self.hobby, self.fear, self.thing, self.friend = job, hobby, fear, thing, friend
-        self.him, self.his = {"he": ("him", "his"), "she": ("her", "her")}[he]
-        self.color, self.garment = wears.split()
-        for noun in ("kind", "wears", "garment", "job", "thing"):
-            setattr(self, f"a_{noun}", article(getattr(self, noun)))
-        self.He, self.His, self.Food = he.capitalize(), self.his.capitalize(), food.capitalize()
-        self.doing = gerund(hobby)
-
-    def __str__(self):
-        return self.name
-
-
-class World:
-    """The parsed world file. Raises ValueError when a home, friend or neighbor is not in its tables."""
-
-    def __init__(self, text):
-        self.sections = {}  # name -> list of blocks, a block being a list of lines
-        for block in re.split(r"^== ", text, flags=re.M)[1:]:
-            name, *lines = block.split("\n")
-            lines = [line.replace("\\n", "\n") for line in lines if line and not line.startswith("# ")]
-            self.sections.setdefault(name, []).append(lines)
-        self.places = {row[0]: Place(*row) for row in self.table("places")}
-        self.characters = [Character(*row) for row in self.table("characters")]
-        by_name = {c.name: c for c in self.characters}
-        for place in self.places.values():
-            place.near = self._known(self.places, place.near)
-        for c in self.characters:
-            c.place = self._known(self.places, c.home)
-            c.friend = self._known(by_name, c.friend)
-            c.at = c.place.at
-            c.place.residents.append(c)
-        self.place_list = list(self.places.values())
-        self.say = {attribute: (value, answer) for attribute, value, answer in self.table("say")}
-        self.values = {attribute: self._values(attribute) for attribute in self.say}
-        self.sums = [_Sum(*line.split(" => ")) for line in self.lines("sums")]
-        self.talk = {}  # topic -> (what users say, what is replied)
-        for name in self.sections:
-            if name.startswith("talk "):
-                lines = self.lines(name)
-                self.talk[name[5:]] = tuple([line[2:] for line in lines if line[0] == mark] for mark in "?!")
-        self.items, self.countries, self.strangers = (self.words_in(s) for s in ("things", "countries", "strangers"))
-        cells = " ".join(" ".join(row) for name in ("characters", "places") for row in self.table(name))
-        vocabulary = re.findall(r"(?<![A-Za-z])[a-z]{3,}", cells)
-        self.words = sorted({*self.words_in("words"), *vocabulary})
-
-    @staticmethod
-    def _known(table, name):
-        if name not in table:
-            raise ValueError(f"the world file names {name!r}, which is not in its tables")
-        return table[name]
-
-    def lines(self, name):
-        return self.sections[name][0]
-
-    def table(self, name):
-        return [[cell.strip() for cell in line.split("|")] for line in self.lines(name)]
-
-    def words_in(self, name):
-        return " ".join(self.lines(name)).split()
-
-    def subjects(self, attribute):
-        """Those that have the attribute, and the slot that they fill."""
-        return (self.place_list, "p") if "{p" in self.say[attribute][0] else (self.characters, "a")
-
-    def _values(self, attribute):
-        subjects, slot = self.subjects(attribute)
-        values = [self.say[attribute][0].format(**{slot: s}) for s in subjects]
-        return sorted({*values, *(c.name for c in self.characters)} if attribute == "resident" else {*values})
-
-
-@functools.cache
-def load_world(path=WORLD_FILE):
-    return World(Path(path).read_text(encoding="utf-8"))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Choosing words, choosing splits
-
-
-@functools.cache
-def _parts(template):
-    """'a [b|c] d' -> ['a ', ['b', 'c'], ' d']: every other part is a list of alternatives."""
-    parts = re.split(r"\[([^\[\]]*)\]", template)
-    return [part.split("|") if i % 2 else part for i, part in enumerate(parts)]
-
-
-def fill(rng, template, **slots):
-    """The template with one alternative of each [a|b] chosen and its slots filled."""
-    text = "".join([part if type(part) is str else rng.choice(part) for part in _parts(template)])
-    return text.format_map(slots)
 
 
 def split_of(*key):
@@ -188,37 +60,30 @@ def fact(rng, split, world):
     return Fact(attribute, subject, question, answer, value, tuple(choices))
 
 
-class _Sum:
-    """A sum's wording: templates of question and answer, and the operator of each of its one or two steps."""
-
-    def __init__(self, question, answer):
-        self.question, self.answer = question, answer
-        self.ops = [m[1] for m in re.finditer(r"<<(?:\{x\}|@)(.)\{.\}>>", answer)]
-
-    def numbers(self, rng):
-        """x, y, z: two to three digits, so that every step comes out whole and at least 2."""
-        top = rng.choice((9, 20, 99, 999))
-        small = min(top, 99)
-        first, second = (*self.ops, None)[:2]
-        if second == "/":  # (x + y) / z
-            z = rng.randint(2, 9)
-            total = z * rng.randint(2, small)
-            x = rng.randint(2, total - 2)
-            return x, total - x, z
-        if first == "+":
-            top = small if second == "*" else top
-            x, y = rng.randint(2, top), rng.randint(2, top)
-        elif first == "-":
-            x = rng.randint(6, max(top, 12))
-            y = rng.randint(2, x - (4 if second else 2))
-        elif first == "*":
-            x, y = rng.randint(2, small), rng.randint(2, 12)
-        else:
-            y = rng.randint(2, 12)
-            x = y * rng.randint(2, small)
-        result = _apply(x, first, y)
-        z = rng.randint(2, result - 2) if second == "-" else rng.randint(2, 9 if second == "*" else top)
-        return x, y, z
+def _numbers(rng, ops):
+    """x, y, z for one or two operators: numbers of one to three digits whose every result is whole and at least 2."""
+    top = rng.choice((9, 20, 99, 999))
+    small = min(top, 99)
+    first, second = (*ops, None)[:2]
+    if second == "/":  # (x + y) / z
+        z = rng.randint(2, 9)
+        total = z * rng.randint(2, small)
+        x = rng.randint(2, total - 2)
+        return x, total - x, z
+    if first == "+":
+        top = small if second == "*" else top
+        x, y = rng.randint(2, top), rng.randint(2, top)
+    elif first == "-":
+        x = rng.randint(6, max(top, 12))
+        y = rng.randint(2, x - (4 if second else 2))
+    elif first == "*":
+        x, y = rng.randint(2, small), rng.randint(2, 12)
+    else:
+        y = rng.randint(2, 12)
+        x = y * rng.randint(2, small)
+    result = _apply(x, first, y)
+    z = rng.randint(2, result - 2) if second == "-" else rng.randint(2, 9 if second == "*" else top)
+    return x, y, z
 
 
 def _apply(x, op, y):
@@ -228,12 +93,12 @@ def _apply(x, op, y):
 def sum_problem(rng, split, world):
     """(question, answer) in GSM8K's format: <<34+12=46>>46 calls the calculator, the last line is `#### 46`."""
     while True:
-        wording = rng.choice(world.sums)
-        x, y, z = wording.numbers(rng)
-        if split_of("sum", x, *(f"{op}{n}" for op, n in zip(wording.ops, (y, z), strict=False))) == split:
+        question, answer, ops = rng.choice(world.sums)
+        x, y, z = _numbers(rng, ops)
+        if split_of("sum", x, *(f"{op}{n}" for op, n in zip(ops, (y, z), strict=False))) == split:
             break
     a, b, c = rng.sample(world.characters, 3)
-    slots = dict(x=x, y=y, z=z, a=a, b=b, c=c, p=rng.choice(world.place_list), i=rng.choice(world.items))
+    slots = dict(x=x, y=y, z=z, a=a, b=b, c=c, p=rng.choice(world.place_list), i=rng.choice(world.words_in("things")))
     result = x
 
     def call(match):
@@ -242,8 +107,8 @@ def sum_problem(rng, split, world):
         before, result = result, _apply(result, op, int(right))
         return f"<<{before if left == '@' else left}{op}{right}={result}>>{result}"
 
-    answer = re.sub(r"<<(.*?)>>", call, fill(rng, wording.answer, **slots))
-    return fill(rng, wording.question, **slots), f"{answer}\n#### {result}"
+    answer = re.sub(r"<<(.*?)>>", call, fill(rng, answer, **slots))
+    return fill(rng, question, **slots), f"{answer}\n#### {result}"
 
 
 def letter_problem(rng, split, words):
@@ -280,8 +145,8 @@ def story(rng, split, world, title=False):
 def describe(rng, world, subject, sentences):
     """`sentences` true sentences about a character or a place, in any order, the first with the name."""
     if isinstance(subject, Place):
-        lines = world.lines("describe place")
-        return " ".join(fill(rng, t, p=subject) for t in [lines[0], *rng.sample(lines[1:], sentences - 1)])
+        lines = rng.sample(world.lines("describe place"), min(4, sentences - 1))
+        return " ".join([f"{subject} is a {subject.about}.", *(fill(rng, line, p=subject) for line in lines)])
     names = rng.sample(["home", "wears", "food", "job", "hobby", "fear", "thing", "friend"], min(8, sentences - 1))
     text = [fill(rng, world.lines("describe kind")[0], S=subject, a=subject)]
     for name in names:
@@ -299,7 +164,8 @@ def exchange(rng, split, world, topic):
     says, replies = world.talk[topic]
     told = story(rng, split, world) if topic == "ask story" else None
     a, b, p = told[1:] if told else (*rng.sample(world.characters, 2), rng.choice(world.place_list))
-    slots = dict(a=a, b=b, p=p, n=rng.choice(world.strangers), w=rng.choice(world.countries))
+    slots = dict(a=a, b=b, p=p, places=world.place_names)
+    slots |= {slot: rng.choice(world.words_in(name)) for slot, name in OUTSIDERS.items()}
     text = fill(rng, rng.choice(says), **slots)
     if split_of("talk", text) != split:
         return None
@@ -325,17 +191,17 @@ def about(rng, split, world):
         if split_of("fact", question) == split:
             turns = [(question, reply)]
             break
-    attribute, _, template = rng.choice(world.lines("follow")).partition(" | ")
+    second, _, template = rng.choice(world.lines("follow")).partition(" | ")
     question = fill(rng, template, a=a)
-    if split_of("fact", a, question) == split:
-        turns.append((question, world.say[attribute][1].format(a=a)))
+    if second != attribute and split_of("fact", a, question) == split:
+        turns.append((question, world.say[second][1].format(a=a)))
     return turns
 
 
 # What one turn of a conversation is about -> how often. Greetings and goodbyes come at their place.
 TURNS = {"fact": 22, "about": 10, "ask story": 14, "ask who": 8, "ask place": 4, "sum": 6, "name": 9, "what": 5}
-TURNS |= {"unknown": 5, "stranger": 3, "feel": 3, "can": 3, "like": 2, "sad": 1, "happy": 1, "world": 2}
-TURNS |= dict.fromkeys(("maker", "age", "size", "limits", "home"), 1)
+TURNS |= {"unknown": 5, "stranger": 3, "feel": 3, "can": 3, "like": 2, "sad": 1, "happy": 1, "world": 2, "places": 1}
+TURNS |= dict.fromkeys(("maker", "age", "size", "limits", "home", "eat", "favorite place"), 1)
 
 
 def talk(rng, split, world, topics):
@@ -395,7 +261,7 @@ def _portrait_page(rng, split, world):
 def _place_page(rng, split, world):
     p = rng.choice(world.place_list)
     neighbors = [describe(rng, world, c, rng.randint(2, 4)) for c in p.residents]
-    return "\n\n".join([describe(rng, world, p, rng.randint(4, 8)), *neighbors[: rng.randint(0, 2)]])
+    return "\n\n".join([describe(rng, world, p, rng.randint(4, 5)), *neighbors[: rng.randint(0, 2)]])
 
 
 def _card_page(rng, split, world):

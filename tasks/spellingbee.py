@@ -69,6 +69,7 @@ Sag mir, wie viele {l} in {w} stecken
 単語{w}には{l}がいくつ入っていますか
 {w}に含まれる{l}の数を教えて
 """.strip().splitlines()
+SPELL = ("Spell the word: {w}", "Spell the word: {w}", "How do you spell {w}?", "Please spell {w}.", "Spell {w}")
 
 
 def public_words():
@@ -125,10 +126,11 @@ class SpellingBee(_Words, FinalNumberTask):
 
 
 class SimpleSpelling(_Words):
-    """Spell the word: w."""
+    """Spell the word: w. In the pocket world also as people would ask."""
 
     def make(self, rng):
         while True:
             word = rng.choice(self.words)
             if pocket.split_of("spell", word) == self.split:
-                return user_and_assistant(f"Spell the word: {word}", f"{word}:{','.join(word)}")
+                ask = rng.choice(SPELL) if self.words is pocket.load_world().words else SPELL[0]
+                return user_and_assistant(ask.format(w=word), f"{word}:{','.join(word)}")

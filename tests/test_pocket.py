@@ -11,6 +11,7 @@ from random import Random
 import pytest
 
 from nanochat import pocket
+from nanochat.pocket_world import WORLD_FILE, World, gerund
 
 SPLITS = ("train", "val", "test")
 NAMES = "name he kind home wears food job hobby fear thing friend".split()
@@ -24,7 +25,7 @@ def world():
 @pytest.fixture(scope="module")
 def cast():
     """The characters as the file has them, read without the module under test: name -> {column: cell}."""
-    text = pocket.WORLD_FILE.read_text(encoding="utf-8")
+    text = WORLD_FILE.read_text(encoding="utf-8")
     rows = re.search(r"^== characters\n(.*?)\n\n", text, re.S | re.M)[1].splitlines()
     cells = [[cell.strip() for cell in row.split("|")] for row in rows if not row.startswith("#")]
     return {row[0]: dict(zip(NAMES, row, strict=True)) for row in cells}
@@ -46,7 +47,7 @@ def test_documents_repeat_with_the_seed_and_in_another_process():
         "import hashlib; from nanochat import pocket; "
         "print(hashlib.sha256('\\0'.join(pocket.documents('train', 100_000, seed=3)).encode()).hexdigest())"
     )
-    env = {"PYTHONHASHSEED": "7", "PYTHONPATH": str(pocket.WORLD_FILE.parents[1])}
+    env = {"PYTHONHASHSEED": "7", "PYTHONPATH": str(WORLD_FILE.parents[1])}
     other = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
     assert other.strip() == digest
     assert list(pocket.documents("train", 5000, seed=3)) != list(pocket.documents("train", 5000, seed=4))
@@ -179,7 +180,7 @@ def test_documents_tell_the_truth(train_text, cast):
 def test_documents_are_well_formed(train_text):
     for d in train_text:
         assert not re.search(r"[\[\]{}@\0]|  | \n|\n\n\n|\.\.", d), d
-        prose = "\n".join(line for line in d.split("\n") if "letter " not in line)
+        prose = "\n".join(line for line in d.split("\n") if not re.search("letter |spelled ", line))
         assert not re.search(r"\ba [aeiou]|\ban [^aeiou]|\b([a-z]+) \1\b", prose), d
         assert d.count('"') % 2 == 0 and d == d.strip(), d
 
@@ -201,9 +202,9 @@ def test_a_story_keeps_its_characters(world, cast):
 
 
 def test_a_world_of_ones_own_is_checked():
-    text = pocket.WORLD_FILE.read_text(encoding="utf-8")
+    text = WORLD_FILE.read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="Nobody"):
-        pocket.World(text.replace("| silver whistle | Hazel", "| silver whistle | Nobody"))
+        World(text.replace("| silver whistle | Hazel", "| silver whistle | Nobody"))
 
 
 @pytest.mark.parametrize(
@@ -211,4 +212,4 @@ def test_a_world_of_ones_own_is_checked():
     [("dig tunnels", "digging tunnels"), ("swim", "swimming"), ("write poems", "writing poems"), ("play", "playing")],
 )
 def test_gerund(phrase, expected):
-    assert pocket.gerund(phrase) == expected
+    assert gerund(phrase) == expected
