@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from nanochat.common import UserError
 from nanochat.engine import Request, visible_text
 
 
@@ -68,6 +69,8 @@ def evaluate_task(
     each, `max_rows` answers at once. `progress(done, total)` counts this rank's problems.
     """
     total = len(task) if max_problems is None else min(max_problems, len(task))
+    if total < 1:
+        raise UserError(f"{type(task).__name__}: no problems to score ({len(task)} there, max_problems={max_problems})")
     rank, world_size = (engine.compute.rank, engine.compute.world_size) if engine.compute else (0, 1)
     problems = {i: task[i] for i in range(rank, total, world_size)}
     if task.eval_type == "categorical":

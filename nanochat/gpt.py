@@ -130,7 +130,10 @@ class GPT(nn.Module):
         with torch.device("meta"):
             self.transformer = nn.ModuleDict(
                 {
-                    "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
+                    # nn.Embedding would draw its weights here, and on meta that takes as long as importing torch.
+                    "wte": nn.Embedding.from_pretrained(
+                        torch.empty(config.padded_vocab_size, config.n_embd), freeze=False
+                    ),
                     "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
                 }
             )

@@ -9,6 +9,7 @@ Reads the newest checkpoint of a stage. In a terminal the calculator's calls are
 """
 
 import contextlib
+import io
 import sys
 
 from nanochat.cli import make_parser, parse_args, run
@@ -132,7 +133,8 @@ def converse(chat):
 def main(argv=None):
     args = parse_args(build_parser(), argv)
     for stream in (sys.stdin, sys.stdout):
-        stream.reconfigure(errors="replace")  # a byte or character that the terminal cannot show is no reason to die
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show or send is no reason to die
+            stream.reconfigure(errors="replace")
     prompt = args.prompt
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read()

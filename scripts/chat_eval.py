@@ -23,9 +23,7 @@ def build_parser():
     add("-i", "--source", required=True, choices=["base", "mid", "sft", "rl"], help="stage whose model is scored")
     add("-a", "--task_name", help="tasks, e.g. 'ARC-Easy|GSM8K' (default: all of the data it was trained on)")
     add("-x", "--max_problems", type=int, help="only this many problems of each task (default: all)")
-    add(
-        "-n", "--num_samples", type=int, default=1, help="answers per generative problem; the score is pass@1 over them"
-    )
+    add("-n", "--num_samples", type=int, default=1, help="answers per problem; the score is pass@1 over them")
     add("-t", "--temperature", type=float, default=0.0, help="0 = always the likeliest token (default)")
     add("-k", "--top_k", type=int, default=50, help="sample from the k likeliest tokens, 0 = from all (default 50)")
     add("-m", "--max_new_tokens", type=int, default=512, help="longest answer, in tokens (default 512)")
@@ -42,28 +40,20 @@ def build_parser():
 
 
 def check_flags(args):
-    """Raises UserError for a number out of range, before anything is loaded."""
-    for name in ("max_problems", "num_samples", "max_new_tokens", "batch_size", "max_rows"):
+    """Raises UserError for an unknown task, a number out of range or a folder that is not there, before loading."""
+    from nanochat.engine import Request
+    from tasks.mixtures import EVAL_TASKS
+
+    for name in args.task_name.split("|") if args.task_name else ():
+        if name not in EVAL_TASKS:
+            raise UserError(f"-a {args.task_name}: no task {name!r}; there are {', '.join(EVAL_TASKS)}")
+    for name in ("max_problems", "batch_size", "max_rows"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name}={value}: expected at least 1")
-    if args.temperature == 0 and args.num_samples > 1:
-        raise UserError(f"--num_samples={args.num_samples} at temperature 0 are all the same; add e.g. -t 1.0")
+    Request([0], args.max_new_tokens, args.temperature, args.top_k, args.seed, args.num_samples)
     if args.save_samples and not Path(args.save_samples).absolute().parent.is_dir():
         raise UserError(f"--save_samples={args.save_samples}: there is no such folder")
-
-
-def choose_tasks(task_name, data):
-    """Names of the tasks asked for, or all that belong to `data`, "public" or "pocket". Raises UserError if unknown."""
-    from tasks.mixtures import EVAL_TASKS
-
-    if not task_name:
-        return [name for name, task in EVAL_TASKS.items() if task.data in (data, "both")]
-    names = list(dict.fromkeys(task_name.split("|")))
-    for name in names:
-        if name not in EVAL_TASKS:
-            raise UserError(f"-a {task_name}: no task {name!r}; there are {', '.join(EVAL_TASKS)}")
-    return names
 
 
 def progress_printer(name):
@@ -96,21 +86,21 @@ def main(argv=None):
     started = time.time()
     from nanochat.chat_eval import chat_core, evaluate_task
     from nanochat.checkpoint_manager import load_model
-    from nanochat.engine import Engine, Request
+    from nanochat.engine import Engine
     from nanochat.report import get_report
     from tasks.mixtures import EVAL_TASKS
 
     # Machine and model
-    Request([0], temperature=args.temperature, top_k=args.top_k)  # a wrong setting is said at once
-    if args.task_name:
-        choose_tasks(args.task_name, None)
     compute = compute_init(args.device_type, args.dtype, args.seed)
     model, tokenizer, meta = load_model(args.source, compute, args.model_tag, args.step)
     engine, data = Engine(model, tokenizer, compute), meta.get("data", "public")
 
-    # Tasks
+    # Tasks: those asked for, or all that belong to the data
+    names = [name for name, task in EVAL_TASKS.items() if task.data in (data, "both")]
+    if args.task_name:
+        names = list(dict.fromkeys(args.task_name.split("|")))
     scores, lines = {}, []
-    for name in choose_tasks(args.task_name, data):
+    for name in names:
         task = EVAL_TASKS[name].make(seed=args.data_seed, words=data)
         t0 = time.perf_counter()
         score = scores[name] = evaluate_task(
