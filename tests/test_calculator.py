@@ -40,8 +40,8 @@ TABLE = {
 REFUSED = """1/0|1/(2-2)||()|2+|*2|2 3|1,23|1234,567|12,3456|1,|(2|2)|2**3|5//2|5%2|1e3|0x10|1_000|1j|1.2.3|٣+٤|１+１
 True|a|__import__('os')|().__class__|(1).real|'a'.upper()|'a'.count|'a'.count()|'a'.count('a','b')|'a'.count(1)
 1 .count('1')|'a'.zfill(999999999).count('0')|'a'.center(99999999).count(' ')|'a'*9**9|'a'+'b'|'\\x61'.count('a')
-f'{1}'.count('1')|b'a'.count('a')|'a''b'.count('a')|'a'.count('a')+1|[1].count(1)|lambda:0|1;2|1#2|2×3|1 if 1 else 2|1<2|~1
-...|.|-|'a\0"""
+f'{1}'.count('1')|b'a'.count('a')|'a''b'.count('a')|'a'.count('a')+1|[1].count(1)|lambda:0|1;2|1#2|2×3|1 if 1 else 2|1<2
+~1|...|.|-|'a\0"""
 
 
 @pytest.mark.parametrize("expr", TABLE)
