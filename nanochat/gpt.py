@@ -141,7 +141,8 @@ class GPT(nn.Module):
 
     def allocate(self, device):
         """Give the weights memory on `device`, in the dtypes that training keeps there, and no values yet."""
-        self.to_empty(device=device)
+        # What to_empty() does, but from the meta device that one imports sympy: a second and more at every start.
+        self._apply(lambda p: torch.empty(p.shape, dtype=p.dtype, device=device))
         if torch.device(device).type == "cuda":
             self.transformer.wte.to(dtype=torch.bfloat16)  # halves the largest table, and AdamW bears it
 
