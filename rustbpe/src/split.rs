@@ -27,7 +27,7 @@ impl Splitter {
     /// [`Error::Pattern`] if `pattern` is not a regular expression.
     pub fn new(pattern: &str) -> Result<Self, Error> {
         let regex = RegexBuilder::new(pattern)
-            .backtrack_limit(usize::MAX) // a long run of spaces is slow but right, not an error
+            .backtrack_limit(usize::MAX) // a long run of spaces takes a step back for each: no error
             .build()
             .map_err(|e| Error::Pattern(e.to_string()))?;
         Ok(Self { pattern: pattern.to_owned(), regex })
