@@ -50,7 +50,7 @@ def has_checkpoints(folder):
 
 
 def set_aside(folder):
-    """Rename a folder of an earlier run to <folder>.old1, .old2, ...: a new run takes its place, and nothing is lost."""
+    """Rename a folder of an earlier run to <folder>.old1, .old2, ...: a new one takes its place, nothing is lost."""
     if has_checkpoints(folder):
         n = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}.old{n}").exists())
         folder.rename(folder.with_name(f"{folder.name}.old{n}"))
@@ -69,7 +69,8 @@ def save_checkpoint(folder, step, model, optimizers, meta, compute, keep=0):
     """
     Write step_<step> into `folder`; called by all ranks. `meta` is JSON-able; model_config, step and files are added.
 
-    Every rank writes its shard of the optimizers' state. The newest `keep` checkpoints are kept, 0 = all of them. Returns its path.
+    Every rank writes its shard of the optimizers' state. Of all checkpoints the newest `keep` are kept, 0 = all.
+    Returns the new one's path.
     """
     final, draft = folder / f"step_{step:06d}", folder / f"step_{step:06d}.tmp"
     if compute.rank == 0:
@@ -158,7 +159,7 @@ def find_checkpoint(folder, step=None):
 
 
 def find_model_tag(source):
-    """The tag to take when none is given: the deepest d<depth>, else the one saved last. Raises UserError without any."""
+    """The tag when none is given: the deepest d<depth>, else the one saved last. Raises UserError without any."""
     root = base_dir() / FOLDERS[source]
     tags = [p for p in root.iterdir() if _step_dirs(p)] if root.is_dir() else []
     if not tags:

@@ -1,5 +1,5 @@
 """
-Flags and exits that all scripts share: --a-b and --a_b are the same flag, and a user's mistake is one line, exit code 2.
+Flags and exits that all scripts share: --a-b and --a_b are the same flag, a user's mistake is one line, exit code 2.
 
     def build_parser(): ...; def main(argv=None): args = parse_args(build_parser(), argv); ...
     if __name__ == "__main__":

@@ -34,7 +34,8 @@ def base_dir():
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise UserError(f"cannot create {path} ({e.strerror}); point NANOCHAT_BASE_DIR at a folder you can write to")
+        hint = "point NANOCHAT_BASE_DIR at a folder you can write to"
+        raise UserError(f"cannot create {path} ({e.strerror}); {hint}") from e
     return path
 
 

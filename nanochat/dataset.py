@@ -151,7 +151,9 @@ def _claim(folder, kind, settings, overwrite):
     present = list(folder.glob("*.parquet"))
     if present and not overwrite and (manifest is None or manifest["shards"]):
         found = f"{manifest['kind']} {manifest['settings']}" if manifest else "parquet files of unknown origin"
-        raise UserError(f"{folder} holds {found}, not {kind} {settings}; choose another --data_dir, or replace it with --overwrite")
+        raise UserError(
+            f"{folder} holds {found}, not {kind} {settings}; choose another --data_dir, or replace it with --overwrite"
+        )
     _write_manifest(folder, kind, settings, {})  # first: killed from here on, nothing looks complete
     for path in [*present, *folder.glob("*.part"), *folder.glob("*.tmp")]:
         path.unlink()

@@ -233,7 +233,7 @@ class GPT(nn.Module):
         """
         [AdamW for head and embedding, Muon for the blocks' matrices]; AdamW's rates are for 768 wide, and scaled.
 
-        `ns_dtype` is what Muon's Newton-Schulz runs in: float32 keeps a float32 run the same on any number of processes.
+        `ns_dtype` is of Muon's Newton-Schulz: float32 keeps a float32 run the same on any number of processes.
         """
         scale = (self.config.n_embd / 768) ** -0.5
         head, wte = self.lm_head.weight, self.transformer.wte.weight

@@ -53,7 +53,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def reduce_grads(self):
-        """Start averaging all gradients over the ranks; p.grad is free to be dropped once grad_sq_norm() or step() ran."""
+        """Start averaging all gradients over the ranks; p.grad may be dropped once step() has run."""
         for unit in self.units:
             rows = [
                 (torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1, *unit.row_shape) for p in unit.params
@@ -76,7 +76,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def grad_sq_norm(self):
-        """Sum of squares of this rank's rows of the averaged gradients (float32 scalar): add up over ranks for the norm."""
+        """Sum of squares of this rank's rows of the averaged gradients, 0-d float32: add up over ranks."""
         for unit in self.units:
             self._wait(unit)
         return torch.stack([unit.grad.float().pow(2).sum() for unit in self.units]).sum()

@@ -62,15 +62,10 @@ class RunLog:
 
     def __init__(self, stage, project, args, compute, num_steps, flops_per_token, state=None):
         self.num_steps, self.flops_per_token, self.compute = num_steps, flops_per_token, compute
-        self.smooth_loss, self.step_count, self.train_seconds, self.timed_tokens, self.timed_seconds = (
-            0.0,
-            0,
-            0.0,
-            0,
-            0.0,
-        )
-        self.__dict__.update(state or {})
-        self.first_step = self.step_count
+        state = state or {"smooth_loss": 0.0, "step_count": 0, "train_seconds": 0.0}
+        self.smooth_loss, self.train_seconds = state["smooth_loss"], state["train_seconds"]
+        self.first_step = self.step_count = state["step_count"]
+        self.timed_tokens, self.timed_seconds = 0, 0.0
         self.last_printed = 0.0
         self.peak = peak_flops(compute) * compute.world_size
         self.file = self.wandb = None
@@ -93,8 +88,7 @@ class RunLog:
 
     def state(self):
         """What RunLog(state=...) takes."""
-        keys = ("smooth_loss", "step_count", "train_seconds", "timed_tokens", "timed_seconds")
-        return {k: getattr(self, k) for k in keys}
+        return {k: getattr(self, k) for k in ("smooth_loss", "step_count", "train_seconds")}
 
     def metrics(self, step, **values):
         """Log named numbers of this step (bpb, accuracies, ...)."""
@@ -119,15 +113,14 @@ class RunLog:
         return self.smooth_loss / (1 - 0.9**self.step_count) if self.step_count else float("nan")
 
     def step(self, step, result, tokens, seconds, lr_mult, progress=None):
-        """Record optimizer step `step` (0-based), which trained on `tokens` positions in `seconds`; print now and then."""
+        """Record optimizer step `step` (from 0) on `tokens` positions, which took `seconds`; print now and then."""
         self.step_count = step + 1
         self.smooth_loss = 0.9 * self.smooth_loss + 0.1 * result.loss
         self.train_seconds += seconds
-        if step >= self.first_step + UNTIMED_STEPS or not self.timed_seconds:
-            if step == self.first_step + UNTIMED_STEPS:
-                self.timed_tokens, self.timed_seconds = 0, 0.0  # forget the first, slow ones
-            self.timed_tokens += tokens
-            self.timed_seconds += seconds
+        if step == self.first_step + UNTIMED_STEPS:
+            self.timed_tokens, self.timed_seconds = 0, 0.0  # forget the first, slow ones
+        self.timed_tokens += tokens
+        self.timed_seconds += seconds
         speed = tokens / seconds
         self.metrics(
             step,
@@ -144,9 +137,15 @@ class RunLog:
         left = self.train_seconds / max(progress, 1e-9) * (1 - progress)
         of = f"/{self.num_steps:05d}" if self.num_steps else ""
         print0(
-            f"step {step + 1:05d}{of} ({min(progress, 1):6.1%}) | loss {self.loss:.4f} | grad norm {result.grad_norm:.3f} | "
-            f"lr x{lr_mult:.2f} | {seconds * 1e3:,.0f} ms | {speed:,.0f} tok/s | mfu {self.mfu:.1%} | "
-            f"{format_duration(self.train_seconds)}, {format_duration(max(0, left))} left"
+            f"step {step + 1:05d}{of} ({min(progress, 1):6.1%})",
+            f"loss {self.loss:.4f}",
+            f"grad norm {result.grad_norm:.3f}",
+            f"lr x{lr_mult:.2f}",
+            f"{seconds * 1e3:,.0f} ms",
+            f"{speed:,.0f} tok/s",
+            f"mfu {self.mfu:.1%}",
+            f"{format_duration(self.train_seconds)}, {format_duration(max(0, left))} left",
+            sep=" | ",
         )
 
     def close(self):

@@ -1,7 +1,7 @@
 """
 Pretrain the base model on raw documents.
 
-    python -m scripts.base_train --depth=4 --max_seq_len=512 --device_batch_size=1 --total_batch_size=512 --num_iterations=20
+    python -m scripts.base_train --depth=4 --max_seq_len=512 --device_batch_size=4 --total_batch_size=8192     # laptop
     torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=20
 
 Reads tokenizer/ and base_data/. Writes base_checkpoints/d<depth>/ and report/metrics/base.jsonl.

@@ -93,7 +93,7 @@ def test_states_of_other_lanes_are_refused(base):
 def test_best_fit_packing_by_hand():
     docs = [[9, 1, 1], [9, 2, 2, 2, 2], [9, 3], [9, 4, 4, 4]]
     rows, targets = pack_best_fit(docs, docs, T=5)
-    # longest that fits (5 of 6), then nothing fits in 1: the shortest, cropped; then 4 of 6, and nothing fits in 2 but 3
+    # 5 of 6, and nothing fits into 1: the shortest, cropped; then 4 of 6, and nothing fits into 2: what is left
     assert rows.tolist() == [[9, 2, 2, 2, 2, 9], [9, 4, 4, 4, 9, 1]]
     assert targets.tolist() == rows.tolist()
 

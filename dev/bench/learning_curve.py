@@ -1,0 +1,61 @@
+"""
+The reference's learning curve beside ours: validation bits per byte of depth 4 on four shards of real text.
+
+    python -m dev.bench.learning_curve --hub=../shared/data/mirror --dtype=bfloat16
+
+`--hub` is a URL or folder laid out as NANOCHAT_HUB_URL. Everything else is made anew in a temporary base dir. Exit
+code 1 if any evaluated step is more than 0.02 above the reference.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from nanochat.cli import make_parser, parse_args, run
+
+# Step -> bpb of the original (version 1, float32, 2 CPU cores, seed 42) with exactly these flags.
+REFERENCE = {
+    0: 3.4055,
+    25: 2.4676,
+    50: 2.3413,
+    75: 2.2960,
+    100: 2.2366,
+    125: 2.2053,
+    150: 2.1603,
+    175: 2.1085,
+    200: 2.0476,
+}
+NOISE = 0.02
+FLAGS = (
+    "--depth=4 --max_seq_len=256 --device_batch_size=16 --total_batch_size=4096 --num_iterations=200 --eval_every=25 "
+    "--eval_tokens=131072 --core_metric_every=-1 --sample_every=-1 --packing=stream"
+).split()
+
+
+def main(argv=None):
+    parser = make_parser("dev.bench.learning_curve", __doc__)
+    parser.add_argument("--hub", required=True, help="URL or folder that has the shards")
+    parser.add_argument("--dtype", default="", help="float32 or bfloat16; empty = as base_train chooses")
+    args = parse_args(parser, argv)
+    with tempfile.TemporaryDirectory() as base:
+        env = os.environ | {"NANOCHAT_BASE_DIR": base, "NANOCHAT_HUB_URL": args.hub}
+        for command in (
+            ["nanochat.dataset", "-n", "4"],
+            ["scripts.tok_train", "--vocab_size=8192"],
+            ["scripts.base_train", *FLAGS, f"--dtype={args.dtype}"],
+        ):
+            subprocess.run([sys.executable, "-m", *command], env=env, check=True)
+        records = map(json.loads, (Path(base) / "report/metrics/base.jsonl").read_text(encoding="utf-8").splitlines())
+        ours = {r["step"]: r["val_bpb"] for r in records if "val_bpb" in r}
+    print("\n| step | reference | ours | difference |\n|---|---|---|---|")
+    for step, bpb in REFERENCE.items():
+        print(f"| {step} | {bpb:.4f} | {ours[step]:.4f} | {ours[step] - bpb:+.4f} |")
+    if any(ours[step] > bpb + NOISE for step, bpb in REFERENCE.items()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(main)
