@@ -94,6 +94,8 @@ cat <<END
 
 Done: the report is in report.md, everything else in $NANOCHAT_BASE_DIR. Talk to the model:
 
+    cd $PWD
     source .venv/bin/activate
+    export NANOCHAT_BASE_DIR=$NANOCHAT_BASE_DIR
     python -m scripts.chat_cli
 END

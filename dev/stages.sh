@@ -4,7 +4,8 @@
 #   run_stages                                                                         runs those that are not done
 #
 # A stage is done when stamps/<number> in the base dir has the checksum of its command and of all commands before it:
-# with other flags it runs again, and so does what follows. A training stage that was killed resumes by itself.
+# with other flags it runs again, and so does what follows. While it runs, <number>.begun has that checksum, by which a
+# stage that was killed resumes its own checkpoints (--resume=1), and never those of a run with other flags or data.
 
 TITLES=() TIMES=() PRODUCTS=() COMMANDS=()
 
@@ -19,21 +20,24 @@ run_stages() {
     wait_for_other_runs
     for ((i = 0; i < count; i++)); do
         stamp="$stamps/$i" head="[$((i + 1))/$count] ${TITLES[i]}"
-        sum=$(echo "$sum ${COMMANDS[i]}" | cksum)
+        sum=$(echo "$sum ${COMMANDS[i]}" | sed -E 's/--(run|nproc_per_node)=[^ ]*//g' | cksum) # these may change
         if [[ $(cat "$stamp" 2>/dev/null) == "$sum" && -e $NANOCHAT_BASE_DIR/${PRODUCTS[i]} ]]; then
             echo "$head: done before"
             continue
         fi
-        (cd "$stamps" && rm -f $(seq "$i" 99)) # what follows was made from an older product
+        (cd "$stamps" && rm -f $(seq "$i" 99) $(seq -f %g.begun $((i + 1)) 99)) # made from an older product
         left=0 seconds=${TIMES[i]}
         for ((j = i; j < count; j++)); do left=$((left + TIMES[j])); done
-        if ((planned > 30)); then # this machine's own pace is known
+        if ((planned > 60)); then # this machine's own pace is known
             left=$((left * spent / planned)) seconds=$((seconds * spent / planned))
         fi
         printf '\n%s ... (about %s; about %s left in all)\n' "$head" "$(duration $seconds)" "$(duration $left)"
-        fresh=1 started=$SECONDS
-        [[ ! -e $stamp.begun ]] || fresh=0 # it resumes, so its time will say nothing about the pace
-        touch "$stamp.begun"
+        fresh=0 started=$SECONDS # one that resumes says nothing about the pace
+        if [[ $(cat "$stamp.begun" 2>/dev/null) != "$sum" ]]; then
+            fresh=1
+            [[ ${COMMANDS[i]} != *--resume=1* ]] || set_aside "$NANOCHAT_BASE_DIR/${PRODUCTS[i]}"
+            echo "$sum" >"$stamp.begun"
+        fi
         eval "${COMMANDS[i]}" || die "$head failed, see above; when that is mended, the same command goes on from here"
         rm "$stamp.begun"
         echo "$sum" >"$stamp"
@@ -41,6 +45,14 @@ run_stages() {
         ((!fresh)) || spent=$((spent + seconds)) planned=$((planned + TIMES[i]))
         echo "$head: took $(duration $seconds)"
     done
+}
+
+set_aside() { # <folder>: becomes <folder>.old1, or the next free number
+    local n=1
+    [[ -e $1 ]] || return 0
+    while [[ -e $1.old$n ]]; do n=$((n + 1)); done
+    mv "$1" "$1.old$n"
+    echo "$1 was made with other flags or data: now ${1##*/}.old$n"
 }
 
 duration() {
