@@ -8,6 +8,7 @@ This is the only module that reads environment variables; the README lists them.
 import contextlib
 import gc
 import hashlib
+import http.client
 import math
 import os
 import shutil
@@ -206,7 +207,7 @@ def fetch(url, path, attempts=5, timeout=30, progress=None):
             elif e.code < 500 and e.code != 429:
                 raise UserError(f"{url}: the host says {e.code} {e.reason}") from e
             error = e
-        except OSError as e:  # URLError, timeouts, connections reset
+        except (OSError, http.client.HTTPException) as e:  # URLError, timeouts, connections reset, answers cut short
             error = e
         if attempt < attempts:
             time.sleep(2**attempt)

@@ -412,7 +412,7 @@ def main(argv=None):
 @contextlib.contextmanager
 def _only_writer(folder):
     """Hold the folder's lock, which ends with the process: two downloads would append to the same part of a file."""
-    import filelock  # comes with torch
+    import filelock
 
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")

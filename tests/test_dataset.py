@@ -38,7 +38,7 @@ def make_documents(count, seed=0, words=30):
 
 
 class Host:
-    """Serves a folder; `faults` maps a file name to what happens at its next requests: "cut", 500, 404, "close"."""
+    """Serves a folder; `faults` maps a file name to what happens at its next requests: "cut", "cut chunk", "close", 500."""
 
     def __init__(self, root):
         self.root, self.faults, self.requests = root, {}, []
@@ -65,6 +65,10 @@ class Host:
                 if self.headers.get("Range"):
                     start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
                 self.send_response(206 if start else 200)
+                if fault == ["cut chunk"]:
+                    self.send_header("Transfer-Encoding", "chunked")
+                    self.end_headers()
+                    return self.wfile.write(b"ffff\r\n" + data[start : start + 100])
                 self.send_header("Content-Length", str(len(data) - start))
                 self.end_headers()
                 if body:
@@ -99,11 +103,10 @@ def names(paths):
 def test_download_survives_cut_connections_and_server_errors(host, base):
     host.faults = {
         "shard_01822.parquet": [503],
-        "shard_00000.parquet": [],
         "shard_00001.parquet": [500, 429],
-        "shard_00002.parquet": ["close"],
+        "shard_00002.parquet": ["close", "cut chunk"],
     }
-    dataset.find_last_shard()
+    assert dataset.find_last_shard() == 4
     host.faults["shard_00000.parquet"] = ["cut"]
     dataset.main(["-n", "3", "-w", "2"])
     assert names(dataset.list_parquet_files()) == ["00000", "00001", "00002", "00004"]
