@@ -15,7 +15,7 @@ stage() {
 
 run_stages() {
     local stamps="$NANOCHAT_BASE_DIR/stamps" count=${#TITLES[@]} sum="" spent=0 planned=0
-    local i j stamp head fresh seconds left started
+    local i j stamp head sets_pace seconds left started
     mkdir -p "$stamps"
     wait_for_other_runs
     for ((i = 0; i < count; i++)); do
@@ -28,21 +28,21 @@ run_stages() {
         (cd "$stamps" && rm -f $(seq "$i" 99) $(seq -f %g.begun $((i + 1)) 99)) # made from an older product
         left=0 seconds=${TIMES[i]}
         for ((j = i; j < count; j++)); do left=$((left + TIMES[j])); done
-        if ((planned > 60)); then # this machine's own pace is known
+        if ((planned)); then # this machine's own pace is known
             left=$((left * spent / planned)) seconds=$((seconds * spent / planned))
         fi
         printf '\n%s ... (about %s; about %s left in all)\n' "$head" "$(duration $seconds)" "$(duration $left)"
-        fresh=0 started=$SECONDS # one that resumes says nothing about the pace
-        if [[ $(cat "$stamp.begun" 2>/dev/null) != "$sum" ]]; then
-            fresh=1
-            [[ ${COMMANDS[i]} != *--resume=1* ]] || set_aside "$NANOCHAT_BASE_DIR/${PRODUCTS[i]}"
-            echo "$sum" >"$stamp.begun"
+        sets_pace="" started=$SECONDS
+        if [[ ${COMMANDS[i]} == *--resume=1* && $(cat "$stamp.begun" 2>/dev/null) != "$sum" ]]; then
+            sets_pace=1 # a whole training stage; others wait for a network or are short
+            set_aside "$NANOCHAT_BASE_DIR/${PRODUCTS[i]}"
         fi
+        echo "$sum" >"$stamp.begun"
         eval "${COMMANDS[i]}" || die "$head failed, see above; when that is mended, the same command goes on from here"
         rm "$stamp.begun"
         echo "$sum" >"$stamp"
         seconds=$((SECONDS - started))
-        ((!fresh)) || spent=$((spent + seconds)) planned=$((planned + TIMES[i]))
+        [[ -z $sets_pace ]] || spent=$((spent + seconds)) planned=$((planned + TIMES[i]))
         echo "$head: took $(duration $seconds)"
     done
 }

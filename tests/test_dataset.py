@@ -38,7 +38,7 @@ def make_documents(count, seed=0, words=30):
 
 
 class Host:
-    """Serves a folder; `faults` maps a file name to what happens at its next requests: "cut", "cut chunk", "close", 500."""
+    """Serves a folder; `faults` maps a file name to what happens next: "cut", "cut chunk", "close" or a status."""
 
     def __init__(self, root):
         self.root, self.faults, self.requests = root, {}, []
