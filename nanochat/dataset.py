@@ -277,7 +277,7 @@ def download(folder, num_files=-1, num_workers=4, overwrite=False):
     shards = _claim(folder, PUBLIC, settings, overwrite)
     names = [n for n in _names(count, settings["last_shard"]) if not _is_whole(folder / n, shards)]
     print0(f"fetching {len(names)} shards to {folder}")
-    progress, failed = Progress(len(names)), {}
+    progress, failed = Progress(len(names)), []
     pool = ThreadPoolExecutor(num_workers)
     jobs = {pool.submit(_get_shard, folder / name, name in shards, progress): name for name in names}
     try:
@@ -286,14 +286,15 @@ def download(folder, num_files=-1, num_workers=4, overwrite=False):
                 shards[jobs[job]] = job.result()
                 progress.update(jobs[job], finished=True)
             except (UserError, OSError) as e:
-                failed[jobs[job]] = e
+                failed.append(f"{jobs[job]}: {e}")
             if len(failed) > 3:  # the host is gone or the disk is full; the others need not wait for the same
                 break
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     if failed:
-        reasons = "; ".join(f"{name}: {e}" for name, e in failed.items())
-        raise UserError(f"{len(names) - progress.finished} of {len(names)} shards are missing ({reasons}); {AGAIN}")
+        raise UserError(
+            f"{len(names) - progress.finished} of {len(names)} shards are missing ({'; '.join(failed)}); {AGAIN}"
+        )
     _write_manifest(folder, PUBLIC, settings, shards)
 
 
