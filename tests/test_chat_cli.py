@@ -16,7 +16,7 @@ from nanochat.engine import Engine
 from scripts import chat_cli
 from scripts.chat_cli import Chat
 
-checkpoint, one_thread = test_chat_eval.checkpoint, test_chat_eval.one_thread  # fixtures
+checkpoint = test_chat_eval.checkpoint  # a fixture
 SAMPLING = {"temperature": 0, "top_k": None, "seed": 1}
 
 

@@ -4,7 +4,6 @@ import itertools
 import json
 
 import pytest
-import test_engine
 import torch
 from test_engine import BOS, END, OUTPUT, OUTPUT_END, PYTHON, PYTHON_END, VOCAB, ByteTokenizer, ScriptedModel
 
@@ -13,8 +12,6 @@ from nanochat.chat_eval import Score, chat_core, evaluate_task, pass_at_k
 from nanochat.common import Compute, UserError
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
-
-one_thread = test_engine.one_thread  # a fixture
 
 
 class ByteChat(ByteTokenizer):

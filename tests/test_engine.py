@@ -17,15 +17,6 @@ BOS, END, PYTHON, PYTHON_END, OUTPUT, OUTPUT_END = 256, 260, 261, 262, 263, 264
 VOCAB = 256 + len(SPECIALS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small only lose by threads, and a hundredfold on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class ByteTokenizer:
     """Every byte is a token."""
 

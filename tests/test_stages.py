@@ -60,7 +60,7 @@ def test_a_run_that_is_cut_short_continues_bit_for_bit(base, run_script):
     train(run_script, "--num_iterations=12", "--model_tag=whole")
     expected_losses = losses(base)
     command = [sys.executable, "-m", "scripts.base_train", *BASE, "--num_iterations=12", "--save_every=2", "--resume"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
     first = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
     while not (base / "base_checkpoints" / "d1" / "step_000004").exists():
         assert first.poll() is None
@@ -78,7 +78,7 @@ def test_a_run_that_is_cut_short_continues_bit_for_bit(base, run_script):
 
 def test_sigterm_saves_and_exits_cleanly(base):
     command = [sys.executable, "-m", "scripts.base_train", *BASE, "--num_iterations=100000", "--eval_every=-1"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step "):

@@ -1,7 +1,7 @@
 """
 The reference's learning curve beside ours: validation bits per byte of depth 4 on four shards of real text.
 
-    python -m dev.bench.learning_curve --hub=../shared/data/mirror --dtype=bfloat16
+    python -m dev.bench.learning_curve --hub=<URL or folder> --dtype=bfloat16
 
 `--hub` is a URL or folder laid out as NANOCHAT_HUB_URL. Everything else is made anew in a temporary base dir. Exit
 code 1 if any evaluated step is more than 0.02 above the reference.
