@@ -14,6 +14,7 @@ import os
 import pickle
 import re
 import shutil
+import sys
 from dataclasses import asdict
 
 import torch
@@ -148,14 +149,17 @@ def find_checkpoint(folder, step=None):
             have = ", ".join(map(str, sorted(steps))) or "none"
             raise UserError(f"no checkpoint of step {step} in {folder} (there: {have})")
         return steps[step], _read_meta(steps[step])
-    problem = None
+    problems = []
     for s in sorted(steps, reverse=True):
         try:
-            return steps[s], _read_meta(steps[s])
+            meta = _read_meta(steps[s])
         except UserError as e:
-            problem = e
-            print0(f"warning: {e}; trying the checkpoint before it")
-    raise UserError(f"no good checkpoint left in {folder}: {problem}" if problem else f"no checkpoint in {folder}")
+            problems.append(str(e))
+            continue
+        if problems:
+            print0(f"warning: {'; '.join(problems)}; taking step {s} instead", file=sys.stderr)
+        return steps[s], meta
+    raise UserError(f"no good checkpoint in {folder}" + (f": {'; '.join(problems)}" if problems else ""))
 
 
 def find_model_tag(source):

@@ -68,7 +68,7 @@ def test_a_damaged_checkpoint_is_passed_over(base, capsys, name, harm):
         victim.write_bytes({"cut": data[:half], "empty": b"", "flip": flipped}[harm])
     path, meta = cm.find_checkpoint(folder)
     assert (path.name, meta["step"]) == ("step_000001", 1)
-    assert "step_000002" in capsys.readouterr().out
+    assert "step_000002" in capsys.readouterr().err
     with pytest.raises(UserError, match="step_000002"):  # what was asked for is not replaced
         cm.find_checkpoint(folder, step=2)
 
