@@ -61,11 +61,12 @@ class ShardSource:
         return [block for g in shuffled for block in self.groups[g]]
 
     def read(self, block):
-        """Token ids of the block's documents, one list each, and no masks: every token is trained on."""
+        """Token ids of the block's documents, one list each; and the same again: every token is a target."""
         path, group, lo, hi = block
         texts = self.row_group(path, group)[lo:hi]
         bos = self.tokenizer.get_bos_token_id()
-        return self.tokenizer.encode(texts, prepend=bos, num_threads=self.threads), None
+        docs = self.tokenizer.encode(texts, prepend=bos, num_threads=self.threads)
+        return docs, docs
 
 
 class TaskSource:
@@ -88,8 +89,10 @@ class TaskSource:
         return [self.blocks[b] for b in np.random.default_rng((self.seed, epoch)).permutation(self.num_blocks)]
 
     def read(self, block):
+        """Token ids of the block's conversations, one list each; and as targets, -1 = not trained on."""
         rendered = [self.tokenizer.render_conversation(self.task[i], self.max_tokens) for i in block]
-        return [ids for ids, _ in rendered], [mask for _, mask in rendered] if self.use_mask else None
+        tokens = [ids for ids, _ in rendered]
+        return tokens, [np.where(mask, ids, -1) for ids, mask in rendered] if self.use_mask else tokens
 
 
 class Lane:
@@ -113,14 +116,11 @@ class Lane:
         return self.epoch + self.block / len(self.blocks(self.epoch))
 
     def _load(self):
-        tokens, masks = self.source.read(self.blocks(self.epoch)[self.block])
-        targets = [np.where(m, t, -1) for t, m in zip(tokens, masks, strict=True)] if masks else tokens
+        tokens, targets = self.source.read(self.blocks(self.epoch)[self.block])
         if self.packing == "bos":
             self.data = pack_best_fit(tokens, targets, self.T)
         else:
-            self.data = tuple(
-                np.concatenate([np.asarray(d, dtype=np.int32) for d in docs]) for docs in (tokens, targets)
-            )
+            self.data = _concatenate(tokens), _concatenate(targets)
 
     def _advance(self):
         self.block, self.used, self.data = self.block + 1, 0, None
@@ -157,6 +157,10 @@ class Lane:
                 self._advance()
         tokens, targets = (np.concatenate(p) for p in zip(*parts, strict=True))
         return tokens[:-1], targets[1:]
+
+
+def _concatenate(docs):
+    return np.concatenate([np.asarray(d, dtype=np.int32) for d in docs])
 
 
 def pack_best_fit(docs, targets, T):
@@ -284,19 +288,18 @@ def eval_batches(source, rows, T, steps, compute):
     Rows are cut from one stream, as the reference does, whatever the world size; ranks take equal runs of rows.
     """
     own = rows // compute.world_size
-    tokens, have = [], 0
+    tokens, targets, have = [], [], 0
     for block in source.in_file_order():
-        docs, _ = source.read(block)
-        tokens.extend(np.asarray(d, dtype=np.int32) for d in docs)
-        have += sum(map(len, docs))
+        for stream, docs in zip((tokens, targets), source.read(block), strict=True):
+            stream.extend(docs)
+        have = sum(map(len, tokens))
         if have > steps * rows * T:
             break
-    stream = np.concatenate(tokens)[: steps * rows * T + 1]
-    whole = (len(stream) - 1) // (rows * T)  # small data: as many steps as there are
+    whole = min(steps, (have - 1) // (rows * T))  # small data: as many steps as there are
     if not whole:
-        raise UserError(f"the evaluation data has {len(stream):,} tokens, one step needs {rows * T:,}; use fewer rows")
+        raise UserError(f"the evaluation data has {have:,} tokens, one step needs {rows * T:,}; use fewer rows")
     n = whole * rows * T
-    x = torch.from_numpy(stream[:n].reshape(whole, rows, T))
-    y = torch.from_numpy(stream[1 : n + 1].reshape(whole, rows, T)).long()
+    x = torch.from_numpy(_concatenate(tokens)[:n].reshape(whole, rows, T))
+    y = torch.from_numpy(_concatenate(targets)[1 : n + 1].reshape(whole, rows, T)).long()
     mine = slice(compute.rank * own, (compute.rank + 1) * own)
     return list(zip(x[:, mine], y[:, mine], strict=True))

@@ -31,6 +31,7 @@ def build_parser():
     p.add_argument(
         "--packing", default="stream", choices=("stream", "bos"), help="cut rows anywhere, or at conversations"
     )
+    p.add_argument("--train_on", default="all", choices=("all", "assistant"), help="tokens: all, or the assistant's")
     p.add_argument("--embedding_lr", type=float, default=0.2, help="AdamW, embedding")
     p.add_argument("--unembedding_lr", type=float, default=0.004, help="AdamW, head")
     p.add_argument("--matrix_lr", type=float, default=0.02, help="Muon, the blocks' matrices")
@@ -89,9 +90,10 @@ def main(argv=None):
     if args.compile if args.compile is not None else compute.device.type == "cuda":
         compiled = torch.compile(model, dynamic=False)
 
-    # Data: every token of a conversation is trained on, also the user's
+    # Data
     train_task, val_task = midtraining(args.data)
-    source = TaskSource(train_task, tokenizer, args.max_seq_len, rows, args.seed)
+    use_mask = args.train_on == "assistant"
+    source = TaskSource(train_task, tokenizer, args.max_seq_len, rows, args.seed, use_mask)
     batches = lane_batches(
         source, rows, args.max_seq_len, args.device_batch_size, compute, args.packing, meta.get("loader_state")
     )
@@ -119,7 +121,7 @@ def main(argv=None):
             training.exit()
         if due(step, args.eval_every, last):
             val_batches = val_batches or eval_batches(
-                TaskSource(val_task, tokenizer, args.max_seq_len, rows),
+                TaskSource(val_task, tokenizer, args.max_seq_len, rows, use_mask=use_mask),
                 eval_rows,
                 args.max_seq_len,
                 eval_steps,
