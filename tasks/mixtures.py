@@ -17,11 +17,23 @@ from tasks.spellingbee import SimpleSpelling, SpellingBee
 
 DATA = ("public", "pocket")
 
-# Rows of each pocket task per stage; a row is about 190 (talk), 60 (facts), 45 (sums, identity), 85 (letters) or 25
-# (spelling) tokens, so about 1.1 million tokens for midtraining and 0.4 million for SFT.
-POCKET_MID = {PocketChat: 2600, PocketFacts: 4000, PocketSums: 4000, PocketIdentity: 600, SpellingBee: 1800}
-POCKET_SFT = {PocketChat: 1000, PocketFacts: 1500, PocketSums: 1000, PocketIdentity: 600, SpellingBee: 500}
-POCKET_MID[SimpleSpelling], POCKET_SFT[SimpleSpelling] = 2500, 500
+# Rows of each pocket task in midtraining and in SFT: about 2.3 and 0.6 million tokens of the pocket tier's tokenizer.
+POCKET_MID = {
+    PocketChat: 3000,  # 260 tokens a row
+    PocketFacts: 4000,  # 80
+    PocketSums: 6000,  # 55
+    PocketIdentity: 1000,  # 50
+    SpellingBee: 6000,  # 125
+    SimpleSpelling: 2000,  # 30
+}
+POCKET_SFT = {
+    PocketChat: 900,
+    PocketFacts: 1000,
+    PocketSums: 1200,
+    PocketIdentity: 500,
+    SpellingBee: 1200,
+    SimpleSpelling: 200,
+}
 
 
 def identity_conversations():

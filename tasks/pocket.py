@@ -35,8 +35,25 @@ class PocketSums(_Pocket, FinalNumberTask):
         return user_and_assistant(question, split_calls(answer))
 
 
-class PocketFacts(_Pocket, ChoiceTask):
-    """Questions about the characters and places with four choices."""
+class PocketFacts(_Pocket):
+    """
+    Questions about the characters and places with four choices, answered with the right choice's own words.
+
+    Not with a letter, as in PocketLetters: recalling a fact is learnt in minutes, looking up its letter is not.
+    """
+
+    def make(self, rng):
+        fact = pocket.fact(rng, self.split, self.world)
+        choices = "".join(f"- {choice}\n" for choice in fact.choices)
+        question = f"Multiple Choice question: {fact.question}\n{choices}\nRespond only with the correct answer."
+        return user_and_assistant(question, fact.value)
+
+    def evaluate(self, conversation, assistant_response):
+        return assistant_response.strip() == conversation["messages"][-1]["content"]
+
+
+class PocketLetters(_Pocket, ChoiceTask):
+    """The same questions in the form of ARC and MMLU: the answer is the letter of the right choice."""
 
     def make(self, rng):
         fact = pocket.fact(rng, self.split, self.world)

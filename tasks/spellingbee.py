@@ -106,13 +106,16 @@ class SpellingBee(_Words, FinalNumberTask):
         if rng.random() < 0.3:
             template = template.lower()
         letter_quote, word_quote = (rng.choice(("", "'", '"')) for _ in range(2))
-        question = template.format(l=f"{letter_quote}{letter}{letter_quote}", w=f"{word_quote}{word}{word_quote}")
+        asked = {"l": f"{letter_quote}{letter}{letter_quote}", "w": f"{word_quote}{word}{word_quote}"}
+        question = template.format(**asked)
         question += "?" if rng.random() < 0.5 else ""
         n, rows = 0, []
         for i, c in enumerate(word, 1):
             n += c == letter
             rows.append(f"{i}:{c}" + (f" ({n})" if c == letter else ""))
-        steps = "\n".join([f"Let us spell the word and count {letter}.", f"{word}:{','.join(word)}", *rows])
+        steps = "\n".join(
+            ["Let us spell the word {w} and count {l}.".format(**asked), f"{word}:{','.join(word)}", *rows]
+        )
         parts = [
             {
                 "type": "text",

@@ -19,7 +19,7 @@ from tasks.common import Task, TaskMixture, TaskSequence, render_mc
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K, final_number, split_calls
 from tasks.mmlu import MMLU
-from tasks.pocket import PocketChat, PocketFacts, PocketIdentity, PocketSums
+from tasks.pocket import PocketChat, PocketFacts, PocketIdentity, PocketLetters, PocketSums
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 
@@ -217,6 +217,7 @@ def test_a_data_set_that_cannot_be_had_is_one_clear_line(base):
 MADE = {
     "sums": PocketSums,
     "facts": PocketFacts,
+    "letters": PocketLetters,
     "identity": PocketIdentity,
     "chat": PocketChat,
     "bee": lambda split, size, seed=0: SpellingBee(size, split, "pocket", seed),
@@ -279,8 +280,16 @@ def test_public_words(mirror):
     assert as_text(SimpleSpelling(size=1)[0]).count(":") == 1
 
 
-def test_facts_are_judged_by_their_letter():
+def test_facts_are_judged_by_the_choice():
     task = PocketFacts("test", 50)
+    for conversation in task:
+        choices = [line[2:] for line in question(conversation).splitlines() if line.startswith("- ")]
+        assert len(set(choices)) == 4
+        assert [choice for choice in choices if task.evaluate(conversation, f" {choice}\n")] == [as_text(conversation)]
+
+
+def test_facts_by_letter():
+    task = PocketLetters("test", 50)
     for conversation in task:
         right = as_text(conversation)
         assert [task.evaluate(conversation, letter) for letter in "ABCD"].count(True) == 1
@@ -323,7 +332,7 @@ def test_evaluation_tasks_take_another_seed():
         if name.startswith("Pocket") or name == "SpellingBee":
             one, two = (entry.make(seed=seed, words="pocket") for seed in (0, 7))
             assert [question(one[i]) for i in range(20)] != [question(two[i]) for i in range(20)]
-            assert entry.baseline == (0.25 if one.eval_type == "categorical" else 0.0)
+            assert entry.baseline == (0.25 if name == "PocketFacts" else 0.0)  # four choices
 
 
 # ---------------------------------------------------------------------------------------------------------------------
