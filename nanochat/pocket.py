@@ -42,11 +42,16 @@ class Fact:
     choices: tuple  # four values, the right one among them
 
 
+def _attribute(rng, world):
+    """An attribute, those that have it, and the slot that they fill."""
+    attribute = rng.choices(list(FACT_WEIGHTS), FACT_WEIGHTS.values())[0]
+    return attribute, *world.subjects(attribute)
+
+
 def fact(rng, split, world):
     """A question about the world. Its wording for this very subject belongs to `split`; the fact itself is shared."""
     while True:
-        attribute = rng.choices(list(FACT_WEIGHTS), FACT_WEIGHTS.values())[0]
-        subjects, slot = world.subjects(attribute)
+        attribute, subjects, slot = _attribute(rng, world)
         subject = rng.choice(subjects)
         question = fill(rng, rng.choice(world.lines(f"ask {attribute}")), **{slot: subject})
         if split_of("fact", question) == split:
@@ -345,17 +350,58 @@ def _spelling_page(rng, split, world):
     return "\n".join(rows)
 
 
+def _echo_page(rng, split, world):
+    """Words without any sense, said twice: what teaches a small model to copy whatever stands before."""
+    rows = []
+    for _ in range(rng.randint(3, 6)):
+        a, b = rng.sample(world.characters, 2)
+        words = rng.choice((" ", ", ")).join(rng.sample(world.words, rng.randint(2, 8)))
+        rows.append(rng.choice(world.lines("echo")).format(a=a, b=b, s=words))
+    return "\n".join(rows)
+
+
+def _lookup_page(rng, split, world):
+    """Things that are true on this page only, and questions about them: what teaches to look them up."""
+    keys, values, row, question = rng.choice(world.table("lookup"))
+    n = rng.randint(4, 8)
+    pools = {"names": world.characters, "words": world.words, "numbers": range(2, 1000)}
+    answers = "ABCDEFGH"[:n] if values == "letters" else rng.sample(pools[values], n)
+    known = list(zip(rng.sample(pools[keys], n), answers, strict=True))
+    asked = [rng.choice(known) for _ in range(rng.randint(4, 10))]
+    lines = [row.format(k=k, v=v) for k, v in known] + [question.format(k=k, v=v) for k, v in asked]
+    return "\n".join(lines)
+
+
+def _match_page(rng, split, world):
+    """Four choices with letters, and several questions whose answers they are."""
+    attribute, subjects, slot = _attribute(rng, world)
+    by_value = {world.say[attribute][0].format(**{slot: s}): s for s in rng.sample(subjects, len(subjects))}
+    shown = rng.sample(sorted(by_value), 4)
+    page = [f"- {value}={letter}" for value, letter in zip(shown, LETTERS, strict=True)]
+    for _ in range(rng.randint(6, 12)):
+        value = rng.choice(shown)
+        question = f"Which letter stands for {value}?"
+        if rng.random() < 0.7:
+            question = fill(rng, rng.choice(world.lines(f"ask {attribute}")), **{slot: by_value[value]})
+        if split_of("fact", question) == split:
+            page.append(f"{question} {LETTERS[shown.index(value)]}")
+    return "\n".join(page)
+
+
 PAGES = {  # kind of document -> how often, per hundred
-    _story_page: 36,
-    _portrait_page: 12,
-    _place_page: 6,
-    _card_page: 3,
-    _list_page: 9,
-    _chatter_page: 7,
-    _letter_page: 6,
-    _question_page: 9,
+    _story_page: 25,
+    _portrait_page: 9,
+    _place_page: 4,
+    _card_page: 2,
+    _list_page: 8,
+    _chatter_page: 6,
+    _letter_page: 5,
+    _question_page: 10,
     _sum_page: 6,
     _spelling_page: 6,
+    _echo_page: 5,
+    _lookup_page: 8,
+    _match_page: 9,
 }
 
 
