@@ -52,6 +52,8 @@ def run(main):
     try:
         main()
         compute_cleanup()
+    except SystemExit as e:  # --help, a wrong flag, or a run that was asked to stop
+        _exit(e.code or 0)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.stderr.flush()

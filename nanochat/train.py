@@ -172,7 +172,8 @@ class Run:
         """Whether this rank was asked to stop; train_step() tells the others."""
         return self.signum is not None
 
-    def exit(self):
+    def exit(self, log):
         """Leave after the save: 130 after Ctrl-C, so that a calling shell script stops too, else 0."""
+        log.close()
         print0(f"stopped; saved {self.path}. Go on with the same command and --resume")
         raise SystemExit(130 if self.signum == signal.SIGINT else 0)

@@ -144,7 +144,7 @@ def main(argv=None):
         if step > training.first_step and (last or due(step, args.save_every) or training.stopping):
             path = save(step)  # before anything that could fail, such as an evaluation
             if training.stopping:
-                training.exit()
+                training.exit(log)
         if due(step, args.eval_every, last):
             val_batches = val_batches or eval_batches(
                 ShardSource(row_groups("val"), tokenizer, rows), eval_rows, args.max_seq_len, eval_steps, compute

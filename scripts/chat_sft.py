@@ -116,7 +116,7 @@ def main(argv=None):
             state = {"data": args.data, "results": results, "log_state": log.state()}
             path = training.save(step, model, [] if last else optimizers, state, loader_state, finished=last)
             if training.stopping:
-                training.exit()
+                training.exit(log)
         if due(step, args.eval_every, last):
             val_batches = conversation_batches(val_task, tokenizer, val_rows, context, args.device_batch_size, compute)
             val_steps = max(1, min(args.eval_steps, len(val_task) // val_rows))

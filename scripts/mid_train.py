@@ -118,7 +118,7 @@ def main(argv=None):
             state = {"data": args.data, "val_bpb": val_bpb, "min_val_bpb": min_val_bpb, "progress": progress}
             path = training.save(step, model, optimizers, state | {"log_state": log.state()}, loader_state, last)
         if training.stopping:
-            training.exit()
+            training.exit(log)
         if due(step, args.eval_every, last):
             val_batches = val_batches or eval_batches(
                 TaskSource(val_task, tokenizer, args.max_seq_len, rows, use_mask=use_mask),
