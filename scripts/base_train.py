@@ -153,7 +153,7 @@ def main(argv=None):
             min_val_bpb = min(val_bpb, min_val_bpb or val_bpb)
             log.metrics(step, val_bpb=val_bpb)
             print0(f"step {step:05d} | validation bpb {val_bpb:.4f}")
-        if due(step, args.sample_every, last) and compute.rank == 0:
+        if step and due(step, args.sample_every, last) and compute.rank == 0:
             for prompt, text in greedy_samples(Engine(model, tokenizer, compute), data).items():
                 print0(f"{prompt} >{text}")
         if last:

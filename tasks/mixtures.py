@@ -19,18 +19,18 @@ DATA = ("public", "pocket")
 
 # Rows of each pocket task in midtraining and in SFT: about 2.3 and 0.6 million tokens of the pocket tier's tokenizer.
 POCKET_MID = {
-    PocketChat: 3000,  # 260 tokens a row
-    PocketFacts: 4000,  # 80
+    PocketChat: 3000,  # 120 tokens a row
+    PocketFacts: 12000,  # 65
     PocketSums: 6000,  # 55
-    PocketIdentity: 1000,  # 50
+    PocketIdentity: 1500,  # 40
     SpellingBee: 6000,  # 125
-    SimpleSpelling: 2000,  # 30
+    SimpleSpelling: 2000,  # 25
 }
 POCKET_SFT = {
     PocketChat: 900,
-    PocketFacts: 1000,
+    PocketFacts: 3000,
     PocketSums: 1200,
-    PocketIdentity: 500,
+    PocketIdentity: 800,
     SpellingBee: 1200,
     SimpleSpelling: 200,
 }
