@@ -132,11 +132,8 @@ def story(rng, split, world, title=False):
         plot = rng.choice(plots)
         a, b = rng.sample(world.characters, 2)
         p = rng.choice(world.place_list)
-        if (
-            split_of("story", plot[0], a, b, p) == split
-            and p not in (a.place, b.place)
-            and (a.fear != b.fear or "cannot sleep" not in plot[0])
-        ):
+        fits = p not in (a.place, b.place) and (a.fear != b.fear or "cannot sleep" not in plot[0])
+        if fits and split_of("story", plot[0], a, b, p) == split:
             break
     more = rng.sample(world.lines("opening more"), rng.randint(0, 2))
     opening = " ".join([rng.choice(world.lines("opening")), *more])
@@ -336,17 +333,9 @@ def _spelling_page(rng, split, world):
     for _ in range(rng.randint(8, 20)):
         word, letter = letter_problem(rng, split, world.words)
         n = word.count(letter)
-        how_often = "does not appear" if n == 0 else "appears once" if n == 1 else f"appears {n} times"
-        rows.append(
-            rng.choice(
-                (
-                    f"{word}:{','.join(word)}",
-                    f"The word {word} is spelled {'-'.join(word)}.",
-                    f'"{word}" is {word}:{",".join(word)}',
-                    f"The letter {letter} {how_often} in {word}: {'-'.join(word)}.",
-                )
-            )
-        )
+        often = ("does not appear", "appears once")[n] if n < 2 else f"appears {n} times"
+        slots = dict(w=word, l=letter, often=often, dashes="-".join(word), commas=",".join(word))
+        rows.append(rng.choice(world.lines("spelling")).format_map(slots))
     return "\n".join(rows)
 
 
