@@ -31,7 +31,7 @@ def build_parser():
     add("-p", "--prompt", help="answer this and exit")
     add("-t", "--temperature", type=float, default=0.6, help="0 = always the likeliest token (default 0.6)")
     add("-k", "--top_k", type=int, default=50, help="sample from the k likeliest tokens, 0 = from all (default 50)")
-    add("-m", "--max_tokens", type=int, default=256, help="longest answer, in tokens (default 256)")
+    add("-m", "--max_tokens", type=int, default=512, help="longest answer, in tokens (default 512)")
     add("--seed", type=int, default=42, help="of the sampling (default 42)")
     add("--device_type", default="", help="cuda, mps or cpu (default: the first one there is)")
     add("-d", "--dtype", default="", help="float32 or bfloat16 (default: what the device multiplies natively)")

@@ -17,21 +17,21 @@ from tasks.spellingbee import SimpleSpelling, SpellingBee
 
 DATA = ("public", "pocket")
 
-# Rows of each pocket task in midtraining and in SFT: about 2.3 and 0.6 million tokens of the pocket tier's tokenizer.
+# Rows of each pocket task in midtraining and in SFT: about 2.7 and 0.5 million tokens of the pocket tier's tokenizer.
 POCKET_MID = {
-    PocketChat: 3000,  # 120 tokens a row
-    PocketFacts: 12000,  # 65
+    PocketChat: 4500,  # 120 tokens a row
+    PocketFacts: 14000,  # 65
     PocketSums: 6000,  # 55
     PocketIdentity: 1500,  # 40
     SpellingBee: 6000,  # 125
     SimpleSpelling: 2000,  # 25
 }
 POCKET_SFT = {
-    PocketChat: 900,
-    PocketFacts: 3000,
-    PocketSums: 1200,
-    PocketIdentity: 800,
-    SpellingBee: 1200,
+    PocketChat: 1300,
+    PocketFacts: 2500,
+    PocketSums: 1000,
+    PocketIdentity: 700,
+    SpellingBee: 800,
     SimpleSpelling: 200,
 }
 
