@@ -139,7 +139,7 @@ def story(rng, split, world, title=False):
     opening = " ".join([rng.choice(world.lines("opening")), *more])
     kinds = rng.choice((("ending",), ("closing",), ("ending", "closing")))
     ending = " ".join(rng.choice(world.lines(kind)) for kind in kinds)
-    lines = [plot[0], "-"] if title else []
+    lines = [rng.choice((plot[0], *world.lines("heading"))), "-"] if title else []
     text = "\n".join([*lines, opening, *plot[1:], ending]).replace("\n-\n", "\n\n")
     return fill(rng, text, a=a, b=b, p=p), a, b, p
 
@@ -186,7 +186,7 @@ def about(rng, split, world):
         if template and o.friend is not a:
             o = rng.choice((a, o))
             question, yes = template.format(a=a, o=o), getattr(a, attribute) == getattr(o, attribute)
-            reply = f"{'Yes' if yes else 'No'}, {world.say[attribute][1].format(a=a)}"
+            reply = world.say[attribute][1].format(a=a).removesuffix(".") + (", so yes." if yes else ", so no.")
         else:
             question = fill(rng, rng.choice(world.lines(f"ask {attribute}")), a=a)
             reply = world.say[attribute][1].format(a=a)
@@ -201,7 +201,7 @@ def about(rng, split, world):
 
 
 # What one turn of a conversation is about -> how often. Greetings and goodbyes come at their place.
-TURNS = {"fact": 22, "about": 10, "ask story": 14, "ask who": 8, "ask place": 4, "sum": 6, "name": 9, "what": 5}
+TURNS = {"fact": 22, "about": 10, "ask story": 20, "ask who": 8, "ask place": 4, "sum": 6, "name": 9, "what": 5}
 TURNS |= {"unknown": 5, "stranger": 3, "feel": 3, "can": 3, "like": 2, "sad": 1, "happy": 1, "world": 2, "places": 1}
 TURNS |= dict.fromkeys(("maker", "age", "size", "limits", "home", "eat", "favorite place"), 1)
 
@@ -252,7 +252,7 @@ def casually(rng, text):
 
 
 def _story_page(rng, split, world):
-    return story(rng, split, world, title=rng.random() < 0.5)[0]
+    return story(rng, split, world, title=rng.random() < 0.8)[0]
 
 
 def _portrait_page(rng, split, world):
