@@ -32,4 +32,4 @@ stage "report" 10 report/report.md python -m nanochat.report generate
 
 set_up
 run_stages
-python -m scripts.chat_web
+python -m scripts.chat_cli
