@@ -32,8 +32,8 @@ pocket() {
     stage "midtraining" 300 mid_checkpoints/d4 python -m scripts.mid_train "$run" --resume=1 $size \
         --total_batch_size=4096 --packing=bos --train_on=assistant --eval_every=100
     stage "midtraining evaluation" 15 report/chat-evaluation-mid.md python -m scripts.chat_eval -i mid $eval -x 128
-    stage "supervised finetuning" 120 chatsft_checkpoints/d4 python -m scripts.chat_sft "$run" --resume=1 \
-        --device_batch_size=8 --init_lr_frac=0.2 --eval_steps=32 --eval_metrics_every=-1 --save_every=50 --keep=2
+    stage "supervised finetuning" 150 chatsft_checkpoints/d4 python -m scripts.chat_sft "$run" --resume=1 \
+        --device_batch_size=8 --init_lr_frac=0.3 --eval_steps=32 --eval_metrics_every=-1 --save_every=50 --keep=2
     stage "final evaluation" 20 report/chat-evaluation-sft.md python -m scripts.chat_eval -i sft $eval -x 256
     stage "report" 5 report/report.md python -m nanochat.report generate
 }

@@ -17,7 +17,7 @@ from tasks.spellingbee import SimpleSpelling, SpellingBee
 
 DATA = ("public", "pocket")
 
-# Rows of each pocket task in midtraining and in SFT: about 2.7 and 0.5 million tokens of the pocket tier's tokenizer.
+# Rows of each pocket task in midtraining and in SFT: about 2.7 and 0.6 million tokens of the pocket tier's tokenizer.
 POCKET_MID = {
     PocketChat: 4500,  # 120 tokens a row
     PocketFacts: 14000,  # 65
@@ -28,7 +28,7 @@ POCKET_MID = {
 }
 POCKET_SFT = {
     PocketChat: 1300,
-    PocketFacts: 2500,
+    PocketFacts: 4500,
     PocketSums: 1000,
     PocketIdentity: 700,
     SpellingBee: 800,
