@@ -208,22 +208,25 @@ def conversation_batches(task, tokenizer, rows, T, device_batch_size, compute, s
     """
     Endless Batches on CPU of one conversation per row, cut at T tokens; only what the assistant says is trained on.
 
-    Each epoch is a seeded order of `task`. Rows are padded to the longest of their micro-batch.
+    Each epoch is a seeded order of `task`. A step's rows come by length, padded to the longest of their micro-batch.
     """
     own = rows // compute.world_size
     pad = tokenizer.encode_special("<|assistant_end|>")
     taken = states["examples"] if states else 0
     while True:
+        first = taken + compute.rank * own
+        rendered = [
+            tokenizer.render_conversation(task[_shuffled(seed, n // len(task), len(task))[n % len(task)]], T + 1)
+            for n in range(first, first + own)
+        ]
+        rendered.sort(key=lambda row: len(row[0]))
         micro_batches = []
-        for first in range(taken + compute.rank * own, taken + (compute.rank + 1) * own, device_batch_size):
-            rendered = [
-                tokenizer.render_conversation(task[_shuffled(seed, n // len(task), len(task))[n % len(task)]], T + 1)
-                for n in range(first, first + device_batch_size)
-            ]
-            width = max(2, *(len(ids) for ids, _ in rendered))
-            x = torch.full((len(rendered), width), pad, dtype=torch.int32)
-            y = torch.full((len(rendered), width), -1)
-            for i, (ids, mask) in enumerate(rendered):
+        for first in range(0, own, device_batch_size):
+            part = rendered[first : first + device_batch_size]
+            width = max(2, len(part[-1][0]))
+            x = torch.full((len(part), width), pad, dtype=torch.int32)
+            y = torch.full((len(part), width), -1)
+            for i, (ids, mask) in enumerate(part):
                 x[i, : len(ids)] = torch.tensor(ids)
                 y[i, : len(ids)] = torch.tensor(ids).where(torch.tensor(mask) > 0, -1)
             micro_batches.append((x[:, :-1].contiguous(), y[:, 1:].contiguous()))

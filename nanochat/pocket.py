@@ -14,7 +14,6 @@ from random import Random
 
 from nanochat.pocket_world import Place, fill, load_world
 
-LETTERS = "ABCD"
 ATTRIBUTES = ("kind", "home", "color", "food", "job", "hobby", "fear", "thing", "friend")  # of a character
 OUTSIDERS = {"n": "strangers", "w": "countries", "t": "subjects"}  # slot -> section, of what is not in the world
 # Drawn about as often as there are facts: a character has one of each, and `who` asks for them backwards.
@@ -42,16 +41,11 @@ class Fact:
     choices: tuple  # four values, the right one among them
 
 
-def _attribute(rng, world):
-    """An attribute, those that have it, and the slot that they fill."""
-    attribute = rng.choices(list(FACT_WEIGHTS), FACT_WEIGHTS.values())[0]
-    return attribute, *world.subjects(attribute)
-
-
 def fact(rng, split, world):
     """A question about the world. Its wording for this very subject belongs to `split`; the fact itself is shared."""
     while True:
-        attribute, subjects, slot = _attribute(rng, world)
+        attribute = rng.choices(list(FACT_WEIGHTS), FACT_WEIGHTS.values())[0]
+        subjects, slot = world.subjects(attribute)
         subject = rng.choice(subjects)
         question = fill(rng, rng.choice(world.lines(f"ask {attribute}")), **{slot: subject})
         if split_of("fact", question) == split:
@@ -171,8 +165,9 @@ def exchange(rng, split, world, topic):
     text = fill(rng, rng.choice(says), **slots)
     if split_of("talk", text) != split:
         return None
-    if told:
-        return text, told[0]
+    if told:  # a small model keeps its characters apart if both are named before the story gets going
+        opening = told[0].split("\n")[0]
+        return (text, told[0]) if {b.name, b.kind} & {*re.findall(r"\w+", text + opening)} else None
     if topic in ("ask who", "ask place"):
         return text, describe(rng, world, a if topic == "ask who" else p, rng.randint(3, 5))
     return text, fill(rng, rng.choice(replies), **slots)
@@ -201,7 +196,7 @@ def about(rng, split, world):
 
 
 # What one turn of a conversation is about -> how often. Greetings and goodbyes come at their place.
-TURNS = {"fact": 22, "about": 10, "ask story": 20, "ask who": 8, "ask place": 4, "sum": 6, "name": 9, "what": 5}
+TURNS = {"fact": 22, "about": 10, "ask story": 12, "ask who": 8, "ask place": 4, "sum": 6, "name": 9, "what": 5}
 TURNS |= {"unknown": 5, "stranger": 3, "feel": 3, "can": 3, "like": 2, "sad": 1, "happy": 1, "world": 2, "places": 1}
 TURNS |= dict.fromkeys(("maker", "age", "size", "limits", "home", "eat", "favorite place"), 1)
 
@@ -293,7 +288,8 @@ def _chatter_page(rng, split, world):
         one, two = rng.sample((a, b), 2)
         talk.append(fill(rng, template, a=one, b=two, p=p))
     first, last = (fill(rng, rng.choice(world.lines(f"chatter {s}")), a=a, b=b, p=here) for s in ("opening", "ending"))
-    return "\n".join([first, *talk, last])
+    heading = [fill(rng, rng.choice(world.lines("heading")), a=a, b=b, p=here), ""]
+    return "\n".join([*heading, first, *talk, last])
 
 
 def _letter_page(rng, split, world):
@@ -306,9 +302,8 @@ def _question_page(rng, split, world):
     quiz, page = rng.random() < 0.5, []
     for _ in range(rng.randint(3, 8)):
         f = fact(rng, split, world)
-        choices = "".join(f"- {c}={letter}\n" for c, letter in zip(f.choices, LETTERS, strict=True))
-        answer = LETTERS[f.choices.index(f.value)] if quiz else f.answer
-        page.append(f"Question: {f.question}\n{choices if quiz else ''}Answer: {answer}")
+        choices = "".join(f"- {choice}\n" for choice in f.choices)
+        page.append(f"Question: {f.question}\n{choices if quiz else ''}Answer: {f.value if quiz else f.answer}")
     return "\n\n".join(page)
 
 
@@ -354,43 +349,25 @@ def _lookup_page(rng, split, world):
     keys, values, row, question = rng.choice(world.table("lookup"))
     n = rng.randint(4, 8)
     pools = {"names": world.characters, "words": world.words, "numbers": range(2, 1000)}
-    answers = "ABCDEFGH"[:n] if values == "letters" else rng.sample(pools[values], n)
-    known = list(zip(rng.sample(pools[keys], n), answers, strict=True))
+    known = list(zip(rng.sample(pools[keys], n), rng.sample(pools[values], n), strict=True))
     asked = [rng.choice(known) for _ in range(rng.randint(4, 10))]
     lines = [row.format(k=k, v=v) for k, v in known] + [question.format(k=k, v=v) for k, v in asked]
     return "\n".join(lines)
 
 
-def _match_page(rng, split, world):
-    """Four choices with letters, and several questions whose answers they are."""
-    attribute, subjects, slot = _attribute(rng, world)
-    by_value = {world.say[attribute][0].format(**{slot: s}): s for s in rng.sample(subjects, len(subjects))}
-    shown = rng.sample(sorted(by_value), 4)
-    page = [f"- {value}={letter}" for value, letter in zip(shown, LETTERS, strict=True)]
-    for _ in range(rng.randint(6, 12)):
-        value = rng.choice(shown)
-        question = f"Which letter stands for {value}?"
-        if rng.random() < 0.7:
-            question = fill(rng, rng.choice(world.lines(f"ask {attribute}")), **{slot: by_value[value]})
-        if split_of("fact", question) == split:
-            page.append(f"{question} {LETTERS[shown.index(value)]}")
-    return "\n".join(page)
-
-
 PAGES = {  # kind of document -> how often, per hundred
-    _story_page: 25,
+    _story_page: 28,
     _portrait_page: 9,
     _place_page: 4,
     _card_page: 2,
     _list_page: 8,
-    _chatter_page: 6,
+    _chatter_page: 8,
     _letter_page: 5,
-    _question_page: 10,
+    _question_page: 13,
     _sum_page: 6,
     _spelling_page: 6,
     _echo_page: 5,
-    _lookup_page: 8,
-    _match_page: 9,
+    _lookup_page: 6,
 }
 
 

@@ -11,7 +11,7 @@ from tasks.common import Task, TaskMixture
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.mmlu import MMLU
-from tasks.pocket import PocketChat, PocketFacts, PocketIdentity, PocketSums
+from tasks.pocket import PocketChat, PocketFacts, PocketIdentity, PocketStories, PocketSums
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 
@@ -19,16 +19,18 @@ DATA = ("public", "pocket")
 
 # Rows of each pocket task in midtraining and in SFT: about 2.7 and 0.6 million tokens of the pocket tier's tokenizer.
 POCKET_MID = {
-    PocketChat: 4500,  # 120 tokens a row
-    PocketFacts: 14000,  # 65
-    PocketSums: 6000,  # 55
+    PocketChat: 4200,  # 120 tokens a row
+    PocketStories: 1800,  # 300
+    PocketFacts: 13000,  # 65
+    PocketSums: 5500,  # 55
     PocketIdentity: 1500,  # 40
-    SpellingBee: 6000,  # 125
+    SpellingBee: 5500,  # 125
     SimpleSpelling: 2000,  # 25
 }
 POCKET_SFT = {
     PocketChat: 1300,
-    PocketFacts: 4500,
+    PocketStories: 300,
+    PocketFacts: 5000,
     PocketSums: 1000,
     PocketIdentity: 700,
     SpellingBee: 800,
@@ -103,5 +105,6 @@ EVAL_TASKS = {
     ),
     "PocketSums": EvalTask(lambda seed=0, **_: PocketSums("test", 256, seed), 0.0, "pocket"),
     "PocketFacts": EvalTask(lambda seed=0, **_: PocketFacts("test", 512, seed), 0.25, "pocket"),
+    "PocketStories": EvalTask(lambda seed=0, **_: PocketStories("test", 128, seed), 0.0, "pocket"),
     "PocketIdentity": EvalTask(lambda seed=0, **_: PocketIdentity("test", 128, seed), 0.0, "pocket"),
 }

@@ -4,10 +4,11 @@ Tasks in the pocket world, made from a seed as they are asked for: sums, choice 
 The same index, split and seed always give the same conversation; whatever the seeds, no problem is in two splits.
 """
 
+import re
 from random import Random
 
 from nanochat import pocket
-from tasks.common import ChoiceTask, Task, render_mc, user_and_assistant
+from tasks.common import Task, user_and_assistant
 from tasks.gsm8k import FinalNumberTask, split_calls
 
 
@@ -39,7 +40,7 @@ class PocketFacts(_Pocket):
     """
     Questions about the characters and places with four choices, answered with the right choice's own words.
 
-    Not with a letter, as in PocketLetters: recalling a fact is learnt in minutes, looking up its letter is not.
+    Not with a letter as in MMLU: to recall a fact is learnt in minutes, to look up its letter is not.
     """
 
     def make(self, rng):
@@ -52,16 +53,6 @@ class PocketFacts(_Pocket):
         return assistant_response.strip() == conversation["messages"][-1]["content"]
 
 
-class PocketLetters(_Pocket, ChoiceTask):
-    """The same questions in the form of ARC and MMLU: the answer is the letter of the right choice."""
-
-    def make(self, rng):
-        fact = pocket.fact(rng, self.split, self.world)
-        letters = list(pocket.LETTERS)
-        question = render_mc(fact.question, letters, fact.choices)
-        return user_and_assistant(question, letters[fact.choices.index(fact.value)], letters=letters)
-
-
 class PocketIdentity(_Pocket):
     """Who are you? in many phrasings; right when the reply has the name."""
 
@@ -71,6 +62,29 @@ class PocketIdentity(_Pocket):
 
     def evaluate(self, conversation, assistant_response):
         return "nanochat" in assistant_response.lower()
+
+
+class PocketStories(_Pocket):
+    """Stories, told on request; right when one keeps to its two heroes and has all that were asked for among them."""
+
+    def make(self, rng):
+        question = ""
+        while not self.asked(question):
+            ((question, reply),) = pocket.talk(rng, self.split, self.world, {"ask story": 1})
+        return user_and_assistant(question, reply)
+
+    def asked(self, question):
+        """Names of the characters that `question` is about."""
+        words = set(re.findall(r"\w+", question))
+        return {c.name for c in self.world.characters if words & {c.name, c.kind}}
+
+    def evaluate(self, conversation, assistant_response):
+        asked = self.asked(conversation["messages"][0]["content"])
+        told = re.findall(r"\w+", assistant_response)
+        heroes = {c.name for c in self.world.characters if told.count(c.name) > 1}  # a best friend may be named once
+        kinds = {c.name: c.kind for c in self.world.characters}
+        called = re.findall(r"(\w+) the (\w+)", assistant_response)
+        return asked <= heroes and len(heroes) == 2 and all(kinds.get(name, kind) == kind for name, kind in called)
 
 
 class PocketChat(_Pocket):

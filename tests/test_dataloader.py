@@ -126,19 +126,25 @@ def test_conversations_are_masked_padded_and_shared_out(base):
     tokenizer, task = get_tokenizer(), Talk()
     one = list(itertools.islice(conversation_batches(task, tokenizer, 4, 40, 4, cpu()), 8))
     halves = [list(itertools.islice(conversation_batches(task, tokenizer, 4, 40, 1, cpu(r, 2)), 8)) for r in range(2)]
+
+    def unpadded(micro_batches):
+        for x, y in micro_batches:
+            assert x.shape == y.shape and x.size(1) <= 40
+            ends = [1 + row.ne(-1).nonzero().max().item() for row in y]  # the last target is the assistant's
+            assert max(ends) == y.size(1)
+            yield from [(a[:end].tolist(), b[:end].tolist()) for a, b, end in zip(x, y, ends, strict=True)]
+
     seen = []
     for step, batch in enumerate(one):
-        (x, y), *_ = batch.micro_batches
-        assert x.shape == y.shape and x.size(1) <= 40
-        singles = [pair for half in halves for pair in half[step].micro_batches]
-        for row, (a, b) in enumerate(singles):
-            assert torch.equal(x[row, : a.size(1)], a[0])
-            assert torch.equal(y[row, : b.size(1)], b[0])
-            assert (y[row, b.size(1) :] == -1).all()
-        seen += [tokenizer.decode(row.tolist()) for row in x]
-        assert tokenizer.encode_special("<|user_start|>") not in y
+        rows = list(unpadded(batch.micro_batches))
+        parts = [list(unpadded(half[step].micro_batches)) for half in halves]
+        assert sorted(rows) == sorted(parts[0] + parts[1])
+        for own in (rows, *parts):
+            assert [len(ids) for ids, _ in own] == sorted(len(ids) for ids, _ in own)
+        seen += [tokenizer.decode(ids) for ids, _ in rows]
+        assert not any(tokenizer.encode_special("<|user_start|>") in targets for _, targets in rows)
     prompts = [text.split("<|user_end|>")[0] for text in seen]
-    assert len(set(prompts[:23])) == 23  # an epoch is every conversation once
+    assert len(set(prompts[:24])) == 23  # an epoch is every conversation once, then the next begins
     assert one[5].state == {"examples": 24}
     resumed = next(conversation_batches(task, tokenizer, 4, 40, 4, cpu(), states={"examples": 24}))
     assert torch.equal(resumed.micro_batches[0][0], one[6].micro_batches[0][0])

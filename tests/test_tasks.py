@@ -19,7 +19,7 @@ from tasks.common import Task, TaskMixture, TaskSequence, render_mc
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K, final_number, split_calls
 from tasks.mmlu import MMLU
-from tasks.pocket import PocketChat, PocketFacts, PocketIdentity, PocketLetters, PocketSums
+from tasks.pocket import PocketChat, PocketFacts, PocketIdentity, PocketStories, PocketSums
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 
@@ -217,7 +217,7 @@ def test_a_data_set_that_cannot_be_had_is_one_clear_line(base):
 MADE = {
     "sums": PocketSums,
     "facts": PocketFacts,
-    "letters": PocketLetters,
+    "stories": PocketStories,
     "identity": PocketIdentity,
     "chat": PocketChat,
     "bee": lambda split, size, seed=0: SpellingBee(size, split, "pocket", seed),
@@ -288,12 +288,16 @@ def test_facts_are_judged_by_the_choice():
         assert [choice for choice in choices if task.evaluate(conversation, f" {choice}\n")] == [as_text(conversation)]
 
 
-def test_facts_by_letter():
-    task = PocketLetters("test", 50)
-    for conversation in task:
-        right = as_text(conversation)
-        assert [task.evaluate(conversation, letter) for letter in "ABCD"].count(True) == 1
-        assert task.evaluate(conversation, right) and f"={right}\n" in question(conversation)
+def test_stories_are_judged_by_their_heroes():
+    task = PocketStories("test", 200)
+    assert all(task.evaluate(c, as_text(c)) for c in task)
+    conversation = next(c for c in task if len(re.findall(r"about ([A-Z]\w+) and ([A-Z]\w+)\.", question(c))))
+    one, other = re.search(r"about (\w+) and (\w+)\.", question(conversation)).groups()
+    story = as_text(conversation)
+    assert not task.evaluate(conversation, story.replace(other, one))  # Pip and Pip
+    assert not task.evaluate(conversation, re.sub(rf"\b{one}\b", "Bob", story))
+    assert not task.evaluate(conversation, f"{story} {one} the unicorn was happy.")
+    assert not task.evaluate(conversation, "I do not know any stories.")
 
 
 def test_identity_is_judged_by_the_name():
