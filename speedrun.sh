@@ -24,17 +24,17 @@ pocket() {
     # A small vocabulary: words fall into few, common pieces, and copying those is learnt soon.
     stage "tokenizer" 10 tokenizer python -m scripts.tok_train --vocab_size=1024
     stage "tokenizer evaluation" 5 report/tokenizer-evaluation.md python -m scripts.tok_eval
-    stage "base pretraining" 350 base_checkpoints/d4 python -m scripts.base_train "$run" --resume=1 --depth=4 $size \
-        --total_batch_size=8192 --num_iterations=380 --eval_every=100 --core_metric_every=-1 --sample_every=200
+    stage "base pretraining" 240 base_checkpoints/d4 python -m scripts.base_train "$run" --resume=1 --depth=4 $size \
+        --total_batch_size=8192 --num_iterations=400 --eval_every=100 --core_metric_every=-1 --sample_every=200
     stage "base loss" 10 report/base-model-loss.md \
         python -m scripts.base_loss --device_batch_size=32 --split_tokens=131072
     stage "base evaluation" 20 report/chat-evaluation-base.md python -m scripts.chat_eval -i base \
         -a "$tasks" -x 64 --max_new_tokens=160
-    stage "midtraining" 300 mid_checkpoints/d4 python -m scripts.mid_train "$run" --resume=1 $size \
+    stage "midtraining" 240 mid_checkpoints/d4 python -m scripts.mid_train "$run" --resume=1 $size \
         --total_batch_size=4096 --packing=bos --train_on=assistant --eval_every=250
     stage "midtraining evaluation" 15 report/chat-evaluation-mid.md python -m scripts.chat_eval -i mid \
         -a "$tasks|PocketStories" -x 128
-    stage "supervised finetuning" 150 chatsft_checkpoints/d4 python -m scripts.chat_sft "$run" --resume=1 \
+    stage "supervised finetuning" 110 chatsft_checkpoints/d4 python -m scripts.chat_sft "$run" --resume=1 \
         --device_batch_size=8 --init_lr_frac=0.3 --eval_steps=32 --eval_metrics_every=-1 --save_every=50 --keep=2
     stage "final evaluation" 20 report/chat-evaluation-sft.md python -m scripts.chat_eval -i sft \
         -a "$tasks|PocketStories" -x 256

@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from nanochat import cpu_ops
 from nanochat.adamw import AdamW
 from nanochat.common import UserError
 from nanochat.muon import Muon
@@ -67,6 +68,8 @@ class GPTConfig:
 
 def norm(x):
     """RMSNorm over the last dimension, without a weight (Zhang and Sennrich 2019)."""
+    if x.device.type == "cpu":
+        return cpu_ops.RMSNorm.apply(x, NORM_EPS)
     return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
 
 
@@ -96,7 +99,10 @@ class CausalSelfAttention(nn.Module):
         if kv_cache is not None:
             k, v = kv_cache.insert(self.layer, k, v)
         gqa = self.n_head != self.n_kv_head
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=gqa)
+        if x.device.type == "cpu" and kv_cache is None and not gqa:
+            y = cpu_ops.causal_attention(q, k, v)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=gqa)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -107,7 +113,8 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x):
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        x = self.c_fc(x)
+        return self.c_proj(cpu_ops.SquaredReLU.apply(x) if x.device.type == "cpu" else F.relu(x).square())
 
 
 class Block(nn.Module):
@@ -214,6 +221,8 @@ class GPT(nn.Module):
             logits = self.lm_head(x[:, -1:] if last_only else x)[..., : self.config.vocab_size].float()
             return SOFTCAP * torch.tanh(logits / SOFTCAP)
         x, flat = x.flatten(0, 1), targets.flatten()
+        if loss_reduction != "none" and x.device.type == "cpu":  # elsewhere to ask which are trained on costs more
+            x, flat = x[flat >= 0], flat[flat >= 0]
         if loss_reduction == "none":
             return self._token_losses(x, flat).view_as(targets)
         total = ChunkedCrossEntropy.apply(x, self.lm_head.weight, flat, self.config.vocab_size)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nanochat import cpu_ops
 from nanochat.common import UserError
 from nanochat.engine import KVCache
 from nanochat.gpt import GPT, GPTConfig, chunk_rows
@@ -163,3 +164,29 @@ def test_naive_generation_is_seeded():
     assert sample[0] == sample[1] != sample[2]
     greedy = list(model.generate([1, 2, 3], 4, temperature=0))
     assert greedy == list(model.generate([1, 2, 3], 4, temperature=1, top_k=1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The CPU's own operations against the plain formulas
+
+
+@pytest.mark.parametrize("T", [1, 7, 256, 600])
+def test_attention_in_blocks_is_attention(T):
+    q, k, v = (torch.randn(2, 3, T, 16, requires_grad=True) for _ in range(3))
+    ours = cpu_ops.causal_attention(q, k, v)
+    plain = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert_same_gradients(ours, plain, (q, k, v))
+
+
+def test_squared_relu_and_norm_are_their_formulas():
+    x = torch.randn(4, 5, 32, requires_grad=True)
+    assert_same_gradients(cpu_ops.SquaredReLU.apply(x), F.relu(x).square(), (x,))
+    for scale in (1e-6, 1.0, 1e3):
+        assert_same_gradients(cpu_ops.RMSNorm.apply(x * scale, 1e-6), F.rms_norm(x * scale, (32,), eps=1e-6), (x,))
+
+
+def assert_same_gradients(ours, plain, inputs):
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+    weights = torch.randn_like(plain)
+    for a, b in zip(*(torch.autograd.grad((y * weights).sum(), inputs) for y in (ours, plain)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
