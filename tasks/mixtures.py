@@ -22,7 +22,7 @@ POCKET_MID = {
     PocketChat: 4200,  # 120 tokens a row
     PocketStories: 1800,  # 300
     PocketFacts: 13000,  # 65
-    PocketSums: 5500,  # 55
+    PocketSums: 7000,  # 55
     PocketIdentity: 1500,  # 40
     SpellingBee: 5500,  # 125
     SimpleSpelling: 2000,  # 25
@@ -31,7 +31,7 @@ POCKET_SFT = {
     PocketChat: 1300,
     PocketStories: 300,
     PocketFacts: 5000,
-    PocketSums: 1000,
+    PocketSums: 1500,
     PocketIdentity: 700,
     SpellingBee: 800,
     SimpleSpelling: 200,
