@@ -83,10 +83,16 @@ def row_groups(split, data_dir=None):
     return [(path, i, m.row_group(i).num_rows) for path, m in metadata for i in range(m.num_row_groups)]
 
 
-def read_row_group(path, index):
-    """The documents of one row group: a list of str, "" where the text is null. Raises UserError on a damaged file."""
+def read_column(path, index):
+    """The documents of one row group: a pyarrow.ChunkedArray of strings. Raises UserError on a damaged file."""
     with _damage_named(path):
-        column = _open(path).read_row_group(index, columns=["text"]).column(0)
+        return _open(path).read_row_group(index, columns=["text"]).column(0)
+
+
+def read_row_group(path, index):
+    """The same as a list of str, "" where the text is null."""
+    column = read_column(path, index)
+    with _damage_named(path):
         return [text or "" for text in column.to_pylist()]
 
 

@@ -1,8 +1,8 @@
 """
 Text to token ids and back, and conversations to ids with a loss mask.
 
-Byte-level BPE in the manner of GPT-4: our Rust crate (rustbpe) learns the merges, tiktoken encodes with them. Nine
-special tokens follow the merges. They come only from rendering conversations and from `encode_special`: text is always
+Byte-level BPE in the manner of GPT-4: our Rust crate (rustbpe) learns the merges and encodes with them, tiktoken decodes,
+and encodes with the tokenizers of others. Nine special tokens follow the merges. They come only from rendering conversations and from `encode_special`: text is always
 encoded as plain text, so a user who types <|assistant_start|> gets those letters and never the token.
 
 Files: tokenizer.json (pattern, special tokens, checksums), ranks.tiktoken (tiktoken's own format: on each line a
@@ -49,29 +49,43 @@ class Tokenizer:
     """Mergeable ranks (bytes -> id), a split pattern, and special tokens (name -> id) after the ranks."""
 
     def __init__(self, pattern, ranks, special_tokens, bos="<|bos|>"):
+        import rustbpe
         import tiktoken
 
         self.pattern, self.ranks, self.special_tokens, self.bos = pattern, ranks, special_tokens, bos
         self.encoding = tiktoken.Encoding(
             "nanochat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
         )
+        try:
+            bpe = rustbpe.Tokenizer.from_tokens(sorted(ranks, key=ranks.get), pattern)
+            self.encode_text, self.encode_texts = bpe.encode, bpe.encode_batch
+        except ValueError:  # GPT-2 and its heirs number the bytes in another order
+            self.encode_text, self.encode_texts = self.encoding.encode_ordinary, self.encoding.encode_ordinary_batch
 
     @classmethod
     def train_from_iterator(cls, iterator, vocab_size, progress=None):
         """
         Learn `vocab_size` tokens, special ones included, from an iterator of str; fewer if its text has no more pairs.
 
-        `progress(merges_done, merges_wanted)` is called about ten times a second while merging.
+        `progress(phase, done, total)` is called now and then: phase "counting", with the bytes done and None, or
+        "merging", with the merges done and wanted.
         """
+        return cls._train("train_from_iterator", iterator, vocab_size, progress)
+
+    @classmethod
+    def train_from_arrow(cls, batches, vocab_size, progress=None):
+        """The same from an iterator of pyarrow string arrays: no Python string is made of a text."""
+        return cls._train("train_from_arrow", batches, vocab_size, progress)
+
+    @classmethod
+    def _train(cls, method, texts, vocab_size, progress):
         import rustbpe
 
         needed = 256 + len(SPECIAL_TOKENS)
         if vocab_size < needed:
             raise UserError(f"vocab_size={vocab_size} is too small: the 256 bytes and the special tokens need {needed}")
         trainer = rustbpe.Tokenizer()
-        trainer.train_from_iterator(
-            iterator, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN, progress=progress
-        )
+        getattr(trainer, method)(texts, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN, progress=progress)
         tokens = trainer.get_mergeable_ranks()
         ranks = dict(tokens)
         assert len(ranks) == len(tokens), "two tokens have the same bytes"
@@ -157,8 +171,8 @@ class Tokenizer:
             [] if t is None else [self.encode_special(t) if isinstance(t, str) else t] for t in (prepend, append)
         )
         if isinstance(text, str):
-            return head + self.encoding.encode_ordinary(text) + tail
-        rows = self.encoding.encode_ordinary_batch(text, num_threads=num_threads)
+            return head + self.encode_text(text) + tail
+        rows = self.encode_texts(text, num_threads=num_threads)
         return [head + row + tail for row in rows] if head or tail else rows
 
     __call__ = encode

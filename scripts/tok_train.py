@@ -54,21 +54,28 @@ class Progress:
 
 
 def read_texts(max_chars, doc_cap, totals):
-    """Yield the training documents, each cut to `doc_cap`, until `max_chars`; counts what it read in `totals`."""
-    from nanochat.dataset import parquets_iter_batched, row_groups
+    """
+    Yield the training documents as pyarrow string arrays, each document cut to `doc_cap` characters, until there are
+    `max_chars`; counts what it read in `totals`.
+    """
+    import numpy as np
+    import pyarrow.compute as pc
 
-    n_groups = len(row_groups("train"))
+    from nanochat.dataset import read_column, row_groups
+
+    groups = row_groups("train")
     progress = Progress("reading and counting")
     progress(0, "")
-    for i, batch in enumerate(parquets_iter_batched("train")):
-        for text in batch:
-            text = text[:doc_cap]
-            totals["documents"] += 1
-            totals["characters"] += len(text)
-            yield text
-            if totals["characters"] >= max_chars:
-                return
-        share = max((i + 1) / n_groups, totals["characters"] / max_chars)
+    for i, (path, index, _) in enumerate(groups):
+        texts = pc.utf8_slice_codeunits(read_column(path, index).drop_null(), 0, doc_cap)
+        ends = totals["characters"] + np.cumsum(pc.utf8_length(texts).to_numpy(), dtype=np.int64)
+        wanted = int(np.searchsorted(ends, max_chars)) + 1  # the document that reaches max_chars is the last
+        yield texts[:wanted]
+        totals["documents"] += min(wanted, len(texts))
+        totals["characters"] = int(ends[:wanted].max(initial=totals["characters"]))
+        if wanted <= len(texts):
+            return
+        share = max((i + 1) / len(groups), totals["characters"] / max_chars)
         progress(share, f"{totals['documents']:,} documents, {totals['characters']:,} characters")
 
 
@@ -85,11 +92,12 @@ def main(argv=None):
     start = time.time()
     totals = {"documents": 0, "characters": 0}
     merging = Progress("merging", bound="at most ")  # the later merges are the quicker ones
-    tokenizer = Tokenizer.train_from_iterator(
-        read_texts(args.max_chars, args.doc_cap, totals),
-        args.vocab_size,
-        progress=lambda done, wanted: merging(done / max(wanted, 1), f"{done:,} of {wanted:,} merges"),
-    )
+
+    def tell(phase, done, total):
+        if phase == "merging":
+            merging(done / max(total, 1), f"{done:,} of {total:,} merges")
+
+    tokenizer = Tokenizer.train_from_arrow(read_texts(args.max_chars, args.doc_cap, totals), args.vocab_size, tell)
     train_time = time.time() - start
     vocab_size = tokenizer.get_vocab_size()
     print0(f"trained on {totals['characters']:,} characters in {format_duration(train_time)}")

@@ -194,12 +194,12 @@ def test_other_threads_run_while_it_counts():
 
     def feed():
         yield from texts
-        seen.append(ticks[0])  # the buffer is full: counting happens after this
+        seen.append(ticks[0])  # all is read: merging happens after this
 
     seen = []
     thread = threading.Thread(target=tick)
     thread.start()
-    train(feed(), 256)
+    train(feed(), 20_000)
     stop.set()
     thread.join()
     assert ticks[0] - seen[0] > 10
@@ -207,11 +207,115 @@ def test_other_threads_run_while_it_counts():
 
 def test_progress_is_reported_and_its_errors_end_the_training():
     calls = []
-    train(["abc abd"], 258, progress=lambda done, wanted: calls.append((done, wanted)))
-    assert calls[-1] == (2, 2)
+    train(["abc abd"] * 300_000, 258, progress=lambda *news: calls.append(news))
+    assert calls[0][0] == "counting" and 1 << 20 <= calls[0][1] < 2 << 20 and calls[0][2] is None
+    assert calls[-1] == ("merging", 2, 2)
 
-    def interrupt(done, wanted):
+    def interrupt(phase, done, total):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         train(["abc abd"], 258, progress=interrupt)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arrow
+
+
+def arrow_forms(texts):
+    """The same texts in all the forms that pyarrow has for them."""
+    import pyarrow as pa
+
+    for kind in (pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())):
+        array = pa.array(texts, pa.string()).cast(kind) if pa.types.is_string_view(kind) else pa.array(texts, kind)
+        yield [array]
+        yield [pa.concat_arrays([pa.array(["not this"], kind), array, pa.array(["nor this"], kind)])[1:-1]]
+        yield [pa.chunked_array([array[:3], array[3:3], array[3:]])]
+        yield [pa.table({"n": range(len(texts)), "text": array})]
+        yield iter([pa.record_batch({"text": array[:5]}), pa.record_batch({"text": array[5:]})])
+
+
+def test_arrow_gives_the_same_merges():
+    texts = [*real_texts(300_000), "", None, "漢字 é😀", ""]
+    expected = tokens_of(train([text or "" for text in texts], 600))
+    for batches in arrow_forms(texts):
+        tokenizer = rustbpe.Tokenizer()
+        tokenizer.train_from_arrow(batches, 600)
+        assert tokens_of(tokenizer) == expected
+
+
+def test_arrow_without_texts_and_with_long_ones():
+    import pyarrow as pa
+
+    long = ["ab " * 1_000_000, "", "cd " * 10, "ab " * 2_000_000]  # longer than what is copied at a time
+    tokenizer = rustbpe.Tokenizer()
+    tokenizer.train_from_arrow([pa.array([], pa.string()), pa.array(["", ""]), pa.array(long)], 300, progress=print)
+    assert tokens_of(tokenizer)[256:] == tokens_of(train(long, 300))[256:]
+
+
+def test_arrow_that_is_no_text():
+    import pyarrow as pa
+
+    broken = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(bytes([0, 0, 0, 0, 1, 0, 0, 0])), pa.py_buffer(b"\xff")]
+    )
+    for batches, error, message in [
+        ([pa.array([1, 2])], TypeError, "the column has type int64, not string"),
+        ([pa.table({"text": [b"a"]})], TypeError, "the column has type binary, not string"),
+        ([pa.table({"words": ["a"]})], KeyError, "text"),
+        ([broken], ValueError, "bytes that are not UTF-8"),
+    ]:
+        with pytest.raises(error, match=message):
+            rustbpe.Tokenizer().train_from_arrow(batches, 300)
+    tokenizer = rustbpe.Tokenizer()
+    tokenizer.train_from_arrow([pa.table({"words": ["ab ab"]})], 257, column="words")
+    assert tokens_of(tokenizer)[256:] == [b"ab"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoding
+
+
+def test_a_batch_equals_tiktoken_on_any_number_of_threads():
+    rng = random.Random(2)
+    texts = [*real_texts(300_000), *(strange_text(rng, rng.randrange(200)) for _ in range(500)), "", "<|bos|>"]
+    tokenizer = train(texts, 4000)
+    ranks = dict(tokenizer.get_mergeable_ranks())
+    oracle = tiktoken.Encoding("oracle", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    expected = oracle.encode_ordinary_batch(texts)
+    for threads in (None, 1, 3):
+        assert tokenizer.encode_batch(texts, num_threads=threads) == expected
+    assert tokenizer.encode_batch([]) == []
+
+
+@pytest.mark.parametrize("pattern", [SPLIT_PATTERN, SPLIT_PATTERN.replace("{1,2}", "{1,3}"), r"\w+|\W+"])
+def test_a_tokenizer_is_made_again_from_its_tokens(pattern):
+    tokenizer = train(real_texts(50_000), 700, pattern=pattern)
+    again = rustbpe.Tokenizer.from_tokens(tokens_of(tokenizer), pattern)
+    text = real_texts(60_000)[-1] + " 1234567"
+    assert tokens_of(again) == tokens_of(tokenizer) and again.encode(text) == tokenizer.encode(text)
+    assert again.get_pattern() == pattern
+
+
+def test_tokens_that_no_merges_make_are_refused():
+    single = [bytes([b]) for b in range(256)]
+    for tokens, wrong in [
+        (single[:255], 255),
+        (single[::-1], 0),
+        ([*single, b"abc"], 256),
+        ([*single, b"ab", b"ab"], 257),
+    ]:
+        with pytest.raises(ValueError, match=f"token {wrong} is not as expected"):
+            rustbpe.Tokenizer.from_tokens(tokens)
+
+
+def test_strange_input_takes_no_time():
+    rng = random.Random(3)
+    noise = rng.randbytes(10_000_000).decode("utf-8", errors="replace")
+    tokenizer = train([noise, "a" * 1_000_000, "", " " * 1_000_000 + "x", "\n" * 1_000_000], 1000)
+    tokens = tokens_of(tokenizer)
+    for text in ("a" * 1_000_000, noise[:1_000_000], " " * 1_000_000 + "x", "\n \n" * 300_000, "'" * 100_000):
+        assert b"".join(tokens[i] for i in tokenizer.encode(text)).decode() == text
+    for call in (tokenizer.encode, lambda text: tokenizer.encode_batch([text])):
+        with pytest.raises(UnicodeEncodeError, match="surrogates not allowed"):
+            call("\ud800")

@@ -329,12 +329,15 @@ def test_tok_train_and_tok_eval(shards, capsys, monkeypatch):
 
 
 def test_tok_train_reads_the_training_split_up_to_its_limits(shards):
+    def read(max_chars, doc_cap):
+        return [text for array in tok_train.read_texts(max_chars, doc_cap, totals) for text in array.to_pylist()]
+
     totals = {"documents": 0, "characters": 0}
-    texts = list(tok_train.read_texts(10**6, 10, totals))
+    texts = read(10**6, 10)
     assert texts == [text[:10] for text in TEXTS] * 2  # the third shard is validation
     assert totals == {"documents": 12, "characters": sum(map(len, texts))}
     totals = {"documents": 0, "characters": 0}
-    assert list(tok_train.read_texts(11, 10, totals)) == texts[:2]
+    assert read(11, 10) == texts[:2] and totals == {"documents": 2, "characters": len("".join(texts[:2]))}
 
 
 @pytest.mark.parametrize(

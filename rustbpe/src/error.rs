@@ -12,6 +12,8 @@ pub enum Error {
     VocabTooSmall(u32),
     /// The texts hold more distinct pieces than can be numbered.
     TooManyWords,
+    /// The token with this id is missing, or not what merges make.
+    Tokens(usize),
 }
 
 impl fmt::Display for Error {
@@ -22,6 +24,10 @@ impl fmt::Display for Error {
             Error::VocabTooSmall(size) => {
                 write!(f, "vocab_size={size} is too small: the 256 bytes are tokens themselves, so give 256 or more")
             }
+            Error::Tokens(id) => write!(
+                f,
+                "token {id} is not as expected: the first 256 are the bytes, each later one is two earlier ones joined"
+            ),
             Error::TooManyWords => write!(f, "the texts hold more than {} distinct pieces", u32::MAX),
         }
     }

@@ -1,15 +1,15 @@
 //! Exact, parallel training of byte-level BPE tokenizers.
 //!
-//! Text goes through four small parts: [`Splitter`] cuts it into pieces, [`WordCounts`] counts the distinct ones on
+//! Text goes through four small parts: [`Splitter`] cuts it into pieces, [`WordCounter`] counts the distinct ones on
 //! all threads, [`train`] finds the merges, and [`Tokenizer`] holds the result, encodes with it and lists its ranks.
 //!
 //! ```
 //! use rustbpe::{Error, GPT4_PATTERN, Splitter, Tokenizer, WordCounts, train};
 //!
-//! let mut words = WordCounts::new(GPT4_PATTERN)?;
-//! words.add_texts(&["low lower lowest"])?;
+//! let splitter = Splitter::new(GPT4_PATTERN)?;
+//! let words = WordCounts::of(&splitter, ["low lower lowest"])?;
 //! let merges = train(words, 260, |_| Ok::<(), Error>(()))?;
-//! let tokenizer = Tokenizer::new(Splitter::new(GPT4_PATTERN)?, merges);
+//! let tokenizer = Tokenizer::new(splitter, merges);
 //! assert_eq!(tokenizer.encode("slow")?, [b's'.into(), 257]);
 //! # Ok::<(), Error>(())
 //! ```
@@ -17,6 +17,8 @@
 #![forbid(unsafe_code)]
 
 mod error;
+mod key;
+mod scanner;
 mod split;
 mod tokenizer;
 mod trainer;
@@ -29,4 +31,4 @@ pub use error::Error;
 pub use split::{GPT4_PATTERN, Splitter};
 pub use tokenizer::Tokenizer;
 pub use trainer::{Pair, train};
-pub use words::WordCounts;
+pub use words::{Texts, WordCounter, WordCounts};

@@ -1,11 +1,11 @@
 //! The Python module: converts, frees the interpreter for all heavy work, and maps errors.
 
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::pybacked::PyBackedStr;
-use pyo3::types::{PyBytes, PyIterator};
+use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
+use pyo3::types::PyBytes;
 
-use crate::{Error, GPT4_PATTERN, Splitter, WordCounts, train};
+use crate::{Error, GPT4_PATTERN, Splitter, Texts, WordCounter, train};
 
 impl From<Error> for PyErr {
     fn from(e: Error) -> Self {
@@ -24,12 +24,22 @@ impl Tokenizer {
         Ok(Self(crate::Tokenizer::new(Splitter::new(GPT4_PATTERN)?, Vec::new())))
     }
 
-    /// Learn at most `vocab_size - 256` merges from an iterator of str.
+    /// A tokenizer that encodes with `tokens`, the bytes of every token in the order of the ids (see
+    /// get_mergeable_ranks). Raises ValueError when they are not the 256 bytes and then what merges make of them.
+    #[staticmethod]
+    #[pyo3(signature = (tokens, pattern=None))]
+    fn from_tokens(tokens: Vec<PyBackedBytes>, pattern: Option<&str>) -> PyResult<Self> {
+        let splitter = Splitter::new(pattern.unwrap_or(GPT4_PATTERN))?;
+        Ok(Self(crate::Tokenizer::from_tokens(splitter, &tokens)?))
+    }
+
+    /// Learn at most `vocab_size - 256` merges from an iterable of str.
     ///
-    /// Texts are taken `buffer_size` at a time; while they are counted, on all cores, other threads can run.
-    /// `pattern` is the regular expression that cuts text into pieces (default: GPT-4's with digits in groups of 1-2).
-    /// `progress(merges_done, merges_wanted)`, if given, is called about ten times a second while merging.
-    /// Raises ValueError for a bad pattern or size, TypeError for items that are not str, and whatever the iterator
+    /// Texts are counted on all cores while more are read; other Python threads can run meanwhile. `buffer_size` is
+    /// for compatibility only. `pattern` is the regular expression that cuts text into pieces (default: GPT-4's with
+    /// digits in groups of 1-2). `progress(phase, done, total)`, if given, is called now and then: phase is "counting"
+    /// (done in bytes, total None) or "merging" (done and total in merges). Raises ValueError for a bad pattern or
+    /// size, TypeError for items that are not str, UnicodeEncodeError for lone surrogates, and whatever the iterator
     /// raises; the tokenizer is then as it was before.
     #[pyo3(signature = (iterator, vocab_size, buffer_size=8192, pattern=None, progress=None))]
     fn train_from_iterator(
@@ -37,24 +47,44 @@ impl Tokenizer {
         py: Python<'_>,
         iterator: &Bound<'_, PyAny>,
         vocab_size: i64,
-        buffer_size: usize,
+        #[allow(unused_variables)] buffer_size: usize,
         pattern: Option<&str>,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<()> {
-        let Ok(vocab_size @ 256..) = u32::try_from(vocab_size) else {
-            return Err(PyValueError::new_err(format!("vocab_size={vocab_size} is not between 256 and {}", u32::MAX)));
-        };
-        let splitter = Splitter::new(pattern.unwrap_or(GPT4_PATTERN))?;
-        let words = WordCounts::new(splitter.pattern())?;
-        let words = count_words(py, &iterator.try_iter()?, buffer_size.max(1), words)?;
-        let tick = |done: usize| {
-            Python::attach(|py| {
-                py.check_signals()?;
-                progress.as_ref().map_or(Ok(()), |f| f.call1(py, (done, vocab_size - 256)).map(drop))
-            })
-        };
-        let merges = py.detach(|| train(words, vocab_size, tick))?;
-        self.0 = crate::Tokenizer::new(splitter, merges);
+        let mut training = Training::new(py, vocab_size, pattern, progress)?;
+        for text in iterator.try_iter()? {
+            let text: PyBackedStr = text?.extract()?;
+            training.add(&text)?;
+        }
+        self.0 = training.finish()?;
+        Ok(())
+    }
+
+    /// The same from pyarrow: an iterable of string Arrays or ChunkedArrays, or of RecordBatches or Tables, of which
+    /// `column` is taken. No Python string is made. Nulls count as empty.
+    #[pyo3(signature = (batches, vocab_size, column="text", pattern=None, progress=None))]
+    fn train_from_arrow(
+        &mut self,
+        py: Python<'_>,
+        batches: &Bound<'_, PyAny>,
+        vocab_size: i64,
+        column: &str,
+        pattern: Option<&str>,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<()> {
+        let mut training = Training::new(py, vocab_size, pattern, progress)?;
+        for batch in batches.try_iter()? {
+            let batch = batch?;
+            let array = if batch.hasattr("schema")? { batch.call_method1("column", (column,))? } else { batch };
+            if array.hasattr("chunks")? {
+                for chunk in array.getattr("chunks")?.try_iter()? {
+                    add_array(&mut training, chunk?)?;
+                }
+            } else {
+                add_array(&mut training, array)?;
+            }
+        }
+        self.0 = training.finish()?;
         Ok(())
     }
 
@@ -69,38 +99,121 @@ impl Tokenizer {
         tokens.iter().enumerate().map(|(rank, bytes)| (PyBytes::new(py, bytes), rank)).collect()
     }
 
-    /// The token ids of `text`.
+    /// The token ids of `text`; names of special tokens in it are text like any other.
     fn encode(&self, py: Python<'_>, text: &str) -> PyResult<Vec<u32>> {
         Ok(py.detach(|| self.0.encode(text))?)
     }
+
+    /// The token ids of every text, on `num_threads` threads (default: all cores).
+    #[pyo3(signature = (texts, num_threads=None))]
+    fn encode_batch(
+        &self,
+        py: Python<'_>,
+        texts: Vec<PyBackedStr>,
+        num_threads: Option<usize>,
+    ) -> PyResult<Vec<Vec<u32>>> {
+        py.detach(|| match num_threads {
+            None => Ok(self.0.encode_batch(&texts)?),
+            Some(n) => {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(n).build();
+                let pool = pool.map_err(|e| PyValueError::new_err(format!("num_threads={n}: {e}")))?;
+                Ok(pool.install(|| self.0.encode_batch(&texts))?)
+            }
+        })
+    }
 }
 
-/// Drains the iterator: fill a buffer with the interpreter, count it without.
-fn count_words(
-    py: Python<'_>,
-    iterator: &Bound<'_, PyIterator>,
-    buffer_size: usize,
-    mut words: WordCounts,
-) -> PyResult<WordCounts> {
-    const BUFFER_BYTES: usize = 64 << 20; // books, not only pages, may come in: keep memory flat
-    let mut buffer: Vec<PyBackedStr> = Vec::new();
-    let mut bytes = 0;
-    let mut count = |buffer: &mut Vec<PyBackedStr>| {
-        py.detach(|| words.add_texts(buffer))?;
-        buffer.clear();
-        py.check_signals()
-    };
-    for text in iterator {
-        let text: PyBackedStr = text?.extract()?;
-        bytes += text.len();
-        buffer.push(text);
-        if buffer.len() >= buffer_size || bytes >= BUFFER_BYTES {
-            count(&mut buffer)?;
-            bytes = 0;
-        }
+/// A training that is under way: texts go to the threads that count them, then the merges are found.
+struct Training<'py> {
+    py: Python<'py>,
+    vocab_size: u32,
+    splitter: Splitter,
+    counter: WordCounter,
+    texts: Texts,
+    bytes: usize,
+    progress: Option<Py<PyAny>>,
+}
+
+impl<'py> Training<'py> {
+    fn new(py: Python<'py>, vocab_size: i64, pattern: Option<&str>, progress: Option<Py<PyAny>>) -> PyResult<Self> {
+        let Ok(vocab_size @ 256..) = u32::try_from(vocab_size) else {
+            return Err(PyValueError::new_err(format!("vocab_size={vocab_size} is not between 256 and {}", u32::MAX)));
+        };
+        let splitter = Splitter::new(pattern.unwrap_or(GPT4_PATTERN))?;
+        let counter = WordCounter::new(&splitter);
+        Ok(Self { py, vocab_size, splitter, counter, texts: Texts::default(), bytes: 0, progress })
     }
-    count(&mut buffer)?;
-    Ok(words)
+
+    fn add(&mut self, text: &str) -> PyResult<()> {
+        self.texts.push(text);
+        self.bytes += text.len();
+        if self.texts.is_full() {
+            let (counter, texts) = (&mut self.counter, std::mem::take(&mut self.texts));
+            self.py.detach(|| counter.add(texts))?;
+            tell(self.py, &self.progress, ("counting", self.bytes, None))?;
+        }
+        Ok(())
+    }
+
+    fn finish(self) -> PyResult<crate::Tokenizer> {
+        let Self { py, vocab_size, splitter, mut counter, texts, progress, .. } = self;
+        py.detach(|| {
+            counter.add(texts)?;
+            let words = counter.finish()?;
+            let tick =
+                |done| Python::attach(|py| tell(py, &progress, ("merging", done, Some(vocab_size as usize - 256))));
+            Ok(crate::Tokenizer::new(splitter, train(words, vocab_size, tick)?))
+        })
+    }
+}
+
+/// Lets Ctrl-C through, and calls `progress`.
+fn tell(py: Python<'_>, progress: &Option<Py<PyAny>>, news: (&str, usize, Option<usize>)) -> PyResult<()> {
+    py.check_signals()?;
+    progress.as_ref().map_or(Ok(()), |f| f.call1(py, news).map(drop))
+}
+
+/// Adds the texts of a pyarrow.Array, a window of its bytes at a time.
+fn add_array(training: &mut Training<'_>, array: Bound<'_, PyAny>) -> PyResult<()> {
+    const WINDOW: usize = 1 << 20;
+    let of_type = array.getattr("type")?.str()?.to_string();
+    let (array, width) = match &of_type[..] {
+        "string" => (array, 4),
+        "large_string" => (array, 8),
+        other if other.starts_with("dictionary<values=string") || other.starts_with("string_view") => {
+            (array.call_method1("cast", ("large_string",))?, 8)
+        }
+        other => return Err(PyTypeError::new_err(format!("the column has type {other}, not string"))),
+    };
+    let array =
+        if array.getattr("null_count")?.extract::<usize>()? > 0 { array.call_method0("drop_null")? } else { array };
+    let (first, n): (usize, usize) = (array.getattr("offset")?.extract()?, array.len()?);
+    if n == 0 {
+        return Ok(());
+    }
+    let buffers: Vec<Option<Bound<PyAny>>> = array.call_method0("buffers")?.extract()?;
+    let [_, Some(offsets), Some(data)] = &buffers[..] else { return Ok(()) }; // all texts are empty
+    let copy = |buffer: &Bound<PyAny>, start: usize, len: usize| -> PyResult<PyBackedBytes> {
+        buffer.call_method1("slice", (start, len))?.call_method0("to_pybytes")?.extract().map_err(PyErr::from)
+    };
+    let wide = |bytes: &[u8]| bytes.iter().rev().fold(0, |number, &byte| number << 8 | usize::from(byte));
+    let offsets: Vec<usize> = copy(offsets, first * width, (n + 1) * width)?.chunks_exact(width).map(wide).collect();
+    let bad = |what| PyValueError::new_err(format!("the column has {what}"));
+    if !offsets.is_sorted() {
+        return Err(bad("offsets that go back"));
+    }
+    let mut first = 0;
+    while first < n {
+        let start = offsets[first];
+        let last = offsets.partition_point(|&end| end <= start + WINDOW).clamp(first + 2, n + 1); // one text at least
+        let window = copy(data, start, offsets[last - 1] - start)?;
+        for text in offsets[first..last].windows(2) {
+            let text = window.get(text[0] - start..text[1] - start).ok_or_else(|| bad("offsets beyond its end"))?;
+            training.add(std::str::from_utf8(text).map_err(|_| bad("bytes that are not UTF-8"))?)?;
+        }
+        first = last - 1;
+    }
+    Ok(())
 }
 
 /// Byte-level BPE training and encoding in Rust.

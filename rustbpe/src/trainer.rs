@@ -3,14 +3,21 @@ use std::collections::BinaryHeap;
 use std::time::{Duration, Instant};
 
 use hashbrown::HashMap;
+use hashbrown::hash_map::Entry;
 
-use crate::{Error, WordCounts};
+use crate::{Error, WordCounts, key};
 
 /// Two adjacent token ids, left and right.
 pub type Pair = (u32, u32);
 
 /// How often the caller hears of progress, and can stop the training.
 const TICK: Duration = Duration::from_millis(100);
+
+/// By how much the floor falls when no pair is above it any more.
+const FLOOR_STEP: u64 = 16;
+
+/// Buckets in which pairs are counted: 2^20, which is 8 MiB.
+const BUCKET_BITS: u32 = 20;
 
 /// The merges of greedy BPE, in order: merge `i` joins its pair into token `256 + i`.
 ///
@@ -64,7 +71,7 @@ impl PartialOrd for Candidate {
 }
 
 /// Where a pair is.
-#[derive(Clone, Default)]
+#[derive(Default)]
 struct Sites {
     /// Occurrences in the text as it is now.
     count: u64,
@@ -81,59 +88,140 @@ impl Sites {
     }
 }
 
+/// All words as they are now, and the pairs that come next.
+///
+/// Most pairs are too rare ever to be merged. So only those are kept that occur `floor` times or more; since a pair is
+/// never more frequent than when it comes up, the others can be forgotten until all these are used up. Then the floor
+/// falls, and the pairs are counted anew, in words that are much shorter by then.
 struct State {
     words: Words,
+    floor: u64,
     sites: HashMap<Pair, Sites>,
     heap: BinaryHeap<Candidate>,
+    left: Neighbors,
+    right: Neighbors,
+    lost: Vec<(Pair, u64)>,
 }
 
 impl State {
     fn new(counts: WordCounts) -> Result<Self, Error> {
         let words = Words::new(counts)?;
-        let mut of_bytes = vec![Sites::default(); 256 * 256]; // the first pairs are bytes: no hashing needed
-        for (id, word) in words.words.iter().enumerate() {
-            for pair in words.tokens[word.start..word.start + word.len].windows(2) {
-                of_bytes[(pair[0] * 256 + pair[1]) as usize].add(id as u32, word.count);
-            }
-        }
-        let seen = of_bytes.into_iter().enumerate().filter(|(_, sites)| sites.count > 0);
-        let sites: HashMap<Pair, Sites> = seen.map(|(i, sites)| ((i as u32 / 256, i as u32 % 256), sites)).collect();
-        let heap = sites.iter().map(|(&pair, sites)| Candidate { count: sites.count, pair }).collect();
-        Ok(Self { words, sites, heap })
+        let mut state = Self {
+            words,
+            floor: u64::MAX,
+            sites: HashMap::new(),
+            heap: BinaryHeap::new(),
+            left: Neighbors::default(),
+            right: Neighbors::default(),
+            lost: Vec::new(),
+        };
+        state.lower_floor();
+        Ok(state)
     }
 
     fn pop_most_frequent(&mut self) -> Option<Pair> {
         loop {
-            let top = self.heap.pop()?;
-            match self.sites.get(&top.pair)?.count {
-                0 => _ = self.sites.remove(&top.pair),
-                count if count < top.count => self.heap.push(Candidate { count, ..top }),
-                _ => return Some(top.pair),
+            let Some(top) = self.heap.pop() else {
+                if self.floor == 1 {
+                    return None;
+                }
+                self.lower_floor();
+                continue;
+            };
+            match self.sites.get(&top.pair) {
+                Some(sites) if sites.count == top.count => return Some(top.pair),
+                Some(sites) => self.heap.push(Candidate { count: sites.count, ..top }),
+                None => {} // fell below the floor
             }
         }
     }
 
-    /// Replaces `pair` by `token` in every word. The pairs that gain all contain `token`, so they are all new.
+    /// Finds the pairs above a lower floor, when there are none above this one.
+    ///
+    /// Nearly all pairs are rare, and a table of all would be the largest thing in memory. So they are first counted
+    /// in buckets, several pairs in one: none is more frequent than its bucket, and most buckets are below the floor.
+    fn lower_floor(&mut self) {
+        let bucket = |(left, right): Pair| {
+            let hash = key::hash([u64::from(left) << 32 | u64::from(right), 0]);
+            (hash >> (u64::BITS - BUCKET_BITS)) as usize
+        };
+        let mut buckets = vec![0; 1 << BUCKET_BITS];
+        self.words.for_each_pair(|_, pair, count| buckets[bucket(pair)] += count);
+        let most = buckets.iter().copied().max().unwrap_or(0);
+        self.floor = (most.min(self.floor) / FLOOR_STEP).max(1);
+        self.sites.clear();
+        self.words.for_each_pair(|word, pair, count| {
+            if buckets[bucket(pair)] >= self.floor {
+                self.sites.entry(pair).or_default().add(word, count);
+            }
+        });
+        self.sites.retain(|_, sites| sites.count >= self.floor);
+        self.heap = self.sites.iter().map(|(&pair, sites)| Candidate { count: sites.count, pair }).collect();
+    }
+
+    /// Replaces `pair` by `token` in every word.
+    ///
+    /// An occurrence turns the pairs with its neighbors into pairs with `token`. What that adds up to is gathered by
+    /// neighbor first, so that the map of pairs is asked once for each, not at every occurrence.
     fn merge(&mut self, pair: Pair, token: u32) {
-        let Self { words, sites, heap } = self;
-        let mut born = Vec::new();
+        let Self { words, floor, sites, heap, left, right, lost } = self;
         for word in sites.remove(&pair).unwrap_or_default().words {
-            words.merge(word, pair, token, |lost, gained, count| {
-                if let Some(sites) = sites.get_mut(&lost) {
-                    sites.count -= count; // absent only if it is `pair` itself, overlapping as in "aaa"
-                }
-                let sites = sites.entry(gained).or_insert_with(|| {
-                    born.push(gained);
-                    Sites::default()
-                });
-                sites.add(word, count);
-            });
+            words.merge(word, pair, token, left, right);
         }
-        heap.extend(born.into_iter().map(|pair| Candidate { count: sites[&pair].count, pair }));
+        let mut change = |old: Pair, new: Pair, gained: &mut Sites| {
+            lost.push((old, gained.count));
+            if gained.count >= *floor {
+                heap.push(Candidate { count: gained.count, pair: new });
+                sites.insert(new, std::mem::take(gained));
+            }
+        };
+        left.drain(|neighbor, gained| change((neighbor, pair.0), (neighbor, token), gained));
+        right.drain(|neighbor, gained| change((pair.1, neighbor), (token, neighbor), gained));
+        // all gains come first: in "abab" the pair of `token` and "a" is gained, and lost again
+        for (old, count) in lost.drain(..) {
+            if let Entry::Occupied(mut entry) = sites.entry(old) {
+                entry.get_mut().count -= count;
+                if entry.get().count < *floor {
+                    entry.remove();
+                }
+            }
+        }
+    }
+}
+
+/// What a merge changes on one side: for each token that stands there, how often and in which words.
+#[derive(Default)]
+struct Neighbors {
+    sites: Vec<Sites>,
+    seen: Vec<u32>,
+}
+
+impl Neighbors {
+    fn add(&mut self, token: u32, word: u32, count: u64) {
+        let i = token as usize;
+        if i >= self.sites.len() {
+            self.sites.resize_with(i + 1, Sites::default);
+        }
+        if self.sites[i].count == 0 {
+            self.seen.push(token);
+        }
+        self.sites[i].add(word, count);
+    }
+
+    /// Calls `each` for every token that was seen, and forgets them.
+    fn drain(&mut self, mut each: impl FnMut(u32, &mut Sites)) {
+        for token in self.seen.drain(..) {
+            let sites = &mut self.sites[token as usize];
+            each(token, sites);
+            sites.count = 0;
+            sites.words.clear(); // the space is kept for the next merge
+            sites.words.shrink_to(16);
+        }
     }
 }
 
 /// The distinct words as tokens, one behind the other in one arena; a word shrinks in place as its pairs merge.
+#[derive(Default)]
 struct Words {
     tokens: Vec<u32>,
     words: Vec<Word>,
@@ -141,34 +229,49 @@ struct Words {
 
 struct Word {
     start: usize,
-    len: usize,
+    len: u32,
     count: u64,
 }
 
 impl Words {
     fn new(counts: WordCounts) -> Result<Self, Error> {
-        let (mut tokens, mut words) = (Vec::new(), Vec::new());
-        for (word, count) in counts.join()?.iter() {
-            words.push(Word { start: tokens.len(), len: word.len(), count });
-            tokens.extend(word.iter().map(|&byte| u32::from(byte)));
+        let mut all = Self::default();
+        for part in counts.joined() {
+            part.for_each(|word, count| {
+                if word.len() > 1 {
+                    let len = word.len() as u32;
+                    all.words.push(Word { start: all.tokens.len(), len, count });
+                    all.tokens.extend(word.iter().map(|&byte| u32::from(byte)));
+                }
+            });
         }
-        Ok(Self { tokens, words })
+        if u32::try_from(all.words.len()).is_err() {
+            return Err(Error::TooManyWords);
+        }
+        Ok(all)
     }
 
-    /// Replaces `pair` by `token` in one word, from left to right, and calls `changed(lost, gained, count)` for each
-    /// neighbouring pair that an occurrence turns into another.
-    fn merge(&mut self, word: u32, pair: Pair, token: u32, mut changed: impl FnMut(Pair, Pair, u64)) {
-        let Word { start, ref mut len, count } = self.words[word as usize];
-        let tokens = &mut self.tokens[start..start + *len];
+    /// Calls `each(word, pair, count)` for all pairs of neighbors.
+    fn for_each_pair(&self, mut each: impl FnMut(u32, Pair, u64)) {
+        for (id, word) in self.words.iter().enumerate() {
+            for pair in self.tokens[word.start..word.start + word.len as usize].windows(2) {
+                each(id as u32, (pair[0], pair[1]), word.count);
+            }
+        }
+    }
+
+    /// Replaces `pair` by `token` in one word, from left to right, and notes what stands beside it.
+    fn merge(&mut self, id: u32, pair: Pair, token: u32, left: &mut Neighbors, right: &mut Neighbors) {
+        let Word { start, ref mut len, count } = self.words[id as usize];
+        let tokens = &mut self.tokens[start..start + *len as usize];
         let (mut read, mut written) = (0, 0);
         while read < tokens.len() {
             if tokens[read] == pair.0 && tokens.get(read + 1) == Some(&pair.1) {
                 if written > 0 {
-                    let left = tokens[written - 1];
-                    changed((left, pair.0), (left, token), count);
+                    left.add(tokens[written - 1], id, count);
                 }
-                if let Some(&right) = tokens.get(read + 2) {
-                    changed((pair.1, right), (token, right), count);
+                if let Some(&next) = tokens.get(read + 2) {
+                    right.add(next, id, count);
                 }
                 tokens[written] = token;
                 read += 2;
@@ -178,17 +281,17 @@ impl Words {
             }
             written += 1;
         }
-        *len = written;
+        *len = written as u32;
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Splitter;
 
     fn merges(texts: &[&str], vocab_size: u32) -> Vec<Pair> {
-        let mut words = WordCounts::new(r"\S+").unwrap();
-        words.add_texts(texts).unwrap();
+        let words = WordCounts::of(&Splitter::new(r"\S+").unwrap(), texts).unwrap();
         train(words, vocab_size, |_| Ok::<(), Error>(())).unwrap()
     }
 
@@ -214,16 +317,25 @@ mod tests {
     }
 
     #[test]
+    fn rare_pairs_have_their_turn_when_the_frequent_ones_are_used_up() {
+        let text = "xy ".repeat(10_000) + &"uv ".repeat(600) + "ab cd ab";
+        assert_eq!(merges(&[&text], 1000).len(), 4);
+    }
+
+    #[test]
     fn nothing_to_learn_is_no_error() {
         assert_eq!(merges(&[], 300), []);
         assert_eq!(merges(&["a b c"], 300), []);
         assert_eq!(merges(&["ab"], 256), []);
     }
 
+    fn no_words() -> WordCounts {
+        WordCounts::of(&Splitter::new("").unwrap(), [""; 0]).unwrap()
+    }
+
     #[test]
     fn a_vocabulary_without_room_for_the_bytes_is_an_error() {
-        let result = train(WordCounts::new("").unwrap(), 255, |_| Ok::<(), Error>(()));
-        assert_eq!(result, Err(Error::VocabTooSmall(255)));
+        assert_eq!(train(no_words(), 255, |_| Ok::<(), Error>(())), Err(Error::VocabTooSmall(255)));
     }
 
     #[test]
@@ -235,6 +347,6 @@ mod tests {
                 Stop
             }
         }
-        assert_eq!(train(WordCounts::new("").unwrap(), 300, |_| Err(Stop)), Err(Stop));
+        assert_eq!(train(no_words(), 300, |_| Err(Stop)), Err(Stop));
     }
 }

@@ -1,105 +1,215 @@
-use std::hash::BuildHasher;
-use std::sync::{Mutex, PoisonError};
+use std::ops::Range;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{JoinHandle, spawn};
 
-use hashbrown::{DefaultHashBuilder, HashTable};
+use hashbrown::HashTable;
 use rayon::prelude::*;
 
+use crate::key::{self, Key};
 use crate::{Error, Splitter};
 
-/// How often each distinct piece occurs. Memory is bounded by the distinct pieces, not by the text.
-#[derive(Debug)]
-pub struct WordCounts {
-    workers: Vec<Mutex<Worker>>,
-}
-
-/// What one thread has seen. It has a splitter of its own, because threads that share a regex wait for each other:
-/// two threads with one regex were slower than one thread (EPYC, 2026-11).
-#[derive(Debug)]
-struct Worker {
-    splitter: Splitter,
-    words: Words,
-}
-
-impl WordCounts {
-    /// No words yet; texts will be cut by `pattern`, on all threads of the current rayon pool.
-    ///
-    /// # Errors
-    /// [`Error::Pattern`] if `pattern` is not a regular expression.
-    pub fn new(pattern: &str) -> Result<Self, Error> {
-        let worker = |_| Ok(Mutex::new(Worker { splitter: Splitter::new(pattern)?, words: Words::default() }));
-        Ok(Self { workers: (0..rayon::current_num_threads()).map(worker).collect::<Result<_, Error>>()? })
-    }
-
-    /// Splits `texts` and adds up the pieces.
-    ///
-    /// # Errors
-    /// [`Error::Split`] if the pattern fails on a text, [`Error::TooManyWords`] beyond 2^32 distinct pieces.
-    pub fn add_texts<T: AsRef<str> + Sync>(&mut self, texts: &[T]) -> Result<(), Error> {
-        let workers = &self.workers;
-        texts.par_iter().try_for_each(|text| {
-            let thread = rayon::current_thread_index().unwrap_or(0);
-            let worker = &mut *workers[thread % workers.len()].lock().unwrap_or_else(PoisonError::into_inner);
-            let Worker { splitter, words } = worker;
-            splitter.split(text.as_ref(), |piece| words.add(piece.as_bytes(), 1))
-        })
-    }
-
-    /// All words and their counts in one table; the order depends on the threads, the contents do not.
-    pub(crate) fn join(self) -> Result<Words, Error> {
-        let workers = self.workers.into_iter().map(|w| w.into_inner().unwrap_or_else(PoisonError::into_inner));
-        let mut joined = Words::default();
-        for Worker { words, .. } in workers {
-            if joined.words.is_empty() {
-                joined = words;
-                continue;
-            }
-            for (word, count) in words.iter() {
-                joined.add(word, count)?;
-            }
-        }
-        Ok(joined)
-    }
-}
-
-/// Words in one arena, found again by hash.
+/// Texts in one buffer, on their way to the threads that count.
 #[derive(Debug, Default)]
-pub(crate) struct Words {
-    bytes: Vec<u8>,
-    words: Vec<Word>,
-    index: HashTable<u32>,
-    hasher: DefaultHashBuilder,
+pub struct Texts {
+    text: String,
+    ends: Vec<usize>,
 }
 
-#[derive(Debug)]
-struct Word {
-    start: usize,
-    len: usize,
-    count: u64,
-}
+impl Texts {
+    /// Enough that handing it over costs nothing, little enough that memory stays flat.
+    const FULL: usize = 1 << 20;
 
-impl Word {
-    fn of<'a>(&self, bytes: &'a [u8]) -> &'a [u8] {
-        &bytes[self.start..self.start + self.len]
+    /// Copies a text into the buffer.
+    pub fn push(&mut self, text: &str) {
+        self.text.push_str(text);
+        self.ends.push(self.text.len());
+    }
+
+    /// Whether it is time to hand the buffer over.
+    pub fn is_full(&self) -> bool {
+        self.text.len() >= Self::FULL
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &str> {
+        let starts = std::iter::once(0).chain(self.ends.iter().copied());
+        starts.zip(&self.ends).map(|(start, &end)| &self.text[start..end])
     }
 }
 
-impl Words {
-    fn add(&mut self, word: &[u8], count: u64) -> Result<(), Error> {
-        let Self { bytes, words, index, hasher } = self;
-        let hash = hasher.hash_one(word);
-        if let Some(&found) = index.find(hash, |&w| words[w as usize].of(bytes) == word) {
-            words[found as usize].count += count;
-            return Ok(());
+/// Counts the distinct pieces of texts on threads of its own. Memory grows with the distinct pieces, not with the
+/// text: few buffers wait in the queue, and who adds more has to wait as well.
+#[derive(Debug)]
+pub struct WordCounter {
+    queue: SyncSender<Texts>,
+    threads: Vec<JoinHandle<Result<Words, Error>>>,
+}
+
+impl WordCounter {
+    /// Counts pieces as `splitter` cuts them, on as many threads as the current rayon pool has.
+    pub fn new(splitter: &Splitter) -> Self {
+        let n = rayon::current_num_threads();
+        let (queue, waiting) = sync_channel(n);
+        let waiting = Arc::new(Mutex::new(waiting));
+        let threads = (0..n).map(|_| {
+            // a splitter each: threads that share a regex wait for each other
+            let (splitter, waiting) = (splitter.clone(), Arc::clone(&waiting));
+            spawn(move || count(&splitter, &waiting))
+        });
+        Self { threads: threads.collect(), queue }
+    }
+
+    /// Adds the pieces of `texts`; waits while the queue is full.
+    ///
+    /// # Errors
+    /// [`Error::Split`] if the pattern fails on a text, perhaps one that was added before.
+    pub fn add(&mut self, texts: Texts) -> Result<(), Error> {
+        let failed = self.threads.iter().any(JoinHandle::is_finished); // the queue is still open: only by an error
+        if failed || self.queue.send(texts).is_err() {
+            let ended = self.threads.drain(..).filter(|thread| !failed || thread.is_finished());
+            return ended.map(joined).try_for_each(|words| words.map(drop));
         }
-        let id = u32::try_from(words.len()).map_err(|_| Error::TooManyWords)?;
-        words.push(Word { start: bytes.len(), len: word.len(), count });
-        bytes.extend_from_slice(word);
-        index.insert_unique(hash, id, |&w| hasher.hash_one(words[w as usize].of(bytes)));
         Ok(())
     }
 
-    pub(crate) fn iter(&self) -> impl Iterator<Item = (&[u8], u64)> {
-        self.words.iter().map(|w| (w.of(&self.bytes), w.count))
+    /// The counts, when all texts are done.
+    ///
+    /// # Errors
+    /// As for [`add`](Self::add).
+    pub fn finish(self) -> Result<WordCounts, Error> {
+        drop(self.queue);
+        let parts = self.threads.into_iter().map(joined).collect::<Result<_, _>>()?;
+        Ok(WordCounts { parts })
+    }
+}
+
+fn joined(thread: JoinHandle<Result<Words, Error>>) -> Result<Words, Error> {
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+/// One thread's work: takes texts until the queue is closed.
+fn count(splitter: &Splitter, waiting: &Mutex<Receiver<Texts>>) -> Result<Words, Error> {
+    let mut words = Words::default();
+    loop {
+        let next = waiting.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let Ok(texts) = next else { return Ok(words) };
+        for text in texts.iter() {
+            splitter.split(text, |piece| words.add(text.as_bytes(), piece, 1))?;
+        }
+    }
+}
+
+/// How often each distinct piece occurs.
+#[derive(Debug)]
+pub struct WordCounts {
+    parts: Vec<Words>,
+}
+
+impl WordCounts {
+    /// The counts of texts that are at hand.
+    ///
+    /// # Errors
+    /// As for [`WordCounter::add`].
+    pub fn of<T: AsRef<str>>(splitter: &Splitter, texts: impl IntoIterator<Item = T>) -> Result<Self, Error> {
+        let mut counter = WordCounter::new(splitter);
+        let mut batch = Texts::default();
+        for text in texts {
+            batch.push(text.as_ref());
+            if batch.is_full() {
+                counter.add(std::mem::take(&mut batch))?;
+            }
+        }
+        counter.add(batch)?;
+        counter.finish()
+    }
+
+    /// The same with every word in one part only. Their order depends on the threads, the counts do not.
+    pub(crate) fn joined(self) -> Vec<Words> {
+        let shards = self.parts.len() as u64;
+        if shards < 2 {
+            return self.parts;
+        }
+        // bits that the tables themselves do not look at first
+        let join = |shard| {
+            let mut words = Words::default();
+            for part in &self.parts {
+                for short in part.short.iter().filter(|short| (key::hash(short.key) >> 32) % shards == shard) {
+                    words.add_short(short.key, short.count);
+                }
+                for long in part.long.iter() {
+                    let bytes = &part.bytes[long.bytes.clone()];
+                    if (key::hash_bytes(bytes) >> 32) % shards == shard {
+                        words.add_long(bytes, long.count);
+                    }
+                }
+            }
+            words
+        };
+        (0..shards).into_par_iter().map(join).collect()
+    }
+}
+
+/// Distinct words and their counts. Most are short enough to be integers in the table itself; the others are in one
+/// arena.
+#[derive(Debug, Default)]
+pub(crate) struct Words {
+    short: HashTable<Short>,
+    long: HashTable<Long>,
+    bytes: Vec<u8>,
+}
+
+#[derive(Debug)]
+struct Short {
+    key: Key,
+    count: u64,
+}
+
+#[derive(Debug)]
+struct Long {
+    bytes: Range<usize>,
+    count: u64,
+}
+
+impl Words {
+    /// Counts `text[word]` another `count` times.
+    #[inline]
+    fn add(&mut self, text: &[u8], word: Range<usize>, count: u64) {
+        match key::of(text, word.clone()) {
+            Some(key) => self.add_short(key, count),
+            None => self.add_long(&text[word], count),
+        }
+    }
+
+    #[inline]
+    fn add_short(&mut self, key: Key, count: u64) {
+        self.short
+            .entry(key::hash(key), |short| short.key == key, |short| key::hash(short.key))
+            .and_modify(|short| short.count += count)
+            .or_insert(Short { key, count });
+    }
+
+    fn add_long(&mut self, word: &[u8], count: u64) {
+        let Self { long, bytes, .. } = self;
+        let hash = key::hash_bytes(word);
+        if let Some(known) = long.find_mut(hash, |known| &bytes[known.bytes.clone()] == word) {
+            known.count += count;
+            return;
+        }
+        let start = bytes.len();
+        bytes.extend_from_slice(word);
+        let new = Long { bytes: start..bytes.len(), count };
+        long.insert_unique(hash, new, |known| key::hash_bytes(&bytes[known.bytes.clone()]));
+    }
+
+    /// Calls `each(word, count)` for all words.
+    pub(crate) fn for_each(&self, mut each: impl FnMut(&[u8], u64)) {
+        for short in &self.short {
+            let (bytes, len) = key::bytes(short.key);
+            each(&bytes[..len], short.count);
+        }
+        for long in &self.long {
+            each(&self.bytes[long.bytes.clone()], long.count);
+        }
     }
 }
 
@@ -108,26 +218,53 @@ mod tests {
     use super::*;
     use crate::GPT4_PATTERN;
 
+    fn counts(texts: &[&str]) -> Vec<(Vec<u8>, u64)> {
+        let splitter = Splitter::new(GPT4_PATTERN).unwrap();
+        let mut all = Vec::new();
+        for part in WordCounts::of(&splitter, texts).unwrap().joined() {
+            part.for_each(|word, count| all.push((word.to_vec(), count)));
+        }
+        all.sort();
+        all
+    }
+
     #[test]
     fn counts_survive_many_buffers_and_threads() {
-        let mut words = WordCounts::new(GPT4_PATTERN).unwrap();
-        for _ in 0..10 {
-            words.add_texts(&vec!["to be or not to be"; 100]).unwrap();
-        }
-        let joined = words.join().unwrap();
-        let mut counts: Vec<_> = joined.iter().collect();
-        counts.sort();
-        let expected: [(&[u8], u64); 5] =
-            [(b" be", 2000), (b" not", 1000), (b" or", 1000), (b" to", 1000), (b"to", 1000)];
-        assert_eq!(counts, expected);
+        let text = "to be or not to be, incomprehensibilities ".repeat(1000);
+        let expected = [
+            (" ", 1),
+            (" be", 2000),
+            (" incomprehensibilities", 1000),
+            (" not", 1000),
+            (" or", 1000),
+            (" to", 1999),
+            (",", 1000),
+            ("to", 1),
+        ];
+        assert_eq!(counts(&vec![&text[..]; 100]), expected.map(|(word, n)| (word.into(), 100 * n)));
     }
 
     #[test]
     fn counts_are_64_bit() {
         let mut words = Words::default();
         for _ in 0..3 {
-            words.add(b"the", u64::from(u32::MAX)).unwrap();
+            words.add(b"the", 0..3, u64::from(u32::MAX));
         }
-        assert_eq!(words.iter().next(), Some((&b"the"[..], 3 * u64::from(u32::MAX))));
+        words.for_each(|word, count| assert_eq!((word, count), (&b"the"[..], 3 * u64::from(u32::MAX))));
+    }
+
+    #[test]
+    fn words_of_15_16_and_17_bytes_are_kept_apart() {
+        let words = ["a".repeat(15), "a".repeat(16), "a".repeat(17), "a".repeat(14) + "\0"];
+        let texts: Vec<&str> = words.iter().map(String::as_str).collect();
+        let splitter = Splitter::new(r"(?s).+").unwrap();
+        let mut n = 0;
+        for part in WordCounts::of(&splitter, &texts).unwrap().joined() {
+            part.for_each(|word, count| {
+                assert!(words.iter().any(|w| w.as_bytes() == word) && count == 1);
+                n += 1;
+            });
+        }
+        assert_eq!(n, 4);
     }
 }

@@ -1,0 +1,175 @@
+//! GPT-4's split pattern without a regex engine: one pass over the bytes, looking ahead by one character.
+//!
+//! The alternatives of the pattern begin with different kinds of characters, so the first character (and, for a space
+//! or a mark, the second) tells which one matches. No position is looked at more than twice, except that a run of white
+//! space may be walked once more by the next piece.
+
+use std::ops::Range;
+use std::sync::LazyLock;
+
+use regex_syntax::hir::{Class, HirKind};
+
+/// What the pattern sees of a character.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// `[^\s\p{L}\p{N}]`
+    Mark,
+    /// `\p{L}`
+    Letter,
+    /// `\p{N}`
+    Number,
+    /// `[\r\n]`
+    Newline,
+    /// `\s` but not `[\r\n]`
+    Space,
+    /// Behind the last character.
+    End,
+}
+
+/// The kinds of all characters: in pages of 256, of which most are alike.
+struct Kinds {
+    page_of: Vec<u8>,
+    pages: Vec<[Kind; 256]>,
+}
+
+/// Made from the tables of the regex engine, so that both know the same Unicode.
+static KINDS: LazyLock<Kinds> = LazyLock::new(|| {
+    let mut kinds = vec![Kind::Mark; 0x11_0000];
+    for (class, kind) in [(r"\p{L}", Kind::Letter), (r"\p{N}", Kind::Number), (r"\s", Kind::Space)] {
+        let parsed = regex_syntax::parse(class).expect("a class that the crate knows");
+        let HirKind::Class(Class::Unicode(ranges)) = parsed.kind() else { unreachable!("a class of characters") };
+        for range in ranges.iter() {
+            kinds[range.start() as usize..=range.end() as usize].fill(kind);
+        }
+    }
+    kinds['\r' as usize] = Kind::Newline;
+    kinds['\n' as usize] = Kind::Newline;
+    let mut pages: Vec<[Kind; 256]> = Vec::new();
+    let page_of = kinds.chunks_exact(256).map(|page| {
+        let known = pages.iter().position(|p| p[..] == *page).unwrap_or_else(|| {
+            pages.push(page.try_into().expect("256 kinds"));
+            pages.len() - 1
+        });
+        u8::try_from(known).expect("most pages are alike")
+    });
+    Kinds { page_of: page_of.collect(), pages }
+});
+
+/// Finds pieces of text one after the other.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Scanner {
+    /// Numbers in a row that make a piece.
+    pub(crate) max_digits: usize,
+}
+
+impl Scanner {
+    /// Calls `each` with where every piece is. Together they are all of `text`.
+    pub(crate) fn split(self, text: &str, mut each: impl FnMut(Range<usize>)) {
+        let text = Text { bytes: text.as_bytes(), kinds: &KINDS, ascii: &KINDS.pages[0] };
+        let mut start = 0;
+        while start < text.bytes.len() {
+            let end = self.piece(&text, start);
+            each(start..end);
+            start = end;
+        }
+    }
+
+    /// The end of the piece that begins at `start`.
+    fn piece(self, text: &Text, start: usize) -> usize {
+        let (first, second) = text.at(start);
+        match first {
+            Kind::Letter => text.skip(second, Kind::Letter),
+            Kind::Number => {
+                let mut end = second;
+                for _ in 1..self.max_digits {
+                    let (Kind::Number, next) = text.at(end) else { break };
+                    end = next;
+                }
+                end
+            }
+            Kind::Mark => {
+                if let Some(end) = text.contraction(start) {
+                    return end;
+                }
+                match text.at(second) {
+                    (Kind::Letter, next) => text.skip(next, Kind::Letter),
+                    _ => text.skip(text.skip(second, Kind::Mark), Kind::Newline),
+                }
+            }
+            Kind::Space => match text.at(second) {
+                (Kind::Letter, next) => text.skip(next, Kind::Letter),
+                (Kind::Mark, next) if text.bytes[start] == b' ' => {
+                    text.skip(text.skip(next, Kind::Mark), Kind::Newline)
+                }
+                _ => text.white_space(start),
+            },
+            Kind::Newline => text.white_space(start),
+            Kind::End => start,
+        }
+    }
+}
+
+struct Text<'t> {
+    bytes: &'t [u8],
+    kinds: &'t Kinds,
+    ascii: &'t [Kind; 256],
+}
+
+impl Text<'_> {
+    /// The kind of the character at `i`, and where the next one begins.
+    #[inline]
+    fn at(&self, i: usize) -> (Kind, usize) {
+        match self.bytes.get(i) {
+            Some(&byte) if byte < 0x80 => (self.ascii[byte as usize], i + 1),
+            Some(&byte) => self.at_wide(byte, i),
+            None => (Kind::End, i),
+        }
+    }
+
+    /// The same for a character of several bytes, the first of them `byte`.
+    fn at_wide(&self, byte: u8, i: usize) -> (Kind, usize) {
+        let tail = |n: usize| usize::from(self.bytes[i + n] & 0x3F);
+        let (code, len) = match byte {
+            ..0xE0 => (usize::from(byte & 0x1F) << 6 | tail(1), 2),
+            0xE0..0xF0 => (usize::from(byte & 0x0F) << 12 | tail(1) << 6 | tail(2), 3),
+            _ => (usize::from(byte & 0x07) << 18 | tail(1) << 12 | tail(2) << 6 | tail(3), 4),
+        };
+        (self.kinds.pages[usize::from(self.kinds.page_of[code >> 8])][code & 0xFF], i + len)
+    }
+
+    /// The end of the run of `kind` that begins at `i`.
+    #[inline]
+    fn skip(&self, mut i: usize, kind: Kind) -> usize {
+        loop {
+            match self.at(i) {
+                (found, next) if found == kind => i = next,
+                _ => return i,
+            }
+        }
+    }
+
+    /// `'(?i:[sdmt]|ll|ve|re)`, where `(?i:s)` is also the long s.
+    fn contraction(&self, start: usize) -> Option<usize> {
+        let rest = self.bytes[start..].strip_prefix(b"'")?;
+        let lower = |i: usize| rest.get(i).map(u8::to_ascii_lowercase);
+        match (lower(0)?, lower(1)) {
+            (b's' | b'd' | b'm' | b't', _) => Some(start + 2),
+            (b'l', Some(b'l')) | (b'v' | b'r', Some(b'e')) => Some(start + 3),
+            _ => rest.starts_with("ſ".as_bytes()).then_some(start + 3),
+        }
+    }
+
+    /// `\s*[\r\n]|\s+(?!\S)|\s+`: up to the last line break of the run; without one, the whole run if it ends the
+    /// text, else all but its last character, which may belong to the next piece.
+    fn white_space(&self, start: usize) -> usize {
+        let (mut end, mut last, mut broken) = (start, start, None);
+        loop {
+            match self.at(end) {
+                (Kind::Newline, next) => (last, end, broken) = (end, next, Some(next)),
+                (Kind::Space, next) => (last, end) = (end, next),
+                (Kind::End, _) => return broken.unwrap_or(end),
+                _ => return broken.unwrap_or(if last > start { last } else { end }),
+            }
+        }
+    }
+}
