@@ -10,7 +10,7 @@ pub enum Error {
     Split(String),
     /// The vocabulary has no room for the 256 bytes.
     VocabTooSmall(u32),
-    /// The texts hold more distinct pieces than can be numbered.
+    /// The distinct pieces of the texts are more than 4 GiB.
     TooManyWords,
     /// The token with this id is missing, or not what merges make.
     Tokens(usize),
@@ -28,7 +28,7 @@ impl fmt::Display for Error {
                 f,
                 "token {id} is not as expected: the first 256 are the bytes, each later one is two earlier ones joined"
             ),
-            Error::TooManyWords => write!(f, "the texts hold more than {} distinct pieces", u32::MAX),
+            Error::TooManyWords => write!(f, "the distinct pieces of the texts are more than 4 GiB"),
         }
     }
 }

@@ -1,5 +1,6 @@
 use std::cmp::{Ordering, Reverse};
 use std::collections::BinaryHeap;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use hashbrown::HashMap;
@@ -14,7 +15,7 @@ pub type Pair = (u32, u32);
 const TICK: Duration = Duration::from_millis(100);
 
 /// By how much the floor falls when no pair is above it any more.
-const FLOOR_STEP: u64 = 16;
+const FLOOR_STEP: u64 = 8;
 
 /// Buckets in which pairs are counted: 2^20, which is 8 MiB.
 const BUCKET_BITS: u32 = 20;
@@ -27,7 +28,7 @@ const BUCKET_BITS: u32 = 20;
 /// the training.
 ///
 /// # Errors
-/// [`Error::VocabTooSmall`] below 256, [`Error::TooManyWords`] beyond 2^32 distinct words, or whatever `tick` returns.
+/// [`Error::VocabTooSmall`] below 256, [`Error::TooManyWords`] beyond 4 GiB of distinct words, or whatever `tick` returns.
 pub fn train<E: From<Error>>(
     words: WordCounts,
     vocab_size: u32,
@@ -221,40 +222,43 @@ impl Neighbors {
 }
 
 /// The distinct words as tokens, one behind the other in one arena; a word shrinks in place as its pairs merge.
-#[derive(Default)]
 struct Words {
     tokens: Vec<u32>,
     words: Vec<Word>,
 }
 
 struct Word {
-    start: usize,
-    len: u32,
     count: u64,
+    start: u32,
+    len: u32,
+}
+
+impl Word {
+    fn range(&self) -> Range<usize> {
+        self.start as usize..self.start as usize + self.len as usize
+    }
 }
 
 impl Words {
     fn new(counts: WordCounts) -> Result<Self, Error> {
-        let mut all = Self::default();
-        for part in counts.joined() {
-            part.for_each(|word, count| {
-                if word.len() > 1 {
-                    let len = word.len() as u32;
-                    all.words.push(Word { start: all.tokens.len(), len, count });
-                    all.tokens.extend(word.iter().map(|&byte| u32::from(byte)));
-                }
-            });
-        }
-        if u32::try_from(all.words.len()).is_err() {
+        let counts = counts.join();
+        let mut bytes = 0;
+        counts.for_each(|word, _| bytes += word.len());
+        if u32::try_from(bytes).is_err() {
             return Err(Error::TooManyWords);
         }
+        let mut all = Self { tokens: Vec::with_capacity(bytes), words: Vec::with_capacity(counts.len()) };
+        counts.for_each(|word, count| {
+            all.words.push(Word { count, start: all.tokens.len() as u32, len: word.len() as u32 });
+            all.tokens.extend(word.iter().map(|&byte| u32::from(byte)));
+        });
         Ok(all)
     }
 
     /// Calls `each(word, pair, count)` for all pairs of neighbors.
     fn for_each_pair(&self, mut each: impl FnMut(u32, Pair, u64)) {
         for (id, word) in self.words.iter().enumerate() {
-            for pair in self.tokens[word.start..word.start + word.len as usize].windows(2) {
+            for pair in self.tokens[word.range()].windows(2) {
                 each(id as u32, (pair[0], pair[1]), word.count);
             }
         }
@@ -262,8 +266,8 @@ impl Words {
 
     /// Replaces `pair` by `token` in one word, from left to right, and notes what stands beside it.
     fn merge(&mut self, id: u32, pair: Pair, token: u32, left: &mut Neighbors, right: &mut Neighbors) {
-        let Word { start, ref mut len, count } = self.words[id as usize];
-        let tokens = &mut self.tokens[start..start + *len as usize];
+        let word = &mut self.words[id as usize];
+        let (tokens, count) = (&mut self.tokens[word.range()], word.count);
         let (mut read, mut written) = (0, 0);
         while read < tokens.len() {
             if tokens[read] == pair.0 && tokens.get(read + 1) == Some(&pair.1) {
@@ -281,7 +285,7 @@ impl Words {
             }
             written += 1;
         }
-        *len = written as u32;
+        word.len = written as u32;
     }
 }
 

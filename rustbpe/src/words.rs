@@ -123,29 +123,14 @@ impl WordCounts {
         counter.finish()
     }
 
-    /// The same with every word in one part only. Their order depends on the threads, the counts do not.
-    pub(crate) fn joined(self) -> Vec<Words> {
-        let shards = self.parts.len() as u64;
-        if shards < 2 {
-            return self.parts;
-        }
-        // bits that the tables themselves do not look at first
-        let join = |shard| {
-            let mut words = Words::default();
-            for part in &self.parts {
-                for short in part.short.iter().filter(|short| (key::hash(short.key) >> 32) % shards == shard) {
-                    words.add_short(short.key, short.count);
-                }
-                for long in part.long.iter() {
-                    let bytes = &part.bytes[long.bytes.clone()];
-                    if (key::hash_bytes(bytes) >> 32) % shards == shard {
-                        words.add_long(bytes, long.count);
-                    }
-                }
-            }
-            words
+    /// All words in one table; their order depends on the threads, the counts do not.
+    pub(crate) fn join(self) -> Words {
+        let join = |one: Words, other: Words| {
+            let (mut large, small) = if one.len() < other.len() { (other, one) } else { (one, other) };
+            small.for_each(|word, count| large.add(word, 0..word.len(), count));
+            large
         };
-        (0..shards).into_par_iter().map(join).collect()
+        self.parts.into_par_iter().reduce(Words::default, join)
     }
 }
 
@@ -201,6 +186,11 @@ impl Words {
         long.insert_unique(hash, new, |known| key::hash_bytes(&bytes[known.bytes.clone()]));
     }
 
+    /// How many words there are.
+    pub(crate) fn len(&self) -> usize {
+        self.short.len() + self.long.len()
+    }
+
     /// Calls `each(word, count)` for all words.
     pub(crate) fn for_each(&self, mut each: impl FnMut(&[u8], u64)) {
         for short in &self.short {
@@ -221,9 +211,7 @@ mod tests {
     fn counts(texts: &[&str]) -> Vec<(Vec<u8>, u64)> {
         let splitter = Splitter::new(GPT4_PATTERN).unwrap();
         let mut all = Vec::new();
-        for part in WordCounts::of(&splitter, texts).unwrap().joined() {
-            part.for_each(|word, count| all.push((word.to_vec(), count)));
-        }
+        WordCounts::of(&splitter, texts).unwrap().join().for_each(|word, count| all.push((word.to_vec(), count)));
         all.sort();
         all
     }
@@ -259,12 +247,10 @@ mod tests {
         let texts: Vec<&str> = words.iter().map(String::as_str).collect();
         let splitter = Splitter::new(r"(?s).+").unwrap();
         let mut n = 0;
-        for part in WordCounts::of(&splitter, &texts).unwrap().joined() {
-            part.for_each(|word, count| {
-                assert!(words.iter().any(|w| w.as_bytes() == word) && count == 1);
-                n += 1;
-            });
-        }
+        WordCounts::of(&splitter, &texts).unwrap().join().for_each(|word, count| {
+            assert!(words.iter().any(|w| w.as_bytes() == word) && count == 1);
+            n += 1;
+        });
         assert_eq!(n, 4);
     }
 }
