@@ -1,9 +1,10 @@
 """
 Text to token ids and back, and conversations to ids with a loss mask.
 
-Byte-level BPE in the manner of GPT-4: our Rust crate (rustbpe) learns the merges and encodes with them, tiktoken decodes,
-and encodes with the tokenizers of others. Nine special tokens follow the merges. They come only from rendering conversations and from `encode_special`: text is always
-encoded as plain text, so a user who types <|assistant_start|> gets those letters and never the token.
+Byte-level BPE in the manner of GPT-4: our Rust crate (rustbpe) learns the merges and encodes with them; tiktoken
+decodes, and encodes with the tokenizers of others. Nine special tokens follow the merges. They come only from rendering
+conversations and from `encode_special`: text is always encoded as plain text, so a user who types <|assistant_start|>
+gets those letters and never the token.
 
 Files: tokenizer.json (pattern, special tokens, checksums), ranks.tiktoken (tiktoken's own format: on each line a
 token's bytes in base64 and its rank) and token_bytes.pt (int32 tensor (V,): bytes of each token, 0 for special ones).
@@ -49,8 +50,9 @@ class Tokenizer:
     """Mergeable ranks (bytes -> id), a split pattern, and special tokens (name -> id) after the ranks."""
 
     def __init__(self, pattern, ranks, special_tokens, bos="<|bos|>"):
-        import rustbpe
         import tiktoken
+
+        import rustbpe
 
         self.pattern, self.ranks, self.special_tokens, self.bos = pattern, ranks, special_tokens, bos
         self.encoding = tiktoken.Encoding(

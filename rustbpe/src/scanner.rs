@@ -78,7 +78,7 @@ impl Scanner {
     fn piece(self, text: &Text, start: usize) -> usize {
         let (first, second) = text.at(start);
         match first {
-            Kind::Letter => text.skip(second, Kind::Letter),
+            Kind::Letter => text.skip_letters(second),
             Kind::Number => {
                 let mut end = second;
                 for _ in 1..self.max_digits {
@@ -92,12 +92,12 @@ impl Scanner {
                     return end;
                 }
                 match text.at(second) {
-                    (Kind::Letter, next) => text.skip(next, Kind::Letter),
+                    (Kind::Letter, next) => text.skip_letters(next),
                     _ => text.skip(text.skip(second, Kind::Mark), Kind::Newline),
                 }
             }
             Kind::Space => match text.at(second) {
-                (Kind::Letter, next) => text.skip(next, Kind::Letter),
+                (Kind::Letter, next) => text.skip_letters(next),
                 (Kind::Mark, next) if text.bytes[start] == b' ' => {
                     text.skip(text.skip(next, Kind::Mark), Kind::Newline)
                 }
@@ -148,6 +148,24 @@ impl Text<'_> {
         }
     }
 
+    /// The end of the run of letters that goes on at `i`: eight bytes at a time while they are ASCII.
+    #[inline]
+    fn skip_letters(&self, mut i: usize) -> usize {
+        loop {
+            while let Some(eight) = self.bytes.get(i..i + 8) {
+                let letters = leading_letters(u64::from_le_bytes(eight.try_into().expect("8 bytes")));
+                i += letters;
+                if letters < 8 {
+                    break;
+                }
+            }
+            match self.at(i) {
+                (Kind::Letter, next) => i = next,
+                _ => return i,
+            }
+        }
+    }
+
     /// `'(?i:[sdmt]|ll|ve|re)`, where `(?i:s)` is also the long s.
     fn contraction(&self, start: usize) -> Option<usize> {
         let rest = self.bytes[start..].strip_prefix(b"'")?;
@@ -172,4 +190,18 @@ impl Text<'_> {
             }
         }
     }
+}
+
+/// How many of eight bytes, from the lowest, are ASCII letters before one is not.
+///
+/// All eight are compared at once: the high bit of each byte of a sum tells whether that byte reached a bound.
+#[inline]
+fn leading_letters(eight: u64) -> usize {
+    const ONES: u64 = 0x0101_0101_0101_0101;
+    const HIGH: u64 = 0x80 * ONES;
+    let lower = (eight | (0x20 * ONES)) & !HIGH; // 7 bits each, so that no sum carries into the next byte
+    let from_a = lower + (0x80 - u64::from(b'a')) * ONES;
+    let beyond_z = lower + (0x80 - u64::from(b'z') - 1) * ONES;
+    let letters = from_a & !beyond_z & !eight & HIGH;
+    ((letters ^ HIGH).trailing_zeros() / 8) as usize
 }
