@@ -86,34 +86,33 @@ def measure(job):
     column = pq.read_table(job["text"], columns=["text"]).column("text").combine_chunks()
     texts = column if job["name"] == "ours, from Arrow" else column.to_pylist()
     if job["what"] == "train":
-        act, start = lambda: TRAINERS[job["name"]](texts, job["vocab_size"]), used()
-        start_time = time.perf_counter()
-        tokens = act()
-        seconds = time.perf_counter() - start_time
-        end = used()
-        result = tokens()
-        result = result and [token.hex() for token in result]
+        before, start = begin(), time.perf_counter()
+        tokens = TRAINERS[job["name"]](texts, job["vocab_size"])
+        seconds, after = time.perf_counter() - start, end()
+        result = tokens() and [token.hex() for token in tokens()]
     else:
         tokens = [bytes.fromhex(token) for token in json.loads(Path(job["tokens"]).read_text())]
-        act = ENCODERS[job["name"]](texts, tokens, job["threads"])
-        act()  # once before, so that caches and threads are there
-        start = used()
-        start_time = time.perf_counter()
-        result = act()
-        seconds = time.perf_counter() - start_time
-        end = used()
-        digest = hashlib.sha256()
-        for ids in result:
-            digest.update(json.dumps(ids).encode())
-        result = digest.hexdigest()
-    cpu, memory = (b - a for a, b in zip(start, end, strict=True))
+        encode = ENCODERS[job["name"]](texts, tokens, job["threads"])
+        encode()  # once before, so that caches and threads are there
+        before, start = begin(), time.perf_counter()
+        ids = encode()
+        seconds, after = time.perf_counter() - start, end()
+        result = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+    cpu, memory = (b - a for a, b in zip(before, after, strict=True))
     print(json.dumps({"seconds": seconds, "cpu": cpu, "mib": memory, "result": result}))
 
 
-def used():
-    """CPU seconds so far, and the most memory so far in MiB."""
+def begin():
+    """CPU seconds so far, and the memory in use in MiB; what was used before is forgotten (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return end()
+
+
+def end():
+    """CPU seconds so far, and the most memory in MiB since begin()."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    (peak,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return usage.ru_utime + usage.ru_stime, int(peak.split()[1]) / 2**10
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,16 +144,13 @@ def compare(title, runs, size, repeats):
     for _ in range(repeats):
         for name, thunk in runs.items():
             taken[name].append(thunk())
-    print(
-        f"\n{title}\n\n| | seconds | MB/s | CPU seconds | MiB over start | ours is faster by |\n|---|---|---|---|---|---|"
-    )
+    print(f"\n{title}\n\n| | seconds | MB/s | CPU seconds | MiB over start | ours is faster by |")
+    print("|---|---|---|---|---|---|")
     median = {n: {k: statistics.median(t[k] for t in ts) for k in ("seconds", "cpu", "mib")} for n, ts in taken.items()}
     base = next(iter(median.values()))["seconds"]
     for name, m in median.items():
-        speed = f"{size / 1e6 / m['seconds']:.1f}"
-        print(
-            f"| {name} | {m['seconds']:.2f} | {speed} | {m['cpu']:.2f} | {m['mib']:.0f} | {m['seconds'] / base:.2f} |"
-        )
+        seconds, speed = m["seconds"], size / 1e6 / m["seconds"]
+        print(f"| {name} | {seconds:.2f} | {speed:.1f} | {m['cpu']:.2f} | {m['mib']:.0f} | {seconds / base:.2f} |")
     sys.stdout.flush()
     return {name: ts[0]["result"] for name, ts in taken.items()}
 
