@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use crate::Pair;
+
 /// The bytes, zeros, and in the last byte the length.
 pub(crate) type Key = [u64; 2];
 
@@ -39,6 +41,12 @@ pub(crate) fn bytes(key: Key) -> ([u8; 16], usize) {
 pub(crate) fn hash(key: Key) -> u64 {
     let product = u128::from(key[0] ^ 0x9E37_79B9_7F4A_7C15) * u128::from(key[1] ^ 0xD6E8_FEB8_6659_FD93);
     product as u64 ^ (product >> 64) as u64
+}
+
+/// A hash of two adjacent tokens.
+#[inline]
+pub(crate) fn hash_pair((left, right): Pair) -> u64 {
+    hash([u64::from(left) << 32 | u64::from(right), 0])
 }
 
 /// A hash of bytes of any number.

@@ -14,7 +14,9 @@ use crate::{Error, Pair, Splitter};
 pub struct Tokenizer {
     splitter: Splitter,
     merges: Vec<Pair>,
-    tokens: HashMap<Pair, u32>,
+    /// What each pair makes; those of two bytes are in a table of their own.
+    tokens: HashTable<(Pair, u32)>,
+    of_bytes: Vec<u32>,
     /// What threads learnt while they encoded, for the next ones.
     caches: Mutex<Vec<Cache>>,
 }
@@ -22,8 +24,17 @@ pub struct Tokenizer {
 impl Tokenizer {
     /// A tokenizer from `merges` as [`train`](crate::train) returns them: merge `i` makes token `256 + i`.
     pub fn new(splitter: Splitter, merges: Vec<Pair>) -> Self {
-        let tokens = merges.iter().copied().zip(256..).collect();
-        Self { splitter, merges, tokens, caches: Mutex::default() }
+        let mut tokenizer = Self {
+            splitter,
+            merges: Vec::new(),
+            tokens: HashTable::new(),
+            of_bytes: vec![NONE; 256 * 256],
+            caches: Mutex::default(),
+        };
+        for pair in merges {
+            tokenizer.push(pair);
+        }
+        tokenizer
     }
 
     /// A tokenizer from the bytes of its tokens, as [`token_bytes`](Self::token_bytes) lists them.
@@ -32,16 +43,13 @@ impl Tokenizer {
     /// [`Error::Tokens`] if they are not the 256 bytes and then, each time, two earlier tokens joined.
     pub fn from_tokens<B: AsRef<[u8]>>(splitter: Splitter, tokens: &[B]) -> Result<Self, Error> {
         let mut tokenizer = Self::new(splitter, Vec::new());
-        let (mut parts, mut ids) = (Vec::new(), Vec::new());
+        let (mut parts, mut ids) = (Parts::default(), Vec::new());
         for (id, token) in tokens.iter().map(AsRef::as_ref).enumerate() {
             ids.clear();
             tokenizer.merge_scanning(token, &mut parts, &mut ids);
             match ids[..] {
                 [byte] if id < 256 && byte as usize == id => {}
-                [left, right] if id >= 256 => {
-                    tokenizer.tokens.insert((left, right), id as u32);
-                    tokenizer.merges.push((left, right));
-                }
+                [left, right] if id >= 256 => tokenizer.push((left, right)),
                 _ => return Err(Error::Tokens(id)),
             }
         }
@@ -93,47 +101,69 @@ impl Tokenizer {
     }
 
     fn encode_piece(&self, text: &[u8], piece: Range<usize>, cache: &mut Cache, ids: &mut Vec<u32>) {
+        let first = ids.len();
         let Some(key) = key::of(text, piece.clone()) else {
-            return if piece.len() <= MAX_SCANNED {
-                self.merge_scanning(&text[piece], &mut cache.parts, ids);
+            let piece = &text[piece];
+            if piece.len() > MAX_SCANNED {
+                self.merge_with_heap(piece, ids);
+            } else if let Some(known) = cache.long.get(piece) {
+                ids.extend_from_slice(known);
             } else {
-                self.merge_with_heap(&text[piece], ids);
-            };
+                self.merge_scanning(piece, &mut cache.parts, ids);
+                cache.insert_long(piece, &ids[first..]);
+            }
+            return;
         };
         let hash = key::hash(key);
-        if let Some(known) = cache.words.find(hash, |known| known.key == key) {
+        if let Some(known) = cache.short.find(hash, |known| known.key == key) {
             ids.extend_from_slice(&cache.ids[known.start as usize..][..known.len as usize]);
             return;
         }
-        let first = ids.len();
         self.merge_scanning(&text[piece], &mut cache.parts, ids);
-        cache.insert(hash, key, &ids[first..]);
+        cache.insert_short(hash, key, &ids[first..]);
     }
 
+    /// The token that two tokens make, or [`NONE`].
+    #[inline]
     fn rank(&self, left: u32, right: u32) -> u32 {
-        self.tokens.get(&(left, right)).copied().unwrap_or(u32::MAX)
+        let pair = (left, right);
+        self.tokens.find(key::hash_pair(pair), |(known, _)| *known == pair).map_or(NONE, |&(_, token)| token)
+    }
+
+    /// Adds the next merge.
+    fn push(&mut self, pair: Pair) {
+        let token = 256 + self.merges.len() as u32;
+        self.merges.push(pair);
+        self.tokens.insert_unique(key::hash_pair(pair), (pair, token), |(pair, _)| key::hash_pair(*pair));
+        if pair.0 < 256 && pair.1 < 256 {
+            self.of_bytes[(pair.0 << 8 | pair.1) as usize] = token;
+        }
     }
 
     /// Joins the leftmost pair of lowest rank until none is left, looking for it from the start each time: O(n^2), but
     /// faster than a heap for a word.
-    fn merge_scanning(&self, piece: &[u8], parts: &mut Vec<Part>, ids: &mut Vec<u32>) {
-        parts.clear();
-        parts.extend(piece.iter().map(|&byte| Part { token: u32::from(byte), rank: u32::MAX }));
-        for i in 1..parts.len() {
-            parts[i - 1].rank = self.rank(parts[i - 1].token, parts[i].token);
-        }
-        while let Some((i, &Part { rank, .. })) = parts.iter().enumerate().min_by_key(|(_, part)| part.rank) {
-            if rank == u32::MAX {
+    fn merge_scanning(&self, piece: &[u8], parts: &mut Parts, ids: &mut Vec<u32>) {
+        let Parts { tokens, ranks } = parts;
+        tokens.clear();
+        tokens.extend(piece.iter().map(|&byte| u32::from(byte)));
+        ranks.clear();
+        ranks.extend(piece.windows(2).map(|pair| self.of_bytes[usize::from(pair[0]) << 8 | usize::from(pair[1])]));
+        while let Some(&rank) = ranks.iter().min() {
+            if rank == NONE {
                 break;
             }
-            parts[i].token = rank;
-            parts.remove(i + 1);
-            parts[i].rank = parts.get(i + 1).map_or(u32::MAX, |next| self.rank(rank, next.token));
+            let i = ranks.iter().position(|&other| other == rank).expect("the minimum is there");
+            tokens[i] = rank;
+            tokens.remove(i + 1);
+            ranks.remove(i);
+            if let Some(next) = ranks.get_mut(i) {
+                *next = self.rank(rank, tokens[i + 1]);
+            }
             if i > 0 {
-                parts[i - 1].rank = self.rank(parts[i - 1].token, rank);
+                ranks[i - 1] = self.rank(tokens[i - 1], rank);
             }
         }
-        ids.extend(parts.iter().map(|part| part.token));
+        ids.extend_from_slice(tokens);
     }
 
     /// The same in O(n log n): neighbours are a linked list, and the heap may hold pairs that are gone, known by the
@@ -146,8 +176,7 @@ impl Tokenizer {
         let mut previous: Vec<usize> = (0..n).map(|i| i.wrapping_sub(1)).collect(); // of 0: out of range
         let job = |tokens: &[u32], left: usize, right: usize| {
             let pair = (*tokens.get(left)?, *tokens.get(right)?);
-            let rank = *self.tokens.get(&pair)?;
-            Some(Reverse((rank, left, right)))
+            Some(self.rank(pair.0, pair.1)).filter(|&rank| rank != NONE).map(|rank| Reverse((rank, left, right)))
         };
         let mut heap: BinaryHeap<_> = (1..n).filter_map(|right| job(&tokens, right - 1, right)).collect();
         while let Some(Reverse((rank, left, right))) = heap.pop() {
@@ -170,19 +199,23 @@ impl Tokenizer {
 /// Longer pieces are merged with a heap.
 const MAX_SCANNED: usize = 200;
 
-/// A token of a word, and the rank of the pair that it makes with the next one.
-#[derive(Debug)]
-struct Part {
-    token: u32,
-    rank: u32,
+/// In place of a token that no merge makes.
+const NONE: u32 = u32::MAX;
+
+/// The tokens of a word as it merges, and the token that each would make with the next one.
+#[derive(Debug, Default)]
+struct Parts {
+    tokens: Vec<u32>,
+    ranks: Vec<u32>,
 }
 
-/// The tokens of short words that one thread has met.
+/// The tokens of words that one thread has met.
 #[derive(Debug, Default)]
 struct Cache {
-    words: HashTable<Known>,
+    short: HashTable<Known>,
     ids: Vec<u32>,
-    parts: Vec<Part>,
+    long: HashMap<Box<[u8]>, Box<[u32]>>,
+    parts: Parts,
 }
 
 #[derive(Debug)]
@@ -193,17 +226,26 @@ struct Known {
 }
 
 impl Cache {
-    /// Words that are kept, about 4 MiB of them; then all are forgotten, and the frequent ones are soon back.
-    const MAX_WORDS: usize = 1 << 16;
+    /// Words of either kind that are kept, a few MiB of them; then all are forgotten, and the frequent ones are soon
+    /// back.
+    const MAX_SHORT: usize = 1 << 16;
+    const MAX_LONG: usize = 1 << 15;
 
-    fn insert(&mut self, hash: u64, key: Key, ids: &[u32]) {
-        if self.words.len() == Self::MAX_WORDS {
-            self.words.clear();
+    fn insert_short(&mut self, hash: u64, key: Key, ids: &[u32]) {
+        if self.short.len() == Self::MAX_SHORT {
+            self.short.clear();
             self.ids.clear();
         }
         let known = Known { key, start: self.ids.len() as u32, len: ids.len() as u32 };
         self.ids.extend_from_slice(ids);
-        self.words.insert_unique(hash, known, |known| key::hash(known.key));
+        self.short.insert_unique(hash, known, |known| key::hash(known.key));
+    }
+
+    fn insert_long(&mut self, word: &[u8], ids: &[u32]) {
+        if self.long.len() == Self::MAX_LONG {
+            self.long.clear();
+        }
+        self.long.insert(word.into(), ids.into());
     }
 }
 
@@ -221,7 +263,7 @@ mod tests {
         for start in 0..text.len() {
             for end in start..text.len() {
                 let (mut scanned, mut heaped) = (Vec::new(), Vec::new());
-                tokenizer.merge_scanning(&text.as_bytes()[start..end], &mut Vec::new(), &mut scanned);
+                tokenizer.merge_scanning(&text.as_bytes()[start..end], &mut Parts::default(), &mut scanned);
                 tokenizer.merge_with_heap(&text.as_bytes()[start..end], &mut heaped);
                 assert_eq!(scanned, heaped);
             }
@@ -232,9 +274,15 @@ mod tests {
     fn the_cache_forgets_and_stays_right() {
         let splitter = Splitter::new(GPT4_PATTERN).unwrap();
         let tokenizer = Tokenizer::new(splitter, vec![(b'a'.into(), b'b'.into())]);
-        let text: String =
-            (0..3 * Cache::MAX_WORDS).map(|i| format!(" ab{}", (b'a' + (i % 26) as u8) as char)).collect();
-        let again: Vec<u32> = text.split_inclusive(' ').flat_map(|word| tokenizer.encode(word).unwrap()).collect();
-        assert_eq!(tokenizer.encode(&text).unwrap().len(), again.len());
+        let letters = |i: usize| (0..5).map(move |place| (b'a' + (i / 16_usize.pow(place) % 16) as u8) as char);
+        let word = |i: usize| letters(i).chain(" abababababababab".chars().take(3 + i % 2 * 14)).collect::<String>();
+        let words: Vec<String> = (0..3 * Cache::MAX_SHORT).map(word).collect();
+        for _ in 0..2 {
+            let text = words.concat();
+            let ids = tokenizer.encode(&text).unwrap();
+            let tokens = tokenizer.token_bytes();
+            assert_eq!(ids.iter().flat_map(|&id| tokens[id as usize].clone()).collect::<Vec<u8>>(), text.as_bytes());
+            assert!(ids.windows(2).all(|pair| pair != [97, 98]));
+        }
     }
 }

@@ -142,10 +142,7 @@ impl State {
     /// Nearly all pairs are rare, and a table of all would be the largest thing in memory. So they are first counted
     /// in buckets, several pairs in one: none is more frequent than its bucket, and most buckets are below the floor.
     fn lower_floor(&mut self) {
-        let bucket = |(left, right): Pair| {
-            let hash = key::hash([u64::from(left) << 32 | u64::from(right), 0]);
-            (hash >> (u64::BITS - BUCKET_BITS)) as usize
-        };
+        let bucket = |pair| (key::hash_pair(pair) >> (u64::BITS - BUCKET_BITS)) as usize;
         let mut buckets = vec![0; 1 << BUCKET_BITS];
         self.words.for_each_pair(|_, pair, count| buckets[bucket(pair)] += count);
         let most = buckets.iter().copied().max().unwrap_or(0);
