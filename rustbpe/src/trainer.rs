@@ -17,8 +17,8 @@ const TICK: Duration = Duration::from_millis(100);
 /// By how much the floor falls when no pair is above it any more.
 const FLOOR_STEP: u64 = 8;
 
-/// Buckets in which pairs are counted: 2^20, which is 8 MiB.
-const BUCKET_BITS: u32 = 20;
+/// Pairs are counted in at most 2^20 buckets, which are 8 MiB.
+const MAX_BUCKET_BITS: u32 = 20;
 
 /// The merges of greedy BPE, in order: merge `i` joins its pair into token `256 + i`.
 ///
@@ -142,8 +142,9 @@ impl State {
     /// Nearly all pairs are rare, and a table of all would be the largest thing in memory. So they are first counted
     /// in buckets, several pairs in one: none is more frequent than its bucket, and most buckets are below the floor.
     fn lower_floor(&mut self) {
-        let bucket = |pair| (key::hash_pair(pair) >> (u64::BITS - BUCKET_BITS)) as usize;
-        let mut buckets = vec![0; 1 << BUCKET_BITS];
+        let bits = (self.words.tokens.len() | 2).ilog2().min(MAX_BUCKET_BITS);
+        let bucket = |pair| (key::hash_pair(pair) >> (u64::BITS - bits)) as usize;
+        let mut buckets = vec![0; 1 << bits];
         self.words.for_each_pair(|_, pair, count| buckets[bucket(pair)] += count);
         let most = buckets.iter().copied().max().unwrap_or(0);
         self.floor = (most.min(self.floor) / FLOOR_STEP).max(1);
