@@ -221,10 +221,11 @@ class GPT(nn.Module):
             logits = self.lm_head(x[:, -1:] if last_only else x)[..., : self.config.vocab_size].float()
             return SOFTCAP * torch.tanh(logits / SOFTCAP)
         x, flat = x.flatten(0, 1), targets.flatten()
-        if loss_reduction != "none" and x.device.type == "cpu":  # elsewhere to ask which are trained on costs more
-            x, flat = x[flat >= 0], flat[flat >= 0]
         if loss_reduction == "none":
             return self._token_losses(x, flat).view_as(targets)
+        if x.device.type == "cpu":  # elsewhere to ask which are trained on costs more than it saves
+            trained = flat >= 0
+            x, flat = x[trained], flat[trained]
         total = ChunkedCrossEntropy.apply(x, self.lm_head.weight, flat, self.config.vocab_size)
         return total / (flat >= 0).sum().clamp(min=1) if loss_reduction == "mean" else total
 

@@ -1,5 +1,7 @@
 //! What must hold for any text: the scanner cuts as the regex does, and encoding is what replaying the merges gives.
 
+mod replay;
+
 use proptest::prelude::*;
 use rustbpe::{Error, GPT4_PATTERN, Pair, Splitter, Tokenizer, WordCounts, train};
 
@@ -25,22 +27,6 @@ fn pieces<'t>(pattern: &str, text: &'t str) -> Vec<&'t str> {
     out
 }
 
-/// Every merge in its turn, over the whole piece: slow, and right by definition.
-fn replay(merges: &[Pair], piece: &str) -> Vec<u32> {
-    let mut tokens: Vec<u32> = piece.bytes().map(u32::from).collect();
-    for (&(left, right), token) in merges.iter().zip(256..) {
-        let mut i = 0;
-        while i + 1 < tokens.len() {
-            if (tokens[i], tokens[i + 1]) == (left, right) {
-                tokens[i] = token;
-                tokens.remove(i + 1);
-            }
-            i += 1;
-        }
-    }
-    tokens
-}
-
 /// Counts all pairs anew for each merge; of those that occur most often, the smallest.
 fn naive(texts: &[String], n_merges: usize) -> Vec<Pair> {
     let mut words: Vec<Vec<u32>> = texts
@@ -59,14 +45,7 @@ fn naive(texts: &[String], n_merges: usize) -> Vec<Pair> {
         };
         let token = 256 + merges.len() as u32;
         for word in &mut words {
-            let mut i = 0;
-            while i + 1 < word.len() {
-                if (word[i], word[i + 1]) == pair {
-                    word[i] = token;
-                    word.remove(i + 1);
-                }
-                i += 1;
-            }
+            replay::join(word, pair, token);
         }
         merges.push(pair);
     }
@@ -98,7 +77,7 @@ proptest! {
         prop_assert_eq!(&merges, &naive(&corpus, n_merges));
         let tokenizer = Tokenizer::new(splitter.clone(), merges.clone());
         for text in corpus.iter().chain([&text]) {
-            let expected: Vec<u32> = pieces(GPT4_PATTERN, text).iter().flat_map(|p| replay(&merges, p)).collect();
+            let expected: Vec<u32> = pieces(GPT4_PATTERN, text).iter().flat_map(|p| replay::replay(&merges, p)).collect();
             prop_assert_eq!(tokenizer.encode(text).unwrap(), expected);
         }
         let again = Tokenizer::from_tokens(splitter, &tokenizer.token_bytes()).unwrap();
