@@ -86,6 +86,8 @@ class Tokenizer:
         needed = 256 + len(SPECIAL_TOKENS)
         if vocab_size < needed:
             raise UserError(f"vocab_size={vocab_size} is too small: the 256 bytes and the special tokens need {needed}")
+        if vocab_size >= 2**32:
+            raise UserError(f"vocab_size={vocab_size} is too large: ids have 32 bits")
         trainer = rustbpe.Tokenizer()
         getattr(trainer, method)(texts, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN, progress=progress)
         tokens = trainer.get_mergeable_ranks()

@@ -344,6 +344,7 @@ def test_tok_train_reads_the_training_split_up_to_its_limits(shards):
     "flags, message",
     [
         (["--vocab_size=264"], "vocab_size=264 is too small"),
+        (["--vocab_size=99999999999"], "vocab_size=99999999999 is too large"),
         (["--max_chars=0"], "--max_chars=0: give 1 or more"),
         (["--doc_cap=-1"], "--doc_cap=-1: give 1 or more"),
     ],

@@ -193,6 +193,9 @@ def main():
     parser.add_argument("--skip", nargs="*", default=[], help="peers to leave out: rustbpe, tokenizers")
     parser.add_argument("--env", type=Path, default=Path.home() / ".cache" / "nanochat-bench")
     args = parser.parse_args()
+    for path in args.text or ():
+        if not path.is_file():
+            parser.error(f"--text={path}: no such file")
     python = peer_python(args.env)
     text, tokens = args.env / "text.parquet", args.env / "tokens.json"
     size = write_text(args, text)
