@@ -12,10 +12,13 @@ token's bytes in base64 and its rank) and token_bytes.pt (int32 tensor (V,): byt
 
 import base64
 import contextlib
+import functools
 import hashlib
 import io
 import itertools
 import json
+import struct
+import zipfile
 from pathlib import Path
 
 from nanochat.common import UserError, atomic_path, base_dir
@@ -50,19 +53,24 @@ class Tokenizer:
     """Mergeable ranks (bytes -> id), a split pattern, and special tokens (name -> id) after the ranks."""
 
     def __init__(self, pattern, ranks, special_tokens, bos="<|bos|>"):
-        import tiktoken
-
         import rustbpe
 
         self.pattern, self.ranks, self.special_tokens, self.bos = pattern, ranks, special_tokens, bos
-        self.encoding = tiktoken.Encoding(
-            "nanochat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
-        )
+        self.vocab_size = 1 + max(itertools.chain(ranks.values(), special_tokens.values()))
         try:
             bpe = rustbpe.Tokenizer.from_tokens(sorted(ranks, key=ranks.get), pattern)
             self.encode_text, self.encode_texts = bpe.encode, bpe.encode_batch
         except ValueError:  # GPT-2 and its heirs number the bytes in another order
             self.encode_text, self.encode_texts = self.encoding.encode_ordinary, self.encoding.encode_ordinary_batch
+
+    @functools.cached_property
+    def encoding(self):
+        """The same tokenizer as a tiktoken.Encoding."""
+        import tiktoken
+
+        return tiktoken.Encoding(
+            "nanochat", pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=self.special_tokens
+        )
 
     @classmethod
     def train_from_iterator(cls, iterator, vocab_size, progress=None):
@@ -115,12 +123,8 @@ class Tokenizer:
 
     def save(self, directory):
         """Write the three files; what was there before is replaced only when all of them are written."""
-        import torch
-
         lines = [b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in self.ranks.items()]
-        tensor = io.BytesIO()
-        torch.save(torch.tensor(self.count_bytes(), dtype=torch.int32), tensor)
-        files = {"ranks.tiktoken": b"".join(lines), "token_bytes.pt": tensor.getvalue()}
+        files = {"ranks.tiktoken": b"".join(lines), "token_bytes.pt": _int_tensor(self.count_bytes())}
         config = {
             "vocab_size": self.get_vocab_size(),
             "pattern": self.pattern,
@@ -137,7 +141,7 @@ class Tokenizer:
     # Vocabulary
 
     def get_vocab_size(self):
-        return self.encoding.n_vocab
+        return self.vocab_size
 
     def get_special_tokens(self):
         return list(self.special_tokens)
@@ -302,6 +306,43 @@ def _are_parts(content):
     return isinstance(content, list) and all(
         isinstance(p, dict) and p.get("type") in PARTS and isinstance(p.get("text"), str) for p in content
     )
+
+
+def _int_tensor(numbers):
+    """
+    What torch.save writes of an int32 tensor: a zip of a pickle and the numbers.
+
+    Written by hand, because importing torch takes longer than training on 100 MB.
+    """
+    n = len(numbers)
+
+    def text(s):
+        return b"X" + struct.pack("<I", len(s)) + s.encode()
+
+    def number(i):
+        return b"J" + struct.pack("<i", i)
+
+    storage = b"(" + text("storage") + b"ctorch\nIntStorage\n" + text("0") + text("cpu") + number(n) + b"tQ"
+    offset, size, strides, grad, hooks = (
+        number(0),
+        number(n) + b"\x85",
+        b"K\1\x85",
+        b"\x89",
+        b"ccollections\nOrderedDict\n)R",
+    )
+    arguments = b"(" + storage + offset + size + strides + grad + hooks + b"t"
+    pickled = b"\x80\2ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"R."
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        parts = {
+            "data.pkl": pickled,
+            "byteorder": b"little",
+            "data/0": struct.pack(f"<{n}i", *numbers),
+            "version": b"3\n",
+        }
+        for name, data in parts.items():
+            archive.writestr(zipfile.ZipInfo(f"token_bytes/{name}"), data)
+    return file.getvalue()
 
 
 def _read_config(directory):

@@ -7,6 +7,8 @@ Train the tokenizer on the training shards.
 Reads base_data/. Writes tokenizer/, which stays as it was until the new one is whole.
 """
 
+import bisect
+import itertools
 import statistics
 import time
 
@@ -58,7 +60,6 @@ def read_texts(max_chars, doc_cap, totals):
     Yield the training documents as pyarrow string arrays, each document cut to `doc_cap` characters, until there are
     `max_chars`; counts what it read in `totals`.
     """
-    import numpy as np
     import pyarrow.compute as pc
 
     from nanochat.dataset import read_column, row_groups
@@ -68,12 +69,12 @@ def read_texts(max_chars, doc_cap, totals):
     progress(0, "")
     for i, (path, index, _) in enumerate(groups):
         texts = pc.utf8_slice_codeunits(read_column(path, index).drop_null(), 0, doc_cap)
-        ends = totals["characters"] + np.cumsum(pc.utf8_length(texts).to_numpy(), dtype=np.int64)
-        wanted = int(np.searchsorted(ends, max_chars)) + 1  # the document that reaches max_chars is the last
+        ends = list(itertools.accumulate(pc.utf8_length(texts).to_pylist(), initial=totals["characters"]))
+        wanted = min(bisect.bisect_left(ends, max_chars), len(texts))  # the document that reaches max_chars is the last
         yield texts[:wanted]
-        totals["documents"] += min(wanted, len(texts))
-        totals["characters"] = int(ends[:wanted].max(initial=totals["characters"]))
-        if wanted <= len(texts):
+        totals["documents"] += wanted
+        totals["characters"] = ends[wanted]
+        if ends[wanted] >= max_chars:
             return
         share = max((i + 1) / len(groups), totals["characters"] / max_chars)
         progress(share, f"{totals['documents']:,} documents, {totals['characters']:,} characters")

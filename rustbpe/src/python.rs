@@ -3,7 +3,7 @@
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
-use pyo3::types::PyBytes;
+use pyo3::types::{PyBytes, PyString};
 
 use crate::{Error, GPT4_PATTERN, Splitter, Texts, WordCounter, train};
 
@@ -53,8 +53,13 @@ impl Tokenizer {
     ) -> PyResult<()> {
         let mut training = Training::new(py, vocab_size, pattern, progress)?;
         for text in iterator.try_iter()? {
-            let text: PyBackedStr = text?.extract()?;
-            training.add(&text)?;
+            let text = text?.cast_into::<PyString>()?;
+            if text.call_method0("isascii")?.extract()? {
+                training.add(text.to_str()?)?;
+            } else {
+                // to_str would leave a copy with the str for as long as it lives: all texts twice
+                training.add(utf8(text.encode_utf8()?.as_bytes())?)?;
+            }
         }
         self.0 = training.finish()?;
         Ok(())
@@ -173,6 +178,10 @@ fn tell(py: Python<'_>, progress: &Option<Py<PyAny>>, news: (&str, usize, Option
     progress.as_ref().map_or(Ok(()), |f| f.call1(py, news).map(drop))
 }
 
+fn utf8(bytes: &[u8]) -> PyResult<&str> {
+    std::str::from_utf8(bytes).map_err(|_| PyValueError::new_err("a text has bytes that are not UTF-8"))
+}
+
 /// Adds the texts of a pyarrow.Array, a window of its bytes at a time.
 fn add_array(training: &mut Training<'_>, array: Bound<'_, PyAny>) -> PyResult<()> {
     const WINDOW: usize = 1 << 20;
@@ -209,7 +218,7 @@ fn add_array(training: &mut Training<'_>, array: Bound<'_, PyAny>) -> PyResult<(
         let window = copy(data, start, offsets[last - 1] - start)?;
         for text in offsets[first..last].windows(2) {
             let text = window.get(text[0] - start..text[1] - start).ok_or_else(|| bad("offsets beyond its end"))?;
-            training.add(std::str::from_utf8(text).map_err(|_| bad("bytes that are not UTF-8"))?)?;
+            training.add(utf8(text)?)?;
         }
         first = last - 1;
     }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use hashbrown::HashMap;
 use hashbrown::hash_map::Entry;
+use rayon::prelude::*;
 
 use crate::{Error, WordCounts, key};
 
@@ -17,8 +18,14 @@ const TICK: Duration = Duration::from_millis(100);
 /// By how much the floor falls when no pair is above it any more.
 const FLOOR_STEP: u64 = 8;
 
-/// Pairs are counted in at most 2^20 buckets, which are 8 MiB.
+/// Pairs are counted in at most 2^20 buckets, which are 4 MiB for each of at most 8 threads.
 const MAX_BUCKET_BITS: u32 = 20;
+const MAX_PARTS: usize = 8;
+
+/// In how many parts all pairs are counted.
+fn parts() -> usize {
+    rayon::current_num_threads().min(MAX_PARTS)
+}
 
 /// The merges of greedy BPE, in order: merge `i` joins its pair into token `256 + i`.
 ///
@@ -32,10 +39,22 @@ const MAX_BUCKET_BITS: u32 = 20;
 pub fn train<E: From<Error>>(
     words: WordCounts,
     vocab_size: u32,
-    mut tick: impl FnMut(usize) -> Result<(), E>,
+    tick: impl FnMut(usize) -> Result<(), E>,
 ) -> Result<Vec<Pair>, E> {
     let n_merges = vocab_size.checked_sub(256).ok_or(Error::VocabTooSmall(vocab_size))?;
-    let mut state = State::new(words)?;
+    // the words are the largest thing in memory, so their tokens are as small as may be
+    if vocab_size <= 1 << u16::BITS {
+        find_merges(State::<u16>::new(words)?, n_merges, tick)
+    } else {
+        find_merges(State::<u32>::new(words)?, n_merges, tick)
+    }
+}
+
+fn find_merges<T: Token, E: From<Error>>(
+    mut state: State<T>,
+    n_merges: u32,
+    mut tick: impl FnMut(usize) -> Result<(), E>,
+) -> Result<Vec<Pair>, E> {
     let mut merges = Vec::new();
     let mut last_tick = Instant::now();
     while merges.len() < n_merges as usize {
@@ -49,6 +68,24 @@ pub fn train<E: From<Error>>(
     }
     tick(merges.len())?;
     Ok(merges)
+}
+
+/// A token id as it is kept in words.
+trait Token: Copy + Eq + Send + Sync + From<u8> + Into<u32> {
+    /// The id again, which is known to be small enough.
+    fn of(id: u32) -> Self;
+}
+
+impl Token for u16 {
+    fn of(id: u32) -> Self {
+        id as Self
+    }
+}
+
+impl Token for u32 {
+    fn of(id: u32) -> Self {
+        id
+    }
 }
 
 /// A pair's count when it was put on the heap. Counts only fall after that, so a stale top is lowered and put back.
@@ -94,8 +131,8 @@ impl Sites {
 /// Most pairs are too rare ever to be merged. So only those are kept that occur `floor` times or more; since a pair is
 /// never more frequent than when it comes up, the others can be forgotten until all these are used up. Then the floor
 /// falls, and the pairs are counted anew, in words that are much shorter by then.
-struct State {
-    words: Words,
+struct State<T> {
+    words: Words<T>,
     floor: u64,
     sites: HashMap<Pair, Sites>,
     heap: BinaryHeap<Candidate>,
@@ -104,7 +141,7 @@ struct State {
     lost: Vec<(Pair, u64)>,
 }
 
-impl State {
+impl<T: Token> State<T> {
     fn new(counts: WordCounts) -> Result<Self, Error> {
         let words = Words::new(counts)?;
         let mut state = Self {
@@ -144,17 +181,37 @@ impl State {
     fn lower_floor(&mut self) {
         let bits = (self.words.tokens.len() | 2).ilog2().min(MAX_BUCKET_BITS);
         let bucket = |pair| (key::hash_pair(pair) >> (u64::BITS - bits)) as usize;
-        let mut buckets = vec![0; 1 << bits];
-        self.words.for_each_pair(|_, pair, count| buckets[bucket(pair)] += count);
-        let most = buckets.iter().copied().max().unwrap_or(0);
-        self.floor = (most.min(self.floor) / FLOOR_STEP).max(1);
-        self.sites.clear();
-        self.words.for_each_pair(|word, pair, count| {
-            if buckets[bucket(pair)] >= self.floor {
-                self.sites.entry(pair).or_default().add(word, count);
-            }
+        let counted = self.words.parts().map(|part| {
+            let mut buckets = vec![0_u32; 1 << bits]; // full is more than any floor
+            part.for_each_pair(|_, pair, count| {
+                let sum = &mut buckets[bucket(pair)];
+                *sum = sum.saturating_add(u32::try_from(count).unwrap_or(u32::MAX));
+            });
+            buckets
         });
-        self.sites.retain(|_, sites| sites.count >= self.floor);
+        let join = |mut sums: Vec<u32>, others: Vec<u32>| {
+            sums.iter_mut().zip(others).for_each(|(sum, other)| *sum = sum.saturating_add(other));
+            sums
+        };
+        let buckets = counted.reduce_with(join).unwrap_or_default();
+        let most = buckets.iter().copied().max().unwrap_or(0);
+        self.floor = (u64::from(most).min(self.floor) / FLOOR_STEP).max(1);
+        self.sites = HashMap::new();
+        let n = parts();
+        let found = (0..n).into_par_iter().map(|i| {
+            let mut sites: HashMap<Pair, Sites> = HashMap::new();
+            self.words.all().for_each_pair(|word, pair, count| {
+                let bucket = bucket(pair);
+                if (bucket * n) >> bits == i && u64::from(buckets[bucket]) >= self.floor {
+                    sites.entry(pair).or_default().add(word, count);
+                }
+            });
+            sites.retain(|_, sites| sites.count >= self.floor);
+            sites
+        });
+        for sites in found.collect::<Vec<_>>() {
+            self.sites.extend(sites);
+        }
         self.heap = self.sites.iter().map(|(&pair, sites)| Candidate { count: sites.count, pair }).collect();
     }
 
@@ -220,8 +277,8 @@ impl Neighbors {
 }
 
 /// The distinct words as tokens, one behind the other in one arena; a word shrinks in place as its pairs merge.
-struct Words {
-    tokens: Vec<u32>,
+struct Words<T> {
+    tokens: Vec<T>,
     words: Vec<Word>,
 }
 
@@ -237,43 +294,50 @@ impl Word {
     }
 }
 
-impl Words {
+impl<T: Token> Words<T> {
     fn new(counts: WordCounts) -> Result<Self, Error> {
-        let counts = counts.join();
-        let mut bytes = 0;
-        counts.for_each(|word, _| bytes += word.len());
+        let (mut n, mut bytes) = (0, 0);
+        for shard in &counts.shards {
+            n += shard.len();
+            bytes += shard.total_len();
+        }
         if u32::try_from(bytes).is_err() {
             return Err(Error::TooManyWords);
         }
-        let mut all = Self { tokens: Vec::with_capacity(bytes), words: Vec::with_capacity(counts.len()) };
-        counts.for_each(|word, count| {
-            all.words.push(Word { count, start: all.tokens.len() as u32, len: word.len() as u32 });
-            all.tokens.extend(word.iter().map(|&byte| u32::from(byte)));
-        });
+        let mut all = Self { tokens: Vec::with_capacity(bytes), words: Vec::with_capacity(n) };
+        for shard in counts.shards {
+            shard.for_each(|word, count| {
+                all.words.push(Word { count, start: all.tokens.len() as u32, len: word.len() as u32 });
+                all.tokens.extend(word.iter().map(|&byte| T::from(byte)));
+            });
+        }
         Ok(all)
     }
 
-    /// Calls `each(word, pair, count)` for all pairs of neighbors.
-    fn for_each_pair(&self, mut each: impl FnMut(u32, Pair, u64)) {
-        for (id, word) in self.words.iter().enumerate() {
-            for pair in self.tokens[word.range()].windows(2) {
-                each(id as u32, (pair[0], pair[1]), word.count);
-            }
-        }
+    fn all(&self) -> Part<'_, T> {
+        Part { first: 0, words: &self.words, tokens: &self.tokens }
+    }
+
+    /// The words in parts, one for each thread.
+    fn parts(&self) -> impl ParallelIterator<Item = Part<'_, T>> {
+        let len = self.words.len().div_ceil(parts()).max(1);
+        let part = move |(i, words)| Part { first: (i * len) as u32, words, tokens: &self.tokens };
+        self.words.par_chunks(len).enumerate().map(part)
     }
 
     /// Replaces `pair` by `token` in one word, from left to right, and notes what stands beside it.
     fn merge(&mut self, id: u32, pair: Pair, token: u32, left: &mut Neighbors, right: &mut Neighbors) {
+        let (first, second, token) = (T::of(pair.0), T::of(pair.1), T::of(token));
         let word = &mut self.words[id as usize];
         let (tokens, count) = (&mut self.tokens[word.range()], word.count);
         let (mut read, mut written) = (0, 0);
         while read < tokens.len() {
-            if tokens[read] == pair.0 && tokens.get(read + 1) == Some(&pair.1) {
+            if tokens[read] == first && tokens.get(read + 1) == Some(&second) {
                 if written > 0 {
-                    left.add(tokens[written - 1], id, count);
+                    left.add(tokens[written - 1].into(), id, count);
                 }
                 if let Some(&next) = tokens.get(read + 2) {
-                    right.add(next, id, count);
+                    right.add(next.into(), id, count);
                 }
                 tokens[written] = token;
                 read += 2;
@@ -284,6 +348,24 @@ impl Words {
             written += 1;
         }
         word.len = written as u32;
+    }
+}
+
+/// Some of the words, from the one with the id `first`.
+struct Part<'a, T> {
+    first: u32,
+    words: &'a [Word],
+    tokens: &'a [T],
+}
+
+impl<T: Token> Part<'_, T> {
+    /// Calls `each(word, pair, count)` for all pairs of neighbors.
+    fn for_each_pair(&self, mut each: impl FnMut(u32, Pair, u64)) {
+        for (id, word) in (self.first..).zip(self.words) {
+            for pair in self.tokens[word.range()].windows(2) {
+                each(id, (pair[0].into(), pair[1].into()), word.count);
+            }
+        }
     }
 }
 

@@ -1,10 +1,9 @@
 use std::ops::Range;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{JoinHandle, spawn};
 
 use hashbrown::HashTable;
-use rayon::prelude::*;
 
 use crate::key::{self, Key};
 use crate::{Error, Splitter};
@@ -42,21 +41,26 @@ impl Texts {
 #[derive(Debug)]
 pub struct WordCounter {
     queue: SyncSender<Texts>,
-    threads: Vec<JoinHandle<Result<Words, Error>>>,
+    threads: Vec<JoinHandle<Result<(), Error>>>,
+    shards: Arc<[Mutex<Words>; SHARDS]>,
 }
+
+/// The table of all words is in parts, so that threads seldom wait for each other, and no part is large when it grows.
+const SHARDS: usize = 8;
 
 impl WordCounter {
     /// Counts pieces as `splitter` cuts them, on as many threads as the current rayon pool has.
     pub fn new(splitter: &Splitter) -> Self {
         let n = rayon::current_num_threads();
-        let (queue, waiting) = sync_channel(n);
+        let (queue, waiting) = sync_channel(n.max(8));
         let waiting = Arc::new(Mutex::new(waiting));
+        let shards = Arc::<[Mutex<Words>; SHARDS]>::default();
         let threads = (0..n).map(|_| {
             // a splitter each: threads that share a regex wait for each other
-            let (splitter, waiting) = (splitter.clone(), Arc::clone(&waiting));
-            spawn(move || count(&splitter, &waiting))
+            let (splitter, waiting, shards) = (splitter.clone(), Arc::clone(&waiting), Arc::clone(&shards));
+            spawn(move || count(&splitter, &waiting, &*shards))
         });
-        Self { threads: threads.collect(), queue }
+        Self { threads: threads.collect(), queue, shards }
     }
 
     /// Adds the pieces of `texts`; waits while the queue is full.
@@ -66,8 +70,7 @@ impl WordCounter {
     pub fn add(&mut self, texts: Texts) -> Result<(), Error> {
         let failed = self.threads.iter().any(JoinHandle::is_finished); // the queue is still open: only by an error
         if failed || self.queue.send(texts).is_err() {
-            let ended = self.threads.drain(..).filter(|thread| !failed || thread.is_finished());
-            return ended.map(joined).try_for_each(|words| words.map(drop));
+            return self.threads.drain(..).filter(|thread| !failed || thread.is_finished()).try_for_each(joined);
         }
         Ok(())
     }
@@ -78,31 +81,43 @@ impl WordCounter {
     /// As for [`add`](Self::add).
     pub fn finish(self) -> Result<WordCounts, Error> {
         drop(self.queue);
-        let parts = self.threads.into_iter().map(joined).collect::<Result<_, _>>()?;
-        Ok(WordCounts { parts })
+        self.threads.into_iter().try_for_each(joined)?;
+        let shards = self.shards.iter().map(|shard| std::mem::take(&mut *locked(shard)));
+        Ok(WordCounts { shards: shards.collect() })
     }
 }
 
-fn joined(thread: JoinHandle<Result<Words, Error>>) -> Result<Words, Error> {
+fn joined(thread: JoinHandle<Result<(), Error>>) -> Result<(), Error> {
     thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
-/// One thread's work: takes texts until the queue is closed.
-fn count(splitter: &Splitter, waiting: &Mutex<Receiver<Texts>>) -> Result<Words, Error> {
-    let mut words = Words::default();
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// One thread's work: takes texts until the queue is closed. It counts in a table that fits its core's cache, which
+/// knows the frequent words of the hour, and moves that to the shards when it is full.
+fn count(splitter: &Splitter, waiting: &Mutex<Receiver<Texts>>, shards: &[Mutex<Words>]) -> Result<(), Error> {
+    const FULL: usize = 1 << 16;
+    let mut recent = Words::default();
     loop {
-        let next = waiting.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(texts) = next else { return Ok(words) };
+        let next = locked(waiting).recv();
+        let Ok(texts) = next else { break };
         for text in texts.iter() {
-            splitter.split(text, |piece| words.add(text.as_bytes(), piece, 1))?;
+            splitter.split(text, |piece| recent.add(text.as_bytes(), piece, 1))?;
+            if recent.len() >= FULL {
+                recent.move_to(shards);
+            }
         }
     }
+    recent.move_to(shards);
+    Ok(())
 }
 
 /// How often each distinct piece occurs.
 #[derive(Debug)]
 pub struct WordCounts {
-    parts: Vec<Words>,
+    pub(crate) shards: Vec<Words>,
 }
 
 impl WordCounts {
@@ -121,16 +136,6 @@ impl WordCounts {
         }
         counter.add(batch)?;
         counter.finish()
-    }
-
-    /// All words in one table; their order depends on the threads, the counts do not.
-    pub(crate) fn join(self) -> Words {
-        let join = |one: Words, other: Words| {
-            let (mut large, small) = if one.len() < other.len() { (other, one) } else { (one, other) };
-            small.for_each(|word, count| large.add(word, 0..word.len(), count));
-            large
-        };
-        self.parts.into_par_iter().reduce(Words::default, join)
     }
 }
 
@@ -160,22 +165,21 @@ impl Words {
     #[inline]
     fn add(&mut self, text: &[u8], word: Range<usize>, count: u64) {
         match key::of(text, word.clone()) {
-            Some(key) => self.add_short(key, count),
-            None => self.add_long(&text[word], count),
+            Some(key) => self.add_short(key::hash(key), key, count),
+            None => self.add_long(key::hash_bytes(&text[word.clone()]), &text[word], count),
         }
     }
 
     #[inline]
-    fn add_short(&mut self, key: Key, count: u64) {
+    fn add_short(&mut self, hash: u64, key: Key, count: u64) {
         self.short
-            .entry(key::hash(key), |short| short.key == key, |short| key::hash(short.key))
+            .entry(hash, |short| short.key == key, |short| key::hash(short.key))
             .and_modify(|short| short.count += count)
             .or_insert(Short { key, count });
     }
 
-    fn add_long(&mut self, word: &[u8], count: u64) {
+    fn add_long(&mut self, hash: u64, word: &[u8], count: u64) {
         let Self { long, bytes, .. } = self;
-        let hash = key::hash_bytes(word);
         if let Some(known) = long.find_mut(hash, |known| &bytes[known.bytes.clone()] == word) {
             known.count += count;
             return;
@@ -186,14 +190,45 @@ impl Words {
         long.insert_unique(hash, new, |known| key::hash_bytes(&bytes[known.bytes.clone()]));
     }
 
+    /// Adds all counts to the shards, and forgets them.
+    fn move_to(&mut self, shards: &[Mutex<Self>]) {
+        for (i, shard) in shards.iter().enumerate() {
+            let mut shard = locked(shard);
+            let here = |hash: u64| (hash >> 32) as usize % shards.len() == i;
+            for short in &self.short {
+                let hash = key::hash(short.key);
+                if here(hash) {
+                    shard.add_short(hash, short.key, short.count);
+                }
+            }
+            for long in &self.long {
+                let word = &self.bytes[long.bytes.clone()];
+                let hash = key::hash_bytes(word);
+                if here(hash) {
+                    shard.add_long(hash, word, long.count);
+                }
+            }
+        }
+        self.short.clear();
+        self.long.clear();
+        self.bytes.clear();
+    }
+
+    /// The length of all words together.
+    pub(crate) fn total_len(&self) -> usize {
+        self.short.iter().map(|short| key::bytes(short.key).1).sum::<usize>() + self.bytes.len()
+    }
+
     /// How many words there are.
     pub(crate) fn len(&self) -> usize {
         self.short.len() + self.long.len()
     }
 
-    /// Calls `each(word, count)` for all words.
+    /// Calls `each(word, count)` for all words, for those of either kind in the order of their bytes.
     pub(crate) fn for_each(&self, mut each: impl FnMut(&[u8], u64)) {
-        for short in &self.short {
+        let mut sorted: Vec<&Short> = self.short.iter().collect();
+        sorted.sort_unstable_by_key(|short| short.key.map(u64::swap_bytes));
+        for short in sorted {
             let (bytes, len) = key::bytes(short.key);
             each(&bytes[..len], short.count);
         }
@@ -208,10 +243,12 @@ mod tests {
     use super::*;
     use crate::GPT4_PATTERN;
 
-    fn counts(texts: &[&str]) -> Vec<(Vec<u8>, u64)> {
-        let splitter = Splitter::new(GPT4_PATTERN).unwrap();
+    fn counts(pattern: &str, texts: &[&str]) -> Vec<(Vec<u8>, u64)> {
+        let splitter = Splitter::new(pattern).unwrap();
         let mut all = Vec::new();
-        WordCounts::of(&splitter, texts).unwrap().join().for_each(|word, count| all.push((word.to_vec(), count)));
+        for shard in WordCounts::of(&splitter, texts).unwrap().shards {
+            shard.for_each(|word, count| all.push((word.to_vec(), count)));
+        }
         all.sort();
         all
     }
@@ -229,7 +266,7 @@ mod tests {
             (",", 1000),
             ("to", 1),
         ];
-        assert_eq!(counts(&vec![&text[..]; 100]), expected.map(|(word, n)| (word.into(), 100 * n)));
+        assert_eq!(counts(GPT4_PATTERN, &vec![&text[..]; 100]), expected.map(|(word, n)| (word.into(), 100 * n)));
     }
 
     #[test]
@@ -243,14 +280,9 @@ mod tests {
 
     #[test]
     fn words_of_15_16_and_17_bytes_are_kept_apart() {
-        let words = ["a".repeat(15), "a".repeat(16), "a".repeat(17), "a".repeat(14) + "\0"];
+        let mut words = ["a".repeat(14) + "\0", "a".repeat(15), "a".repeat(16), "a".repeat(17)];
+        words.sort();
         let texts: Vec<&str> = words.iter().map(String::as_str).collect();
-        let splitter = Splitter::new(r"(?s).+").unwrap();
-        let mut n = 0;
-        WordCounts::of(&splitter, &texts).unwrap().join().for_each(|word, count| {
-            assert!(words.iter().any(|w| w.as_bytes() == word) && count == 1);
-            n += 1;
-        });
-        assert_eq!(n, 4);
+        assert_eq!(counts("(?s).+", &texts), words.map(|word| (word.into_bytes(), 1)));
     }
 }
