@@ -8,14 +8,11 @@ This is the only module that reads environment variables; the README lists them.
 import contextlib
 import gc
 import hashlib
-import http.client
 import math
 import os
 import shutil
 import sys
 import time
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -187,6 +184,9 @@ def fetch(url, path, attempts=5, timeout=30, progress=None):
     arrived stays in `<path>.part`, so also the next call goes on from there. `progress(bytes_so_far, bytes_total)`
     is called along the way. Raises UserError when the file does not exist or cannot be had.
     """
+    import http.client
+    import urllib.error
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if "://" not in str(url):
@@ -216,6 +216,8 @@ def fetch(url, path, attempts=5, timeout=30, progress=None):
 
 def _fetch_part(url, part, timeout, progress, chunk=1 << 20):
     """One attempt: append to `part` from where it ends. Raises OSError when the connection breaks early."""
+    import urllib.request
+
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=timeout) as response:

@@ -20,7 +20,6 @@ import random
 import sys
 import threading
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -327,6 +326,8 @@ def find_last_shard():
 
 def _is_missing(index):
     """Whether the host has no shard of this index. Raises UserError when there is no telling."""
+    import urllib.request
+
     url = _url(f"shard_{index:05d}.parquet")
     if "://" not in url:
         return not Path(url).is_file()

@@ -2,7 +2,7 @@
 Text to token ids and back, and conversations to ids with a loss mask.
 
 Byte-level BPE in the manner of GPT-4: our Rust crate (rustbpe) learns the merges and encodes with them; tiktoken
-decodes, and encodes with the tokenizers of others. Nine special tokens follow the merges. They come only from rendering
+encodes with the tokenizers of others. Nine special tokens follow the merges. They come only from rendering
 conversations and from `encode_special`: text is always encoded as plain text, so a user who types <|assistant_start|>
 gets those letters and never the token.
 
@@ -12,7 +12,6 @@ token's bytes in base64 and its rank) and token_bytes.pt (int32 tensor (V,): byt
 
 import base64
 import contextlib
-import functools
 import hashlib
 import io
 import itertools
@@ -56,39 +55,34 @@ class Tokenizer:
         import rustbpe
 
         self.pattern, self.ranks, self.special_tokens, self.bos = pattern, ranks, special_tokens, bos
-        self.vocab_size = 1 + max(itertools.chain(ranks.values(), special_tokens.values()))
+        self.tokens = {rank: token for token, rank in ranks.items()}
+        self.tokens |= {i: name.encode() for name, i in special_tokens.items()}
         try:
             bpe = rustbpe.Tokenizer.from_tokens(sorted(ranks, key=ranks.get), pattern)
             self.encode_text, self.encode_texts = bpe.encode, bpe.encode_batch
         except ValueError:  # GPT-2 and its heirs number the bytes in another order
-            self.encode_text, self.encode_texts = self.encoding.encode_ordinary, self.encoding.encode_ordinary_batch
+            import tiktoken
 
-    @functools.cached_property
-    def encoding(self):
-        """The same tokenizer as a tiktoken.Encoding."""
-        import tiktoken
-
-        return tiktoken.Encoding(
-            "nanochat", pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=self.special_tokens
-        )
+            bpe = tiktoken.Encoding("other", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+            self.encode_text, self.encode_texts = bpe.encode_ordinary, bpe.encode_ordinary_batch
 
     @classmethod
-    def train_from_iterator(cls, iterator, vocab_size, progress=None):
+    def train_from_iterator(cls, iterator, vocab_size, progress=None, max_chars=None):
         """
         Learn `vocab_size` tokens, special ones included, from an iterator of str; fewer if its text has no more pairs.
 
         `progress(phase, done, total)` is called now and then: phase "counting", with the bytes done and None, or
-        "merging", with the merges done and wanted.
+        "merging", with the merges done and wanted. Of each text, only the first `max_chars` characters are read.
         """
-        return cls._train("train_from_iterator", iterator, vocab_size, progress)
+        return cls._train("train_from_iterator", iterator, vocab_size, progress, max_chars)
 
     @classmethod
-    def train_from_arrow(cls, batches, vocab_size, progress=None):
+    def train_from_arrow(cls, batches, vocab_size, progress=None, max_chars=None):
         """The same from an iterator of pyarrow string arrays: no Python string is made of a text."""
-        return cls._train("train_from_arrow", batches, vocab_size, progress)
+        return cls._train("train_from_arrow", batches, vocab_size, progress, max_chars)
 
     @classmethod
-    def _train(cls, method, texts, vocab_size, progress):
+    def _train(cls, method, texts, vocab_size, progress, max_chars):
         import rustbpe
 
         needed = 256 + len(SPECIAL_TOKENS)
@@ -97,7 +91,8 @@ class Tokenizer:
         if vocab_size >= 2**32:
             raise UserError(f"vocab_size={vocab_size} is too large: ids have 32 bits")
         trainer = rustbpe.Tokenizer()
-        getattr(trainer, method)(texts, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN, progress=progress)
+        n = vocab_size - len(SPECIAL_TOKENS)
+        getattr(trainer, method)(texts, n, pattern=SPLIT_PATTERN, progress=progress, max_chars=max_chars)
         tokens = trainer.get_mergeable_ranks()
         ranks = dict(tokens)
         assert len(ranks) == len(tokens), "two tokens have the same bytes"
@@ -141,7 +136,7 @@ class Tokenizer:
     # Vocabulary
 
     def get_vocab_size(self):
-        return self.vocab_size
+        return 1 + max(self.tokens)
 
     def get_special_tokens(self):
         return list(self.special_tokens)
@@ -187,10 +182,10 @@ class Tokenizer:
 
     def decode(self, ids):
         """Text of `ids`, special tokens by name; bytes that are no UTF-8 become U+FFFD."""
-        return self.encoding.decode(ids)
+        return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids):
-        return self.encoding.decode_bytes(ids)
+        return b"".join([self.tokens[i] for i in ids])
 
     # -----------------------------------------------------------------------------------------------------------------
     # Conversations

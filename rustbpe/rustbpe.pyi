@@ -16,8 +16,13 @@ class Tokenizer:
         buffer_size: int = 8192,
         pattern: str | None = None,
         progress: Callable[[str, int, int | None], Any] | None = None,
+        max_chars: int | None = None,
     ) -> None:
-        """Learn at most `vocab_size - 256` merges; `progress(phase, done, total)` hears of counting and merging."""
+        """
+        Learn at most `vocab_size - 256` merges from the first `max_chars` characters of each text.
+
+        `progress(phase, done, total)` hears of counting and merging.
+        """
 
     def train_from_arrow(
         self,
@@ -26,6 +31,7 @@ class Tokenizer:
         column: str = "text",
         pattern: str | None = None,
         progress: Callable[[str, int, int | None], Any] | None = None,
+        max_chars: int | None = None,
     ) -> None:
         """The same from pyarrow Arrays, ChunkedArrays, RecordBatches or Tables, without a Python string per text."""
 

@@ -244,6 +244,18 @@ def test_arrow_gives_the_same_merges():
         assert tokens_of(tokenizer) == expected
 
 
+@pytest.mark.parametrize("max_chars", [0, 1, 7, 500])
+def test_only_the_first_characters_of_each_text_count(max_chars):
+    import pyarrow as pa
+
+    texts = [*real_texts(50_000), "", "漢字 é😀 " * 20, "ab"]
+    expected = tokens_of(train([text[:max_chars] for text in texts], 400))
+    for method, source in [("train_from_iterator", texts), ("train_from_arrow", [pa.array(texts)])]:
+        tokenizer = rustbpe.Tokenizer()
+        getattr(tokenizer, method)(source, 400, max_chars=max_chars)
+        assert tokens_of(tokenizer) == expected
+
+
 def test_arrow_without_texts_and_with_long_ones():
     import pyarrow as pa
 

@@ -3,17 +3,26 @@ Our BPE trainer and encoder against the published ones, on the same text, in one
 
     python -m dev.bench.bench_tokenizer                        # 100 million characters of the training shards
     python -m dev.bench.bench_tokenizer --text=my.parquet --vocab_size=32768 --repeats=5
+    python -m dev.bench.bench_tokenizer --text=my.parquet --bytes=1000000000 --repeats=1 --skip encoding
 
-Peers: `rustbpe` from the package registry and HF `tokenizers` for training, tiktoken for encoding. They live in an
-environment of their own (--env, made when missing), because the registry's rustbpe has the name of ours. Every
-measurement is a fresh process; the programs take turns, so that a noisy machine is as unfair to one as to another.
-Prints medians, and checks that all merges and ids agree.
+Three tables: training from texts in memory, the whole command from parquet to a tokenizer on disk (ours is tok_train,
+the others do what their READMEs say, reading a row group at a time), and encoding. Peers: `rustbpe` from the package
+registry and HF `tokenizers` for training, tiktoken for encoding. They live in an environment of their own (--env, made
+when missing), because the registry's rustbpe has the name of ours. Every measurement is a fresh process; the programs
+take turns, so that a noisy machine is as unfair to one as to another. Prints medians, and checks that all merges and
+ids agree.
 """
 
 import argparse
+import base64
+import bisect
+import functools
 import hashlib
+import itertools
 import json
+import os
 import resource
+import runpy
 import statistics
 import subprocess
 import sys
@@ -23,6 +32,8 @@ from pathlib import Path
 PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
+ROOT = Path(__file__).resolve().parents[2]
+N_SPECIAL = 9  # tokens of tok_train that no merge makes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,6 +72,24 @@ def train_hf(texts, vocab_size):
 TRAINERS = {"ours": train_ours, "ours, from Arrow": train_ours_arrow, "rustbpe": train_ours, "tokenizers": train_hf}
 
 
+def whole(name, base, vocab_size, ranks):
+    """From parquet files to `ranks`: tok_train, or what a user of a published trainer would write."""
+    if name == "ours":
+        shard_size = (base / "base_data" / "0.parquet").stat().st_size
+        sys.argv[1:] = [f"--vocab_size={vocab_size + N_SPECIAL}", f"--doc_cap={100 * shard_size}"]
+        sys.path[0] = str(ROOT)
+        runpy.run_module("scripts.tok_train", run_name="__main__")
+        return
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(base / "base_data" / "0.parquet")
+    groups = (file.read_row_group(i, columns=["text"]) for i in range(file.num_row_groups))
+    texts = (text for group in groups for text in group.column("text").to_pylist())
+    tokens = TRAINERS[name](texts, vocab_size)()
+    lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens or ())]
+    ranks.write_bytes(b"".join(lines))
+
+
 def encode_ours(texts, tokens, threads):
     import rustbpe
 
@@ -80,7 +109,11 @@ ENCODERS = {"ours": encode_ours, "tiktoken": encode_tiktoken}
 
 
 def measure(job):
-    """Does `job`, and prints a line of JSON: seconds, CPU seconds, MiB over the start, and a hash of what came out."""
+    """Does `job`, and prints a line of JSON: seconds, CPU seconds, MiB over the start, and what came out."""
+    if job["what"] == "whole":
+        whole(job["name"], Path(job["base"]), job["vocab_size"], Path(job["ranks"]))
+        print(json.dumps({"mib": end()[1]}))
+        return
     import pyarrow.parquet as pq
 
     column = pq.read_table(job["text"], columns=["text"]).column("text").combine_chunks()
@@ -138,13 +171,22 @@ def run(python, job):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(title, runs, size, repeats):
+def run_whole(python, job):
+    """The same for a whole process, seconds and CPU seconds from start to exit, and a hash of the ranks on disk."""
+    cpu, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    told = run(python, job)
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - cpu.ru_utime - cpu.ru_stime
+    return told | dict(seconds=seconds, cpu=cpu, result=hashlib.sha256(Path(job["ranks"]).read_bytes()).hexdigest())
+
+
+def compare(title, runs, size, repeats, memory="MiB over start"):
     """Runs {name: thunk} in turns, prints a table against the first name, and returns {name: result}."""
     taken = {name: [] for name in runs}
     for _ in range(repeats):
         for name, thunk in runs.items():
             taken[name].append(thunk())
-    print(f"\n{title}\n\n| | seconds | MB/s | CPU seconds | MiB over start | ours is faster by |")
+    print(f"\n{title}\n\n| | seconds | MB/s | CPU seconds | {memory} | ours is faster by |")
     print("|---|---|---|---|---|---|")
     median = {n: {k: statistics.median(t[k] for t in ts) for k in ("seconds", "cpu", "mib")} for n, ts in taken.items()}
     base = next(iter(median.values()))["seconds"]
@@ -156,30 +198,35 @@ def compare(title, runs, size, repeats):
 
 
 def write_text(args, path):
-    """Puts the text into one parquet file; returns its size in bytes."""
+    """
+    Puts the text into one parquet file, and a second one beside it for validation; returns its size in bytes.
+
+    A row group at a time: what this process once held would count as memory of those that it starts.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     def texts():
-        if args.text:
-            for source in args.text:
-                if source.suffix == ".parquet":
-                    yield from pq.read_table(source, columns=["text"]).column("text").to_pylist()
-                else:
-                    yield from source.read_text(encoding="utf-8").split("\n\n")
-        else:
+        if not args.text:
             from nanochat.dataset import parquets_iter_batched
 
-            for batch in parquets_iter_batched("train"):
-                yield from batch
+            yield from itertools.chain.from_iterable(parquets_iter_batched("train"))
+        for source in args.text or ():
+            if source.suffix == ".parquet":
+                for batch in pq.ParquetFile(source).iter_batches(1024, columns=["text"]):
+                    yield from batch.column("text").to_pylist()
+            else:
+                yield from source.read_text(encoding="utf-8").split("\n\n")
 
-    chosen, size = [], 0
-    for text in texts():
-        chosen.append(text)
-        size += len(text.encode())
-        if size >= args.bytes:
-            break
-    pq.write_table(pa.table({"text": pa.array(chosen, pa.large_string())}), path, row_group_size=1024)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    left, size, schema = texts(), 0, pa.schema({"text": pa.large_string()})
+    with pq.ParquetWriter(path, schema) as file:
+        while size < args.bytes and (group := list(itertools.islice(left, 1024))):
+            ends = list(itertools.accumulate((len(text.encode()) for text in group), initial=size))
+            group = group[: bisect.bisect_left(ends, args.bytes)]
+            file.write_table(pa.table({"text": group}, schema))
+            size = ends[len(group)]
+    pq.write_table(pa.table({"text": group[:1]}), path.with_name("1.parquet"))
     return size
 
 
@@ -190,14 +237,15 @@ def main():
     parser.add_argument("--vocab_size", type=int, default=65_536)
     parser.add_argument("--threads", type=int, default=2, help="for encoding (default 2)")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--skip", nargs="*", default=[], help="peers to leave out: rustbpe, tokenizers")
+    parser.add_argument("--skip", nargs="*", default=[], help="what to leave out: rustbpe, tokenizers, encoding")
     parser.add_argument("--env", type=Path, default=Path.home() / ".cache" / "nanochat-bench")
     args = parser.parse_args()
     for path in args.text or ():
         if not path.is_file():
             parser.error(f"--text={path}: no such file")
     python = peer_python(args.env)
-    text, tokens = args.env / "text.parquet", args.env / "tokens.json"
+    base, tokens = args.env / "base", args.env / "tokens.json"
+    text = base / "base_data" / "0.parquet"
     size = write_text(args, text)
 
     def job(what, name):
@@ -211,9 +259,22 @@ def main():
     tokens.write_text(json.dumps(merges["ours"]))
     for name in {"ours, from Arrow", "rustbpe"} & {*names}:
         print(f"merges of {name} and ours: {'identical' if merges[name] == merges['ours'] else 'DIFFERENT'}")
-    title = f"Encoding, {size / 1e6:.0f} MB, {args.threads} threads"
-    ids = compare(title, {name: job("encode", name) for name in ENCODERS}, size, args.repeats)
-    print(f"ids of tiktoken and ours: {'identical' if ids['tiktoken'] == ids['ours'] else 'DIFFERENT'}")
+
+    runs = {}
+    for name in ["ours", *({"rustbpe", "tokenizers"} - {*args.skip})]:
+        ranks = base / "tokenizer" / "ranks.tiktoken" if name == "ours" else args.env / f"{name}.tiktoken"
+        work = dict(what="whole", name=name, base=str(base), vocab_size=args.vocab_size - N_SPECIAL, ranks=str(ranks))
+        runs[name] = functools.partial(run_whole, sys.executable if name == "ours" else python, work)
+    os.environ["NANOCHAT_BASE_DIR"] = str(base)
+    title = f"From parquet to a tokenizer on disk, {size / 1e6:.0f} MB"
+    ranks = compare(title, runs, size, args.repeats, memory="MiB in all")
+    if "rustbpe" in ranks:
+        print(f"ranks of rustbpe and ours: {'identical' if ranks['rustbpe'] == ranks['ours'] else 'DIFFERENT'}")
+
+    if "encoding" not in args.skip:
+        title = f"Encoding, {size / 1e6:.0f} MB, {args.threads} threads"
+        ids = compare(title, {name: job("encode", name) for name in ENCODERS}, size, args.repeats)
+        print(f"ids of tiktoken and ours: {'identical' if ids['tiktoken'] == ids['ours'] else 'DIFFERENT'}")
 
 
 if __name__ == "__main__":

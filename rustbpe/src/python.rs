@@ -38,10 +38,11 @@ impl Tokenizer {
     /// Texts are counted on all cores while more are read; other Python threads can run meanwhile. `buffer_size` is
     /// for compatibility only. `pattern` is the regular expression that cuts text into pieces (default: GPT-4's with
     /// digits in groups of 1-2). `progress(phase, done, total)`, if given, is called now and then: phase is "counting"
-    /// (done in bytes, total None) or "merging" (done and total in merges). Raises ValueError for a bad pattern or
-    /// size, TypeError for items that are not str, UnicodeEncodeError for lone surrogates, and whatever the iterator
+    /// (done in bytes, total None) or "merging" (done and total in merges). Of each text, only the first `max_chars`
+    /// characters are read. Raises ValueError for a bad pattern or size, TypeError for items that are not str, UnicodeEncodeError for lone surrogates, and whatever the iterator
     /// raises; the tokenizer is then as it was before.
-    #[pyo3(signature = (iterator, vocab_size, buffer_size=8192, pattern=None, progress=None))]
+    #[pyo3(signature = (iterator, vocab_size, buffer_size=8192, pattern=None, progress=None, max_chars=None))]
+    #[allow(clippy::too_many_arguments)] // they have names in Python
     fn train_from_iterator(
         &mut self,
         py: Python<'_>,
@@ -50,8 +51,9 @@ impl Tokenizer {
         #[allow(unused_variables)] buffer_size: usize,
         pattern: Option<&str>,
         progress: Option<Py<PyAny>>,
+        max_chars: Option<usize>,
     ) -> PyResult<()> {
-        let mut training = Training::new(py, vocab_size, pattern, progress)?;
+        let mut training = Training::new(py, vocab_size, pattern, progress, max_chars)?;
         for text in iterator.try_iter()? {
             let text = text?.cast_into::<PyString>()?;
             if text.call_method0("isascii")?.extract()? {
@@ -67,7 +69,8 @@ impl Tokenizer {
 
     /// The same from pyarrow: an iterable of string Arrays or ChunkedArrays, or of RecordBatches or Tables, of which
     /// `column` is taken. No Python string is made. Nulls count as empty.
-    #[pyo3(signature = (batches, vocab_size, column="text", pattern=None, progress=None))]
+    #[pyo3(signature = (batches, vocab_size, column="text", pattern=None, progress=None, max_chars=None))]
+    #[allow(clippy::too_many_arguments)]
     fn train_from_arrow(
         &mut self,
         py: Python<'_>,
@@ -76,8 +79,9 @@ impl Tokenizer {
         column: &str,
         pattern: Option<&str>,
         progress: Option<Py<PyAny>>,
+        max_chars: Option<usize>,
     ) -> PyResult<()> {
-        let mut training = Training::new(py, vocab_size, pattern, progress)?;
+        let mut training = Training::new(py, vocab_size, pattern, progress, max_chars)?;
         for batch in batches.try_iter()? {
             let batch = batch?;
             let array = if batch.hasattr("schema")? { batch.call_method1("column", (column,))? } else { batch };
@@ -137,19 +141,29 @@ struct Training<'py> {
     texts: Texts,
     bytes: usize,
     progress: Option<Py<PyAny>>,
+    max_chars: usize,
 }
 
 impl<'py> Training<'py> {
-    fn new(py: Python<'py>, vocab_size: i64, pattern: Option<&str>, progress: Option<Py<PyAny>>) -> PyResult<Self> {
+    fn new(
+        py: Python<'py>,
+        vocab_size: i64,
+        pattern: Option<&str>,
+        progress: Option<Py<PyAny>>,
+        max_chars: Option<usize>,
+    ) -> PyResult<Self> {
         let Ok(vocab_size @ 256..) = u32::try_from(vocab_size) else {
             return Err(PyValueError::new_err(format!("vocab_size={vocab_size} is not between 256 and {}", u32::MAX)));
         };
         let splitter = Splitter::new(pattern.unwrap_or(GPT4_PATTERN))?;
         let counter = WordCounter::new(&splitter);
-        Ok(Self { py, vocab_size, splitter, counter, texts: Texts::default(), bytes: 0, progress })
+        let max_chars = max_chars.unwrap_or(usize::MAX);
+        Ok(Self { py, vocab_size, splitter, counter, texts: Texts::default(), bytes: 0, progress, max_chars })
     }
 
     fn add(&mut self, text: &str) -> PyResult<()> {
+        let cut = if text.len() > self.max_chars { text.char_indices().nth(self.max_chars) } else { None };
+        let text = cut.map_or(text, |(end, _)| &text[..end]);
         self.texts.push(text);
         self.bytes += text.len();
         if self.texts.is_full() {
