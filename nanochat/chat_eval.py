@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from nanochat.common import UserError
-from nanochat.engine import Request, visible_text
+from nanochat.engine import Request
+from nanochat.text_stream import visible_text
 
 
 @dataclass(frozen=True)

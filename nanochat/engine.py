@@ -5,103 +5,26 @@ Inference: a KV cache with rows of different lengths, sampling, and one decode l
     results, masks = engine.generate_batch(tokens, num_samples=4, max_tokens=64)
 
 Requests enter the loop with their own prompt, settings and seed, share one forward pass per step, and their rows leave
-when done (continuous batching). A prompt is prefilled once however many samples it has. A row's tokens depend on its
-prompt, settings, seed and sample number, not on its company.
+when done (continuous batching). A prompt is prefilled once however many samples it has, in chunks so that those who
+are being answered do not wait for it, and from where it begins to differ from what was prefilled before, if the loop
+keeps that. A row's tokens depend on its prompt, settings, seed and sample number, not on its company.
 """
 
 import contextlib
 import random
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
 
 import torch
 
 from nanochat.calculator import calculate
 from nanochat.common import UserError
+from nanochat.kv_cache import KVCache, PrefixCache
+from nanochat.text_stream import TextStream
 
 PREFILL_TOKENS = 8192  # padded tokens in one prefill pass; bounds the activations' memory
-MIN_COLUMNS = 64  # of a new cache
+PREFILL_CHUNK = 512  # the same while other rows wait for their next token
 MIN_TEMPERATURE = 1e-5  # below it sampling is greedy: logits lie within (-15, 15)
-PARTS = {"python_start": "python", "python_end": "text", "output_start": "output", "output_end": "text"}
-HIDDEN = ("bos", "user_start", "user_end", "assistant_start", "assistant_end")
-
-
-class KVCache:
-    """
-    Keys and values of all layers for rows of different lengths; row b's tokens are columns 0 to lengths[b] - 1.
-
-    The model calls begin(T), insert(layer, k, v) for every layer, advance(T). Storage is allocated at the first insert
-    in k's dtype and doubles in place when rows or columns run out. Columns beyond a row's length hold finite leftovers,
-    which the mask hides.
-    """
-
-    def __init__(self, n_layer, rows=0, device="cpu"):
-        self.n_layer, self.device = n_layer, device
-        self.lengths = [0] * rows  # tokens held, per row
-        self.data = None  # (n_layer, 2, rows, Hkv, columns, D)
-
-    def max_position(self, T):
-        """One more than the largest position of the next T tokens, over all rows."""
-        return max(self.lengths) + T
-
-    def begin(self, T):
-        """Positions (B, T) of the next T tokens of every row, and what each attends to: None or a bool mask."""
-        lengths = torch.tensor(self.lengths, device=self.device)
-        self.positions = lengths[:, None] + torch.arange(T, device=self.device)
-        self.rows = torch.arange(len(self.lengths), device=self.device)[:, None]
-        self.uniform, S = len(set(self.lengths)) == 1, self.max_position(T)
-        if self.uniform and (T == 1 or S == T):  # all columns, or the plain causal triangle
-            return self.positions, None
-        seen = self.positions[:1] if self.uniform else self.positions
-        return self.positions, (torch.arange(S, device=self.device) <= seen[..., None])[:, None]  # (B or 1, 1, T, S)
-
-    def insert(self, layer, k, v):
-        """Store k, v (B, Hkv, T, D) of `layer` behind each row's tokens; returns all its columns (B, Hkv, S, D)."""
-        B, H, T, D = k.shape
-        assert B == len(self.lengths), f"{B} rows for a cache of {len(self.lengths)}"
-        S = self.max_position(T)
-        self._reserve(B, S, like=k)
-        for kept, new in zip(self.data[layer], (k, v), strict=True):
-            if self.uniform:
-                kept[:B, :, S - T : S] = new
-            else:
-                kept[self.rows, :, self.positions] = new.transpose(1, 2)
-        return tuple(self.data[layer, :, :B, :, :S])
-
-    def advance(self, T):
-        self.lengths = [n + T for n in self.lengths]
-
-    def append(self, other, rows):
-        """Add rows at the end: copies of `rows` of `other`, a row as often as it is named."""
-        first, self.lengths = len(self.lengths), self.lengths + [other.lengths[r] for r in rows]
-        S = max((other.lengths[r] for r in rows), default=0)
-        if S:
-            self._reserve(len(self.lengths), max(self.lengths), like=other.data)
-            self.data[:, :, first : len(self.lengths), :, :S] = other.data[:, :, rows, :, :S]
-
-    def select(self, rows):
-        """Keep only `rows`, in this order; a row may be named more than once. Rows that stay in place cost nothing."""
-        moved = [(to, source) for to, source in enumerate(rows) if to != source]
-        lengths = [self.lengths[r] for r in rows]
-        S = max((lengths[to] for to, _ in moved), default=0)
-        if S:
-            self._reserve(len(rows), S, like=self.data)
-            to, source = zip(*moved, strict=True)
-            self.data[:, :, list(to), :, :S] = self.data[:, :, list(source), :, :S]
-        self.lengths = lengths
-
-    def _reserve(self, rows, columns, like):
-        """Room for `rows` and `columns`; `like` (..., Hkv, columns, D) gives heads, their size, dtype."""
-        have_rows, have_columns = (0, 0) if self.data is None else (self.data.size(2), self.data.size(4))
-        if rows <= have_rows and columns <= have_columns:
-            return
-        rows = have_rows if rows <= have_rows else max(rows, 2 * have_rows)
-        columns = have_columns if columns <= have_columns else max(columns, 2 * have_columns, MIN_COLUMNS)
-        shape = (self.n_layer, 2, rows, like.size(-3), columns, like.size(-1))
-        grown = torch.zeros(shape, dtype=like.dtype, device=self.device)  # not empty: a masked NaN would still spread
-        if self.data is not None:
-            grown[:, :, :have_rows, :, :have_columns] = self.data
-        self.data = grown
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +37,15 @@ class Request:
     top_k: int | None = None  # 0 or None = off
     seed: int = 42
     num_samples: int = 1
+    top_p: float = 1.0  # the likeliest tokens that together have this probability (Holtzman et al. 2020)
+    min_p: float = 0.0  # tokens at least this likely, as a share of the likeliest (Nguyen et al. 2024)
+    repetition_penalty: float = 1.0  # divides the logits of tokens in the prompt or answer (Keskar et al. 2019)
+    frequency_penalty: float = 0.0  # taken off a token's logit for each time that the answer has it
+    presence_penalty: float = 0.0  # taken off once
+    logit_bias: dict[int, float] | None = None  # added to tokens' logits
+    stop: tuple[str, ...] = ()  # text that ends the answer, and is no part of it
+    stop_tokens: frozenset[int] = frozenset()
+    logprobs: int | None = None  # log-probabilities of each sampled token and of so many of the likeliest; None = off
 
     def __post_init__(self):
         if not self.tokens:
@@ -126,6 +58,25 @@ class Request:
             raise UserError(f"top_k={self.top_k}: expected 0 (off) or more")
         if self.num_samples < 1:
             raise UserError(f"num_samples={self.num_samples}: expected at least 1")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p}: expected more than 0, at most 1 (off)")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p={self.min_p}: expected 0 (off) to 1")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise UserError(f"repetition_penalty={self.repetition_penalty}: expected more than 0 (1 = off)")
+        if "" in self.stop:
+            raise UserError("a stop text is empty")
+
+    @property
+    def sampler(self):
+        """What rows must have in common to be sampled in one go."""
+        return self.temperature, self.top_k, self.top_p, self.min_p
+
+    @property
+    def adjusts(self):
+        """Whether logits are changed before sampling."""
+        penalties = self.repetition_penalty != 1, self.frequency_penalty, self.presence_penalty
+        return any(penalties) or bool(self.logit_bias)
 
 
 @dataclass(eq=False)
@@ -137,9 +88,12 @@ class Row:
     limit: int  # of len(tokens)
     tokens: list[int] = field(default_factory=list)  # generated so far, with the terminal token if there is one
     mask: list[int] = field(default_factory=list)  # 1 = sampled, 0 = forced by the tool
-    finish: str | None = None  # "stop": a terminal token, "length": max_tokens or the context's end
+    logprobs: list = field(default_factory=list)  # if wanted, per token (its own, [(token, its) of the likeliest])
+    finish: str | None = None  # "stop": a terminal or a stop; "length": max_tokens or the context's end; "cancelled"
+    cached: int = 0  # tokens of the prompt that were not computed again
     forced: deque = field(default_factory=deque)  # tokens of the tool's result still to come
     call: list[int] | None = None  # tokens since <|python_start|>
+    stream: TextStream | None = None  # looks for stop texts
 
     def __post_init__(self):
         self.rng = random.Random(f"{self.request.seed},{self.sample}")
@@ -147,35 +101,89 @@ class Row:
     @property
     def completion(self):
         """What was generated, without the terminal token."""
-        return self.tokens[:-1] if self.finish == "stop" else self.tokens
+        by_text = self.stream and self.stream.stopped
+        return self.tokens[:-1] if self.finish == "stop" and not by_text else self.tokens
+
+    def adjust(self, logits):
+        """Logits (V,) with the request's penalties and biases, for this row's next token."""
+        r, logits = self.request, logits.clone()
+        if r.repetition_penalty != 1:
+            seen = torch.tensor(sorted({*r.tokens, *self.tokens}), device=logits.device)
+            some = logits[seen]
+            logits[seen] = torch.where(some > 0, some / r.repetition_penalty, some * r.repetition_penalty)
+        for token, n in Counter(self.tokens).items():
+            logits[token] -= n * r.frequency_penalty + r.presence_penalty
+        for token, bias in (r.logit_bias or {}).items():
+            logits[token] += bias
+        return logits
 
 
-def sample(logits, temperature, top_k, rngs):
+def sample(logits, temperature, top_k, rngs, top_p=1.0, min_p=0.0):
     """Token ids (B,) drawn from logits (B, V), one random number per row, from that row's own generator."""
     if temperature < MIN_TEMPERATURE:
         return logits.argmax(-1)
     ids = None
     if top_k and top_k < logits.size(-1):
         logits, ids = logits.topk(top_k)
-    cdf = (logits / temperature).softmax(-1).cumsum(-1)
+    elif top_p < 1:
+        logits, ids = logits.sort(descending=True)
+    probs = (logits / temperature).softmax(-1)
+    if top_p < 1:
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
+    if min_p > 0:
+        probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
+    cdf = probs.cumsum(-1)
     # 24 random bits are exact in float32 and stay below 1, so that the last token's share is never overrun.
     uniform = torch.tensor([rng.getrandbits(24) / 2**24 for rng in rngs], device=logits.device)
     picked = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)
     return (picked if ids is None else ids.gather(1, picked))[:, 0]
 
 
-class DecodeLoop:
-    """Continuous batching: submit() requests at any time, step() gives every row in the batch one more token."""
+class Prefill:
+    """Prompts on their way into a cache of their own, a chunk of tokens at a time."""
 
-    def __init__(self, engine, max_rows):
+    def __init__(self, engine, prompts, prefixes=None):
+        self.engine, self.left = engine, list(prompts)
+        self.cache = KVCache(engine.model.config.n_layer, len(prompts), engine.model.get_device())
+        for row, prompt in enumerate(prompts):
+            n, data = prefixes.find(prompt) if prefixes else (0, None)
+            if n:
+                self.cache.restore(row, data[..., :n, :])
+                self.left[row] = prompt[n:]
+
+    @property
+    def done(self):
+        return not any(self.left)
+
+    def advance(self, max_tokens):
+        """One pass over at most `max_tokens` tokens, but at least one a row."""
+        n = max(1, min(max_tokens // len(self.left), max(map(len, self.left))))
+        chunk = [tokens[:n] for tokens in self.left]
+        lengths = [have + len(new) for have, new in zip(self.cache.lengths, chunk, strict=True)]
+        # causal attention: what is padded on the right changes nothing before it
+        self.engine.forward([tokens + [0] * (n - len(tokens)) for tokens in chunk], self.cache)
+        self.cache.lengths = lengths
+        self.left = [tokens[n:] for tokens in self.left]
+
+
+class DecodeLoop:
+    """
+    Continuous batching: submit() requests at any time, step() gives every row in the batch one more token.
+
+    Keys and values of up to `prefix_tokens` tokens of finished rows are kept for prompts that begin with them.
+    """
+
+    def __init__(self, engine, max_rows, prefix_tokens=0):
         self.engine, self.max_rows = engine, max_rows
         self.waiting = deque()  # groups of rows that share one prompt and join together
+        self.joining, self.prefill = [], None  # groups whose prompts are being prefilled
         self.rows = []  # rows in the batch, in the cache's order
         self.cache = KVCache(engine.model.config.n_layer, device=engine.model.get_device())
+        self.prefixes = PrefixCache(prefix_tokens) if prefix_tokens else None
 
     @property
     def busy(self):
-        return bool(self.rows or self.waiting)
+        return bool(self.rows or self.joining or self.waiting)
 
     def submit(self, request):
         """Queue `request`; returns its rows. Raises UserError when its prompt leaves no room in the context."""
@@ -187,12 +195,21 @@ class DecodeLoop:
             )
         limit = min(room, request.max_tokens or room)
         rows = [Row(request, i, limit) for i in range(request.num_samples)]
+        for row in rows if request.stop else ():
+            row.stream = TextStream(self.engine.tokenizer, request.stop)
         self.waiting.extend(rows[i : i + self.max_rows] for i in range(0, len(rows), self.max_rows))
         return rows
+
+    def cancel(self, rows):
+        """Let `rows` leave before the next step; they are not returned by it."""
+        for row in rows:
+            row.finish = row.finish or "cancelled"
+        self.waiting = deque(group for group in self.waiting if not all(row.finish for row in group))
 
     @torch.inference_mode()
     def step(self):
         """Admit what fits, add a token to every row in the batch, let finished rows leave; returns the stepped rows."""
+        self._leave()
         self._admit()
         rows = self.rows
         if not rows:
@@ -201,43 +218,79 @@ class DecodeLoop:
         logits = self.engine.forward([[token] for token in last], self.cache)
         for row, token, sampled in zip(rows, *self._next_tokens(logits), strict=True):
             self.engine.take(row, token, sampled)
-        keep = [i for i, row in enumerate(rows) if not row.finish]
-        if len(keep) < len(rows):  # fill each hole with a row from the end, so that few rows move
-            order = [i if not rows[i].finish else keep.pop() for i in range(len(keep))]
-            self.cache.select(order)
-            self.rows = [rows[i] for i in order]
+        self._leave()
         return rows
+
+    def _leave(self):
+        """Take finished rows out of the batch."""
+        rows = self.rows
+        keep = [i for i, row in enumerate(rows) if not row.finish]
+        if len(keep) == len(rows):
+            return
+        for i, row in enumerate(rows):
+            if row.finish and self.prefixes:
+                self.prefixes.add(row.request.tokens + row.tokens, self.cache, i)
+        # fill each hole with a row from the end, so that few rows move
+        order = [i if not rows[i].finish else keep.pop() for i in range(len(keep))]
+        self.cache.select(order)
+        self.rows = [rows[i] for i in order]
 
     def _admit(self):
         """Prefill waiting prompts, each once, and copy them to the rows of their group."""
-        joining, longest, free = [], 0, self.max_rows - len(self.rows)
-        while self.waiting and len(self.waiting[0]) <= free:
-            longest = max(longest, len(self.waiting[0][0].request.tokens))
-            if joining and longest * (len(joining) + 1) > PREFILL_TOKENS:
-                break
-            free -= len(self.waiting[0])
-            joining.append(self.waiting.popleft())
-        if joining:
+        if not self.joining:
+            longest, free = 0, self.max_rows - len(self.rows)
+            while self.waiting and len(self.waiting[0]) <= free:
+                longest = max(longest, len(self.waiting[0][0].request.tokens))
+                if self.joining and longest * (len(self.joining) + 1) > PREFILL_TOKENS:
+                    break
+                free -= len(self.waiting[0])
+                self.joining.append(self.waiting.popleft())
+            if not self.joining:
+                return
             # All but the last token: that one enters with the step, which gives each row logits of its own.
-            prompts = self.engine.prefill([group[0].request.tokens[:-1] for group in joining])
-            self.cache.append(prompts, [i for i, group in enumerate(joining) for _ in group])
-            self.rows = self.rows + [row for group in joining for row in group]
+            prompts = [group[0].request.tokens[:-1] for group in self.joining]
+            self.prefill = Prefill(self.engine, prompts, self.prefixes)
+            for group, n in zip(self.joining, self.prefill.cache.lengths, strict=True):
+                for row in group:
+                    row.cached = n
+        while not self.prefill.done:
+            self.prefill.advance(PREFILL_CHUNK if self.rows else PREFILL_TOKENS)
+            if self.rows:
+                break
+        if self.prefill.done:
+            members = [(i, row) for i, group in enumerate(self.joining) for row in group if not row.finish]
+            self.cache.append(self.prefill.cache, [i for i, _ in members])
+            self.rows = self.rows + [row for _, row in members]
+            self.joining, self.prefill = [], None
 
     def _next_tokens(self, logits):
         """([token], [1 = sampled, 0 = forced]) of each row; rows of equal settings are sampled in one go."""
         rows = self.rows
         tokens = [row.forced.popleft() if row.forced else None for row in rows]
         sampled = [int(token is None) for token in tokens]
-        settings = defaultdict(list)
+        groups = defaultdict(list)
         for i, row in enumerate(rows):
             if sampled[i]:
-                settings[row.request.temperature, row.request.top_k].append(i)
-        for (temperature, top_k), members in settings.items():
+                groups[row.request.sampler].append(i)
+        for (temperature, *cuts), members in groups.items():
             some = logits if len(members) == len(rows) else logits[members]
-            drawn = sample(some, temperature, top_k, [rows[i].rng for i in members])
+            if any(rows[i].request.adjusts for i in members):
+                some = torch.stack([rows[i].adjust(x) for i, x in zip(members, some, strict=True)])
+            top_k, top_p, min_p = cuts
+            drawn = sample(some, temperature, top_k, [rows[i].rng for i in members], top_p, min_p)
             for i, token in zip(members, drawn.tolist(), strict=True):
                 tokens[i] = token
+        for i, row in enumerate(rows):
+            if row.request.logprobs is not None:
+                row.logprobs.append(log_probabilities(logits[i], tokens[i], row.request.logprobs))
         return tokens, sampled
+
+
+def log_probabilities(logits, token, top):
+    """(that of `token`, [(token, its) for the `top` likeliest]) by the model's logits (V,), before any setting."""
+    logits = logits.log_softmax(-1)
+    values, ids = logits.topk(top)
+    return logits[token].item(), list(zip(ids.tolist(), values.tolist(), strict=True))
 
 
 class Engine:
@@ -258,13 +311,19 @@ class Engine:
             return self.model(ids, kv_cache=cache, last_only=True)[:, -1]
 
     def prefill(self, prompts):
-        """A cache with one row per prompt (lists of ids of any lengths, also 0), made in one padded pass."""
-        cache = KVCache(self.model.config.n_layer, len(prompts), self.model.get_device())
-        longest = max(map(len, prompts))
-        if longest:  # causal attention: what is padded on the right changes nothing before it
-            self.forward([prompt + [0] * (longest - len(prompt)) for prompt in prompts], cache)
-        cache.lengths = [len(prompt) for prompt in prompts]
-        return cache
+        """A cache with one row per prompt (lists of ids of any lengths, also 0)."""
+        prefill = Prefill(self, prompts)
+        while not prefill.done:
+            prefill.advance(PREFILL_TOKENS)
+        return prefill.cache
+
+    @torch.inference_mode()
+    def score(self, tokens, top):
+        """What log_probabilities() says of each of `tokens` after those before it; None for the first."""
+        ids = torch.tensor([tokens], device=self.model.get_device())
+        with self.compute.autocast() if self.compute else contextlib.nullcontext():
+            logits = self.model(ids)[0, :-1]
+        return [None, *(log_probabilities(x, token, top) for x, token in zip(logits, tokens[1:], strict=True))]
 
     @torch.inference_mode()
     def next_logits(self, prompts):
@@ -276,7 +335,9 @@ class Engine:
         """Give `row` its next token: ends it, or moves its calculator along."""
         row.tokens.append(token)
         row.mask.append(sampled)
-        if sampled and token in self.terminals:
+        if sampled and (token in self.terminals or token in row.request.stop_tokens):
+            row.finish = "stop"
+        elif row.stream and row.stream.push(token) and row.stream.stopped:
             row.finish = "stop"
         elif len(row.tokens) >= row.limit:
             row.finish = "length"
@@ -323,40 +384,3 @@ class Engine:
             loop.submit(request)
         while loop.busy:
             yield from (row for row in loop.step() if row.finish)
-
-
-class TextStream:
-    """Tokens of an answer in, (kind, piece of text) out; kind is "text", or the calculator's "python" or "output"."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.kind = tokenizer, "text"
-        self.parts = {tokenizer.encode_special(f"<|{name}|>"): kind for name, kind in PARTS.items()}
-        self.hidden = {tokenizer.encode_special(f"<|{name}|>") for name in HIDDEN}
-        self.pending, self.emitted = [], 0  # tokens since the last clean cut, characters of them already given out
-
-    def push(self, token):
-        """The text that is certain now: a character whose bytes are not all there yet waits for the next token."""
-        if token in self.parts:
-            piece, self.kind = self.flush(), self.parts[token]
-            return piece
-        if token in self.hidden:
-            return self.kind, ""
-        self.pending.append(token)
-        text = self.tokenizer.decode(self.pending)
-        if not text.endswith("\ufffd"):
-            return self.flush()
-        start, self.emitted = self.emitted, len(text) - 1  # an unfinished character decodes to one U+FFFD
-        return self.kind, text[start:-1]
-
-    def flush(self):
-        """All that is left, also half a character (as U+FFFD)."""
-        piece = self.tokenizer.decode(self.pending)[self.emitted :]
-        self.pending, self.emitted = [], 0
-        return self.kind, piece
-
-
-def visible_text(tokenizer, tokens):
-    """What a reader sees of an answer: its text without the calculator's calls and outputs."""
-    stream = TextStream(tokenizer)
-    pieces = [*map(stream.push, tokens), stream.flush()]
-    return "".join(piece for kind, piece in pieces if kind == "text")

@@ -1,13 +1,16 @@
 """The engine against full forward passes, against itself in other company, and on models that follow a script."""
 
+import random
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nanochat.common import UserError
-from nanochat.engine import DecodeLoop, Engine, KVCache, Request, TextStream, sample, visible_text
+from nanochat.engine import DecodeLoop, Engine, Request, Row, sample
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.kv_cache import KVCache
+from nanochat.text_stream import TextStream, visible_text
 
 SPECIALS = [
     "<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
@@ -38,7 +41,7 @@ class ScriptedModel:
 
     def __init__(self, script, sequence_len=64):
         self.script, self.config = script, SimpleNamespace(n_layer=1, sequence_len=sequence_len)
-        self.batch_sizes = []  # of each decode step
+        self.batch_sizes, self.prefills = [], []  # of each decode step; (rows, tokens) of each prefill pass
 
     def get_device(self):
         return torch.device("cpu")
@@ -50,6 +53,8 @@ class ScriptedModel:
         held, _ = kv_cache.insert(0, ids, ids)
         if T == 1:
             self.batch_sizes.append(B)
+        else:
+            self.prefills.append((B, T))
         logits = torch.zeros(B, 1, VOCAB)
         for b in range(B):
             sequence = held[b, 0, : kv_cache.lengths[b] + T, 0].long().tolist()
@@ -279,21 +284,150 @@ def test_finished_rows_stop_costing_and_waiting_ones_take_their_place():
 
 
 def test_a_prompt_is_prefilled_once_for_all_samples():
-    passes = []
     model = ScriptedModel(lambda sequence: 65)
     engine = Engine(model, ByteTokenizer())
-    prefill, engine.prefill = engine.prefill, lambda prompts: passes.append(len(prompts)) or prefill(prompts)
-    list(engine.generate_many([Request([66, 67], max_tokens=3, num_samples=4) for _ in range(3)], max_rows=8))
-    assert passes == [2, 1]
+    list(engine.generate_many([Request([66, 67, 68], max_tokens=3, num_samples=4) for _ in range(3)], max_rows=8))
+    assert model.prefills == [(2, 2), (1, 2)]
 
 
 def test_prefill_passes_are_bounded(monkeypatch):
     monkeypatch.setattr("nanochat.engine.PREFILL_TOKENS", 8)
-    passes = []
+    monkeypatch.setattr("nanochat.engine.PREFILL_CHUNK", 8)
+    model = ScriptedModel(lambda sequence: 65)
+    engine = Engine(model, ByteTokenizer())
+    rows = list(engine.generate_many([Request([66] * n, max_tokens=2) for n in (3, 3, 5, 30, 1)]))
+    assert [row.tokens for row in rows] == [[65, 65]] * 5
+    assert model.prefills[:2] == [(2, 2), (1, 4)] and all(B * T <= 8 for B, T in model.prefills)
+
+
+def test_a_long_prompt_does_not_stall_the_others(monkeypatch):
+    monkeypatch.setattr("nanochat.engine.PREFILL_CHUNK", 8)
+    model = ScriptedModel(lambda sequence: 65 + len(sequence) % 7)
+    loop = DecodeLoop(Engine(model, ByteTokenizer()), max_rows=4)
+    (first,) = loop.submit(Request([66], max_tokens=20))
+    loop.step()
+    (second,) = loop.submit(Request([67] * 33, max_tokens=2))
+    seen = []
+    while loop.busy:
+        loop.step()
+        seen.append((len(first.tokens), len(second.tokens)))
+    assert seen[:6] == [(2, 0), (3, 0), (4, 0), (5, 1), (6, 2), (7, 2)]
+    assert model.prefills == [(1, 8)] * 4 and second.tokens == [65 + 33 % 7, 65 + 34 % 7]
+
+
+def test_cancelled_rows_leave_wherever_they_are(monkeypatch):
+    monkeypatch.setattr("nanochat.engine.PREFILL_CHUNK", 8)
+    model = ScriptedModel(lambda sequence: 65)
+    loop = DecodeLoop(Engine(model, ByteTokenizer()), max_rows=2)
+    decoding = loop.submit(Request([66]))
+    loop.step()
+    prefilling, waiting = (loop.submit(Request([66] * n)) for n in (40, 2))
+    loop.step()
+    assert loop.joining and len(loop.waiting) == 1
+    loop.cancel([*decoding, *prefilling, *waiting])
+    assert loop.step() == [] and loop.step() == [] and not loop.busy
+    assert [row.finish for row in (*decoding, *prefilling, *waiting)] == ["cancelled"] * 3
+
+
+def test_a_prompt_goes_on_from_what_is_kept(engine, model):
+    turns = [random_ids(1, n)[0].tolist() for n in (40, 30)]
+    loop = DecodeLoop(engine, max_rows=4, prefix_tokens=300)
+    history, cached = [], []
+    for turn in turns:
+        history += turn
+        (row,) = loop.submit(Request(history, max_tokens=8, temperature=0))
+        while loop.busy:
+            loop.step()
+        (alone,) = engine.generate_many([Request(history, max_tokens=8, temperature=0)])
+        assert row.tokens == alone.tokens
+        cached.append(row.cached)
+        history = history + row.tokens
+    assert cached == [0, 40 + 8 - 1]
+    (row,) = loop.submit(Request(history[:20] + [1, 2, 3], max_tokens=2))
+    loop.step()
+    assert row.cached == 20  # of a prompt that differs later on
+
+
+def test_the_prefixes_kept_are_bounded_and_the_least_recently_used_goes_first():
+    loop = DecodeLoop(Engine(ScriptedModel(lambda sequence: 65), ByteTokenizer()), max_rows=1, prefix_tokens=60)
+
+    def cached(token, n=24):
+        (row,) = loop.submit(Request([token] * n, max_tokens=1))
+        while loop.busy:
+            loop.step()
+        return row.cached
+
+    assert [cached(66), cached(67), cached(66), cached(68), cached(66), cached(67)] == [0, 0, 23, 0, 23, 0]
+    assert loop.prefixes.held <= 60 and cached(69, n=63) == 0 and loop.prefixes.held <= 60
+
+
+def test_top_p_and_min_p_cut_the_tail():
+    # the likeliest are 1, 3, 0, 2
+    logits = (
+        torch.tensor([0.5, 0.25, 0.15, 0.1]).log().repeat(4000, 1)[:, [2, 0, 3, 1]]
+    )
+    rngs = [random.Random(i) for i in range(4000)]
+
+    def shares(**settings):
+        drawn = sample(logits, 1.0, None, rngs, **settings)
+        return [round((drawn == token).float().mean().item(), 1) for token in (1, 3, 0, 2)]
+
+    assert shares(top_p=0.7) == [0.7, 0.3, 0, 0]
+    assert shares(top_p=0.5) == [1, 0, 0, 0]
+    assert shares(min_p=0.29) == [0.6, 0.3, 0.2, 0]
+    assert shares(min_p=1.0) == [1, 0, 0, 0]
+
+
+def test_penalties_and_biases_change_the_logits_of_one_row_only():
+    logits = torch.tensor([1.0, 2.0, -1.0, 0.5])
+    row = Row(Request([0], repetition_penalty=2.0), 0, 9, tokens=[2, 2])
+    assert row.adjust(logits).tolist() == [0.5, 2.0, -2.0, 0.5]
+    row = Row(Request([0], frequency_penalty=0.5, presence_penalty=0.25), 0, 9, tokens=[2, 2, 3])
+    assert row.adjust(logits).tolist() == [1.0, 2.0, -2.25, -0.25]
+    assert Row(Request([0], logit_bias={1: -100, 3: 4.0}), 0, 9).adjust(logits).tolist() == [1.0, -98.0, -1.0, 4.5]
+    assert logits.tolist() == [1.0, 2.0, -1.0, 0.5]
     engine = Engine(ScriptedModel(lambda sequence: 65), ByteTokenizer())
-    prefill, engine.prefill = engine.prefill, lambda prompts: passes.append(len(prompts)) or prefill(prompts)
-    list(engine.generate_many([Request([66] * n, max_tokens=2) for n in (2, 2, 3, 30, 1)]))
-    assert passes == [2, 1, 1, 1]
+    requests = [Request([66], max_tokens=2, temperature=0, logit_bias=bias) for bias in (None, {65: -200, 70: 5.0})]
+    assert sorted(row.tokens for row in engine.generate_many(requests)) == [[65, 65], [70, 70]]
+
+
+def test_log_probabilities_are_the_models(engine, model):
+    prompt = random_ids(1, 20)[0].tolist()
+    (row,) = engine.generate_many([Request(prompt, max_tokens=5, temperature=2.0, top_k=9, logprobs=3)])
+    sequence = prompt + row.tokens
+    expected = model(torch.tensor([sequence]))[0].log_softmax(-1)
+    for i, (token, (own, top)) in enumerate(zip(row.tokens, row.logprobs, strict=True)):
+        at = expected[len(prompt) + i - 1]
+        assert own == pytest.approx(at[token].item(), abs=1e-4)
+        assert [t for t, _ in top] == at.topk(3).indices.tolist()
+    scores = engine.score(sequence, top=0)
+    assert scores[0] is None and scores[-5:] == [(pytest.approx(own, abs=1e-4), []) for own, _ in row.logprobs]
+
+
+@pytest.mark.parametrize(
+    "stop, expected, n",
+    [
+        (("lo w",), "hel", 7),
+        (("world!", "or"), "hello w", 9),
+        (("xyz",), "hello world", 12),
+        (("h",), "", 1),
+        (("d", "ld"), "hello wor", 11),
+    ],
+)
+def test_stop_texts_end_a_row_and_are_no_part_of_it(stop, expected, n):
+    engine = Engine(ScriptedModel(write([*b"hello world", END])), ByteTokenizer())
+    (row,) = engine.generate_many([Request([BOS], temperature=0, stop=stop)])
+    assert (row.finish, len(row.tokens)) == ("stop", n)
+    stream = TextStream(engine.tokenizer, stop)
+    pieces = [stream.push(token)[1] for token in row.tokens]
+    assert "".join(pieces) + stream.flush()[1] == expected
+    assert all(expected.startswith("".join(pieces[:i])) for i in range(len(pieces)))  # nothing of it leaked
+
+
+def test_stop_tokens_end_a_row():
+    engine = Engine(ScriptedModel(write([*b"hello", END])), ByteTokenizer())
+    (row,) = engine.generate_many([Request([BOS], temperature=0, stop_tokens=frozenset(b"o"))])
+    assert bytes(row.completion) == b"hell" and row.finish == "stop"
 
 
 @pytest.mark.parametrize(
@@ -307,6 +441,10 @@ def test_prefill_passes_are_bounded(monkeypatch):
         (dict(tokens=[1], temperature=float("nan")), "temperature=nan"),
         (dict(tokens=[1], top_k=-1), "top_k=-1"),
         (dict(tokens=[1], num_samples=0), "num_samples=0"),
+        (dict(tokens=[1], top_p=0), "top_p=0"),
+        (dict(tokens=[1], min_p=1.5), "min_p=1.5"),
+        (dict(tokens=[1], repetition_penalty=0), "repetition_penalty=0"),
+        (dict(tokens=[1], stop=("",)), "stop text is empty"),
     ],
 )
 def test_what_cannot_be_generated_is_said(request_, message):

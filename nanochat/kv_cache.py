@@ -1,0 +1,146 @@
+"""Keys and values of tokens: of the rows being decoded, and of earlier ones for prompts that begin alike."""
+
+from collections import OrderedDict
+
+import torch
+
+MIN_COLUMNS = 64  # of a new cache
+
+
+class KVCache:
+    """
+    Keys and values of all layers for rows of different lengths; row b's tokens are columns 0 to lengths[b] - 1.
+
+    The model calls begin(T), insert(layer, k, v) for every layer, advance(T). Storage is allocated at the first insert
+    in k's dtype and doubles in place when rows or columns run out. Columns beyond a row's length hold finite leftovers,
+    which the mask hides.
+    """
+
+    def __init__(self, n_layer, rows=0, device="cpu"):
+        self.n_layer, self.device = n_layer, device
+        self.lengths = [0] * rows  # tokens held, per row
+        self.data = None  # (n_layer, 2, rows, Hkv, columns, D)
+
+    def max_position(self, T):
+        """One more than the largest position of the next T tokens, over all rows."""
+        return max(self.lengths) + T
+
+    def begin(self, T):
+        """Positions (B, T) of the next T tokens of every row, and what each attends to: None or a bool mask."""
+        lengths = torch.tensor(self.lengths, device=self.device)
+        self.positions = lengths[:, None] + torch.arange(T, device=self.device)
+        self.rows = torch.arange(len(self.lengths), device=self.device)[:, None]
+        self.uniform, S = len(set(self.lengths)) == 1, self.max_position(T)
+        if self.uniform and (T == 1 or S == T):  # all columns, or the plain causal triangle
+            return self.positions, None
+        seen = self.positions[:1] if self.uniform else self.positions
+        return self.positions, (torch.arange(S, device=self.device) <= seen[..., None])[:, None]  # (B or 1, 1, T, S)
+
+    def insert(self, layer, k, v):
+        """Store k, v (B, Hkv, T, D) of `layer` behind each row's tokens; returns all its columns (B, Hkv, S, D)."""
+        B, H, T, D = k.shape
+        assert B == len(self.lengths), f"{B} rows for a cache of {len(self.lengths)}"
+        S = self.max_position(T)
+        self._reserve(B, S, like=k)
+        for kept, new in zip(self.data[layer], (k, v), strict=True):
+            if self.uniform:
+                kept[:B, :, S - T : S] = new
+            else:
+                kept[self.rows, :, self.positions] = new.transpose(1, 2)
+        return tuple(self.data[layer, :, :B, :, :S])
+
+    def advance(self, T):
+        self.lengths = [n + T for n in self.lengths]
+
+    def append(self, other, rows):
+        """Add rows at the end: copies of `rows` of `other`, a row as often as it is named."""
+        first, self.lengths = len(self.lengths), self.lengths + [other.lengths[r] for r in rows]
+        S = max((other.lengths[r] for r in rows), default=0)
+        if S:
+            self._reserve(len(self.lengths), max(self.lengths), like=other.data)
+            self.data[:, :, first : len(self.lengths), :, :S] = other.data[:, :, rows, :, :S]
+
+    def restore(self, row, data):
+        """Let `row`, which is empty, hold the tokens of `data` (n_layer, 2, Hkv, tokens, D)."""
+        n = data.size(-2)
+        self._reserve(len(self.lengths), n, like=data)
+        self.data[:, :, row, :, :n] = data
+        self.lengths[row] = n
+
+    def select(self, rows):
+        """Keep only `rows`, in this order; a row may be named more than once. Rows that stay in place cost nothing."""
+        moved = [(to, source) for to, source in enumerate(rows) if to != source]
+        lengths = [self.lengths[r] for r in rows]
+        S = max((lengths[to] for to, _ in moved), default=0)
+        if S:
+            self._reserve(len(rows), S, like=self.data)
+            to, source = zip(*moved, strict=True)
+            self.data[:, :, list(to), :, :S] = self.data[:, :, list(source), :, :S]
+        self.lengths = lengths
+
+    def _reserve(self, rows, columns, like):
+        """Room for `rows` and `columns`; `like` (..., Hkv, columns, D) gives heads, their size, dtype."""
+        have_rows, have_columns = (0, 0) if self.data is None else (self.data.size(2), self.data.size(4))
+        if rows <= have_rows and columns <= have_columns:
+            return
+        rows = have_rows if rows <= have_rows else max(rows, 2 * have_rows)
+        columns = have_columns if columns <= have_columns else max(columns, 2 * have_columns, MIN_COLUMNS)
+        shape = (self.n_layer, 2, rows, like.size(-3), columns, like.size(-1))
+        grown = torch.zeros(shape, dtype=like.dtype, device=self.device)  # not empty: a masked NaN would still spread
+        if self.data is not None:
+            grown[:, :, :have_rows, :, :have_columns] = self.data
+        self.data = grown
+
+
+class PrefixCache:
+    """
+    Keys and values of finished rows, for prompts that begin with the same tokens: the next turn of a conversation.
+
+    Holds at most `max_tokens` tokens; the least recently used row goes first.
+    """
+
+    MIN_SHARED = 16  # fewer tokens are computed sooner than found
+
+    def __init__(self, max_tokens):
+        self.max_tokens, self.held = max_tokens, 0
+        self.rows = OrderedDict()  # tuple of tokens -> (n_layer, 2, Hkv, tokens, D)
+
+    def find(self, tokens):
+        """(n, data): the most tokens at the start of `tokens` that a row has too, and that row's data, or (0, None)."""
+        best = max(self.rows, key=lambda row: shared(row, tokens), default=())
+        n = shared(best, tokens)
+        if n < self.MIN_SHARED:
+            return 0, None
+        self.rows.move_to_end(best)
+        return n, self.rows[best]
+
+    def add(self, tokens, cache, row):
+        """Keep a copy of `row` of `cache`, which holds `tokens`, in place of the rows that it goes on from."""
+        tokens = tuple(tokens[: cache.lengths[row]])
+        if not self.MIN_SHARED <= len(tokens) <= self.max_tokens:
+            return
+        for old in [old for old in self.rows if shared(old, tokens) == min(len(old), len(tokens))]:
+            if len(old) > len(tokens):
+                return  # a longer row serves as well
+            self._drop(old)
+        self.rows[tokens] = cache.data[:, :, row, :, : len(tokens)].clone()
+        self.held += len(tokens)
+        while self.held > self.max_tokens:
+            self._drop(next(iter(self.rows)))
+
+    def _drop(self, tokens):
+        del self.rows[tokens]
+        self.held -= len(tokens)
+
+
+def shared(a, b):
+    """How many tokens `a` and `b` have in common at their start."""
+    low, high = 0, min(len(a), len(b))
+    a, b = tuple(a[:high]), tuple(b[:high])
+    while low < high:  # comparing slices is much quicker than comparing tokens
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
