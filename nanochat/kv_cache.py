@@ -99,7 +99,7 @@ class PrefixCache:
     Holds at most `max_tokens` tokens; the least recently used row goes first.
     """
 
-    MIN_SHARED = 16  # fewer tokens are computed sooner than found
+    MIN_SHARED = 4  # fewer tokens are computed sooner than found
 
     def __init__(self, max_tokens):
         self.max_tokens, self.held = max_tokens, 0

@@ -1,0 +1,208 @@
+"""The shapes of OpenAI's API: requests with their limits, and answers put together from tokens."""
+
+import time
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from nanochat.text_stream import TextStream
+
+MAX_MESSAGE_CHARS, MAX_CHARS = 8_000, 32_000  # of one message, and of all
+Stop = Annotated[str, Field(min_length=1)]
+
+
+class Schema(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class TextPart(Schema):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Schema):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, Field(max_length=MAX_MESSAGE_CHARS)] | list[TextPart]
+
+    @property
+    def text(self):
+        return self.content if isinstance(self.content, str) else "\n\n".join(part.text for part in self.content)
+
+
+class ResponseFormat(Schema):
+    type: Literal["text"]
+
+
+class StreamOptions(Schema):
+    include_usage: bool | None = None
+
+
+class Sampling(Schema):
+    """What both kinds of completions take; null is the default."""
+
+    model: str | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=2, allow_inf_nan=False)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    n: Annotated[int, Field(ge=1, le=16)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    stop_token_ids: list[int] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+
+class ChatRequest(Sampling):
+    messages: list[Message] = Field(min_length=1, max_length=500)
+    max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+
+
+class CompletionRequest(Sampling):
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool | None = None
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+    n_prompt_tokens: int | None = None
+    n_ctx: int | None = None
+
+
+class ErrorBody(BaseModel):
+    error: ErrorDetail
+
+
+class ApiError(Exception):
+    """What a client is told instead of an answer."""
+
+    def __init__(self, status, message, type="invalid_request_error", retry_after=None, **detail):
+        self.status, self.retry_after = status, retry_after
+        self.body = {"error": {"message": message, "type": type, "param": None, "code": None} | detail}
+
+
+class Answer:
+    """One choice while its tokens come in: its text, the calculator's steps, log-probabilities and how it ended."""
+
+    def __init__(self, tokenizer, index=0, stop=()):
+        self.tokenizer, self.index = tokenizer, index
+        self.stream = TextStream(tokenizer, stop)
+        self.special = {tokenizer.encode_special(f"<|{name}|>"): name for name in ("python_start", "python_end")}
+        self.special[tokenizer.encode_special("<|output_start|>")] = "output_start"
+        self.text, self.steps, self.logprobs = "", [], []
+        self.call, self.result = None, None  # of a step that is not finished
+        self.unseen = []  # log-probabilities of tokens whose text is held back
+        self.n_tokens, self.finish = 0, None
+
+    def push(self, token, logprobs, finish):
+        """The delta that this token brings, {} when there is nothing to show yet."""
+        self.n_tokens += 1
+        was = self.stream.kind
+        kind, piece = self.stream.push(token)
+        delta, name = {}, self.special.get(token)
+        if name == "python_start":
+            delta |= self._step()
+            self.call = ""
+        elif kind == "python" and self.call is not None:
+            self.call += piece
+        elif kind == "output":
+            self.result = (self.result or "") + piece
+        if kind == "text" and was == "text" and logprobs and token not in self.stream.hidden and name is None:
+            self.unseen.append((token, logprobs))
+        if self.call is not None and self.stream.kind == "text" and name != "python_end":
+            delta |= self._step()  # the output has ended, or there is none
+        if finish:
+            self.finish = finish
+            if kind == "text":
+                piece += self.stream.flush()[1]
+            delta |= self._step()
+        if kind == "text" and piece:
+            delta["content"] = piece
+            self.text += piece
+        if self.unseen and (piece or finish):
+            self.logprobs += self.unseen[: None if not self.stream.stopped else self._kept()]
+            self.unseen = []
+        return delta
+
+    def _step(self):
+        """The finished step of the calculator, if there is one."""
+        if self.call is None:
+            return {}
+        step = {"type": "calculator", "expression": self.call, "result": self.result, "position": len(self.text)}
+        self.steps.append(step)
+        self.call = self.result = None
+        return {"tool_steps": [step]}
+
+    def _kept(self):
+        """How many of the unseen tokens have text before the stop."""
+        n, size = 0, len(b"".join(self.bytes(token) for token, _ in self.logprobs))
+        for token, _ in self.unseen:
+            if size >= len(self.text.encode()):
+                break
+            size, n = size + len(self.bytes(token)), n + 1
+        return n
+
+    def bytes(self, token):
+        return self.tokenizer.decode_bytes([token])
+
+    def message(self):
+        return {"role": "assistant", "content": self.text} | ({"tool_steps": self.steps} if self.steps else {})
+
+
+def chat_logprobs(tokenizer, entries):
+    """OpenAI's form of [(token, (log-probability, [(token, log-probability)]))]."""
+
+    def one(token, logprob):
+        data = tokenizer.decode_bytes([token])
+        return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": [*data]}
+
+    return {
+        "content": [one(token, own) | {"top_logprobs": [one(*other) for other in top]} for token, (own, top) in entries]
+    }
+
+
+def text_logprobs(tokenizer, entries, offset=0):
+    """The older form, of plain completions; `entries` as above, or (token, None) for the first of a prompt."""
+    tokens = [tokenizer.decode([token]) for token, _ in entries]
+    offsets, bos = [], tokenizer.get_bos_token_id()
+    for (token, _), text in zip(entries, tokens, strict=True):
+        offsets.append(offset)
+        offset += 0 if token == bos else len(text)  # which is no part of the text
+    return {
+        "tokens": tokens,
+        "token_logprobs": [found and found[0] for _, found in entries],
+        "top_logprobs": [found and {tokenizer.decode([t]): p for t, p in found[1]} for _, found in entries],
+        "text_offset": offsets,
+    }
+
+
+def usage(n_prompt, n_completion, n_cached):
+    return {
+        "prompt_tokens": n_prompt,
+        "completion_tokens": n_completion,
+        "total_tokens": n_prompt + n_completion,
+        "prompt_tokens_details": {"cached_tokens": n_cached},
+    }
+
+
+def envelope(object, key, model):
+    return {
+        "id": key,
+        "object": object,
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": "nanochat",
+    }
