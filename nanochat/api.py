@@ -105,6 +105,7 @@ class Answer:
         self.text, self.steps, self.logprobs = "", [], []
         self.call, self.result = None, None  # of a step that is not finished
         self.unseen = []  # log-probabilities of tokens whose text is held back
+        self.n_told = 0  # of the log-probabilities
         self.n_tokens, self.finish = 0, None
 
     def push(self, token, logprobs, finish):
@@ -157,6 +158,11 @@ class Answer:
 
     def bytes(self, token):
         return self.tokenizer.decode_bytes([token])
+
+    def new_logprobs(self):
+        """Those since the last call."""
+        start, self.n_told = self.n_told, len(self.logprobs)
+        return self.logprobs[start:]
 
     def message(self):
         return {"role": "assistant", "content": self.text} | ({"tool_steps": self.steps} if self.steps else {})
