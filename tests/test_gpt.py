@@ -6,19 +6,9 @@ import torch.nn.functional as F
 
 from nanochat import cpu_ops
 from nanochat.common import UserError
-from nanochat.engine import KVCache
 from nanochat.gpt import GPT, GPTConfig, chunk_rows
-
-HF_NAMES = {
-    "transformer.wte": "model.embed_tokens",
-    "transformer.h": "model.layers",
-    "attn.c_q": "self_attn.q_proj",
-    "attn.c_k": "self_attn.k_proj",
-    "attn.c_v": "self_attn.v_proj",
-    "attn.c_proj": "self_attn.o_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
+from nanochat.hf import hf_config, hf_weights
+from nanochat.kv_cache import KVCache
 
 
 def random_model(n_kv_head=4, vocab_size=100, **changes):
@@ -37,24 +27,8 @@ def test_logits_equal_transformers(n_kv_head, use_cache):
     transformers = pytest.importorskip("transformers")
     model = random_model(n_kv_head)
     c = model.config
-    hf = transformers.NanoChatForCausalLM(
-        transformers.NanoChatConfig(
-            vocab_size=c.vocab_size,
-            hidden_size=c.n_embd,
-            intermediate_size=4 * c.n_embd,
-            num_hidden_layers=c.n_layer,
-            num_attention_heads=c.n_head,
-            num_key_value_heads=c.n_kv_head,
-            max_position_embeddings=c.sequence_len,
-            rms_norm_eps=1.1920929e-07,
-        )
-    ).eval()
-    weights = {}
-    for name, p in model.state_dict().items():
-        for ours, theirs in HF_NAMES.items():
-            name = name.replace(ours, theirs)
-        weights[name] = p[: c.vocab_size] if name in ("model.embed_tokens.weight", "lm_head.weight") else p
-    hf.load_state_dict(weights)
+    hf = transformers.NanoChatForCausalLM(transformers.NanoChatConfig(**hf_config(c))).eval()
+    hf.load_state_dict(hf_weights(model))
     ids = torch.randint(0, c.vocab_size, (2, 24))
     with torch.no_grad():
         if use_cache:
