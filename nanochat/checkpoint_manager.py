@@ -213,5 +213,5 @@ def load_model(source, compute, model_tag=None, step=None, inference=True):
     model.allocate(compute.device)
     load_weights(model, path)
     if inference:
-        model.to(dtype=compute.dtype).eval()
+        model.to(dtype=compute.dtype).eval().requires_grad_(False)
     return model, tokenizer, meta | {"model_tag": model_tag}

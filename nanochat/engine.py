@@ -19,6 +19,8 @@ import torch
 
 from nanochat.calculator import calculate
 from nanochat.common import UserError
+from nanochat.cpu_decode import CPUDecoder
+from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache, PrefixCache
 from nanochat.text_stream import TextStream
 
@@ -144,7 +146,7 @@ class Prefill:
 
     def __init__(self, engine, prompts, prefixes=None):
         self.engine, self.left = engine, list(prompts)
-        self.cache = KVCache(engine.model.config.n_layer, len(prompts), engine.model.get_device())
+        self.cache = engine.new_cache(len(prompts))
         for row, prompt in enumerate(prompts):
             n, data = prefixes.find(prompt) if prefixes else (0, None)
             if n:
@@ -178,7 +180,7 @@ class DecodeLoop:
         self.waiting = deque()  # groups of rows that share one prompt and join together
         self.joining, self.prefill = [], None  # groups whose prompts are being prefilled
         self.rows = []  # rows in the batch, in the cache's order
-        self.cache = KVCache(engine.model.config.n_layer, device=engine.model.get_device())
+        self.cache = engine.new_cache()
         self.prefixes = PrefixCache(prefix_tokens) if prefix_tokens else None
 
     @property
@@ -303,10 +305,19 @@ class Engine:
         self.output_start, self.output_end = special("<|output_start|>"), special("<|output_end|>")
         self.assistant_end = special("<|assistant_end|>")
         self.terminals = {self.assistant_end, tokenizer.get_bos_token_id()}
+        self.decoder = None
+        if isinstance(model, GPT) and model.get_device().type == "cpu" and not model.lm_head.weight.requires_grad:
+            self.decoder = CPUDecoder(model)
+
+    def new_cache(self, rows=0):
+        dtype = torch.float32 if self.decoder else None
+        return KVCache(self.model.config.n_layer, rows, self.model.get_device(), dtype)
 
     def forward(self, ids, cache):
         """Logits (B, V) after the last of `ids` (B lists of one length), which join `cache`."""
         ids = torch.tensor(ids, device=self.model.get_device())
+        if self.decoder and ids.size(1) == 1:
+            return self.decoder(ids[:, 0], cache)
         with self.compute.autocast() if self.compute else contextlib.nullcontext():
             return self.model(ids, kv_cache=cache, last_only=True)[:, -1]
 

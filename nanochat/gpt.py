@@ -96,14 +96,17 @@ class CausalSelfAttention(nn.Module):
         v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
         q = norm(rotate(q, cos, sin)).transpose(1, 2)
         k = norm(rotate(k, cos, sin)).transpose(1, 2)
+        gqa, causal = self.n_head != self.n_kv_head, mask is None and T > 1
         if kv_cache is not None:
-            k, v = kv_cache.insert(self.layer, k, v)
-        gqa = self.n_head != self.n_kv_head
-        if x.device.type == "cpu" and kv_cache is None and not gqa:
+            held = kv_cache.insert(self.layer, k, v)
+            if not causal:
+                k, v = held
+                q = q.to(k.dtype)
+        if x.device.type == "cpu" and not gqa and (kv_cache is None or causal):
             y = cpu_ops.causal_attention(q, k, v)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=gqa)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=gqa)
+        return self.c_proj(y.to(x.dtype).transpose(1, 2).reshape(B, T, C))
 
 
 class MLP(nn.Module):

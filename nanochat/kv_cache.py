@@ -12,12 +12,12 @@ class KVCache:
     Keys and values of all layers for rows of different lengths; row b's tokens are columns 0 to lengths[b] - 1.
 
     The model calls begin(T), insert(layer, k, v) for every layer, advance(T). Storage is allocated at the first insert
-    in k's dtype and doubles in place when rows or columns run out. Columns beyond a row's length hold finite leftovers,
-    which the mask hides.
+    in `dtype`, or k's, and doubles in place when rows or columns run out. Columns beyond a row's length hold finite
+    leftovers, which the mask hides.
     """
 
-    def __init__(self, n_layer, rows=0, device="cpu"):
-        self.n_layer, self.device = n_layer, device
+    def __init__(self, n_layer, rows=0, device="cpu", dtype=None):
+        self.n_layer, self.device, self.dtype = n_layer, device, dtype
         self.lengths = [0] * rows  # tokens held, per row
         self.data = None  # (n_layer, 2, rows, Hkv, columns, D)
 
@@ -86,7 +86,8 @@ class KVCache:
         rows = have_rows if rows <= have_rows else max(rows, 2 * have_rows)
         columns = have_columns if columns <= have_columns else max(columns, 2 * have_columns, MIN_COLUMNS)
         shape = (self.n_layer, 2, rows, like.size(-3), columns, like.size(-1))
-        grown = torch.zeros(shape, dtype=like.dtype, device=self.device)  # not empty: a masked NaN would still spread
+        # not empty: a masked NaN would still spread
+        grown = torch.zeros(shape, dtype=self.dtype or like.dtype, device=self.device)
         if self.data is not None:
             grown[:, :, :have_rows, :, :have_columns] = self.data
         self.data = grown

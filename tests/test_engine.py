@@ -148,6 +148,27 @@ def test_rows_copied_moved_and_joined_go_on_as_if_alone(engine, model):
         close(logits[row], model(torch.tensor([held + more[row].tolist()]))[0, -2:])
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 0.15)])
+@pytest.mark.parametrize("n_kv_head", [4, 2])
+def test_the_cpu_decoder_gives_the_models_logits(n_kv_head, dtype, tolerance):
+    torch.manual_seed(3)
+    model = GPT(GPTConfig(64, VOCAB, 3, 4, n_kv_head, 64))
+    model.init_weights("cpu")
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    model.to(dtype).requires_grad_(False)
+    prompts = [random_ids(1, n)[0].tolist() for n in (9, 20, 14)]
+    expected = [model(torch.tensor([prompt]), last_only=True)[0, -1] for prompt in prompts]
+    engine = Engine(model, ByteTokenizer())
+    assert engine.decoder is not None
+    for rows in ([0], [0, 1, 2], [1, 1]):  # alone, of unequal lengths, of equal ones
+        cache = engine.prefill([prompts[i][:-1] for i in rows])
+        logits = engine.forward([prompts[i][-1:] for i in rows], cache)
+        torch.testing.assert_close(logits, torch.stack([expected[i] for i in rows]), atol=tolerance, rtol=0)
+    again = model(torch.tensor([prompts[0]]), last_only=True)[0, -1]  # its weights are views now
+    torch.testing.assert_close(again, expected[0], atol=0, rtol=0)
+
+
 def test_leftovers_of_former_rows_do_not_leak(engine):
     prompts = [random_ids(1, n, seed=n)[0].tolist() for n in (50, 3)]
     alone = list(engine.generate_many([Request(prompts[1], max_tokens=20, temperature=0)]))[0].tokens
@@ -363,9 +384,7 @@ def test_the_prefixes_kept_are_bounded_and_the_least_recently_used_goes_first():
 
 def test_top_p_and_min_p_cut_the_tail():
     # the likeliest are 1, 3, 0, 2
-    logits = (
-        torch.tensor([0.5, 0.25, 0.15, 0.1]).log().repeat(4000, 1)[:, [2, 0, 3, 1]]
-    )
+    logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log().repeat(4000, 1)[:, [2, 0, 3, 1]]
     rngs = [random.Random(i) for i in range(4000)]
 
     def shares(**settings):

@@ -40,7 +40,7 @@ def random_model(depth, vocab_size):
     model.init_weights("cpu")
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.02)
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 def bandwidth():
