@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import os
+import select
 import stat
 import sys
 import time
@@ -27,6 +28,7 @@ from nanochat.text_stream import TextStream
 
 # What a model writes must not steer the terminal: control characters are dropped, but for tab and newline.
 CONTROLS = {c: None for c in (*range(32), *range(127, 160)) if c not in (9, 10)}
+PIPE_PATIENCE = 2.0  # seconds that -p TEXT waits for a pipe
 HELP = """\
 /clear           begin a new conversation
 /regenerate      answer the last question once more, differently
@@ -319,6 +321,16 @@ def save(chat, name):
 # From the command line
 
 
+def is_piped(stdin):
+    """Whether somebody sends something. Programs that start this one may leave a pipe open and write nothing to it."""
+    mode = os.fstat(stdin.fileno()).st_mode
+    if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
+        if select.select([stdin], [], [], PIPE_PATIENCE)[0]:
+            return True
+        print("nothing comes from standard input: answering without it (-p - waits for it)", file=sys.stderr)
+    return stat.S_ISREG(mode)
+
+
 def read_question(prompt):
     """What is piped in and then `prompt`, a blank line between; None when there is no prompt, but a terminal."""
     stdin = sys.stdin or io.StringIO()  # None when the caller closed it
@@ -326,8 +338,7 @@ def read_question(prompt):
         return None
     texts = []
     with contextlib.suppress(OSError):  # no file at all
-        # A pipe or a file was meant to be read with -p TEXT; a terminal or another device may never end.
-        if prompt in (None, "-") or not stat.S_ISCHR(os.fstat(stdin.fileno()).st_mode):
+        if prompt in (None, "-") or is_piped(stdin):
             texts.append(stdin.read())
     if prompt not in (None, "-"):
         texts.append(prompt)

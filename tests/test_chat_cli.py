@@ -494,3 +494,15 @@ def test_json_is_for_a_single_answer(monkeypatch):
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     with pytest.raises(UserError, match="--json prints a single answer"):
         chat_cli.main(["--json"])
+
+
+def test_a_pipe_that_nobody_writes_to_does_not_hold_up_a_prompt(monkeypatch, capsys):
+    monkeypatch.setattr(chat_cli, "PIPE_PATIENCE", 0.05)
+    reader, writer = os.pipe()
+    with open(reader) as stdin, open(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert chat_cli.read_question("why?") == "why?"
+        assert "nothing comes from standard input" in capsys.readouterr().err
+        pipe.write("a poem")
+        pipe.close()
+        assert chat_cli.read_question("why?") == "a poem\n\nwhy?"
