@@ -48,6 +48,16 @@ def api_key():
     return os.environ.get("OPENAI_API_KEY", "")
 
 
+def server_api_key():
+    """What chat_web wants of its clients unless --api_key says; None = nothing."""
+    return os.environ.get("NANOCHAT_API_KEY") or None
+
+
+def no_color():
+    """Whether the user wants plain text in terminals (no-color.org)."""
+    return bool(os.environ.get("NO_COLOR"))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Device, dtype, process group
 
@@ -134,7 +144,8 @@ def compute_init(device_type="", dtype="", seed=42):
     torch.manual_seed(seed)
     if device_type == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise UserError(f"{world_size} processes but {torch.cuda.device_count()} GPUs here; lower --nproc_per_node")
+            have = torch.cuda.device_count()
+            raise UserError(f"{local_rank + 1} GPUs wanted, {have} here; lower --nproc_per_node or --num_gpus")
         torch.cuda.manual_seed(seed)
         torch.set_float32_matmul_precision("high")  # tf32
         torch.cuda.set_device(local_rank)

@@ -21,9 +21,7 @@ from nanochat.common import UserError, compute_init
 def run_worker(connection, index, options):
     """The worker's process: loads the model, then decodes until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides when to end
-    if options["device_type"] in ("", "cuda") and options["num_workers"] > 1:
-        devices = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices.split(",")[index] if devices else str(index)
+    os.environ["LOCAL_RANK"] = str(index)  # which GPU
     try:
         loop, told = _load(options)
     except UserError as e:

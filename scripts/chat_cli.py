@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanochat.cli import make_parser, parse_args, run
-from nanochat.common import UserError, base_dir, compute_init
+from nanochat.common import UserError, base_dir, compute_init, no_color
 from nanochat.text_stream import TextStream
 
 # What a model writes must not steer the terminal: control characters are dropped, but for tab and newline.
@@ -173,7 +173,7 @@ class Chat:
 def say(chat, text):
     """Print the answer to `text` as it comes; in a terminal with the calculator's part, as [expression = result]."""
     terminal, shown = sys.stdout.isatty(), "text"
-    dim, reset = ("", "") if os.environ.get("NO_COLOR") else ("\x1b[2m", "\x1b[0m")
+    dim, reset = ("", "") if no_color() else ("\x1b[2m", "\x1b[0m")
     opening = {"text": "", "python": dim + "[", "output": dim + "[= "}
     closing = {"text": "", "python": "]" + reset, "output": "]" + reset}
     try:

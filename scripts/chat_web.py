@@ -7,11 +7,10 @@ Serve a model: OpenAI's API, and a page to talk to it.
 Reads the newest checkpoint of a stage. Ctrl-C or SIGTERM lets answers finish for --shutdown_timeout seconds.
 """
 
-import os
 import socket
 
 from nanochat.cli import make_parser, parse_args, run
-from nanochat.common import UserError
+from nanochat.common import UserError, server_api_key
 
 
 def build_parser():
@@ -28,7 +27,7 @@ def build_parser():
     add("--overflow", choices=["error", "truncate"], default="error", help="conversations too long: oldest turns go?")
     add("-p", "--port", type=int, default=8000)
     add("--host", default="127.0.0.1", help="0.0.0.0 = reachable by others; give them an --api_key then")
-    add("--api_key", default=os.environ.get("NANOCHAT_API_KEY"), help="wanted of every client (or NANOCHAT_API_KEY)")
+    add("--api_key", default=server_api_key(), help="wanted of every client (or NANOCHAT_API_KEY)")
     add("--cors", nargs="*", help="other sites whose pages may use this server (default: those of this machine)")
     add("--max_rows", type=int, default=32, help="answers in a batch, per model (default 32)")
     add("--max_queue", type=int, default=64, help="answers that may wait, per model; more get 429 (default 64)")
