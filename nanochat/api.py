@@ -91,14 +91,15 @@ class ApiError(Exception):
 
     def __init__(self, status, message, type="invalid_request_error", retry_after=None, **detail):
         self.status, self.retry_after = status, retry_after
+        message = message.encode("utf-8", "replace").decode()  # it may quote half a character of the client's
         self.body = {"error": {"message": message, "type": type, "param": None, "code": None} | detail}
 
 
 class Answer:
     """One choice while its tokens come in: its text, the calculator's steps, log-probabilities and how it ended."""
 
-    def __init__(self, tokenizer, index=0, stop=()):
-        self.tokenizer, self.index = tokenizer, index
+    def __init__(self, tokenizer, index=0, stop=(), stop_tokens=()):
+        self.tokenizer, self.index, self.stop_tokens = tokenizer, index, stop_tokens
         self.stream = TextStream(tokenizer, stop)
         self.special = {tokenizer.encode_special(f"<|{name}|>"): name for name in ("python_start", "python_end")}
         self.special[tokenizer.encode_special("<|output_start|>")] = "output_start"
@@ -112,7 +113,7 @@ class Answer:
         """The delta that this token brings, {} when there is nothing to show yet."""
         self.n_tokens += 1
         was = self.stream.kind
-        kind, piece = self.stream.push(token)
+        kind, piece = (was, "") if finish == "stop" and token in self.stop_tokens else self.stream.push(token)
         delta, name = {}, self.special.get(token)
         if name == "python_start":
             delta |= self._step()
@@ -121,7 +122,7 @@ class Answer:
             self.call += piece
         elif kind == "output":
             self.result = (self.result or "") + piece
-        if kind == "text" and was == "text" and logprobs and token not in self.stream.hidden and name is None:
+        if kind == "text" and was == "text" and logprobs and self._is_text(token, finish):
             self.unseen.append((token, logprobs))
         if self.call is not None and self.stream.kind == "text" and name != "python_end":
             delta |= self._step()  # the output has ended, or there is none
@@ -137,6 +138,10 @@ class Answer:
             self.logprobs += self.unseen[: None if not self.stream.stopped else self._kept()]
             self.unseen = []
         return delta
+
+    def _is_text(self, token, finish):
+        ends = finish == "stop" and token in self.stop_tokens
+        return not ends and token not in self.stream.hidden and token not in self.stream.parts
 
     def _step(self):
         """The finished step of the calculator, if there is one."""

@@ -99,7 +99,7 @@ class Service:
 
     def plain_prompts(self, prompt):
         """The prompts' tokens, a list for each prompt."""
-        prompts = prompt if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)) else [prompt]
+        prompts = prompt if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else [prompt]
         found, size = [], self.tokenizer.get_vocab_size()
         for one in prompts:
             if isinstance(one, str):
@@ -127,7 +127,7 @@ class Service:
         size, bias = self.tokenizer.get_vocab_size(), {}
         for token, value in (body.logit_bias or {}).items():
             if not re.fullmatch(r"\d{1,9}", token) or int(token) >= size:
-                raise ApiError(400, f"token {token[:20]} is not in the vocabulary of {size:,}", param="logit_bias")
+                raise ApiError(400, f"token {token[:20]!r} is not in the vocabulary of {size:,}", param="logit_bias")
             bias[int(token)] = value
         self.check_tokens(body.stop_token_ids or (), size, "stop_token_ids")
         options, stop = self.options, body.stop or ()
@@ -154,7 +154,8 @@ class Service:
 
     async def answers(self, worker, key, tokens, settings):
         """Yield [(answer, delta)] while the tokens of a prompt's answers come in; counts what it sees."""
-        answers = [Answer(self.tokenizer, i, settings["stop"]) for i in range(settings["num_samples"])]
+        stops = settings["stop"], settings["stop_tokens"]
+        answers = [Answer(self.tokenizer, i, *stops) for i in range(settings["num_samples"])]
         seen, start = {}, time.perf_counter()
         self.metrics.prompt.inc(len(tokens))
         async with contextlib.aclosing(worker.generate(key, tokens=tokens, **settings)) as batches:
@@ -281,7 +282,8 @@ async def complete(service, body):
     """The same for plain text, and any number of prompts."""
     check_stream(body)
     n = body.n or 1
-    worker = service.worker(n)
+    several = isinstance(body.prompt, list) and body.prompt and not isinstance(body.prompt[0], int)
+    worker = service.worker(n * (len(body.prompt) if several else 1))
     service.check_model(body.model)
     if body.max_tokens == 0 and not body.echo:
         raise ApiError(400, "max_tokens=0 needs echo=true", param="max_tokens")
@@ -294,7 +296,7 @@ async def complete(service, body):
     head = envelope("text_completion", key, model)
     if body.stream:
         if len(prompts) > 1 or max_tokens == 0:
-            raise ApiError(400, "a stream is for one prompt, and an answer", param="stream")
+            raise ApiError(400, "a stream is for the answer to one prompt", param="stream")
         deltas = await with_first(service.answers(worker, key, prompts[0], settings))
         return text_chunks(service, deltas, head, prompts[0], body)
     jobs = (

@@ -112,7 +112,8 @@ class Row:
         if r.repetition_penalty != 1:
             seen = torch.tensor(sorted({*r.tokens, *self.tokens}), device=logits.device)
             some = logits[seen]
-            logits[seen] = torch.where(some > 0, some / r.repetition_penalty, some * r.repetition_penalty)
+            some = torch.where(some > 0, some / r.repetition_penalty, some * r.repetition_penalty)
+            logits[seen] = some.clamp(-1e4, 1e4)  # an infinite one would leave no probabilities
         for token, n in Counter(self.tokens).items():
             logits[token] -= n * r.frequency_penalty + r.presence_penalty
         for token, bias in (r.logit_bias or {}).items():
@@ -131,7 +132,9 @@ def sample(logits, temperature, top_k, rngs, top_p=1.0, min_p=0.0):
         logits, ids = logits.sort(descending=True)
     probs = (logits / temperature).softmax(-1)
     if top_p < 1:
-        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
+        beyond = probs.cumsum(-1) - probs >= top_p
+        beyond[:, 0] = False  # the likeliest stays, whatever rounding does
+        probs = probs.masked_fill(beyond, 0)
     if min_p > 0:
         probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
     cdf = probs.cumsum(-1)

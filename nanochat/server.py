@@ -18,18 +18,19 @@ from pathlib import Path
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 
 from nanochat.api import ApiError, ChatRequest, CompletionRequest, ErrorBody
 from nanochat.completions import RETRY_AFTER, Service, chat, complete, guarded
-from nanochat.worker import WorkerError
+from nanochat.worker import TooSlow, WorkerError
 
 HERE = Path(__file__).parent
 PUBLIC = {"/", "/logo.svg", "/health", "/health/"}
 LOCAL = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 MAX_BODY = 1 << 20  # bytes
+TOO_LARGE = f"the body is larger than {MAX_BODY:,} bytes"
 ERRORS = {status: {"model": ErrorBody} for status in (400, 401, 404, 405, 413, 429, 500, 503, 504)}
 
 
@@ -52,7 +53,7 @@ class Gate:
             message = await receive()
             size += len(message.get("body", b""))
             if size > MAX_BODY:
-                raise HTTPException(413, f"the body is larger than {MAX_BODY:,} bytes")
+                raise HTTPException(413, TOO_LARGE)
             return message
 
         async def answer(message):
@@ -62,12 +63,15 @@ class Gate:
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)
 
+        length = headers.get("content-length", "0")
         try:
-            if self._allowed(scope, headers):
-                await self.app(scope, limited, answer)
-            else:
+            if not self._allowed(scope, headers):
                 error = ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", "authentication_error")
                 await error_response(error)(scope, limited, answer)
+            elif length.isdecimal() and int(length) > MAX_BODY:
+                await error_response(ApiError(413, TOO_LARGE))(scope, limited, answer)
+            else:
+                await self.app(scope, limited, answer)
         finally:
             route = scope.get("route")
             self.metrics.requests.labels(route.path if route else "other", status or "aborted").inc()
@@ -195,6 +199,8 @@ def create_app(options):
 
     @app.exception_handler(WorkerError)
     async def worker_error(request, error):
+        if isinstance(error, TooSlow):
+            return error_response(ApiError(504, str(error), "timeout_error"))
         return error_response(ApiError(503, str(error), "service_unavailable_error", RETRY_AFTER))
 
     @app.exception_handler(Exception)
@@ -203,11 +209,10 @@ def create_app(options):
 
     async def respond(request, work):
         """The answer to a completion: `work` gives a generator of chunks, or the whole."""
-        try:
-            result = await asyncio.wait_for(while_connected(request.receive, work), options["request_timeout"])
-        except asyncio.TimeoutError:
-            return error_response(ApiError(504, "the answer took too long", "timeout_error"))
-        if isinstance(result, dict) or result is None:
+        result = await while_connected(request.receive, work)
+        if result is None:
+            return Response(status_code=499)  # nobody reads it; for the metrics
+        if isinstance(result, dict):
             return JSONResponse(result)
         return EventStream(guarded(result))
 
@@ -263,9 +268,9 @@ def create_app(options):
         busy = len(workers) - free
         return {"total_workers": len(workers), "available_workers": free, "busy_workers": busy, "workers": listed}
 
-    @app.get("/metrics", responses=ERRORS)
+    @app.get("/metrics", responses=ERRORS, response_class=PlainTextResponse)
     async def metrics():
-        return Response(generate_latest(service.metrics.registry), media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(generate_latest(service.metrics.registry), media_type="text/plain; version=0.0.4")
 
     @app.get("/", include_in_schema=False)
     async def index():

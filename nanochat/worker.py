@@ -88,6 +88,10 @@ class WorkerError(Exception):
     """The worker cannot answer: its engine failed, or it is dead."""
 
 
+class TooSlow(WorkerError):
+    """The answer took longer than a request may take."""
+
+
 class Worker:
     """The server's handle: start() it in the event loop, then generate() and score() as often as wanted."""
 
@@ -157,6 +161,8 @@ class Worker:
         n, ended = request.get("num_samples", 1), 0
         inbox = self.inboxes[key] = asyncio.Queue()
         self.in_flight += n
+        late = TooSlow("the answer took too long")
+        timer = self.loop.call_later(self.options["request_timeout"], inbox.put_nowait, late)
         try:
             self._send("submit", key, request)
             while ended < n:
@@ -169,6 +175,7 @@ class Worker:
                 ended += sum(event[4] is not None for event in events)
                 yield events
         finally:
+            timer.cancel()
             self.in_flight -= n
             del self.inboxes[key]
             if ended < n:

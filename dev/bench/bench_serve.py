@@ -1,0 +1,242 @@
+"""
+Load on a running server: speed for growing numbers of clients, or a soak with clients that misbehave.
+
+    python -m dev.bench.bench_serve --url=http://127.0.0.1:8000 --clients 1 4 16 64 --requests=64 --max_tokens=64
+    python -m dev.bench.bench_serve --soak=30 --pid=<of chat_web>
+
+Every request is a streamed chat with a question about the pocket world; one that is told 429 waits as long as it is
+told and asks again. Times are in ms: of the first token the median and the 95th percentile, between pieces of a stream
+the 95th percentile, and the worst of /health, which is asked for every 20 ms meanwhile. Exit code 1 if a well-formed
+request was not answered, or if rows are still taken when everybody has gone.
+"""
+
+import asyncio
+import json
+import statistics
+import sys
+import time
+from collections import Counter
+from contextlib import suppress
+from random import Random
+
+import httpx
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+
+from nanochat import pocket
+from nanochat.cli import make_parser, parse_args, run
+from nanochat.common import UserError
+from nanochat.pocket_world import load_world
+
+PATH = "/v1/chat/completions"
+RUBBISH = (
+    b"",
+    b"[]",
+    b"{",
+    b"\xff",
+    b'{"messages": 3}',
+    b'{"messages": []}',
+    b'{"messages": [{}], "n": 1e99}',
+    b"[" * 9999,
+)
+PROBE = 0.02  # seconds between requests for /health
+SAMPLE = 10  # seconds between looks at the memory
+SOAKERS = 12  # clients of a soak
+
+
+class Load:
+    """What clients do and how it went."""
+
+    def __init__(self, http, max_tokens, seed=0):
+        self.http, self.max_tokens, self.rng, self.world = http, max_tokens, Random(seed), load_world()
+        self.tokens, self.first, self.gaps, self.health = 0, [], [], []  # the last three in seconds
+        self.outcomes = Counter()
+
+    def body(self, **settings):
+        question = pocket.fact(self.rng, "train", self.world).question
+        settings = {"stream": True, "max_tokens": self.max_tokens} | settings
+        return {"messages": [{"role": "user", "content": question}]} | settings
+
+    async def ask(self, pause=0.0):
+        """One request, until it is answered; `pause` seconds after each piece make a slow reader."""
+        body = self.body(stream_options={"include_usage": True})
+        while True:
+            start = last = time.perf_counter()
+            done = False
+            try:
+                async with self.http.stream("POST", PATH, json=body) as response:
+                    if response.status_code == 429:
+                        self.outcomes[429] += 1
+                        await asyncio.sleep(float(response.headers["retry-after"]))
+                        continue
+                    if response.status_code != 200:
+                        self.outcomes[response.status_code] += 1
+                        return
+                    async for line in response.aiter_lines():
+                        if not line.startswith("data: {"):
+                            done = done or line == "data: [DONE]"
+                            continue
+                        chunk, now = json.loads(line[6:]), time.perf_counter()
+                        if "error" in chunk:
+                            self.outcomes["error in stream"] += 1
+                            return
+                        if chunk["choices"] and chunk["choices"][0]["delta"].get("content"):
+                            (self.first if last == start else self.gaps).append(now - last)
+                            last = now
+                        self.tokens += (chunk.get("usage") or {}).get("completion_tokens", 0)
+                        await asyncio.sleep(pause)
+                self.outcomes["answered" if done else "cut off"] += 1
+            except httpx.TransportError as e:
+                self.outcomes[type(e).__name__] += 1
+            return
+
+    async def probe(self):
+        """Ask for /health every now and then, for ever."""
+        while True:
+            start = time.perf_counter()
+            await self.http.get("/health")
+            self.health.append(time.perf_counter() - start)
+            await asyncio.sleep(PROBE)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Clients one would rather not have
+
+    async def leave(self):
+        """Go away at some point of an answer, streamed or not."""
+        body = self.body(stream=self.rng.random() < 0.5, n=self.rng.randint(1, 4))
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.http.post(PATH, json=body), self.rng.uniform(0, 2))
+
+    async def send_rubbish(self):
+        headers = {"Content-Type": "application/json"}
+        response = await self.http.post(PATH, content=self.rng.choice(RUBBISH), headers=headers)
+        self.outcomes["rubbish refused" if 400 <= response.status_code < 500 else "rubbish not refused"] += 1
+
+    async def stall(self):
+        """Send half of a request and wait."""
+        url = self.http.base_url
+        _, writer = await asyncio.open_connection(url.host, url.port or 80)
+        writer.write(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{" % PATH.encode())
+        await asyncio.sleep(self.rng.uniform(0, 5))
+        writer.close()
+
+    async def misbehave_until(self, deadline):
+        while time.monotonic() < deadline:
+            kind = self.rng.choices(["ask", "slow", "leave", "rubbish", "stall"], [4, 1, 4, 2, 1])[0]
+            self.outcomes[f"sent: {kind}"] += 1
+            if kind in ("ask", "slow"):
+                await self.ask(pause=0.2 if kind == "slow" else 0.0)
+            else:
+                with suppress(OSError, httpx.TransportError):
+                    await {"leave": self.leave, "rubbish": self.send_rubbish, "stall": self.stall}[kind]()
+
+
+async def rows_left(http):
+    """Rows and requests that the server still has after all clients have gone, 10 seconds later at most."""
+    for _ in range(100):
+        families = text_string_to_metric_families((await http.get("/metrics")).text)
+        gauges = {s.name: s.value for family in families for s in family.samples}
+        left = gauges["nanochat_running_rows"] + gauges["nanochat_waiting_requests"]
+        if not left:
+            break
+        await asyncio.sleep(0.1)
+    return int(left)
+
+
+def ms(seconds, share=0.5):
+    """A quantile in milliseconds, as text."""
+    return f"{1000 * sorted(seconds)[int(share * (len(seconds) - 1))]:.1f}" if seconds else "-"
+
+
+async def speed(http, args):
+    """Print the table; returns how many requests were not answered."""
+    await Load(http, args.max_tokens).ask()  # the first one warms the engine
+    print("| clients | tokens/s | of one client | first token, ms | p95 | inter-token | worst /health | 429 | errors |")
+    print(f"|{'---|' * 9}")
+    missing, alone = 0, None
+    for clients in args.clients:
+        load = Load(http, args.max_tokens, seed=clients)
+        left, probe = iter(range(args.requests)), asyncio.create_task(load.probe())
+
+        async def client(load=load, left=left):
+            for _ in left:
+                await load.ask()
+
+        start = time.perf_counter()
+        await asyncio.gather(*(client() for _ in range(clients)))
+        rate = load.tokens / (time.perf_counter() - start)
+        probe.cancel()
+        alone = alone or rate
+        errors = {k: n for k, n in load.outcomes.items() if k not in ("answered", 429)}
+        cells = [clients, f"{rate:.0f}", f"{rate / alone:.2f}", ms(load.first), ms(load.first, 0.95)]
+        cells += [ms(load.gaps, 0.95), ms(load.health, 1), load.outcomes[429]]
+        cells.append(", ".join(f"{n} x {k}" for k, n in errors.items()) or 0)
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
+        missing += args.requests - load.outcomes["answered"]
+    return missing
+
+
+def resident(pid):
+    """MiB of a process and its descendants."""
+    root, total = psutil.Process(pid), 0
+    for process in [root, *root.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            total += process.memory_info().rss
+    return total / 2**20
+
+
+async def soak(http, args):
+    """Misbehave for --soak minutes and print how that went; returns how many requests were not answered."""
+    load, start, memory = Load(http, args.max_tokens), time.monotonic(), []
+
+    async def watch():
+        while True:
+            memory.append(((time.monotonic() - start) / 60, resident(args.pid)))
+            await asyncio.sleep(SAMPLE)
+
+    tasks = [asyncio.create_task(work) for work in ([load.probe(), watch()] if args.pid else [load.probe()])]
+    await asyncio.gather(*(load.misbehave_until(start + 60 * args.soak) for _ in range(SOAKERS)))
+    for task in tasks:
+        task.cancel()
+    for what, n in sorted(load.outcomes.items(), key=str):
+        print(f"{what}: {n}")
+    print(f"worst /health: {ms(load.health, 1)} ms")
+    if len(memory) > 1:
+        slope = statistics.linear_regression(*zip(*memory, strict=True)).slope
+        print(f"memory: {memory[0][1]:.0f} MiB first, {memory[-1][1]:.0f} MiB last, {slope:+.2f} MiB a minute")
+    missing = load.outcomes["sent: ask"] + load.outcomes["sent: slow"] - load.outcomes["answered"]
+    return missing + load.outcomes["rubbish not refused"]
+
+
+async def drive(args):
+    headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=args.url, headers=headers, timeout=args.timeout, limits=limits) as http:
+        try:
+            (await http.get("/health")).raise_for_status()
+        except httpx.HTTPError as e:
+            raise UserError(f"no server is ready at {args.url} ({e}); start one with python -m scripts.chat_web") from e
+        missing = await (soak if args.soak else speed)(http, args)
+        stuck = await rows_left(http)
+    print(f"not answered: {missing}, rows stuck: {stuck}")
+    return missing or stuck
+
+
+def main(argv=None):
+    parser = make_parser("dev.bench.bench_serve", __doc__)
+    add = parser.add_argument
+    add("--url", default="http://127.0.0.1:8000")
+    add("--clients", type=int, nargs="+", default=[1, 4, 16, 64], help="a line of the table for each number")
+    add("--requests", type=int, default=64, help="of all clients together, per line (default 64)")
+    add("--max_tokens", type=int, default=64, help="longest answer (default 64)")
+    add("--api_key", default="", help="if the server wants one")
+    add("--timeout", type=float, default=60, help="seconds without a byte after which an answer counts as none")
+    add("--soak", type=float, default=0, help="minutes to misbehave instead")
+    add("--pid", type=int, help="the server's process, whose memory a soak watches")
+    args = parse_args(parser, argv)
+    if asyncio.run(drive(args)):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(main)
