@@ -145,11 +145,11 @@ def sample(logits, temperature, top_k, rngs, top_p=1.0, min_p=0.0):
 
 
 class Prefill:
-    """Prompts on their way into a cache of their own, a chunk of tokens at a time."""
+    """Prompts on their way into a cache that holds nothing else, a chunk of tokens at a time."""
 
-    def __init__(self, engine, prompts, prefixes=None):
-        self.engine, self.left = engine, list(prompts)
-        self.cache = engine.new_cache(len(prompts))
+    def __init__(self, engine, prompts, cache, prefixes=None):
+        self.engine, self.cache, self.left = engine, cache, list(prompts)
+        cache.lengths = [0] * len(prompts)
         for row, prompt in enumerate(prompts):
             n, data = prefixes.find(prompt) if prefixes else (0, None)
             if n:
@@ -254,7 +254,8 @@ class DecodeLoop:
                 return
             # All but the last token: that one enters with the step, which gives each row logits of its own.
             prompts = [group[0].request.tokens[:-1] for group in self.joining]
-            self.prefill = Prefill(self.engine, prompts, self.prefixes)
+            cache = self.engine.new_cache() if self.rows else self.cache  # an empty batch spares the copy
+            self.prefill = Prefill(self.engine, prompts, cache, self.prefixes)
             for group, n in zip(self.joining, self.prefill.cache.lengths, strict=True):
                 for row in group:
                     row.cached = n
@@ -264,7 +265,10 @@ class DecodeLoop:
                 break
         if self.prefill.done:
             members = [(i, row) for i, group in enumerate(self.joining) for row in group if not row.finish]
-            self.cache.append(self.prefill.cache, [i for i, _ in members])
+            if self.prefill.cache is self.cache:
+                self.cache.select([i for i, _ in members])
+            else:
+                self.cache.append(self.prefill.cache, [i for i, _ in members])
             self.rows = self.rows + [row for _, row in members]
             self.joining, self.prefill = [], None
 
@@ -312,9 +316,9 @@ class Engine:
         if isinstance(model, GPT) and model.get_device().type == "cpu" and not model.lm_head.weight.requires_grad:
             self.decoder = CPUDecoder(model)
 
-    def new_cache(self, rows=0):
+    def new_cache(self):
         dtype = torch.float32 if self.decoder else None
-        return KVCache(self.model.config.n_layer, rows, self.model.get_device(), dtype)
+        return KVCache(self.model.config.n_layer, device=self.model.get_device(), dtype=dtype)
 
     def forward(self, ids, cache):
         """Logits (B, V) after the last of `ids` (B lists of one length), which join `cache`."""
@@ -326,7 +330,7 @@ class Engine:
 
     def prefill(self, prompts):
         """A cache with one row per prompt (lists of ids of any lengths, also 0)."""
-        prefill = Prefill(self, prompts)
+        prefill = Prefill(self, prompts, self.new_cache())
         while not prefill.done:
             prefill.advance(PREFILL_TOKENS)
         return prefill.cache

@@ -4,7 +4,7 @@ from collections import OrderedDict
 
 import torch
 
-MIN_COLUMNS = 64  # of a new cache
+SPARE_COLUMNS = 64  # of a new or grown cache, so that the tokens after a prompt fit
 
 
 class KVCache:
@@ -84,7 +84,7 @@ class KVCache:
         if rows <= have_rows and columns <= have_columns:
             return
         rows = have_rows if rows <= have_rows else max(rows, 2 * have_rows)
-        columns = have_columns if columns <= have_columns else max(columns, 2 * have_columns, MIN_COLUMNS)
+        columns = have_columns if columns <= have_columns else max(columns + SPARE_COLUMNS, 2 * have_columns)
         shape = (self.n_layer, 2, rows, like.size(-3), columns, like.size(-1))
         # not empty: a masked NaN would still spread
         grown = torch.zeros(shape, dtype=self.dtype or like.dtype, device=self.device)
