@@ -38,6 +38,7 @@ from nanochat.common import Compute
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import get_tokenizer
 
+pytestmark = pytest.mark.slow
 MODEL, LONG_MODEL, CONTEXT = "nanochat-d2-sft", "nanochat-long-sft", 256
 LONG = 30_000  # tokens: an answer that nobody waits for
 ROWS = 8
@@ -1073,7 +1074,6 @@ def test_a_worker_that_dies_ends_streams_with_an_error(served_base):
         assert server.http.get("/").status_code == 200 and server.metrics()["nanochat_running_rows"] == 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["positive", "negative"])
 def test_the_schema_is_kept(server, tmp_path, mode):
     command = ["schemathesis", "run", f"{server.url}/openapi.json", f"--mode={mode}", "--max-examples=50", "--seed=1"]
