@@ -67,7 +67,7 @@ def _serve(connection, loop):
                 connection.send(("error", key, str(e)))
         try:
             stepped = loop.step()
-        except RuntimeError:  # out of memory, say: those in the batch fail, the next ones may fit
+        except Exception:  # out of memory, say: those in the batch fail, the next ones may fit
             traceback.print_exc(file=sys.stderr)
             for key in jobs:
                 connection.send(("error", key, "the engine failed, see the server's log"))
