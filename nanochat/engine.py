@@ -172,19 +172,14 @@ class Prefill:
 
 
 class DecodeLoop:
-    """
-    Continuous batching: submit() requests at any time, step() gives every row in the batch one more token.
+    """Continuous batching: submit() requests at any time, step() gives every row in the batch one more token."""
 
-    Keys and values of up to `prefix_tokens` tokens of finished rows are kept for prompts that begin with them.
-    """
-
-    def __init__(self, engine, max_rows, prefix_tokens=0):
+    def __init__(self, engine, max_rows):
         self.engine, self.max_rows = engine, max_rows
         self.waiting = deque()  # groups of rows that share one prompt and join together
         self.joining, self.prefill = [], None  # groups whose prompts are being prefilled
         self.rows = []  # rows in the batch, in the cache's order
         self.cache = engine.new_cache()
-        self.prefixes = PrefixCache(prefix_tokens) if prefix_tokens else None
 
     @property
     def busy(self):
@@ -233,8 +228,8 @@ class DecodeLoop:
         if len(keep) == len(rows):
             return
         for i, row in enumerate(rows):
-            if row.finish and self.prefixes:
-                self.prefixes.add(row.request.tokens + row.tokens, self.cache, i)
+            if row.finish and self.engine.prefixes:
+                self.engine.prefixes.add(row.request.tokens + row.tokens, self.cache, i)
         # fill each hole with a row from the end, so that few rows move
         order = [i if not rows[i].finish else keep.pop() for i in range(len(keep))]
         self.cache.select(order)
@@ -255,7 +250,7 @@ class DecodeLoop:
             # All but the last token: that one enters with the step, which gives each row logits of its own.
             prompts = [group[0].request.tokens[:-1] for group in self.joining]
             cache = self.engine.new_cache() if self.rows else self.cache  # an empty batch spares the copy
-            self.prefill = Prefill(self.engine, prompts, cache, self.prefixes)
+            self.prefill = Prefill(self.engine, prompts, cache, self.engine.prefixes)
             for group, n in zip(self.joining, self.prefill.cache.lengths, strict=True):
                 for row in group:
                     row.cached = n
@@ -303,15 +298,20 @@ def log_probabilities(logits, token, top):
 
 
 class Engine:
-    """Generates with `model`; `compute` (nanochat.common.Compute) sets the precision, None = the weights'."""
+    """
+    Generates with `model`; `compute` (nanochat.common.Compute) sets the precision, None = the weights'.
 
-    def __init__(self, model, tokenizer, compute=None):
+    Keys and values of up to `prefix_tokens` tokens of finished rows are kept for prompts that begin with them.
+    """
+
+    def __init__(self, model, tokenizer, compute=None, prefix_tokens=0):
         self.model, self.tokenizer, self.compute = model, tokenizer, compute
         special = tokenizer.encode_special
         self.python_start, self.python_end = special("<|python_start|>"), special("<|python_end|>")
         self.output_start, self.output_end = special("<|output_start|>"), special("<|output_end|>")
         self.assistant_end = special("<|assistant_end|>")
         self.terminals = {self.assistant_end, tokenizer.get_bos_token_id()}
+        self.prefixes = PrefixCache(prefix_tokens) if prefix_tokens else None
         self.decoder = None
         if isinstance(model, GPT) and model.get_device().type == "cpu" and not model.lm_head.weight.requires_grad:
             self.decoder = CPUDecoder(model)

@@ -44,7 +44,7 @@ def _load(options):
     if compute.device.type == "cpu" and options["num_workers"] > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // options["num_workers"]))
     model, tokenizer, meta = load_model(options["source"], compute, options["model_tag"], options["step"])
-    loop = DecodeLoop(Engine(model, tokenizer, compute), options["max_rows"], options["prefix_tokens"])
+    loop = DecodeLoop(Engine(model, tokenizer, compute, options["prefix_tokens"]), options["max_rows"])
     name = f"nanochat-{meta['model_tag']}-{options['source']}"
     return loop, {"name": name, "context": model.config.sequence_len, "device": str(compute.device)}
 
@@ -72,7 +72,7 @@ def _serve(connection, loop):
             for key in jobs:
                 connection.send(("error", key, "the engine failed, see the server's log"))
             jobs = {}
-            loop = DecodeLoop(loop.engine, loop.max_rows, loop.prefixes.max_tokens if loop.prefixes else 0)
+            loop = DecodeLoop(loop.engine, loop.max_rows)
             continue
         keys = {row: key for key, rows in jobs.items() for row in rows}
         events = []
@@ -80,7 +80,7 @@ def _serve(connection, loop):
             logprobs = row.logprobs[-1] if row.logprobs else None
             events.append((keys[row], row.sample, row.tokens[-1], row.mask[-1], logprobs, row.finish, row.cached))
         jobs = {key: rows for key, rows in jobs.items() if not all(row.finish for row in rows)}
-        held = loop.prefixes.held if loop.prefixes else 0
+        held = loop.engine.prefixes.held if loop.engine.prefixes else 0
         connection.send(("step", events, {"rows": len(loop.rows), "waiting": len(loop.waiting), "cached_tokens": held}))
 
 

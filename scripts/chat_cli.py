@@ -366,7 +366,8 @@ def main(argv=None):
     Request([0], args.max_tokens, **sampling)  # a wrong setting is said at once
     compute = compute_init(args.device_type, args.dtype, args.seed)
     model, tokenizer, meta = load_model(args.source, compute, args.model_tag, args.step)
-    chat = Chat(Engine(model, tokenizer, compute), args.source, args.max_tokens, args.system, **sampling)
+    engine = Engine(model, tokenizer, compute, prefix_tokens=2 * model.config.sequence_len)  # of the turns before
+    chat = Chat(engine, args.source, args.max_tokens, args.system, **sampling)
     if question is None:
         print(f"{meta['model_tag']}, step {meta['step']}.", end=" ")
         return converse(chat, base_dir() / "chat_history", args.verbose)

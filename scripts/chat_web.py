@@ -31,7 +31,7 @@ def build_parser():
     add("--cors", nargs="*", help="other sites whose pages may use this server (default: those of this machine)")
     add("--max_rows", type=int, default=32, help="answers in a batch, per model (default 32)")
     add("--max_queue", type=int, default=64, help="answers that may wait, per model; more get 429 (default 64)")
-    add("--prefix_tokens", type=int, default=16384, help="tokens kept of conversations for their next turns, per model")
+    add("--prefix_tokens", type=int, default=8192, help="tokens kept of conversations for their next turns, per model")
     add("--request_timeout", type=float, default=600, help="seconds an answer may take (default 600)")
     add("--shutdown_timeout", type=int, default=3, help="seconds that answers have to finish at the end (default 3)")
     add("--device_type", default="", help="cuda, mps or cpu (default: the first one there is)")

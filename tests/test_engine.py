@@ -350,16 +350,18 @@ def test_cancelled_rows_leave_wherever_they_are(monkeypatch):
     assert [row.finish for row in (*decoding, *prefilling, *waiting)] == ["cancelled"] * 3
 
 
-def test_a_prompt_goes_on_from_what_is_kept(engine, model):
+def test_a_prompt_goes_on_from_what_is_kept(model):
+    engine = Engine(model, ByteTokenizer(), prefix_tokens=300)
+    plain = Engine(model, ByteTokenizer())
     turns = [random_ids(1, n)[0].tolist() for n in (40, 30)]
-    loop = DecodeLoop(engine, max_rows=4, prefix_tokens=300)
+    loop = DecodeLoop(engine, max_rows=4)
     history, cached = [], []
     for turn in turns:
         history += turn
         (row,) = loop.submit(Request(history, max_tokens=8, temperature=0))
         while loop.busy:
             loop.step()
-        (alone,) = engine.generate_many([Request(history, max_tokens=8, temperature=0)])
+        (alone,) = plain.generate_many([Request(history, max_tokens=8, temperature=0)])
         assert row.tokens == alone.tokens
         cached.append(row.cached)
         history = history + row.tokens
@@ -370,7 +372,8 @@ def test_a_prompt_goes_on_from_what_is_kept(engine, model):
 
 
 def test_the_prefixes_kept_are_bounded_and_the_least_recently_used_goes_first():
-    loop = DecodeLoop(Engine(ScriptedModel(lambda sequence: 65), ByteTokenizer()), max_rows=1, prefix_tokens=60)
+    engine = Engine(ScriptedModel(lambda sequence: 65), ByteTokenizer(), prefix_tokens=60)
+    loop = DecodeLoop(engine, max_rows=1)
 
     def cached(token, n=24):
         (row,) = loop.submit(Request([token] * n, max_tokens=1))
@@ -379,7 +382,7 @@ def test_the_prefixes_kept_are_bounded_and_the_least_recently_used_goes_first():
         return row.cached
 
     assert [cached(66), cached(67), cached(66), cached(68), cached(66), cached(67)] == [0, 0, 23, 0, 23, 0]
-    assert loop.prefixes.held <= 60 and cached(69, n=63) == 0 and loop.prefixes.held <= 60
+    assert engine.prefixes.held <= 60 and cached(69, n=63) == 0 and engine.prefixes.held <= 60
 
 
 def test_top_p_and_min_p_cut_the_tail():
