@@ -46,7 +46,7 @@ class KVCache:
             if self.uniform:
                 kept[:B, :, S - T : S] = new
             else:
-                kept[self.rows, :, self.positions] = new.transpose(1, 2)
+                kept[self.rows, :, self.positions] = new.transpose(1, 2).to(kept.dtype)
         return tuple(self.data[layer, :, :B, :, :S])
 
     def advance(self, T):

@@ -72,8 +72,7 @@ def _serve(connection, loop):
             for key in jobs:
                 connection.send(("error", key, "the engine failed, see the server's log"))
             jobs = {}
-            loop = DecodeLoop(loop.engine, loop.max_rows)
-            continue
+            loop, stepped = DecodeLoop(loop.engine, loop.max_rows), []
         keys = {row: key for key, rows in jobs.items() for row in rows}
         events = []
         for row in stepped:

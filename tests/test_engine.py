@@ -165,6 +165,10 @@ def test_the_cpu_decoder_gives_the_models_logits(n_kv_head, dtype, tolerance):
         cache = engine.prefill([prompts[i][:-1] for i in rows])
         logits = engine.forward([prompts[i][-1:] for i in rows], cache)
         torch.testing.assert_close(logits, torch.stack([expected[i] for i in rows]), atol=tolerance, rtol=0)
+    cache = engine.prefill([prompt[:-3] for prompt in prompts])
+    engine.forward([prompt[-3:-1] for prompt in prompts], cache)  # a chunk, behind rows of unequal lengths
+    logits = engine.forward([prompt[-1:] for prompt in prompts], cache)
+    torch.testing.assert_close(logits, torch.stack(expected), atol=tolerance, rtol=0)
     again = model(torch.tensor([prompts[0]]), last_only=True)[0, -1]  # its weights are views now
     torch.testing.assert_close(again, expected[0], atol=0, rtol=0)
 
