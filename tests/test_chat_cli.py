@@ -3,8 +3,6 @@
 import contextlib
 import json
 import os
-import pty
-import select
 import shlex
 import stat
 import subprocess
@@ -365,50 +363,6 @@ def test_no_question_at_all(monkeypatch, flag, closed):
         monkeypatch.setattr(sys, "stdin", stdin)
         with pytest.raises(UserError, match="the question is empty"):
             chat_cli.read_question(flag)
-
-
-# The terminal on standard input becomes the one that controls the program, so that Ctrl-C is a signal.
-IN_TERMINAL = """
-import fcntl, runpy, termios
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-runpy.run_module("scripts.chat_cli", run_name="__main__")
-"""
-
-
-def in_terminal(talk):
-    """Run the program in a terminal; `talk(expect, send)` plays the user. Returns (exit code, all that was shown)."""
-    master, slave = pty.openpty()
-    command = [sys.executable, "-c", IN_TERMINAL, *FLAGS]
-    terminal = {"stdin": slave, "stdout": slave, "stderr": slave, "start_new_session": True}
-    process = subprocess.Popen(command, env=environment(), **terminal)
-    os.close(slave)
-    shown, seen = bytearray(), 0
-
-    def read():
-        """More of what is shown; b"" at its end."""
-        assert select.select([master], [], [], 60)[0], f"nothing more after {bytes(shown)!r}"
-        try:
-            return os.read(master, 4096)
-        except OSError:  # how Linux tells that the other side is closed
-            return b""
-
-    def expect(text):
-        nonlocal seen
-        while (found := shown.find(text, seen)) < 0:
-            data = read()
-            assert data, f"{text!r} not in {bytes(shown[seen:])!r}"
-            shown.extend(data)
-        seen = found + len(text)
-
-    try:
-        talk(expect, lambda data: os.write(master, data))
-        while data := read():
-            shown.extend(data)
-        return process.wait(60), bytes(shown)
-    finally:
-        process.kill()
-        process.wait()
-        os.close(master)
 
 
 @pytest.mark.parametrize("typed, prompts", [("", 2), ("half a line", 3)])
