@@ -101,30 +101,29 @@ class Answer:
     def __init__(self, tokenizer, index=0, stop=(), stop_tokens=()):
         self.tokenizer, self.index, self.stop_tokens = tokenizer, index, stop_tokens
         self.stream = TextStream(tokenizer, stop)
-        self.special = {tokenizer.encode_special(f"<|{name}|>"): name for name in ("python_start", "python_end")}
-        self.special[tokenizer.encode_special("<|output_start|>")] = "output_start"
+        self.python_start, self.python_end = map(tokenizer.encode_special, ("<|python_start|>", "<|python_end|>"))
         self.text, self.steps, self.logprobs = "", [], []
         self.call, self.result = None, None  # of a step that is not finished
         self.unseen = []  # log-probabilities of tokens whose text is held back
         self.n_told = 0  # of the log-probabilities
-        self.n_tokens, self.finish = 0, None
+        self.n_tokens, self.cached, self.finish = 0, 0, None
 
     def push(self, token, logprobs, finish):
         """The delta that this token brings, {} when there is nothing to show yet."""
         self.n_tokens += 1
-        was = self.stream.kind
-        kind, piece = (was, "") if finish == "stop" and token in self.stop_tokens else self.stream.push(token)
-        delta, name = {}, self.special.get(token)
-        if name == "python_start":
+        was, ends = self.stream.kind, finish == "stop" and token in self.stop_tokens
+        kind, piece = (was, "") if ends else self.stream.push(token)
+        delta, unwritten = {}, ends or token in self.stream.hidden or token in self.stream.parts
+        if token == self.python_start:
             delta |= self._step()
             self.call = ""
         elif kind == "python" and self.call is not None:
             self.call += piece
         elif kind == "output":
             self.result = (self.result or "") + piece
-        if kind == "text" and was == "text" and logprobs and self._is_text(token, finish):
+        if kind == "text" and was == "text" and logprobs and not unwritten:
             self.unseen.append((token, logprobs))
-        if self.call is not None and self.stream.kind == "text" and name != "python_end":
+        if self.call is not None and self.stream.kind == "text" and token != self.python_end:
             delta |= self._step()  # the output has ended, or there is none
         if finish:
             self.finish = finish
@@ -138,10 +137,6 @@ class Answer:
             self.logprobs += self.unseen[: None if not self.stream.stopped else self._kept()]
             self.unseen = []
         return delta
-
-    def _is_text(self, token, finish):
-        ends = finish == "stop" and token in self.stop_tokens
-        return not ends and token not in self.stream.hidden and token not in self.stream.parts
 
     def _step(self):
         """The finished step of the calculator, if there is one."""
@@ -185,10 +180,10 @@ def chat_logprobs(tokenizer, entries):
     }
 
 
-def text_logprobs(tokenizer, entries, offset=0):
+def text_logprobs(tokenizer, entries):
     """The older form, of plain completions; `entries` as above, or (token, None) for the first of a prompt."""
     tokens = [tokenizer.decode([token]) for token, _ in entries]
-    offsets, bos = [], tokenizer.get_bos_token_id()
+    offsets, offset, bos = [], 0, tokenizer.get_bos_token_id()
     for (token, _), text in zip(entries, tokens, strict=True):
         offsets.append(offset)
         offset += 0 if token == bos else len(text)  # which is no part of the text
@@ -200,7 +195,12 @@ def text_logprobs(tokenizer, entries, offset=0):
     }
 
 
-def usage(n_prompt, n_completion, n_cached):
+def usage(answers, n_prompt):
+    """Of the answers to a prompt of `n_prompt` tokens, which is counted once."""
+    return token_counts(n_prompt, sum(answer.n_tokens for answer in answers), answers[0].cached)
+
+
+def token_counts(n_prompt, n_completion, n_cached):
     return {
         "prompt_tokens": n_prompt,
         "completion_tokens": n_completion,

@@ -11,7 +11,7 @@ import uuid
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from nanochat.api import MAX_CHARS, Answer, ApiError, chat_logprobs, envelope, text_logprobs, usage
+from nanochat.api import MAX_CHARS, Answer, ApiError, chat_logprobs, envelope, text_logprobs, token_counts, usage
 from nanochat.common import UserError
 from nanochat.tokenizer import get_tokenizer
 from nanochat.worker import Worker, WorkerError
@@ -99,9 +99,8 @@ class Service:
 
     def plain_prompts(self, prompt):
         """The prompts' tokens, a list for each prompt."""
-        prompts = prompt if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else [prompt]
         found, size = [], self.tokenizer.get_vocab_size()
-        for one in prompts:
+        for one in list_of_prompts(prompt):
             if isinstance(one, str):
                 one = self.tokenizer.encode(one.encode("utf-8", "replace").decode(), prepend="<|bos|>")
             if not one:
@@ -161,7 +160,7 @@ class Service:
         async with contextlib.aclosing(worker.generate(key, tokens=tokens, **settings)) as batches:
             async for batch in batches:
                 now, deltas = time.perf_counter(), []
-                for sample, token, _, logprobs, finish, cached in batch:
+                for sample, token, logprobs, finish, cached in batch:
                     if not seen:
                         self.metrics.first.observe(now - start)
                         self.metrics.cached.inc(cached)
@@ -212,24 +211,26 @@ async def chat(service, body):
     deltas = await with_first(service.answers(worker, key, tokens, settings))
     if body.stream:
         return chat_chunks(service, deltas, key, model, len(tokens), body)
-    answers = {}
-    async with contextlib.aclosing(deltas):
-        async for batch in deltas:
-            answers |= {answer.index: answer for answer, _ in batch}
+    answers = await collected(deltas)
     choices = [
         {
-            "index": i,
+            "index": answer.index,
             "message": answer.message(),
             "finish_reason": answer.finish,
             "logprobs": chat_logprobs(service.tokenizer, answer.logprobs) if body.logprobs else None,
         }
-        for i, answer in sorted(answers.items())
+        for answer in answers
     ]
-    n = sum(answer.n_tokens for answer in answers.values())
-    return envelope("chat.completion", key, model) | {
-        "choices": choices,
-        "usage": usage(len(tokens), n, answers[0].cached),
-    }
+    return envelope("chat.completion", key, model) | {"choices": choices, "usage": usage(answers, len(tokens))}
+
+
+async def collected(deltas):
+    """The answers, in their order, when all are complete."""
+    answers = {}
+    async with contextlib.aclosing(deltas):
+        async for batch in deltas:
+            answers |= {answer.index: answer for answer, _ in batch}
+    return [answers[i] for i in sorted(answers)]
 
 
 async def chat_chunks(service, deltas, key, model, n_prompt, body):
@@ -257,8 +258,7 @@ async def chat_chunks(service, deltas, key, model, n_prompt, body):
                 if answer.finish:
                     yield chunk(answer, {}, answer.finish)
     if with_usage:
-        n = sum(answer.n_tokens for answer in answers.values())
-        yield head | {"choices": [], "usage": usage(n_prompt, n, answers[0].cached)}
+        yield head | {"choices": [], "usage": usage([*answers.values()], n_prompt)}
 
 
 def merged(batch):
@@ -273,6 +273,11 @@ def merged(batch):
     return found
 
 
+def list_of_prompts(prompt):
+    """A prompt may be one text or list of ids, or a list of such."""
+    return prompt if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else [prompt]
+
+
 def check_stream(body):
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options needs stream=true", param="stream_options")
@@ -282,8 +287,7 @@ async def complete(service, body):
     """The same for plain text, and any number of prompts."""
     check_stream(body)
     n = body.n or 1
-    several = isinstance(body.prompt, list) and body.prompt and not isinstance(body.prompt[0], int)
-    worker = service.worker(n * (len(body.prompt) if several else 1))
+    worker = service.worker(n * len(list_of_prompts(body.prompt)))
     service.check_model(body.model)
     if body.max_tokens == 0 and not body.echo:
         raise ApiError(400, "max_tokens=0 needs echo=true", param="max_tokens")
@@ -308,7 +312,7 @@ async def complete(service, body):
     for i, choice in enumerate(choices):
         choice["index"] = i
     totals = [sum(numbers) for numbers in zip(*(counts for _, counts in results), strict=True)]
-    return head | {"choices": choices, "usage": usage(*totals)}
+    return head | {"choices": choices, "usage": token_counts(*totals)}
 
 
 async def complete_one(service, worker, key, tokens, settings, body, max_tokens):
@@ -323,17 +327,13 @@ async def complete_one(service, worker, key, tokens, settings, body, max_tokens)
         service.metrics.prompt.inc(len(tokens))
         logprobs = text_logprobs(tokenizer, scored) if body.logprobs is not None else None
         return [text_choice(prompt, "length", logprobs)], (len(tokens), 0, 0)
-    answers = {}
-    async with contextlib.aclosing(service.answers(worker, key, tokens, settings)) as deltas:
-        async for batch in deltas:
-            answers |= {answer.index: answer for answer, _ in batch}
+    answers = await collected(service.answers(worker, key, tokens, settings))
     choices = []
-    for _, answer in sorted(answers.items()):
+    for answer in answers:
         entries = scored + answer.logprobs
         logprobs = text_logprobs(tokenizer, entries) if body.logprobs is not None else None
         choices.append(text_choice(prompt + answer.text, answer.finish, logprobs))
-    n = sum(answer.n_tokens for answer in answers.values())
-    return choices, (len(tokens), n, answers[0].cached)
+    return choices, (len(tokens), sum(answer.n_tokens for answer in answers), answers[0].cached)
 
 
 async def text_chunks(service, deltas, head, tokens, body):
@@ -353,8 +353,7 @@ async def text_chunks(service, deltas, head, tokens, body):
                 if text or answer.finish:
                     yield head | {"choices": [text_choice(text, answer.finish, logprobs, answer.index)]}
     if with_usage:
-        n = sum(answer.n_tokens for answer in answers.values())
-        yield head | {"choices": [], "usage": usage(len(tokens), n, answers[0].cached)}
+        yield head | {"choices": [], "usage": usage([*answers.values()], len(tokens))}
 
 
 def text_choice(text, finish, logprobs, index=0):

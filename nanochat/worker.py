@@ -3,7 +3,7 @@ An engine in a process of its own, so that the server's event loop never compute
 
 The two talk over a pipe. To the worker: ("submit", id, settings of a Request), ("cancel", id), ("score", id, tokens,
 top). Back: ("ready", what it runs), ("failed", why), ("step", events, load), ("scored", id, result) and ("error", id,
-why); an event is (id, sample, token, sampled, log-probabilities or None, finish or None, cached tokens).
+why); an event is (id, sample, token, log-probabilities or None, finish or None, cached tokens).
 """
 
 import asyncio
@@ -77,7 +77,7 @@ def _serve(connection, loop):
         events = []
         for row in stepped:
             logprobs = row.logprobs[-1] if row.logprobs else None
-            events.append((keys[row], row.sample, row.tokens[-1], row.mask[-1], logprobs, row.finish, row.cached))
+            events.append((keys[row], row.sample, row.tokens[-1], logprobs, row.finish, row.cached))
         jobs = {key: rows for key, rows in jobs.items() if not all(row.finish for row in rows)}
         held = loop.engine.prefixes.held if loop.engine.prefixes else 0
         connection.send(("step", events, {"rows": len(loop.rows), "waiting": len(loop.waiting), "cached_tokens": held}))
@@ -171,7 +171,7 @@ class Worker:
                 for event in events:
                     if isinstance(event, WorkerError):
                         raise event
-                ended += sum(event[4] is not None for event in events)
+                ended += sum(event[3] is not None for event in events)
                 yield events
         finally:
             timer.cancel()
