@@ -12,6 +12,12 @@ import socket
 from nanochat.cli import make_parser, parse_args, run
 from nanochat.common import UserError, server_api_key
 
+BOUNDS = {
+    **{"num_gpus": (1, 1024), "num_workers": (1, 1024), "max_rows": (1, 4096), "max_queue": (0, 1_000_000)},
+    **{"temperature": (0, 2), "top_k": (0, 1_000_000), "max_tokens": (1, 1_000_000), "prefix_tokens": (0, 10**9)},
+    **{"request_timeout": (0.1, 10**6), "shutdown_timeout": (0, 10**6)},
+}
+
 
 def build_parser():
     parser = make_parser("scripts.chat_web", __doc__)
@@ -53,9 +59,10 @@ def listen(host, port):
 
 def main(argv=None):
     args = parse_args(build_parser(), argv)
-    for flag, least in {"num_gpus": 1, "max_rows": 1, "max_queue": 0, "max_tokens": 1, "prefix_tokens": 0}.items():
-        if getattr(args, flag) < least:
-            raise UserError(f"--{flag}={getattr(args, flag)}: give {least} or more")
+    for flag, (least, most) in BOUNDS.items():
+        value = getattr(args, flag)
+        if value is not None and not least <= value <= most:  # nan is outside, too
+            raise UserError(f"--{flag}={value}: give {least} to {most:,}")
     options = vars(args) | {"num_workers": args.num_workers or args.num_gpus}
 
     import uvicorn

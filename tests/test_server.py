@@ -34,9 +34,10 @@ from conftest import ROOT
 from prometheus_client.parser import text_string_to_metric_families
 
 from nanochat.checkpoint_manager import checkpoint_dir, save_checkpoint
-from nanochat.common import Compute
+from nanochat.common import Compute, UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import get_tokenizer
+from scripts import chat_web
 
 pytestmark = pytest.mark.slow
 MODEL, LONG_MODEL, CONTEXT = "nanochat-d2-sft", "nanochat-long-sft", 256
@@ -1081,3 +1082,11 @@ def test_the_schema_is_kept(server, tmp_path, mode):
     command += ["--generation-allow-x00=false", "--continue-on-failure", "--request-timeout=60"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "flag", ["--num_workers=-1", "--temperature=-1", "--temperature=nan", "--top_k=-3", "--request_timeout=-5"]
+)
+def test_an_absurd_setting_is_refused_at_once(flag):
+    with pytest.raises(UserError, match=f"{flag}(.0)?: give"):
+        chat_web.main([flag])
