@@ -1,68 +1,101 @@
 """
-One decoding step on a CPU, with as few operations as may be.
+The forward pass over a few tokens on a CPU: a step of decoding, or a short prompt.
 
-A step reads every weight once, and the memory sets its pace; but the hundreds of small operations of the model's own
-forward pass would take as long again. So queries, keys and values come from one matrix, and the stream between the
-layers and the attention are in float32, which CPUs are quicker with than with bfloat16.
+A step reads every weight once, and the memory sets its pace; the hundreds of small operations of the model's own
+forward pass would take as long again. So the extension does all of it in one call (rustbpe/src/decoder.rs), from the
+weights as they lie in torch's tensors, with activations in float32. A row's logits are the same to the bit whatever
+rows are beside it.
 """
 
-import math
+import contextlib
 
+import rustbpe
 import torch
-import torch.nn.functional as F
 
-from nanochat.gpt import SOFTCAP
-
-
-def project(x, weight):
-    """F.linear. For few rows in float32 a wide product reads the weights twice as fast from the other side."""
-    B, (n_out, n_in) = len(x), weight.shape
-    if x.dtype != torch.float32 or B > 4 or n_out < n_in:
-        return F.linear(x, weight)
-    x = torch.cat((x, x)) if B == 1 else x  # not of a single row, which takes the slow way again
-    return (weight @ x.t()).t()[:B]
-
-
-def norm(x):
-    """gpt.norm, of float32 and in fewer operations."""
-    return F.normalize(x, dim=-1) * math.sqrt(x.size(-1))
+from nanochat.gpt import NORM_EPS, SOFTCAP
 
 
 class CPUDecoder:
-    """Steps of `model`, a GPT on a CPU that is not trained any more: its weights are from here on views of ours."""
+    """
+    Forward passes of `model`, a GPT on a CPU that is not trained any more: its weights are from here on views of ours.
 
-    def __init__(self, model):
+    With `quantize` the blocks' matrices and the head are held in int8 too, with a scale for each row, and the model's
+    own weights become what these stand for.
+    """
+
+    def __init__(self, model, quantize=False):
         c = self.config = model.config
-        self.model, self.layers = model, []
+        self.model, self.kept = model, []  # tensors that the extension has the addresses of
+        layers = []
         for block in model.transformer.h:
             attn = block.attn
             parts = [attn.c_q, attn.c_k, attn.c_v]
             qkv = torch.cat([part.weight.data for part in parts])
             for part, view in zip(parts, qkv.split([part.out_features for part in parts]), strict=True):
                 part.weight.data = view  # so that nothing is held twice
-            self.layers.append((qkv, attn.c_proj.weight, block.mlp.c_fc.weight, block.mlp.c_proj.weight))
-        self.sizes = [(c.n_head + c.n_kv_head) * c.head_dim, c.n_kv_head * c.head_dim]
+            weights = [qkv, attn.c_proj.weight, block.mlp.c_fc.weight, block.mlp.c_proj.weight]
+            layers.append([self._place(weight, quantize) for weight in weights])
+        self.inner = rustbpe.Decoder(
+            self._place(model.transformer.wte.weight),
+            layers,
+            self._place(model.lm_head.weight[: c.vocab_size], quantize),
+            (c.n_head, c.n_kv_head, c.head_dim),
+            NORM_EPS,
+            SOFTCAP,
+        )
 
-    @torch.inference_mode()
-    def __call__(self, ids, cache):
-        """Logits (B, V) in float32 after ids (B,), which join `cache`."""
-        c, (n_qk, n_v) = self.config, self.sizes
-        B, dtype = len(ids), self.layers[0][0].dtype
-        positions, mask = cache.begin(1)
-        cos, sin = (table[positions] for table in self.model.rotary(cache.max_position(1)))  # (B, 1, D / 2)
-        cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)
-        gqa = c.n_head != c.n_kv_head
-        x = norm(F.embedding(ids, self.model.transformer.wte.weight).float())
-        for layer, (w_qkv, w_proj, w_up, w_down) in enumerate(self.layers):
-            qk, v = project(norm(x).to(dtype), w_qkv).float().split((n_qk, n_v), -1)
-            qk = qk.view(B, -1, c.head_dim)
-            qk = torch.addcmul(qk * cos, qk.roll(c.head_dim // 2, -1), sin)
-            q, k = norm(qk).unsqueeze(2).split((c.n_head, c.n_kv_head), 1)
-            k, v = cache.insert(layer, k, v.view(B, -1, 1, c.head_dim))
-            y = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=gqa)
-            x = x + project(y.view(B, -1).to(dtype), w_proj)
-            up = project(norm(x).to(dtype), w_up)
-            x = x + project(up.relu_().square_(), w_down)
-        cache.advance(1)
-        logits = project(norm(x).to(dtype), self.model.lm_head.weight)[:, : c.vocab_size].float()
-        return logits.div_(SOFTCAP).tanh_().mul_(SOFTCAP)
+    def _place(self, weight, quantize=False):
+        """Where the extension finds a matrix."""
+        weight, scales = weight.data, None
+        if quantize:
+            whole, scales = to_int8(weight)
+            weight.copy_(whole * scales)
+            weight = whole
+        self.kept += [weight, scales]
+        dtype = str(weight.dtype).removeprefix("torch.")
+        return dtype, weight.data_ptr(), *weight.shape, 0 if scales is None else scales.data_ptr()
+
+    def is_quick(self, n):
+        """Whether it is quicker with `n` tokens than the model, whose products are, with many, by units for bfloat16."""
+        if self.model.lm_head.weight.dtype == torch.float32:
+            return n <= 256
+        return n * self.config.n_embd**2 <= 8e6
+
+    def __call__(self, tokens, cache, logits=True):
+        """
+        Logits (B, V) in float32 after `tokens`, a list of one id for each row, which join `cache`.
+
+        Without `logits` the lists may be of any lengths, and nothing is returned.
+        """
+        c, counts = self.config, [len(ids) for ids in tokens]
+        lengths = [n + new for n, new in zip(cache.lengths, counts, strict=True)]
+        cache.reserve(len(tokens), max(lengths), c.n_kv_head, c.head_dim, torch.float32)
+        cos, sin = self.model.rotary(max(lengths))
+        out = torch.empty(sum(counts), c.vocab_size) if logits else None
+        self.inner.forward(
+            tokens,
+            cache.lengths,
+            (cache.data.data_ptr(), cache.data.size(2), cache.data.size(4)),
+            (cos.data_ptr(), sin.data_ptr()),
+            out.data_ptr() if logits else None,
+            torch.get_num_threads(),
+        )
+        cache.lengths = lengths
+        return out
+
+
+def to_int8(weight):
+    """(int8, scales): `weight` (n_out, n_in) in whole numbers, of which each row has a unit of its own (n_out, 1)."""
+    scales = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+    return (weight.float() / scales).round().to(torch.int8), scales
+
+
+@contextlib.contextmanager
+def one_thread():
+    """torch on one thread: after an operation the others spin for a while, where the decoder's would run next."""
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n)

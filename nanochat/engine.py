@@ -19,7 +19,7 @@ import torch
 
 from nanochat.calculator import calculate
 from nanochat.common import UserError
-from nanochat.cpu_decode import CPUDecoder
+from nanochat.cpu_decode import CPUDecoder, one_thread
 from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache, PrefixCache
 from nanochat.text_stream import TextStream
@@ -162,12 +162,8 @@ class Prefill:
 
     def advance(self, max_tokens):
         """One pass over at most `max_tokens` tokens, but at least one a row."""
-        n = max(1, min(max_tokens // len(self.left), max(map(len, self.left))))
-        chunk = [tokens[:n] for tokens in self.left]
-        lengths = [have + len(new) for have, new in zip(self.cache.lengths, chunk, strict=True)]
-        # causal attention: what is padded on the right changes nothing before it
-        self.engine.forward([tokens + [0] * (n - len(tokens)) for tokens in chunk], self.cache)
-        self.cache.lengths = lengths
+        n = max(1, max_tokens // len(self.left))
+        self.engine.fill([tokens[:n] for tokens in self.left], self.cache)
         self.left = [tokens[n:] for tokens in self.left]
 
 
@@ -215,8 +211,10 @@ class DecodeLoop:
         if not rows:
             return []
         last = [row.tokens[-1] if row.tokens else row.request.tokens[-1] for row in rows]
-        logits = self.engine.forward([[token] for token in last], self.cache)
-        for row, token, sampled in zip(rows, *self._next_tokens(logits), strict=True):
+        logits = self.engine.forward(last, self.cache)
+        with self.engine.quiet():
+            drawn = self._next_tokens(logits)
+        for row, token, sampled in zip(rows, *drawn, strict=True):
             self.engine.take(row, token, sampled)
         self._leave()
         return rows
@@ -320,13 +318,31 @@ class Engine:
         dtype = torch.float32 if self.decoder else None
         return KVCache(self.model.config.n_layer, device=self.model.get_device(), dtype=dtype)
 
-    def forward(self, ids, cache):
-        """Logits (B, V) after the last of `ids` (B lists of one length), which join `cache`."""
-        ids = torch.tensor(ids, device=self.model.get_device())
-        if self.decoder and ids.size(1) == 1:
-            return self.decoder(ids[:, 0], cache)
-        with self.compute.autocast() if self.compute else contextlib.nullcontext():
-            return self.model(ids, kv_cache=cache, last_only=True)[:, -1]
+    def quiet(self):
+        """Context for small operations of torch: its threads would spin for a while where the decoder's run next."""
+        return one_thread() if self.decoder else contextlib.nullcontext()
+
+    def precision(self):
+        return self.compute.autocast() if self.compute else contextlib.nullcontext()
+
+    def forward(self, tokens, cache):
+        """Logits (B, V) after `tokens`, one per row, which join `cache`."""
+        if self.decoder:
+            return self.decoder([[token] for token in tokens], cache)
+        ids = torch.tensor(tokens, device=self.model.get_device())[:, None]
+        with self.precision():
+            return self.model(ids, kv_cache=cache)[:, -1]
+
+    def fill(self, tokens, cache):
+        """Let `tokens`, a list of any length for each row, join `cache`."""
+        if self.decoder and self.decoder.is_quick(sum(map(len, tokens))):
+            return self.decoder(tokens, cache, logits=False)
+        n, lengths = max(map(len, tokens)), [have + len(new) for have, new in zip(cache.lengths, tokens, strict=True)]
+        # causal attention: what is padded on the right changes nothing before it
+        ids = torch.tensor([ids + [0] * (n - len(ids)) for ids in tokens], device=self.model.get_device())
+        with self.precision():
+            self.model.hidden(ids, cache, fill_only=True)
+        cache.lengths = lengths
 
     def prefill(self, prompts):
         """A cache with one row per prompt (lists of ids of any lengths, also 0)."""
@@ -339,7 +355,7 @@ class Engine:
     def score(self, tokens, top):
         """What log_probabilities() says of each of `tokens` after those before it; None for the first."""
         ids = torch.tensor([tokens], device=self.model.get_device())
-        with self.compute.autocast() if self.compute else contextlib.nullcontext():
+        with self.precision():
             logits = self.model(ids)[0, :-1]
         return [None, *(log_probabilities(x, token, top) for x, token in zip(logits, tokens[1:], strict=True))]
 
@@ -347,7 +363,7 @@ class Engine:
     def next_logits(self, prompts):
         """Logits (B, V) of the token after each of `prompts` (lists of ids, of any lengths from 1)."""
         cache = self.prefill([prompt[:-1] for prompt in prompts])
-        return self.forward([prompt[-1:] for prompt in prompts], cache)
+        return self.forward([prompt[-1] for prompt in prompts], cache)
 
     def take(self, row, token, sampled):
         """Give `row` its next token: ends it, or moves its calculator along."""

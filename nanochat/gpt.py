@@ -89,13 +89,16 @@ class CausalSelfAttention(nn.Module):
         self.c_v = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
+    def keys_and_values(self, x, cos, sin):
+        """Those of x (B, T, C), each (B, Hkv, T, D)."""
+        k, v = (linear(x).unflatten(-1, (self.n_kv_head, self.head_dim)) for linear in (self.c_k, self.c_v))
+        return norm(rotate(k, cos, sin)).transpose(1, 2), v.transpose(1, 2)
+
     def forward(self, x, cos, sin, kv_cache, mask):
         B, T, C = x.shape
         q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
-        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
-        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
         q = norm(rotate(q, cos, sin)).transpose(1, 2)
-        k = norm(rotate(k, cos, sin)).transpose(1, 2)
+        k, v = self.keys_and_values(x, cos, sin)
         gqa, causal = self.n_head != self.n_kv_head, mask is None and T > 1
         if kv_cache is not None:
             held = kv_cache.insert(self.layer, k, v)
@@ -192,8 +195,12 @@ class GPT(nn.Module):
                 self._rotary = angles.cos(), angles.sin()
         return self._rotary
 
-    def hidden(self, idx, kv_cache=None):
-        """Final normed activations (B, T, C) of token ids (B, T), before the head."""
+    def hidden(self, idx, kv_cache=None, fill_only=False):
+        """
+        Final normed activations (B, T, C) of token ids (B, T), before the head.
+
+        With `fill_only` the tokens join the cache, the rest of the last layer is left out, and the result is None.
+        """
         T = idx.size(1)
         if kv_cache is None:
             positions, mask = slice(0, T), None
@@ -206,13 +213,15 @@ class GPT(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = norm(x)
         for block in self.transformer.h:
-            if self.grad_checkpoint and torch.is_grad_enabled():
+            if fill_only and block is self.transformer.h[-1]:
+                kv_cache.insert(block.attn.layer, *block.attn.keys_and_values(norm(x), cos, sin))
+            elif self.grad_checkpoint and torch.is_grad_enabled():
                 x = torch.utils.checkpoint.checkpoint(block, x, cos, sin, None, None, use_reentrant=False)
             else:
                 x = block(x, cos, sin, kv_cache, mask)
         if kv_cache is not None:
             kv_cache.advance(T)
-        return norm(x)
+        return None if fill_only else norm(x)
 
     def forward(self, idx, targets=None, kv_cache=None, loss_reduction="mean", last_only=False):
         """

@@ -41,7 +41,7 @@ class KVCache:
         B, H, T, D = k.shape
         assert B == len(self.lengths), f"{B} rows for a cache of {len(self.lengths)}"
         S = self.max_position(T)
-        self._reserve(B, S, like=k)
+        self.reserve(B, S, H, D, self.dtype or k.dtype)
         for kept, new in zip(self.data[layer], (k, v), strict=True):
             if self.uniform:
                 kept[:B, :, S - T : S] = new
@@ -57,13 +57,13 @@ class KVCache:
         first, self.lengths = len(self.lengths), self.lengths + [other.lengths[r] for r in rows]
         S = max((other.lengths[r] for r in rows), default=0)
         if S:
-            self._reserve(len(self.lengths), max(self.lengths), like=other.data)
+            self._reserve_like(len(self.lengths), max(self.lengths), other.data)
             self.data[:, :, first : len(self.lengths), :, :S] = other.data[:, :, rows, :, :S]
 
     def restore(self, row, data):
         """Let `row`, which is empty, hold the tokens of `data` (n_layer, 2, Hkv, tokens, D)."""
         n = data.size(-2)
-        self._reserve(len(self.lengths), n, like=data)
+        self._reserve_like(len(self.lengths), n, data)
         self.data[:, :, row, :, :n] = data
         self.lengths[row] = n
 
@@ -73,21 +73,23 @@ class KVCache:
         lengths = [self.lengths[r] for r in rows]
         S = max((lengths[to] for to, _ in moved), default=0)
         if S:
-            self._reserve(len(rows), S, like=self.data)
+            self._reserve_like(len(rows), S, self.data)
             to, source = zip(*moved, strict=True)
             self.data[:, :, list(to), :, :S] = self.data[:, :, list(source), :, :S]
         self.lengths = lengths
 
-    def _reserve(self, rows, columns, like):
-        """Room for `rows` and `columns`; `like` (..., Hkv, columns, D) gives heads, their size, dtype."""
+    def _reserve_like(self, rows, columns, data):
+        self.reserve(rows, columns, data.size(-3), data.size(-1), self.dtype or data.dtype)
+
+    def reserve(self, rows, columns, heads, head_dim, dtype):
+        """Make room for `rows` and `columns`."""
         have_rows, have_columns = (0, 0) if self.data is None else (self.data.size(2), self.data.size(4))
         if rows <= have_rows and columns <= have_columns:
             return
         rows = have_rows if rows <= have_rows else max(rows, 2 * have_rows)
         columns = have_columns if columns <= have_columns else max(columns + SPARE_COLUMNS, 2 * have_columns)
-        shape = (self.n_layer, 2, rows, like.size(-3), columns, like.size(-1))
-        # not empty: a masked NaN would still spread
-        grown = torch.zeros(shape, dtype=self.dtype or like.dtype, device=self.device)
+        shape = (self.n_layer, 2, rows, heads, columns, head_dim)
+        grown = torch.zeros(shape, dtype=dtype, device=self.device)  # not empty: a masked NaN would still spread
         if self.data is not None:
             grown[:, :, :have_rows, :, :have_columns] = self.data
         self.data = grown

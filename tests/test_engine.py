@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nanochat.common import UserError
+from nanochat.cpu_decode import CPUDecoder
 from nanochat.engine import DecodeLoop, Engine, Request, Row, sample
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kv_cache import KVCache
@@ -46,22 +47,25 @@ class ScriptedModel:
     def get_device(self):
         return torch.device("cpu")
 
-    def __call__(self, idx, kv_cache, last_only):
-        B, T = idx.shape
-        kv_cache.begin(T)
+    def hidden(self, idx, kv_cache, fill_only):
+        assert fill_only
+        self.prefills.append(tuple(idx.shape))
+        self._hold(idx, kv_cache)
+
+    def __call__(self, idx, kv_cache):
+        self.batch_sizes.append(len(idx))
+        logits = torch.zeros(len(idx), 1, VOCAB)
+        for b, sequence in enumerate(self._hold(idx, kv_cache)):
+            wanted = self.script(sequence)
+            logits[b, 0, wanted if isinstance(wanted, list) else [wanted]] = 100.0
+        return logits
+
+    def _hold(self, idx, kv_cache):
+        kv_cache.begin(idx.size(1))
         ids = idx[:, None, :, None].double()  # the cache carries the tokens themselves
         held, _ = kv_cache.insert(0, ids, ids)
-        if T == 1:
-            self.batch_sizes.append(B)
-        else:
-            self.prefills.append((B, T))
-        logits = torch.zeros(B, 1, VOCAB)
-        for b in range(B):
-            sequence = held[b, 0, : kv_cache.lengths[b] + T, 0].long().tolist()
-            wanted = self.script(sequence) if T == 1 else 0
-            logits[b, 0, wanted if isinstance(wanted, list) else [wanted]] = 100.0
-        kv_cache.advance(T)
-        return logits
+        kv_cache.advance(idx.size(1))
+        return [row[0, :n, 0].long().tolist() for row, n in zip(held, kv_cache.lengths, strict=True)]
 
 
 def write(text, prompt_length=1):
@@ -148,29 +152,70 @@ def test_rows_copied_moved_and_joined_go_on_as_if_alone(engine, model):
         close(logits[row], model(torch.tensor([held + more[row].tolist()]))[0, -2:])
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 0.15)])
-@pytest.mark.parametrize("n_kv_head", [4, 2])
-def test_the_cpu_decoder_gives_the_models_logits(n_kv_head, dtype, tolerance):
+def decoder_model(dtype, n_kv_head=4, n_embd=64):
     torch.manual_seed(3)
-    model = GPT(GPTConfig(64, VOCAB, 3, 4, n_kv_head, 64))
+    model = GPT(GPTConfig(512, VOCAB, 3, 4, n_kv_head, n_embd))
     model.init_weights("cpu")
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    model.to(dtype).requires_grad_(False)
+    return model.to(dtype).requires_grad_(False)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-5), (torch.bfloat16, 0.15)])
+@pytest.mark.parametrize("n_kv_head, n_embd", [(4, 64), (2, 64), (1, 96), (4, 416)])  # heads of 16, 24 and 104
+def test_the_cpu_decoder_gives_the_models_logits(n_kv_head, n_embd, dtype, tolerance):
+    model = decoder_model(dtype, n_kv_head, n_embd)
     prompts = [random_ids(1, n)[0].tolist() for n in (9, 20, 14)]
     expected = [model(torch.tensor([prompt]), last_only=True)[0, -1] for prompt in prompts]
     engine = Engine(model, ByteTokenizer())
-    assert engine.decoder is not None
-    for rows in ([0], [0, 1, 2], [1, 1]):  # alone, of unequal lengths, of equal ones
-        cache = engine.prefill([prompts[i][:-1] for i in rows])
-        logits = engine.forward([prompts[i][-1:] for i in rows], cache)
-        torch.testing.assert_close(logits, torch.stack([expected[i] for i in rows]), atol=tolerance, rtol=0)
-    cache = engine.prefill([prompt[:-3] for prompt in prompts])
-    engine.forward([prompt[-3:-1] for prompt in prompts], cache)  # a chunk, behind rows of unequal lengths
-    logits = engine.forward([prompt[-1:] for prompt in prompts], cache)
-    torch.testing.assert_close(logits, torch.stack(expected), atol=tolerance, rtol=0)
+    for is_quick in (lambda n: True, lambda n: False):  # prompts by the decoder, by the model
+        engine.decoder.is_quick = is_quick
+        for rows in ([0], [0, 1, 2], [1, 1]):  # alone, of unequal lengths, of equal ones
+            cache = engine.prefill([prompts[i][:-1] for i in rows])
+            logits = engine.forward([prompts[i][-1] for i in rows], cache)
+            torch.testing.assert_close(logits, torch.stack([expected[i] for i in rows]), atol=tolerance, rtol=0)
+        cache = engine.prefill([prompt[:-3] for prompt in prompts])
+        engine.fill([prompt[-3:-1] for prompt in prompts], cache)  # a chunk, behind rows of unequal lengths
+        logits = engine.forward([prompt[-1] for prompt in prompts], cache)
+        torch.testing.assert_close(logits, torch.stack(expected), atol=tolerance, rtol=0)
     again = model(torch.tensor([prompts[0]]), last_only=True)[0, -1]  # its weights are views now
     torch.testing.assert_close(again, expected[0], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_a_rows_logits_are_the_same_to_the_bit_in_any_company(quantize):
+    decoder = CPUDecoder(decoder_model(torch.bfloat16), quantize)
+    prompts = [random_ids(1, n, seed=n)[0].tolist() for n in range(3, 14)]
+
+    def logits(prompts, chunk=512):
+        cache = KVCache(3, rows=len(prompts))
+        for i in range(0, max(map(len, prompts)) - 1, chunk):
+            decoder([prompt[:-1][i : i + chunk] for prompt in prompts], cache, logits=False)
+        return decoder([prompt[-1:] for prompt in prompts], cache)
+
+    together = logits(prompts)
+    for prompt, row in zip(prompts, together, strict=True):
+        assert torch.equal(logits([prompt])[0], row)
+    assert torch.equal(logits(prompts, chunk=2), together)
+
+
+def test_int8_stays_close_and_the_model_follows():
+    full, model = decoder_model(torch.float32, n_embd=128), decoder_model(torch.float32, n_embd=128)
+    ids, decoder = random_ids(1, 40), CPUDecoder(model, quantize=True)
+    cache = KVCache(3, rows=1)
+    decoder(ids[:, :-1].tolist(), cache, logits=False)
+    logits = decoder(ids[:, -1:].tolist(), cache)[0]
+    torch.testing.assert_close(logits, model(ids)[0, -1], atol=5e-5, rtol=0)  # what prompts are filled with, too
+    off = (logits - full(ids)[0, -1]).abs().max()
+    assert 0 < off < 0.5, off
+
+
+def test_the_decoder_refuses_tokens_and_caches_that_do_not_fit():
+    decoder = CPUDecoder(decoder_model(torch.float32))
+    with pytest.raises(ValueError, match="token 100000"):
+        decoder([[100_000]], KVCache(3, rows=1))
+    with pytest.raises(ValueError, match="cache"):
+        decoder.inner.forward([[1]], [7], (0, 1, 7), (0, 0), None, 1)
 
 
 def test_leftovers_of_former_rows_do_not_leak(engine):

@@ -14,10 +14,16 @@
 //! # Ok::<(), Error>(())
 //! ```
 #![deny(missing_docs)]
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
+#[cfg(feature = "python")]
+#[allow(unsafe_code)] // it works in the memory of torch's tensors
+mod decoder;
 mod error;
 mod key;
+#[cfg(feature = "python")]
+#[allow(unsafe_code)]
+mod matmul;
 mod scanner;
 mod split;
 mod tokenizer;

@@ -1,10 +1,14 @@
 //! The Python module: converts, frees the interpreter for all heavy work, and maps errors.
 
+use std::sync::Arc;
+
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
 use pyo3::types::{PyBytes, PyString};
 
+use crate::decoder::{Cache, Layer, Rotary, Token};
+use crate::matmul::{Matrix, Weights};
 use crate::{Error, GPT4_PATTERN, Splitter, Texts, WordCounter, train};
 
 impl From<Error> for PyErr {
@@ -239,9 +243,91 @@ fn add_array(training: &mut Training<'_>, array: Bound<'_, PyAny>) -> PyResult<(
     Ok(())
 }
 
-/// Byte-level BPE training and encoding in Rust.
+/// The model's forward pass over a few tokens on a CPU, with weights that lie in torch's tensors.
+///
+/// Matrices are (dtype, address, rows, columns, address of the rows' scales or 0), dtype one of "float32", "bfloat16"
+/// and "int8". The caller keeps the memory.
+#[pyclass(module = "rustbpe", frozen)]
+struct Decoder(Arc<crate::decoder::Decoder>);
+
+type Place = (String, usize, usize, usize, usize);
+
+fn matrix((dtype, data, n_out, n_in, scales): Place) -> PyResult<Matrix> {
+    let weights = match &dtype[..] {
+        "float32" => Weights::F32(data as _),
+        "bfloat16" => Weights::Bf16(data as _),
+        "int8" => Weights::I8(data as _, scales as _),
+        other => return Err(PyValueError::new_err(format!("no weights of type {other}"))),
+    };
+    Ok(Matrix { weights, n_out, n_in })
+}
+
+#[pymethods]
+#[allow(unsafe_code)]
+impl Decoder {
+    /// `heads` are (n_head, n_kv_head, head_dim).
+    #[new]
+    fn new(
+        embedding: Place,
+        layers: Vec<[Place; 4]>,
+        head: Place,
+        heads: (usize, usize, usize),
+        eps: f32,
+        softcap: f32,
+    ) -> PyResult<Self> {
+        let layer = |[qkv, proj, up, down]: [Place; 4]| {
+            Ok(Layer { qkv: matrix(qkv)?, proj: matrix(proj)?, up: matrix(up)?, down: matrix(down)? })
+        };
+        let (n_head, n_kv_head, head_dim) = heads;
+        Ok(Self(Arc::new(crate::decoder::Decoder {
+            embedding: matrix(embedding)?,
+            layers: layers.into_iter().map(layer).collect::<PyResult<_>>()?,
+            head: matrix(head)?,
+            n_head,
+            n_kv_head,
+            head_dim,
+            eps,
+            softcap,
+        })))
+    }
+
+    /// Let `tokens`, a list for each row, join a float32 cache (layers, 2, rows, n_kv_head, columns, head_dim) behind
+    /// the `lengths` that its rows have; `rotary` are the addresses of cosines and sines. With an address of `logits`,
+    /// the logits after every token are written there.
+    /// Raises ValueError for ids that the embedding lacks, and for a cache without room.
+    fn forward(
+        &self,
+        py: Python<'_>,
+        tokens: Vec<Vec<usize>>,
+        lengths: Vec<usize>,
+        cache: (usize, usize, usize),
+        rotary: (usize, usize),
+        logits: Option<usize>,
+        threads: usize,
+    ) -> PyResult<()> {
+        let (data, rows, columns) = cache;
+        let mut found = Vec::new();
+        for (row, (ids, length)) in tokens.iter().zip(lengths).enumerate() {
+            found.extend(ids.iter().zip(length..).map(|(&id, position)| Token { id, row, position }));
+        }
+        if let Some(Token { id, .. }) = found.iter().find(|token| token.id >= self.0.embedding.n_out) {
+            return Err(PyValueError::new_err(format!("there is no token {id}")));
+        }
+        if found.iter().any(|token| token.row >= rows || token.position >= columns) {
+            return Err(PyValueError::new_err(format!("the cache of {rows} rows and {columns} columns is too small")));
+        }
+        py.detach(|| {
+            let cache = Cache { data: data as _, rows, columns };
+            let rotary = Rotary { cos: rotary.0 as _, sin: rotary.1 as _ };
+            unsafe { self.0.forward(found, cache, rotary, logits.map(|address| address as _), threads) }
+        });
+        Ok(())
+    }
+}
+
+/// Byte-level BPE training and encoding, and decoding with a model, in Rust.
 #[pymodule]
 mod rustbpe {
     #[pymodule_export]
-    use super::Tokenizer;
+    use super::{Decoder, Tokenizer};
 }

@@ -1,0 +1,362 @@
+//! The model's forward pass over a few tokens on a CPU: a step of decoding, or a short prompt.
+//!
+//! A step reads every weight once, and the memory sets its pace. It is a list of stages (a product with a matrix, the
+//! attention of a layer, ...), each cut into chunks; a thread takes the next chunk of the stage, and goes on to the
+//! next stage when all of them are done. Nobody waits for a thread that the machine has not let run yet.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::matmul::{LANES, Matrix, Weights, exp};
+
+const CHUNK: usize = 1 << 16; // weights of a matrix
+const SPINS: usize = 1 << 12; // looks at a stage before giving the core away
+
+/// The matrices of a layer; queries, keys and values come from one.
+pub struct Layer {
+    pub qkv: Matrix,
+    pub proj: Matrix,
+    pub up: Matrix,
+    pub down: Matrix,
+}
+
+/// A model's weights and shape.
+pub struct Decoder {
+    pub embedding: Matrix,
+    pub layers: Vec<Layer>,
+    pub head: Matrix,
+    pub n_head: usize,
+    pub n_kv_head: usize,
+    pub head_dim: usize,
+    pub eps: f32,
+    pub softcap: f32,
+}
+
+// Nothing writes to the weights.
+unsafe impl Send for Decoder {}
+unsafe impl Sync for Decoder {}
+
+/// Keys and values (layers, 2, rows, n_kv_head, columns, head_dim) of the tokens so far.
+#[derive(Clone, Copy)]
+pub struct Cache {
+    pub data: *mut f32,
+    pub rows: usize,
+    pub columns: usize,
+}
+
+/// Cosines and sines (positions, head_dim / 2).
+#[derive(Clone, Copy)]
+pub struct Rotary {
+    pub cos: *const f32,
+    pub sin: *const f32,
+}
+
+/// A token of a row, and where in it.
+#[derive(Clone, Copy)]
+pub struct Token {
+    pub id: usize,
+    pub row: usize,
+    pub position: usize,
+}
+
+#[derive(Clone, Copy)]
+enum Then {
+    Store,
+    Add,
+    SquaredRelu,
+    /// softcap * tanh(value / softcap)
+    Cap,
+}
+
+#[derive(Clone, Copy)]
+enum Work {
+    /// A token's embedding, normed.
+    Embed,
+    /// Products of what lies at `from`, normed or as it is.
+    Project { matrix: Matrix, from: *const f32, normed: bool, to: *mut f32, then: Then },
+    /// A token's queries and keys rotated and normed; its keys and values go to the cache.
+    Turn { layer: usize },
+    /// What the heads of a token that share keys and values attend to.
+    Attend { layer: usize },
+}
+
+struct Stage {
+    work: Work,
+    chunks: usize,
+    next: AtomicUsize,
+    done: AtomicUsize,
+}
+
+struct Step {
+    decoder: Arc<Decoder>,
+    tokens: Vec<Token>,
+    cache: Cache,
+    rotary: Rotary,
+    stages: Vec<Stage>,
+    // Activations, a line for each token.
+    x: *mut f32,
+    qkv: *mut f32,
+    y: *mut f32,
+}
+
+// Chunks write to places of their own.
+unsafe impl Send for Step {}
+unsafe impl Sync for Step {}
+
+impl Decoder {
+    /// Lets `tokens` join the cache, and writes the logits after each to `logits` (tokens, head.n_out), if it is given.
+    /// Tokens of a row come in their order.
+    ///
+    /// # Safety
+    /// The matrices, the cache with room for the tokens, the tables up to their positions and `logits` are there.
+    pub unsafe fn forward(
+        self: &Arc<Self>,
+        tokens: Vec<Token>,
+        cache: Cache,
+        rotary: Rotary,
+        logits: Option<*mut f32>,
+        threads: usize,
+    ) {
+        let n = tokens.len();
+        let [mut x, mut qkv, mut y, mut up] =
+            [self.embedding.n_in, self.layers[0].qkv.n_out, self.layers[0].proj.n_in, self.layers[0].up.n_out]
+                .map(|width| vec![0f32; n * width]);
+        let (x, qkv, y, up) = (x.as_mut_ptr(), qkv.as_mut_ptr(), y.as_mut_ptr(), up.as_mut_ptr());
+        let mut stages = Vec::new();
+        let mut stage = |work, chunks| {
+            stages.push(Stage { work, chunks, next: AtomicUsize::new(0), done: AtomicUsize::new(0) });
+        };
+        let project = |matrix: Matrix, from: *const f32, normed, to, then| {
+            (Work::Project { matrix, from, normed, to, then }, matrix.n_out.div_ceil(outputs_of_chunk(&matrix)))
+        };
+        stage(Work::Embed, n);
+        for (layer, Layer { qkv: w_qkv, proj, up: w_up, down }) in self.layers.iter().enumerate() {
+            let mut product = |(work, chunks)| stage(work, chunks);
+            product(project(*w_qkv, x, true, qkv, Then::Store));
+            product((Work::Turn { layer }, n));
+            if layer + 1 == self.layers.len() && logits.is_none() {
+                break; // all keys and values are there
+            }
+            product((Work::Attend { layer }, n * self.n_kv_head));
+            product(project(*proj, y, false, x, Then::Add));
+            product(project(*w_up, x, true, up, Then::SquaredRelu));
+            product(project(*down, up, false, x, Then::Add));
+        }
+        if let Some(logits) = logits {
+            let (work, chunks) = project(self.head, x, true, logits, Then::Cap);
+            stage(work, chunks);
+        }
+        let step = Arc::new(Step { decoder: self.clone(), tokens, cache, rotary, stages, x, qkv, y });
+        for _ in 1..threads {
+            // One that comes late finds nothing left, and touches nothing.
+            let step = step.clone();
+            rayon::spawn(move || unsafe { step.run() });
+        }
+        unsafe { step.run() };
+    }
+}
+
+/// A multiple of what is multiplied side by side.
+fn outputs_of_chunk(matrix: &Matrix) -> usize {
+    (CHUNK / matrix.n_in).clamp(LANES, matrix.n_out.next_multiple_of(LANES)) / LANES * LANES
+}
+
+impl Step {
+    /// Takes part until all stages are done.
+    unsafe fn run(&self) {
+        #[cfg(target_arch = "x86_64")]
+        unsafe {
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+            unsafe fn avx512(step: &Step) {
+                unsafe { step.run_as::<true>() }
+            }
+            #[target_feature(enable = "avx2,fma")]
+            unsafe fn avx2(step: &Step) {
+                unsafe { step.run_as::<true>() }
+            }
+            if is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512dq") {
+                avx512(self)
+            } else if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                avx2(self)
+            } else {
+                self.run_as::<false>()
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        unsafe {
+            self.run_as::<{ cfg!(target_arch = "aarch64") }>()
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn run_as<const FMA: bool>(&self) {
+        let mut scores = Vec::new();
+        for Stage { work, chunks, next, done } in &self.stages {
+            loop {
+                let chunk = next.fetch_add(1, Ordering::Relaxed);
+                if chunk >= *chunks {
+                    break;
+                }
+                unsafe {
+                    match *work {
+                        Work::Embed => self.embed(chunk),
+                        Work::Project { matrix, from, normed, to, then } => {
+                            let size = outputs_of_chunk(&matrix);
+                            let range = chunk * size..matrix.n_out.min((chunk + 1) * size);
+                            self.project::<FMA>(&matrix, range, from, normed, to, then);
+                        }
+                        Work::Turn { layer } => self.turn(layer, chunk),
+                        Work::Attend { layer } => self.attend::<FMA>(layer, chunk, &mut scores),
+                    }
+                }
+                done.fetch_add(1, Ordering::Release);
+            }
+            let mut spins = 0;
+            while done.load(Ordering::Acquire) < *chunks {
+                spins += 1;
+                if spins < SPINS { std::hint::spin_loop() } else { std::thread::yield_now() }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn embed(&self, n: usize) {
+        let (table, width) = (&self.decoder.embedding, self.decoder.embedding.n_in);
+        unsafe {
+            let x = self.x.add(n * width);
+            table.row(self.tokens[n].id, x);
+            self.norm(std::slice::from_raw_parts_mut(x, width));
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn project<const FMA: bool>(
+        &self,
+        matrix: &Matrix,
+        range: Range<usize>,
+        from: *const f32,
+        normed: bool,
+        to: *mut f32,
+        then: Then,
+    ) {
+        let (n, width) = (self.tokens.len(), matrix.n_in);
+        // A normed vector's products are its own, by as much less.
+        let scale = |i| {
+            if normed {
+                self.inverse_rms(unsafe { std::slice::from_raw_parts(from.add(i * width), width) })
+            } else {
+                1.0
+            }
+        };
+        let scales: Vec<f32> = (0..n).map(scale).collect();
+        unsafe {
+            matrix.times::<FMA>(from, n, range.clone(), |i, o, product| {
+                let (to, value) = (to.add(i * matrix.n_out + o), product * scales[i]);
+                *to = match then {
+                    Then::Store | Then::Cap => value,
+                    Then::Add => *to + value,
+                    Then::SquaredRelu => value.max(0.0) * value.max(0.0),
+                }
+            });
+            if let Then::Cap = then {
+                let cap = self.decoder.softcap;
+                for i in 0..n {
+                    let to = to.add(i * matrix.n_out);
+                    for value in std::slice::from_raw_parts_mut(to.add(range.start), range.len()) {
+                        *value = cap - 2.0 * cap / (exp::<FMA>(*value * (2.0 / cap)) + 1.0);
+                    }
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn turn(&self, layer: usize, n: usize) {
+        let Decoder { n_head, n_kv_head, head_dim: d, .. } = *self.decoder;
+        let Token { row, position, .. } = self.tokens[n];
+        unsafe {
+            let cos = std::slice::from_raw_parts(self.rotary.cos.add(position * d / 2), d / 2);
+            let sin = std::slice::from_raw_parts(self.rotary.sin.add(position * d / 2), d / 2);
+            let qkv = self.qkv.add(n * (n_head + 2 * n_kv_head) * d);
+            for h in 0..n_head + n_kv_head {
+                let head = std::slice::from_raw_parts_mut(qkv.add(h * d), d);
+                let (first, second) = head.split_at_mut(d / 2);
+                for i in 0..d / 2 {
+                    let (a, b) = (first[i], second[i]);
+                    first[i] = a * cos[i] + b * sin[i];
+                    second[i] = b * cos[i] - a * sin[i];
+                }
+                self.norm(head);
+            }
+            for h in 0..n_kv_head {
+                for (which, at) in [(0, n_head + h), (1, n_head + n_kv_head + h)] {
+                    let to = self.held(layer, which, row, h).add(position * d);
+                    std::ptr::copy_nonoverlapping(qkv.add(at * d), to, d);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn attend<const FMA: bool>(&self, layer: usize, chunk: usize, scores: &mut Vec<f32>) {
+        let Decoder { n_head, n_kv_head, head_dim: d, .. } = *self.decoder;
+        let (n, kv, group) = (chunk / n_kv_head, chunk % n_kv_head, n_head / n_kv_head);
+        let Token { row, position, .. } = self.tokens[n];
+        let columns = position + 1;
+        scores.resize(group * columns, 0.0);
+        unsafe {
+            let queries = self.qkv.add((n * (n_head + 2 * n_kv_head) + kv * group) * d);
+            let keys = Weights::F32(self.held(layer, 0, row, kv));
+            let values = self.held(layer, 1, row, kv);
+            let scale = 1.0 / (d as f32).sqrt();
+            Matrix { weights: keys, n_out: columns, n_in: d }.times::<FMA>(
+                queries,
+                group,
+                0..columns,
+                |q, j, product| scores[q * columns + j] = product * scale,
+            );
+            for (q, scores) in scores.chunks_exact_mut(columns).enumerate() {
+                let most = scores.iter().fold(f32::MIN, |a, &b| a.max(b));
+                for score in scores.iter_mut() {
+                    *score = exp::<FMA>(*score - most);
+                }
+                let sum: f32 = scores.iter().sum();
+                let y = std::slice::from_raw_parts_mut(self.y.add((n * n_head + kv * group + q) * d), d);
+                y.fill(0.0);
+                for (j, score) in scores.iter().enumerate() {
+                    let share = score / sum;
+                    let value = std::slice::from_raw_parts(values.add(j * d), d);
+                    for (y, v) in y.iter_mut().zip(value) {
+                        *y = if FMA { share.mul_add(*v, *y) } else { share * v + *y };
+                    }
+                }
+            }
+        }
+    }
+
+    /// The keys (0) or values (1) of a row's head.
+    #[inline(always)]
+    unsafe fn held(&self, layer: usize, which: usize, row: usize, head: usize) -> *mut f32 {
+        let Decoder { n_kv_head, head_dim, .. } = *self.decoder;
+        let at = ((layer * 2 + which) * self.cache.rows + row) * n_kv_head + head;
+        unsafe { self.cache.data.add(at * self.cache.columns * head_dim) }
+    }
+
+    #[inline(always)]
+    fn inverse_rms(&self, x: &[f32]) -> f32 {
+        let mut lanes = [0f32; LANES];
+        for part in x.chunks(LANES) {
+            for (lane, x) in lanes.iter_mut().zip(part) {
+                *lane += x * x;
+            }
+        }
+        1.0 / (lanes.iter().sum::<f32>() / x.len() as f32 + self.decoder.eps).sqrt()
+    }
+
+    #[inline(always)]
+    fn norm(&self, x: &mut [f32]) {
+        let scale = self.inverse_rms(x);
+        x.iter_mut().for_each(|x| *x *= scale);
+    }
+}
