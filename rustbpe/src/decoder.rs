@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::matmul::{LANES, Matrix, Weights, exp};
 
-const CHUNK: usize = 1 << 16; // weights of a matrix
+const CHUNK: usize = 1 << 18; // weights of a matrix, at most
 const SPINS: usize = 1 << 12; // looks at a stage before giving the core away
 
 /// The matrices of a layer; queries, keys and values come from one.
@@ -74,7 +74,7 @@ enum Work {
     /// A token's embedding, normed.
     Embed,
     /// Products of what lies at `from`, normed or as it is.
-    Project { matrix: Matrix, from: *const f32, normed: bool, to: *mut f32, then: Then },
+    Project { matrix: Matrix, outputs: usize, from: *const f32, normed: bool, to: *mut f32, then: Then },
     /// A token's queries and keys rotated and normed; its keys and values go to the cache.
     Turn { layer: usize },
     /// What the heads of a token that share keys and values attend to.
@@ -128,7 +128,8 @@ impl Decoder {
             stages.push(Stage { work, chunks, next: AtomicUsize::new(0), done: AtomicUsize::new(0) });
         };
         let project = |matrix: Matrix, from: *const f32, normed, to, then| {
-            (Work::Project { matrix, from, normed, to, then }, matrix.n_out.div_ceil(outputs_of_chunk(&matrix)))
+            let outputs = outputs_of_chunk(&matrix, threads);
+            (Work::Project { matrix, outputs, from, normed, to, then }, matrix.n_out.div_ceil(outputs))
         };
         stage(Work::Embed, n);
         for (layer, Layer { qkv: w_qkv, proj, up: w_up, down }) in self.layers.iter().enumerate() {
@@ -157,9 +158,10 @@ impl Decoder {
     }
 }
 
-/// A multiple of what is multiplied side by side.
-fn outputs_of_chunk(matrix: &Matrix) -> usize {
-    (CHUNK / matrix.n_in).clamp(LANES, matrix.n_out.next_multiple_of(LANES)) / LANES * LANES
+/// How many outputs a chunk of a product has: so many that every thread gets as many chunks.
+fn outputs_of_chunk(matrix: &Matrix, threads: usize) -> usize {
+    let chunks = threads * (matrix.n_out * matrix.n_in).div_ceil(CHUNK * threads);
+    matrix.n_out.div_ceil(chunks).next_multiple_of(LANES)
 }
 
 impl Step {
@@ -201,9 +203,8 @@ impl Step {
                 unsafe {
                     match *work {
                         Work::Embed => self.embed(chunk),
-                        Work::Project { matrix, from, normed, to, then } => {
-                            let size = outputs_of_chunk(&matrix);
-                            let range = chunk * size..matrix.n_out.min((chunk + 1) * size);
+                        Work::Project { matrix, outputs, from, normed, to, then } => {
+                            let range = chunk * outputs..matrix.n_out.min((chunk + 1) * outputs);
                             self.project::<FMA>(&matrix, range, from, normed, to, then);
                         }
                         Work::Turn { layer } => self.turn(layer, chunk),

@@ -6,8 +6,8 @@
 use std::ops::Range;
 
 pub const LANES: usize = 16;
-const OUTPUTS: usize = 4; // rows of the matrix that are read side by side
-const ONE: usize = 1;
+const LINE: usize = 64; // bytes that are fetched together
+const AHEAD: usize = 4096; // bytes, at least
 
 /// A matrix (n_out, n_in), row by row, in memory that outlives it.
 #[derive(Clone, Copy)]
@@ -103,10 +103,11 @@ unsafe fn block<W: Weight, const FMA: bool, const V: usize, const O: usize>(
         unsafe {
             let rows: [[f32; LANES]; O] = std::array::from_fn(|o| lanes(w.add(o * n_in + i)));
             #[cfg(target_arch = "x86_64")]
-            for o in O..2 * O {
-                // The rows after these: by itself the processor looks ahead to the end of a page only.
+            for part in 0..(O * LANES * size_of::<W>()).div_ceil(LINE) {
+                // By itself the processor looks ahead to the end of a page only.
                 use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-                _mm_prefetch(w.wrapping_add(o * n_in + i).cast(), _MM_HINT_T0);
+                let ahead = AHEAD.max(O * n_in * size_of::<W>()) + part * LINE;
+                _mm_prefetch(w.wrapping_add(O * i).cast::<i8>().wrapping_add(ahead), _MM_HINT_T0);
             }
             for v in 0..V {
                 let x = lanes(x.add(v * n_in + i));
@@ -152,9 +153,8 @@ unsafe fn products<W: Weight, const FMA: bool>(
         return;
     }
     let mut v = 0;
-    let whole = range.end - range.len() % OUTPUTS;
     macro_rules! blocks {
-        ($V:literal, $O:ident, $range:expr) => {
+        ($V:literal, $O:literal, $range:expr) => {
             for o in $range.step_by($O) {
                 let found = unsafe { block::<W, FMA, $V, $O>(w.add(o * n_in), x.add(v * n_in), n_in) };
                 for (i, row) in found.iter().enumerate() {
@@ -166,17 +166,18 @@ unsafe fn products<W: Weight, const FMA: bool>(
         };
     }
     macro_rules! vectors {
-        ($V:literal) => {{
-            blocks!($V, OUTPUTS, range.start..whole);
-            blocks!($V, ONE, whole..range.end);
+        ($V:literal, $O:literal) => {{
+            let whole = range.end - range.len() % $O;
+            blocks!($V, $O, range.start..whole);
+            blocks!($V, 1, whole..range.end);
             v += $V;
         }};
     }
     while v < n {
         match n - v {
-            1 => vectors!(1),
-            2 | 3 => vectors!(2),
-            _ => vectors!(4),
+            1 => vectors!(1, 4),
+            2 | 3 => vectors!(2, 4),
+            _ => vectors!(4, 4),
         }
     }
 }
