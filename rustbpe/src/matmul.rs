@@ -152,34 +152,34 @@ unsafe fn products<W: Weight, const FMA: bool>(
         }
         return;
     }
-    let mut v = 0;
     macro_rules! blocks {
-        ($V:literal, $O:literal, $range:expr) => {
+        ($O:literal, $range:expr) => {
             for o in $range.step_by($O) {
-                let found = unsafe { block::<W, FMA, $V, $O>(w.add(o * n_in), x.add(v * n_in), n_in) };
-                for (i, row) in found.iter().enumerate() {
-                    for (j, &product) in row.iter().enumerate() {
-                        give(v + i, o + j, product);
+                let mut v = 0;
+                macro_rules! give {
+                    ($V:literal) => {{
+                        let found = unsafe { block::<W, FMA, $V, $O>(w.add(o * n_in), x.add(v * n_in), n_in) };
+                        for (i, row) in found.iter().enumerate() {
+                            for (j, &product) in row.iter().enumerate() {
+                                give(v + i, o + j, product);
+                            }
+                        }
+                        v += $V;
+                    }};
+                }
+                while v < n {
+                    match n - v {
+                        1 => give!(1),
+                        2 | 3 => give!(2),
+                        _ => give!(4),
                     }
                 }
             }
         };
     }
-    macro_rules! vectors {
-        ($V:literal, $O:literal) => {{
-            let whole = range.end - range.len() % $O;
-            blocks!($V, $O, range.start..whole);
-            blocks!($V, 1, whole..range.end);
-            v += $V;
-        }};
-    }
-    while v < n {
-        match n - v {
-            1 => vectors!(1, 4),
-            2 | 3 => vectors!(2, 4),
-            _ => vectors!(4, 4),
-        }
-    }
+    let whole = range.end - range.len() % 4;
+    blocks!(4, range.start..whole);
+    blocks!(1, whole..range.end);
 }
 
 impl Matrix {
