@@ -1,5 +1,6 @@
 """Keys and values of tokens: of the rows being decoded, and of earlier ones for prompts that begin alike."""
 
+from bisect import bisect_left, insort
 from collections import OrderedDict
 
 import torch
@@ -106,33 +107,40 @@ class PrefixCache:
 
     def __init__(self, max_tokens):
         self.max_tokens, self.held = max_tokens, 0
-        self.rows = OrderedDict()  # tuple of tokens -> (n_layer, 2, Hkv, tokens, D)
+        self.rows = OrderedDict()  # tuple of tokens -> (n_layer, 2, Hkv, tokens, D), the least recently used first
+        self.order = []  # the tuples sorted: those that begin most alike are neighbours
 
     def find(self, tokens):
         """(n, data): the most tokens at the start of `tokens` that a row has too, and that row's data, or (0, None)."""
-        best = max(self.rows, key=lambda row: shared(row, tokens), default=())
-        n = shared(best, tokens)
+        n, best = max(((shared(row, tokens), row) for row in self._neighbours(tuple(tokens))), default=(0, None))
         if n < self.MIN_SHARED:
             return 0, None
         self.rows.move_to_end(best)
         return n, self.rows[best]
 
     def add(self, tokens, cache, row):
-        """Keep a copy of `row` of `cache`, which holds `tokens`, in place of the rows that it goes on from."""
+        """Keep a copy of `row` of `cache`, which holds `tokens`, in place of the row that it goes on from."""
         tokens = tuple(tokens[: cache.lengths[row]])
         if not self.MIN_SHARED <= len(tokens) <= self.max_tokens:
             return
-        for old in [old for old in self.rows if shared(old, tokens) == min(len(old), len(tokens))]:
-            if len(old) > len(tokens):
-                return  # a longer row serves as well
-            self._drop(old)
+        for old in self._neighbours(tokens):
+            if shared(old, tokens) == len(tokens):
+                return  # it is there, or a longer row that serves as well
+            if shared(old, tokens) == len(old):
+                self._drop(old)
         self.rows[tokens] = cache.data[:, :, row, :, : len(tokens)].clone()
+        insort(self.order, tokens)
         self.held += len(tokens)
         while self.held > self.max_tokens:
             self._drop(next(iter(self.rows)))
 
+    def _neighbours(self, tokens):
+        i = bisect_left(self.order, tokens)
+        return self.order[max(0, i - 1) : i + 1]
+
     def _drop(self, tokens):
         del self.rows[tokens]
+        del self.order[bisect_left(self.order, tokens)]
         self.held -= len(tokens)
 
 
