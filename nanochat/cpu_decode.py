@@ -25,6 +25,7 @@ class CPUDecoder:
 
     def __init__(self, model, quantize=False):
         c = self.config = model.config
+        self.threads = torch.get_num_threads()
         self.model, self.kept = model, []  # tensors that the extension has the addresses of
         layers = []
         for block in model.transformer.h:
@@ -78,7 +79,7 @@ class CPUDecoder:
             (cache.data.data_ptr(), cache.data.size(2), cache.data.size(4)),
             (cos.data_ptr(), sin.data_ptr()),
             out.data_ptr() if logits else None,
-            torch.get_num_threads(),
+            self.threads,
         )
         cache.lengths = lengths
         return out
@@ -91,11 +92,11 @@ def to_int8(weight):
 
 
 @contextlib.contextmanager
-def one_thread():
-    """torch on one thread: after an operation the others spin for a while, where the decoder's would run next."""
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
+def torch_threads(n):
+    """Let torch use `n` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
     try:
         yield
     finally:
-        torch.set_num_threads(n)
+        torch.set_num_threads(before)

@@ -19,7 +19,7 @@ import torch
 
 from nanochat.calculator import calculate
 from nanochat.common import UserError
-from nanochat.cpu_decode import CPUDecoder, one_thread
+from nanochat.cpu_decode import CPUDecoder, torch_threads
 from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache, PrefixCache
 from nanochat.text_stream import TextStream
@@ -205,19 +205,18 @@ class DecodeLoop:
     @torch.inference_mode()
     def step(self):
         """Admit what fits, add a token to every row in the batch, let finished rows leave; returns the stepped rows."""
-        self._leave()
-        self._admit()
-        rows = self.rows
-        if not rows:
-            return []
-        last = [row.tokens[-1] if row.tokens else row.request.tokens[-1] for row in rows]
-        logits = self.engine.forward(last, self.cache)
         with self.engine.quiet():
-            drawn = self._next_tokens(logits)
-        for row, token, sampled in zip(rows, *drawn, strict=True):
-            self.engine.take(row, token, sampled)
-        self._leave()
-        return rows
+            self._leave()
+            self._admit()
+            rows = self.rows
+            if not rows:
+                return []
+            last = [row.tokens[-1] if row.tokens else row.request.tokens[-1] for row in rows]
+            logits = self.engine.forward(last, self.cache)
+            for row, token, sampled in zip(rows, *self._next_tokens(logits), strict=True):
+                self.engine.take(row, token, sampled)
+            self._leave()
+            return rows
 
     def _leave(self):
         """Take finished rows out of the batch."""
@@ -320,7 +319,7 @@ class Engine:
 
     def quiet(self):
         """Context for small operations of torch: its threads would spin for a while where the decoder's run next."""
-        return one_thread() if self.decoder else contextlib.nullcontext()
+        return torch_threads(1) if self.decoder else contextlib.nullcontext()
 
     def precision(self):
         return self.compute.autocast() if self.compute else contextlib.nullcontext()
@@ -340,7 +339,7 @@ class Engine:
         n, lengths = max(map(len, tokens)), [have + len(new) for have, new in zip(cache.lengths, tokens, strict=True)]
         # causal attention: what is padded on the right changes nothing before it
         ids = torch.tensor([ids + [0] * (n - len(ids)) for ids in tokens], device=self.model.get_device())
-        with self.precision():
+        with self.precision(), torch_threads(self.decoder.threads) if self.decoder else contextlib.nullcontext():
             self.model.hidden(ids, cache, fill_only=True)
         cache.lengths = lengths
 

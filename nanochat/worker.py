@@ -13,9 +13,12 @@ import queue
 import signal
 import sys
 import threading
+import time
 import traceback
 
 from nanochat.common import UserError, compute_init
+
+PIECE_SECONDS = 0.0005  # of an answer, each: more pieces than these would keep the server from its own work
 
 
 def run_worker(connection, index, options):
@@ -53,6 +56,7 @@ def _serve(connection, loop):
     from nanochat.engine import DecodeLoop, Request
 
     jobs = {}  # id -> rows
+    events, told = [], 0.0  # not sent yet, and when some were
     while True:
         while connection.poll(0 if loop.busy else None):
             kind, key, *rest = connection.recv()
@@ -74,13 +78,15 @@ def _serve(connection, loop):
             jobs = {}
             loop, stepped = DecodeLoop(loop.engine, loop.max_rows), []
         keys = {row: key for key, rows in jobs.items() for row in rows}
-        events = []
         for row in stepped:
             logprobs = row.logprobs[-1] if row.logprobs else None
             events.append((keys[row], row.sample, row.tokens[-1], logprobs, row.finish, row.cached))
         jobs = {key: rows for key, rows in jobs.items() if not all(row.finish for row in rows)}
+        if loop.busy and time.perf_counter() - told < PIECE_SECONDS * len(loop.rows):
+            continue
         held = loop.engine.prefixes.held if loop.engine.prefixes else 0
         connection.send(("step", events, {"rows": len(loop.rows), "waiting": len(loop.waiting), "cached_tokens": held}))
+        events, told = [], time.perf_counter()
 
 
 class WorkerError(Exception):

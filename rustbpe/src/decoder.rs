@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use crate::matmul::{LANES, Matrix, Weights, exp};
 
 const CHUNK: usize = 1 << 18; // weights of a matrix, at most
+const THREAD: usize = 1 << 26; // multiplications that keep one busy for about a millisecond: fewer are not shared out
 const SPINS: usize = 1 << 12; // looks at a stage before giving the core away
 
 /// The matrices of a layer; queries, keys and values come from one.
@@ -19,6 +20,12 @@ pub struct Layer {
     pub proj: Matrix,
     pub up: Matrix,
     pub down: Matrix,
+}
+
+impl Layer {
+    fn weights(&self) -> usize {
+        [self.qkv, self.proj, self.up, self.down].iter().map(|matrix| matrix.n_out * matrix.n_in).sum()
+    }
 }
 
 /// A model's weights and shape.
@@ -59,6 +66,11 @@ pub struct Token {
     pub row: usize,
     pub position: usize,
 }
+
+/// What a processor reads at once, if it does not lie across two lines of its cache.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Line([f32; LANES]);
 
 #[derive(Clone, Copy)]
 enum Then {
@@ -119,10 +131,12 @@ impl Decoder {
         threads: usize,
     ) {
         let n = tokens.len();
-        let [mut x, mut qkv, mut y, mut up] =
+        let weights: usize = self.layers.iter().map(Layer::weights).sum();
+        let threads = if n * weights < THREAD { 1 } else { threads };
+        let mut activations =
             [self.embedding.n_in, self.layers[0].qkv.n_out, self.layers[0].proj.n_in, self.layers[0].up.n_out]
-                .map(|width| vec![0f32; n * width]);
-        let (x, qkv, y, up) = (x.as_mut_ptr(), qkv.as_mut_ptr(), y.as_mut_ptr(), up.as_mut_ptr());
+                .map(|width| vec![Line([0.0; LANES]); (n * width).div_ceil(LANES)]);
+        let [x, qkv, y, up] = activations.each_mut().map(|lines| lines.as_mut_ptr().cast::<f32>());
         let mut stages = Vec::new();
         let mut stage = |work, chunks| {
             stages.push(Stage { work, chunks, next: AtomicUsize::new(0), done: AtomicUsize::new(0) });
