@@ -187,7 +187,7 @@ async def with_first(events):
 
 
 async def guarded(chunks):
-    """Chunks of a stream, then [DONE]; a failure becomes an error chunk."""
+    """Chunks of a stream, None where the next one is not there yet, and [DONE]; a failure becomes an error chunk."""
     try:
         async with contextlib.aclosing(chunks):
             async for chunk in chunks:
@@ -257,8 +257,14 @@ async def chat_chunks(service, deltas, key, model, n_prompt, body):
             for answer in dict.fromkeys(answer for answer, _ in batch):
                 if answer.finish:
                     yield chunk(answer, {}, answer.finish)
+            if any_open(answers, body):
+                yield None
     if with_usage:
         yield head | {"choices": [], "usage": usage([*answers.values()], n_prompt)}
+
+
+def any_open(answers, body):
+    return len(answers) < (body.n or 1) or not all(answer.finish for answer in answers.values())
 
 
 def merged(batch):
@@ -352,6 +358,8 @@ async def text_chunks(service, deltas, head, tokens, body):
                 logprobs = text_logprobs(service.tokenizer, new) if new else None
                 if text or answer.finish:
                     yield head | {"choices": [text_choice(text, answer.finish, logprobs, answer.index)]}
+            if any_open(answers, body):
+                yield None
     if with_usage:
         yield head | {"choices": [], "usage": usage([*answers.values()], len(tokens))}
 

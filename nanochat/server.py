@@ -85,7 +85,11 @@ class Gate:
 
 
 class EventStream(Response):
-    """Server-sent events from an async generator of JSON values; a client that goes away closes the generator."""
+    """
+    Server-sent events from an async generator of JSON values, sent together up to a None, which is none.
+
+    A client that goes away closes the generator.
+    """
 
     media_type = "text/event-stream"
 
@@ -97,11 +101,15 @@ class EventStream(Response):
     async def __call__(self, scope, receive, send):
         async def stream():
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            data = ""
             async with contextlib.aclosing(self.events):
                 async for event in self.events:
-                    data = f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n"
-                    await send({"type": "http.response.body", "body": data.encode(), "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
+                    if event is not None:
+                        data += f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n"
+                    elif data:
+                        await send({"type": "http.response.body", "body": data.encode(), "more_body": True})
+                        data = ""
+            await send({"type": "http.response.body", "body": data.encode()})
 
         with contextlib.suppress(OSError):  # the client went away
             await while_connected(receive, stream())

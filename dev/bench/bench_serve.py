@@ -4,7 +4,7 @@ Load on a running server: speed for growing numbers of clients, or a soak with c
     python -m dev.bench.bench_serve --url=http://127.0.0.1:8000 --clients 1 4 16 64 --requests=64 --max_tokens=64
     python -m dev.bench.bench_serve --soak=30 --pid=<of chat_web>
 
-Every request is a streamed chat with a question about the pocket world; one that is told 429 waits as long as it is
+Every request is a streamed chat with a question about the pocket world (answers of ten tokens, mostly) or --prompt; one that is told 429 waits as long as it is
 told and asks again. Times are in ms: of the first token the median and the 95th percentile, between pieces of a stream
 the 95th percentile, and the worst of /health, which is asked for every 20 ms meanwhile. Exit code 1 if a well-formed
 request was not answered, or if rows are still taken when everybody has gone.
@@ -47,13 +47,14 @@ SOAKERS = 12  # clients of a soak
 class Load:
     """What clients do and how it went."""
 
-    def __init__(self, http, max_tokens, seed=0):
-        self.http, self.max_tokens, self.rng, self.world = http, max_tokens, Random(seed), load_world()
+    def __init__(self, http, args, seed=0):
+        self.http, self.max_tokens, self.prompt = http, args.max_tokens, args.prompt
+        self.rng, self.world = Random(seed), load_world()
         self.tokens, self.first, self.gaps, self.health = 0, [], [], []  # the last three in seconds
         self.outcomes = Counter()
 
     def body(self, **settings):
-        question = pocket.fact(self.rng, "train", self.world).question
+        question = self.prompt or pocket.fact(self.rng, "train", self.world).question
         settings = {"stream": True, "max_tokens": self.max_tokens} | settings
         return {"messages": [{"role": "user", "content": question}]} | settings
 
@@ -150,12 +151,12 @@ def ms(seconds, share=0.5):
 
 async def speed(http, args):
     """Print the table; returns how many requests were not answered."""
-    await Load(http, args.max_tokens).ask()  # the first one warms the engine
+    await Load(http, args).ask()  # the first one warms the engine
     print("| clients | tokens/s | of one client | first token, ms | p95 | inter-token | worst /health | 429 | errors |")
     print(f"|{'---|' * 9}")
     missing, alone = 0, None
     for clients in args.clients:
-        load = Load(http, args.max_tokens, seed=clients)
+        load = Load(http, args, seed=clients)
         left, probe = iter(range(args.requests)), asyncio.create_task(load.probe())
 
         async def client(load=load, left=left):
@@ -187,7 +188,7 @@ def resident(pid):
 
 async def soak(http, args):
     """Misbehave for --soak minutes and print how that went; returns how many requests were not answered."""
-    load, start, memory = Load(http, args.max_tokens), time.monotonic(), []
+    load, start, memory = Load(http, args), time.monotonic(), []
 
     async def watch():
         while True:
@@ -229,6 +230,7 @@ def main(argv=None):
     add("--clients", type=int, nargs="+", default=[1, 4, 16, 64], help="a line of the table for each number")
     add("--requests", type=int, default=64, help="of all clients together, per line (default 64)")
     add("--max_tokens", type=int, default=64, help="longest answer (default 64)")
+    add("--prompt", default="", help='asked every time, e.g. "Tell me a story." (default: questions about the world)')
     add("--api_key", default="", help="if the server wants one")
     add("--timeout", type=float, default=60, help="seconds without a byte after which an answer counts as none")
     add("--soak", type=float, default=0, help="minutes to misbehave instead")
