@@ -8,7 +8,9 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::matmul::{LANES, Matrix, Weights, exp};
+#[cfg(target_arch = "x86_64")]
+use crate::matmul::Dots;
+use crate::matmul::{Any, Fuses, LANES, Line, Machine, Matrix, add_scaled, exp, lines, sums};
 
 const CHUNK: usize = 1 << 18; // weights of a matrix, at most
 const THREAD: usize = 1 << 26; // multiplications that keep one busy for about a millisecond: fewer are not shared out
@@ -66,11 +68,6 @@ pub struct Token {
     pub row: usize,
     pub position: usize,
 }
-
-/// What a processor reads at once, if it does not lie across two lines of its cache.
-#[derive(Clone, Copy)]
-#[repr(align(64))]
-struct Line([f32; LANES]);
 
 #[derive(Clone, Copy)]
 enum Then {
@@ -135,7 +132,7 @@ impl Decoder {
         let threads = if n * weights < THREAD { 1 } else { threads };
         let mut activations =
             [self.embedding.n_in, self.layers[0].qkv.n_out, self.layers[0].proj.n_in, self.layers[0].up.n_out]
-                .map(|width| vec![Line([0.0; LANES]); (n * width).div_ceil(LANES)]);
+                .map(|width| lines(n * width));
         let [x, qkv, y, up] = activations.each_mut().map(|lines| lines.as_mut_ptr().cast::<f32>());
         let mut stages = Vec::new();
         let mut stage = |work, chunks| {
@@ -183,31 +180,42 @@ impl Step {
     unsafe fn run(&self) {
         #[cfg(target_arch = "x86_64")]
         unsafe {
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
+            unsafe fn avx512_bf16(step: &Step) {
+                unsafe { step.run_as::<Dots>() }
+            }
             #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
             unsafe fn avx512(step: &Step) {
-                unsafe { step.run_as::<true>() }
+                unsafe { step.run_as::<Fuses>() }
             }
             #[target_feature(enable = "avx2,fma")]
             unsafe fn avx2(step: &Step) {
-                unsafe { step.run_as::<true>() }
+                unsafe { step.run_as::<Fuses>() }
             }
-            if is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512dq") {
+            let wide = is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512dq");
+            if wide && is_x86_feature_detected!("avx512bf16") {
+                avx512_bf16(self)
+            } else if wide {
                 avx512(self)
             } else if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
                 avx2(self)
             } else {
-                self.run_as::<false>()
+                self.run_as::<Any>()
             }
         }
-        #[cfg(not(target_arch = "x86_64"))]
+        #[cfg(target_arch = "aarch64")]
         unsafe {
-            self.run_as::<{ cfg!(target_arch = "aarch64") }>()
+            self.run_as::<Fuses>()
+        }
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+        unsafe {
+            self.run_as::<Any>()
         }
     }
 
     #[inline(always)]
-    unsafe fn run_as<const FMA: bool>(&self) {
-        let mut scores = Vec::new();
+    unsafe fn run_as<M: Machine>(&self) {
+        let (mut scores, mut scratch) = (Vec::new(), Vec::new());
         for Stage { work, chunks, next, done } in &self.stages {
             loop {
                 let chunk = next.fetch_add(1, Ordering::Relaxed);
@@ -219,10 +227,10 @@ impl Step {
                         Work::Embed => self.embed(chunk),
                         Work::Project { matrix, outputs, from, normed, to, then } => {
                             let range = chunk * outputs..matrix.n_out.min((chunk + 1) * outputs);
-                            self.project::<FMA>(&matrix, range, from, normed, to, then);
+                            self.project::<M>(&matrix, range, from, normed, to, then, &mut scratch);
                         }
                         Work::Turn { layer } => self.turn(layer, chunk),
-                        Work::Attend { layer } => self.attend::<FMA>(layer, chunk, &mut scores),
+                        Work::Attend { layer } => self.attend::<M>(layer, chunk, &mut scores),
                     }
                 }
                 done.fetch_add(1, Ordering::Release);
@@ -246,7 +254,8 @@ impl Step {
     }
 
     #[inline(always)]
-    unsafe fn project<const FMA: bool>(
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn project<M: Machine>(
         &self,
         matrix: &Matrix,
         range: Range<usize>,
@@ -254,6 +263,7 @@ impl Step {
         normed: bool,
         to: *mut f32,
         then: Then,
+        scratch: &mut Vec<Line>,
     ) {
         let (n, width) = (self.tokens.len(), matrix.n_in);
         // A normed vector's products are its own, by as much less.
@@ -266,7 +276,7 @@ impl Step {
         };
         let scales: Vec<f32> = (0..n).map(scale).collect();
         unsafe {
-            matrix.times::<FMA>(from, n, range.clone(), |i, o, product| {
+            matrix.times::<M>(from, n, range.clone(), scratch, |i, o, product| {
                 let (to, value) = (to.add(i * matrix.n_out + o), product * scales[i]);
                 *to = match then {
                     Then::Store | Then::Cap => value,
@@ -279,7 +289,7 @@ impl Step {
                 for i in 0..n {
                     let to = to.add(i * matrix.n_out);
                     for value in std::slice::from_raw_parts_mut(to.add(range.start), range.len()) {
-                        *value = cap - 2.0 * cap / (exp::<FMA>(*value * (2.0 / cap)) + 1.0);
+                        *value = cap - 2.0 * cap / (exp::<M>(*value * (2.0 / cap)) + 1.0);
                     }
                 }
             }
@@ -314,7 +324,7 @@ impl Step {
     }
 
     #[inline(always)]
-    unsafe fn attend<const FMA: bool>(&self, layer: usize, chunk: usize, scores: &mut Vec<f32>) {
+    unsafe fn attend<M: Machine>(&self, layer: usize, chunk: usize, scores: &mut Vec<f32>) {
         let Decoder { n_head, n_kv_head, head_dim: d, .. } = *self.decoder;
         let (n, kv, group) = (chunk / n_kv_head, chunk % n_kv_head, n_head / n_kv_head);
         let Token { row, position, .. } = self.tokens[n];
@@ -322,19 +332,14 @@ impl Step {
         scores.resize(group * columns, 0.0);
         unsafe {
             let queries = self.qkv.add((n * (n_head + 2 * n_kv_head) + kv * group) * d);
-            let keys = Weights::F32(self.held(layer, 0, row, kv));
-            let values = self.held(layer, 1, row, kv);
+            let (keys, values) = (self.held(layer, 0, row, kv), self.held(layer, 1, row, kv));
             let scale = 1.0 / (d as f32).sqrt();
-            Matrix { weights: keys, n_out: columns, n_in: d }.times::<FMA>(
-                queries,
-                group,
-                0..columns,
-                |q, j, product| scores[q * columns + j] = product * scale,
-            );
+            let give = |q: usize, j: usize, product| scores[q * columns + j] = product * scale;
+            sums::<f32, M>(keys, queries, d, group, 0..columns, give);
             for (q, scores) in scores.chunks_exact_mut(columns).enumerate() {
                 let most = scores.iter().fold(f32::MIN, |a, &b| a.max(b));
                 for score in scores.iter_mut() {
-                    *score = exp::<FMA>(*score - most);
+                    *score = exp::<M>(*score - most);
                 }
                 let sum: f32 = scores.iter().sum();
                 let y = std::slice::from_raw_parts_mut(self.y.add((n * n_head + kv * group + q) * d), d);
@@ -342,9 +347,7 @@ impl Step {
                 for (j, score) in scores.iter().enumerate() {
                     let share = score / sum;
                     let value = std::slice::from_raw_parts(values.add(j * d), d);
-                    for (y, v) in y.iter_mut().zip(value) {
-                        *y = if FMA { share.mul_add(*v, *y) } else { share * v + *y };
-                    }
+                    add_scaled::<M>(y, value, share);
                 }
             }
         }

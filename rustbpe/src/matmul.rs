@@ -1,13 +1,42 @@
 //! Products of a few float32 vectors with a large matrix, at the speed with which the memory gives the matrix away.
 //!
-//! Sixteen sums are kept per product, in the same order however many vectors there are and on any machine that fuses
-//! multiplying and adding: a vector's result does not depend on its company.
+//! The sums of a product are kept in the same order however many vectors there are: on a given machine, a vector's
+//! result does not depend on its company.
 
+use std::marker::PhantomData;
 use std::ops::Range;
 
 pub const LANES: usize = 16;
 const LINE: usize = 64; // bytes that are fetched together
 const AHEAD: usize = 4096; // bytes, at least
+
+/// What the processor can do.
+pub trait Machine {
+    /// Multiply and add in one.
+    const FUSES: bool;
+    /// Multiply and add pairs of bfloat16: vectors are rounded to it where the matrix has it, as is usual.
+    const DOTS: bool;
+}
+
+pub struct Any;
+impl Machine for Any {
+    const FUSES: bool = false;
+    const DOTS: bool = false;
+}
+
+pub struct Fuses;
+impl Machine for Fuses {
+    const FUSES: bool = true;
+    const DOTS: bool = false;
+}
+
+#[cfg(target_arch = "x86_64")]
+pub struct Dots;
+#[cfg(target_arch = "x86_64")]
+impl Machine for Dots {
+    const FUSES: bool = true;
+    const DOTS: bool = true;
+}
 
 /// A matrix (n_out, n_in), row by row, in memory that outlives it.
 #[derive(Clone, Copy)]
@@ -27,7 +56,17 @@ pub enum Weights {
     I8(*const i8, *const f32),
 }
 
-trait Weight: Copy {
+/// What a processor reads at once, if it does not lie across two lines of its cache.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+pub struct Line(#[allow(dead_code)] [f32; LANES]); // read through pointers
+
+/// Room for `n` values.
+pub fn lines(n: usize) -> Vec<Line> {
+    vec![Line([0.0; LANES]); n.div_ceil(LANES)]
+}
+
+pub trait Weight: Copy {
     fn value(self) -> f32;
 }
 
@@ -52,30 +91,40 @@ impl Weight for i8 {
     }
 }
 
+/// The nearest bfloat16, of two the even one.
 #[inline(always)]
-unsafe fn lanes<W: Weight>(p: *const W) -> [f32; LANES] {
-    unsafe { p.cast::<[W; LANES]>().read_unaligned() }.map(W::value)
+fn to_bf16(x: f32) -> u16 {
+    let bits = x.to_bits();
+    (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16
 }
 
 #[inline(always)]
-fn fused<const FMA: bool>(a: f32, b: f32, sum: f32) -> f32 {
-    if FMA { a.mul_add(b, sum) } else { a * b + sum }
+fn fused<M: Machine>(a: f32, b: f32, sum: f32) -> f32 {
+    if M::FUSES { a.mul_add(b, sum) } else { a * b + sum }
 }
 
 /// e^x to 1e-7 of itself, in operations that a compiler makes vectors of: 2^n by its bits, the rest by a polynomial
 /// (Cephes' expf); from -87 to 88, and beyond as at these ends.
 #[inline(always)]
-pub fn exp<const FMA: bool>(x: f32) -> f32 {
+pub fn exp<M: Machine>(x: f32) -> f32 {
     const MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to a whole number
     let x = x.clamp(-87.0, 88.0); // not max and min, which would hide a NaN
-    let shifted = fused::<FMA>(x, std::f32::consts::LOG2_E, MAGIC);
+    let shifted = fused::<M>(x, std::f32::consts::LOG2_E, MAGIC);
     let n = shifted - MAGIC;
-    let r = fused::<FMA>(n, -0.693_359_4, x);
-    let r = fused::<FMA>(n, 2.121_944_4e-4, r);
+    let r = fused::<M>(n, -0.693_359_4, x);
+    let r = fused::<M>(n, 2.121_944_4e-4, r);
     let coefficients = [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5];
-    let p = coefficients.iter().fold(1.987_569_1e-4, |p, &c| fused::<FMA>(p, r, c));
-    let value = fused::<FMA>(p, r * r, r) + 1.0;
+    let p = coefficients.iter().fold(1.987_569_1e-4, |p, &c| fused::<M>(p, r, c));
+    let value = fused::<M>(p, r * r, r) + 1.0;
     value * f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23))
+}
+
+/// `to` plus `factor` times `vector`.
+#[inline(always)]
+pub fn add_scaled<M: Machine>(to: &mut [f32], vector: &[f32], factor: f32) {
+    for (to, x) in to.iter_mut().zip(vector) {
+        *to = fused::<M>(factor, *x, *to);
+    }
 }
 
 /// The sum of the lanes, by halves.
@@ -91,35 +140,92 @@ fn total(mut lanes: [f32; LANES]) -> f32 {
     lanes[0]
 }
 
-/// Products of `V` vectors with `O` rows, which are multiples of LANES long.
 #[inline(always)]
-unsafe fn block<W: Weight, const FMA: bool, const V: usize, const O: usize>(
-    w: *const W,
-    x: *const f32,
-    n_in: usize,
-) -> [[f32; O]; V] {
-    let mut sums = [[[0.0; LANES]; O]; V];
-    for i in (0..n_in).step_by(LANES) {
-        unsafe {
-            let rows: [[f32; LANES]; O] = std::array::from_fn(|o| lanes(w.add(o * n_in + i)));
-            #[cfg(target_arch = "x86_64")]
-            for part in 0..(O * LANES * size_of::<W>()).div_ceil(LINE) {
-                // By itself the processor looks ahead to the end of a page only.
-                use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-                let ahead = AHEAD.max(O * n_in * size_of::<W>()) + part * LINE;
-                _mm_prefetch(w.wrapping_add(O * i).cast::<i8>().wrapping_add(ahead), _MM_HINT_T0);
-            }
+unsafe fn lanes<W: Weight>(p: *const W) -> [f32; LANES] {
+    unsafe { p.cast::<[W; LANES]>().read_unaligned() }.map(W::value)
+}
+
+/// Have the lines fetched that come after the `O` rows at `w`, when the product of these is `i` values on.
+#[inline(always)]
+fn fetch<W, const O: usize>(w: *const W, n_in: usize, i: usize, step: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for part in 0..(O * step * size_of::<W>()).div_ceil(LINE) {
+        // By itself the processor looks ahead to the end of a page only.
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        let ahead = AHEAD.max(O * n_in * size_of::<W>()) + part * LINE;
+        unsafe { _mm_prefetch(w.wrapping_add(O * i).cast::<i8>().wrapping_add(ahead), _MM_HINT_T0) };
+    }
+}
+
+/// How products are made.
+trait Way {
+    type Weight;
+    type Value;
+
+    /// Products of `V` vectors with `O` rows.
+    unsafe fn block<const V: usize, const O: usize>(
+        w: *const Self::Weight,
+        x: *const Self::Value,
+        n_in: usize,
+    ) -> [[f32; O]; V];
+}
+
+/// Any weights with float32, in multiples of LANES.
+struct Sums<W, M>(PhantomData<(W, M)>);
+
+impl<W: Weight, M: Machine> Way for Sums<W, M> {
+    type Weight = W;
+    type Value = f32;
+
+    #[inline(always)]
+    #[allow(clippy::needless_range_loop)]
+    unsafe fn block<const V: usize, const O: usize>(w: *const W, x: *const f32, n_in: usize) -> [[f32; O]; V] {
+        let mut sums = [[[0.0; LANES]; O]; V];
+        for i in (0..n_in).step_by(LANES) {
+            fetch::<W, O>(w, n_in, i, LANES);
+            let rows: [[f32; LANES]; O] = std::array::from_fn(|o| unsafe { lanes(w.add(o * n_in + i)) });
             for v in 0..V {
-                let x = lanes(x.add(v * n_in + i));
+                let x = unsafe { lanes(x.add(v * n_in + i)) };
                 for o in 0..O {
                     for lane in 0..LANES {
-                        sums[v][o][lane] = fused::<FMA>(rows[o][lane], x[lane], sums[v][o][lane]);
+                        sums[v][o][lane] = fused::<M>(rows[o][lane], x[lane], sums[v][o][lane]);
                     }
                 }
             }
         }
+        sums.map(|rows| rows.map(total))
     }
-    sums.map(|rows| rows.map(total))
+}
+
+/// bfloat16 on both sides, in multiples of 2 * LANES.
+#[cfg(target_arch = "x86_64")]
+struct PairSums;
+
+#[cfg(target_arch = "x86_64")]
+impl Way for PairSums {
+    type Weight = u16;
+    type Value = u16;
+
+    #[inline(always)]
+    #[allow(clippy::needless_range_loop)]
+    unsafe fn block<const V: usize, const O: usize>(w: *const u16, x: *const u16, n_in: usize) -> [[f32; O]; V] {
+        use std::arch::x86_64::*;
+        unsafe {
+            let pairs = |p: *const u16| std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(p.cast()));
+            let mut sums = [[_mm512_setzero_ps(); O]; V];
+            for i in (0..n_in).step_by(2 * LANES) {
+                fetch::<u16, O>(w, n_in, i, 2 * LANES);
+                let rows: [__m512bh; O] = std::array::from_fn(|o| pairs(w.add(o * n_in + i)));
+                for v in 0..V {
+                    let x = pairs(x.add(v * n_in + i));
+                    for o in 0..O {
+                        sums[v][o] = _mm512_dpbf16_ps(sums[v][o], rows[o], x);
+                    }
+                }
+            }
+            sums.map(|rows| rows.map(|sum| _mm512_reduce_add_ps(sum)))
+        }
+    }
 }
 
 /// The product of two vectors of any length, value by value.
@@ -132,33 +238,23 @@ unsafe fn product<W: Weight>(w: *const W, x: *const f32, n_in: usize) -> f32 {
     total(sums)
 }
 
-/// Calls `give(vector, output, product)` for the rows in `range` of a matrix and the `n` vectors at `x`, one after
-/// another.
-///
-/// # Safety
-/// The matrix and the vectors are there, and the processor fuses multiplying and adding if `FMA`.
+/// Calls `give(vector, output, product)` for `n` vectors and the rows in `range`, four by four where it can be.
 #[inline(always)]
-unsafe fn products<W: Weight, const FMA: bool>(
-    w: *const W,
-    x: *const f32,
+unsafe fn products<P: Way>(
+    w: *const P::Weight,
+    x: *const P::Value,
     n_in: usize,
     n: usize,
     range: Range<usize>,
     mut give: impl FnMut(usize, usize, f32),
 ) {
-    if n_in % LANES != 0 {
-        for (v, o) in (0..n).flat_map(|v| range.clone().map(move |o| (v, o))) {
-            give(v, o, unsafe { product(w.add(o * n_in), x.add(v * n_in), n_in) });
-        }
-        return;
-    }
-    macro_rules! blocks {
-        ($O:literal, $range:expr) => {
-            for o in $range.step_by($O) {
+    macro_rules! rows {
+        ($O:literal, $rows:expr) => {
+            for o in $rows.step_by($O) {
                 let mut v = 0;
-                macro_rules! give {
+                macro_rules! vectors {
                     ($V:literal) => {{
-                        let found = unsafe { block::<W, FMA, $V, $O>(w.add(o * n_in), x.add(v * n_in), n_in) };
+                        let found = unsafe { P::block::<$V, $O>(w.add(o * n_in), x.add(v * n_in), n_in) };
                         for (i, row) in found.iter().enumerate() {
                             for (j, &product) in row.iter().enumerate() {
                                 give(v + i, o + j, product);
@@ -169,41 +265,83 @@ unsafe fn products<W: Weight, const FMA: bool>(
                 }
                 while v < n {
                     match n - v {
-                        1 => give!(1),
-                        2 | 3 => give!(2),
-                        _ => give!(4),
+                        1 => vectors!(1),
+                        2 | 3 => vectors!(2),
+                        _ => vectors!(4),
                     }
                 }
             }
         };
     }
     let whole = range.end - range.len() % 4;
-    blocks!(4, range.start..whole);
-    blocks!(1, whole..range.end);
+    rows!(4, range.start..whole);
+    rows!(1, whole..range.end);
+}
+
+/// The same for any weights with float32, and rows of any length.
+///
+/// # Safety
+/// Both are there, and the processor is an `M`.
+#[inline(always)]
+pub unsafe fn sums<W: Weight, M: Machine>(
+    w: *const W,
+    x: *const f32,
+    n_in: usize,
+    n: usize,
+    range: Range<usize>,
+    mut give: impl FnMut(usize, usize, f32),
+) {
+    if n_in.is_multiple_of(LANES) {
+        return unsafe { products::<Sums<W, M>>(w, x, n_in, n, range, give) };
+    }
+    for (v, o) in (0..n).flat_map(|v| range.clone().map(move |o| (v, o))) {
+        give(v, o, unsafe { product(w.add(o * n_in), x.add(v * n_in), n_in) });
+    }
 }
 
 impl Matrix {
-    /// Calls `give(vector, output, product)` for the outputs in `range` and the `n` vectors at `x`, see `products`.
+    /// Calls `give(vector, output, product)` for the outputs in `range` and the `n` vectors at `x`, one after another.
+    /// `scratch` is for the vectors in another form.
+    ///
+    /// # Safety
+    /// The matrix and the vectors are there, and the processor is an `M`.
     #[inline(always)]
-    pub unsafe fn times<const FMA: bool>(
+    pub unsafe fn times<M: Machine>(
         &self,
         x: *const f32,
         n: usize,
         range: Range<usize>,
+        scratch: &mut Vec<Line>,
         mut give: impl FnMut(usize, usize, f32),
     ) {
+        let n_in = self.n_in;
         unsafe {
             match self.weights {
-                Weights::F32(w) => products::<_, FMA>(w, x, self.n_in, n, range, give),
-                Weights::Bf16(w) => products::<_, FMA>(w, x, self.n_in, n, range, give),
+                #[cfg(target_arch = "x86_64")]
+                Weights::Bf16(w) if M::DOTS && n_in.is_multiple_of(2 * LANES) => {
+                    let needed = (n * n_in / 2).div_ceil(LANES);
+                    if scratch.len() < needed {
+                        scratch.resize(needed, Line([0.0; LANES]));
+                    }
+                    let rounded = scratch.as_mut_ptr().cast::<u16>();
+                    for i in 0..n * n_in {
+                        *rounded.add(i) = to_bf16(*x.add(i));
+                    }
+                    products::<PairSums>(w, rounded, n_in, n, range, give);
+                }
+                Weights::Bf16(w) => sums::<_, M>(w, x, n_in, n, range, give),
+                Weights::F32(w) => sums::<_, M>(w, x, n_in, n, range, give),
                 Weights::I8(w, scales) => {
-                    products::<_, FMA>(w, x, self.n_in, n, range, |v, o, product| give(v, o, product * *scales.add(o)));
+                    sums::<_, M>(w, x, n_in, n, range, |v, o, product| give(v, o, product * *scales.add(o)));
                 }
             }
         }
     }
 
     /// Writes row `i` to `to`.
+    ///
+    /// # Safety
+    /// Both are there.
     #[inline(always)]
     pub unsafe fn row(&self, i: usize, to: *mut f32) {
         let start = i * self.n_in;

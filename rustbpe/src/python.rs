@@ -295,6 +295,7 @@ impl Decoder {
     /// the `lengths` that its rows have; `rotary` are the addresses of cosines and sines. With an address of `logits`,
     /// the logits after every token are written there.
     /// Raises ValueError for ids that the embedding lacks, and for a cache without room.
+    #[allow(clippy::too_many_arguments)]
     fn forward(
         &self,
         py: Python<'_>,
