@@ -18,13 +18,14 @@ import traceback
 
 from nanochat.common import UserError, compute_init
 
-PIECE_SECONDS = 0.0005  # of an answer, each: more pieces than these would keep the server from its own work
+PIECE_SECONDS = 0.001  # of an answer, each: more pieces than these would keep the server from its own work
 
 
 def run_worker(connection, index, options):
     """The worker's process: loads the model, then decodes until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides when to end
     os.environ["LOCAL_RANK"] = str(index)  # which GPU
+    os.nice(0)
     try:
         loop, told = _load(options)
     except UserError as e:
@@ -82,7 +83,8 @@ def _serve(connection, loop):
             logprobs = row.logprobs[-1] if row.logprobs else None
             events.append((keys[row], row.sample, row.tokens[-1], logprobs, row.finish, row.cached))
         jobs = {key: rows for key, rows in jobs.items() if not all(row.finish for row in rows)}
-        if loop.busy and time.perf_counter() - told < PIECE_SECONDS * len(loop.rows):
+        first = any(len(row.tokens) == 1 for row in stepped)
+        if loop.busy and not first and time.perf_counter() - told < PIECE_SECONDS * len(loop.rows):
             continue
         held = loop.engine.prefixes.held if loop.engine.prefixes else 0
         connection.send(("step", events, {"rows": len(loop.rows), "waiting": len(loop.waiting), "cached_tokens": held}))
