@@ -4,10 +4,11 @@ Load on a running server: speed for growing numbers of clients, or a soak with c
     python -m dev.bench.bench_serve --url=http://127.0.0.1:8000 --clients 1 4 16 64 --requests=64 --max_tokens=64
     python -m dev.bench.bench_serve --soak=30 --pid=<of chat_web>
 
-Every request is a streamed chat with a question about the pocket world (answers of ten tokens, mostly) or --prompt; one that is told 429 waits as long as it is
-told and asks again. Times are in ms: of the first token the median and the 95th percentile, between pieces of a stream
-the 95th percentile, and the worst of /health, which is asked for every 20 ms meanwhile. Exit code 1 if a well-formed
-request was not answered, or if rows are still taken when everybody has gone.
+Every request is a streamed chat with a question about the pocket world, answered with ten tokens mostly, or with
+--prompt; one that is told 429 waits as long as it is told and asks again. Times are in ms: of the first token the
+median and the 95th percentile, between pieces of a stream the 95th percentile, and the worst of /health, which is
+asked for every 20 ms meanwhile. Exit code 1 if a well-formed request was not answered, or if rows are still taken when
+everybody has gone.
 """
 
 import asyncio
@@ -19,9 +20,10 @@ from collections import Counter
 from contextlib import suppress
 from random import Random
 
-import httpx
+import aiohttp
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
+from yarl import URL
 
 from nanochat import pocket
 from nanochat.cli import make_parser, parse_args, run
@@ -48,7 +50,7 @@ class Load:
     """What clients do and how it went."""
 
     def __init__(self, http, args, seed=0):
-        self.http, self.max_tokens, self.prompt = http, args.max_tokens, args.prompt
+        self.http, self.url, self.max_tokens, self.prompt = http, URL(args.url), args.max_tokens, args.prompt
         self.rng, self.world = Random(seed), load_world()
         self.tokens, self.first, self.gaps, self.health = 0, [], [], []  # the last three in seconds
         self.outcomes = Counter()
@@ -65,17 +67,17 @@ class Load:
             start = last = time.perf_counter()
             done = False
             try:
-                async with self.http.stream("POST", PATH, json=body) as response:
-                    if response.status_code == 429:
+                async with self.http.post(PATH, json=body) as response:
+                    if response.status == 429:
                         self.outcomes[429] += 1
                         await asyncio.sleep(float(response.headers["retry-after"]))
                         continue
-                    if response.status_code != 200:
-                        self.outcomes[response.status_code] += 1
+                    if response.status != 200:
+                        self.outcomes[response.status] += 1
                         return
-                    async for line in response.aiter_lines():
-                        if not line.startswith("data: {"):
-                            done = done or line == "data: [DONE]"
+                    async for line in response.content:
+                        if not line.startswith(b"data: {"):
+                            done = done or line == b"data: [DONE]\n"
                             continue
                         chunk, now = json.loads(line[6:]), time.perf_counter()
                         if "error" in chunk:
@@ -87,7 +89,7 @@ class Load:
                         self.tokens += (chunk.get("usage") or {}).get("completion_tokens", 0)
                         await asyncio.sleep(pause)
                 self.outcomes["answered" if done else "cut off"] += 1
-            except httpx.TransportError as e:
+            except (aiohttp.ClientError, TimeoutError) as e:
                 self.outcomes[type(e).__name__] += 1
             return
 
@@ -95,7 +97,8 @@ class Load:
         """Ask for /health every now and then, for ever."""
         while True:
             start = time.perf_counter()
-            await self.http.get("/health")
+            async with self.http.get("/health") as response:
+                await response.read()
             self.health.append(time.perf_counter() - start)
             await asyncio.sleep(PROBE)
 
@@ -105,18 +108,20 @@ class Load:
     async def leave(self):
         """Go away at some point of an answer, streamed or not."""
         body = self.body(stream=self.rng.random() < 0.5, n=self.rng.randint(1, 4))
-        with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self.http.post(PATH, json=body), self.rng.uniform(0, 2))
+        with suppress(TimeoutError):
+            async with self.http.post(
+                PATH, json=body, timeout=aiohttp.ClientTimeout(self.rng.uniform(0, 2))
+            ) as response:
+                await response.read()
 
     async def send_rubbish(self):
         headers = {"Content-Type": "application/json"}
-        response = await self.http.post(PATH, content=self.rng.choice(RUBBISH), headers=headers)
-        self.outcomes["rubbish refused" if 400 <= response.status_code < 500 else "rubbish not refused"] += 1
+        async with self.http.post(PATH, data=self.rng.choice(RUBBISH), headers=headers) as response:
+            self.outcomes["rubbish refused" if 400 <= response.status < 500 else "rubbish not refused"] += 1
 
     async def stall(self):
         """Send half of a request and wait."""
-        url = self.http.base_url
-        _, writer = await asyncio.open_connection(url.host, url.port or 80)
+        _, writer = await asyncio.open_connection(self.url.host, self.url.port)
         writer.write(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{" % PATH.encode())
         await asyncio.sleep(self.rng.uniform(0, 5))
         writer.close()
@@ -128,14 +133,15 @@ class Load:
             if kind in ("ask", "slow"):
                 await self.ask(pause=0.2 if kind == "slow" else 0.0)
             else:
-                with suppress(OSError, httpx.TransportError):
+                with suppress(OSError, aiohttp.ClientError):
                     await {"leave": self.leave, "rubbish": self.send_rubbish, "stall": self.stall}[kind]()
 
 
 async def rows_left(http):
     """Rows and requests that the server still has after all clients have gone, 10 seconds later at most."""
     for _ in range(100):
-        families = text_string_to_metric_families((await http.get("/metrics")).text)
+        async with http.get("/metrics") as response:
+            families = text_string_to_metric_families(await response.text())
         gauges = {s.name: s.value for family in families for s in family.samples}
         left = gauges["nanochat_running_rows"] + gauges["nanochat_waiting_requests"]
         if not left:
@@ -211,11 +217,12 @@ async def soak(http, args):
 
 async def drive(args):
     headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=args.url, headers=headers, timeout=args.timeout, limits=limits) as http:
+    connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(sock_read=args.timeout)
+    async with aiohttp.ClientSession(args.url, headers=headers, timeout=timeout, connector=connector) as http:
         try:
-            (await http.get("/health")).raise_for_status()
-        except httpx.HTTPError as e:
+            async with http.get("/health", raise_for_status=True):
+                pass
+        except aiohttp.ClientError as e:
             raise UserError(f"no server is ready at {args.url} ({e}); start one with python -m scripts.chat_web") from e
         missing = await (soak if args.soak else speed)(http, args)
         stuck = await rows_left(http)
