@@ -349,8 +349,8 @@ async def text_chunks(service, deltas, head, tokens, body):
     prompt = service.tokenizer.decode(strip_bos(service.tokenizer, tokens)) if body.echo else ""
     async with contextlib.aclosing(deltas):
         async for batch in deltas:
-            for answer, delta in batch:
-                text = delta.get("content", "")
+            for answer in dict.fromkeys(answer for answer, _ in batch):
+                text = "".join(delta.get("content", "") for owner, delta in batch if owner is answer)
                 if answer.index not in answers:
                     answers[answer.index] = answer
                     text = prompt + text
