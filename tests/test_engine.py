@@ -10,6 +10,7 @@ from nanochat.common import UserError
 from nanochat.cpu_decode import CPUDecoder
 from nanochat.engine import DecodeLoop, Engine, Request, Row, sample
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.hf import hf_config, hf_weights
 from nanochat.kv_cache import KVCache
 from nanochat.text_stream import TextStream, visible_text
 
@@ -216,6 +217,44 @@ def test_the_decoder_refuses_tokens_and_caches_that_do_not_fit():
         decoder([[100_000]], KVCache(3, rows=1))
     with pytest.raises(ValueError, match="cache"):
         decoder.inner.forward([[1]], [7], (0, 1, 7), (0, 0), None, 1)
+
+
+class Plain(ByteTokenizer):
+    """Without tokens that end an answer or call the calculator."""
+
+    def encode_special(self, name):
+        return -1
+
+    def get_bos_token_id(self):
+        return -1
+
+
+def test_greedy_tokens_are_those_of_transformers_generate():
+    transformers = pytest.importorskip("transformers")
+    model = decoder_model(torch.float32, n_kv_head=2, n_embd=128)
+    hf = transformers.NanoChatForCausalLM(transformers.NanoChatConfig(**hf_config(model.config))).eval()
+    hf.load_state_dict(hf_weights(model))
+    prompts = [random_ids(1, n, seed=n)[0].tolist() for n in range(1, 21)]
+    engine = Engine(model, Plain())
+    requests = [Request(prompt, max_tokens=64, temperature=0) for prompt in prompts]
+    rows = {row.request: row.tokens for row in engine.generate_many(requests)}
+    for prompt, request in zip(prompts, requests, strict=True):
+        ids = torch.tensor([prompt])
+        settings = dict(max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
+        expected = hf.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :]
+        assert rows[request] == expected.tolist()
+
+
+def test_two_hundred_requests_say_the_same_alone_and_together():
+    rng = random.Random(5)
+    engine = Engine(decoder_model(torch.float32), Plain(), prefix_tokens=2000)
+    requests = [
+        Request(random_ids(1, rng.randint(1, 60), seed=i)[0].tolist(), 24, rng.choice([0, 0.8]), top_k=20, seed=i)
+        for i in range(200)
+    ]
+    together = {row.request: row.tokens for row in engine.generate_many(requests, max_rows=24)}
+    alone = {request: next(Engine(engine.model, Plain()).generate_many([request])).tokens for request in requests}
+    assert together == alone
 
 
 def test_leftovers_of_former_rows_do_not_leak(engine):
