@@ -32,6 +32,19 @@ def make_parser(module, doc):
     )
 
 
+def add_model_flags(parser, source=None):
+    """Flags that say which model is run, and how; `source` is the stage when none is given, None = it must be given."""
+    add = parser.add_argument
+    said = f" (default {source})" if source else ""
+    stages = ["base", "mid", "sft", "rl"]
+    add("-i", "--source", choices=stages, default=source, required=not source, help=f"stage of the model{said}")
+    add("-g", "--model_tag", help="model to load, e.g. d20 (default: the deepest)")
+    add("-s", "--step", type=int, help="step to load (default: the newest)")
+    add("--device_type", default="", help="cuda, mps or cpu (default: the first one there is)")
+    add("-d", "--dtype", default="", help="float32 or bfloat16 (default: what the device multiplies natively)")
+    add("--quantize", choices=["int8"], help="on a CPU, weights in 8 bits: half of bfloat16's time for an answer")
+
+
 def boolean(text):
     """argparse type for `--x`, `--x=1`, `--x=0`; use with add_argument(type=boolean, nargs="?", const=True)."""
     values = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}

@@ -298,10 +298,11 @@ class Engine:
     """
     Generates with `model`; `compute` (nanochat.common.Compute) sets the precision, None = the weights'.
 
-    Keys and values of up to `prefix_tokens` tokens of finished rows are kept for prompts that begin with them.
+    Keys and values of up to `prefix_tokens` tokens of finished rows are kept for prompts that begin with them. With
+    quantize="int8" a CPU decodes from weights in 8 bits, see CPUDecoder. Raises UserError where it cannot.
     """
 
-    def __init__(self, model, tokenizer, compute=None, prefix_tokens=0):
+    def __init__(self, model, tokenizer, compute=None, prefix_tokens=0, quantize=None):
         self.model, self.tokenizer, self.compute = model, tokenizer, compute
         special = tokenizer.encode_special
         self.python_start, self.python_end = special("<|python_start|>"), special("<|python_end|>")
@@ -311,7 +312,9 @@ class Engine:
         self.prefixes = PrefixCache(prefix_tokens) if prefix_tokens else None
         self.decoder = None
         if isinstance(model, GPT) and model.get_device().type == "cpu" and not model.lm_head.weight.requires_grad:
-            self.decoder = CPUDecoder(model)
+            self.decoder = CPUDecoder(model, quantize == "int8")
+        elif quantize:
+            raise UserError("--quantize is for models on a CPU; leave it out here")
 
     def new_cache(self):
         dtype = torch.float32 if self.decoder else None

@@ -48,7 +48,8 @@ def _load(options):
     if compute.device.type == "cpu" and options["num_workers"] > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // options["num_workers"]))
     model, tokenizer, meta = load_model(options["source"], compute, options["model_tag"], options["step"])
-    loop = DecodeLoop(Engine(model, tokenizer, compute, options["prefix_tokens"]), options["max_rows"])
+    engine = Engine(model, tokenizer, compute, options["prefix_tokens"], options["quantize"])
+    loop = DecodeLoop(engine, options["max_rows"])
     name = f"nanochat-{meta['model_tag']}-{options['source']}"
     return loop, {"name": name, "context": model.config.sequence_len, "device": str(compute.device)}
 

@@ -21,6 +21,7 @@ def build_parser():
     p.add_argument("--split_tokens", type=int, default=20 * 524288, help="tokens of each split to evaluate")
     p.add_argument("--model_tag", default=None, help="folder name of the checkpoint; default: the deepest")
     p.add_argument("--model_step", type=int, default=None, help="step of the checkpoint; default: the newest")
+    p.add_argument("--quantize", choices=["int8"], help="judge the weights that a CPU decodes with then")
     return p
 
 
@@ -36,6 +37,7 @@ def main(argv=None):
 
     compute = compute_init(args.device_type, args.dtype)
     model, tokenizer, meta = load_model("base", compute, args.model_tag, args.model_step)
+    engine = Engine(model, tokenizer, compute, quantize=args.quantize)
     rows, T = args.device_batch_size * compute.world_size, model.config.sequence_len
     if args.split_tokens < 1 or args.split_tokens % (rows * T):
         raise UserError(
@@ -50,7 +52,7 @@ def main(argv=None):
         print0(f"{split} bpb {bpb[f'{split} bpb']:.4f}")
     samples = {}
     if compute.rank == 0:
-        samples = greedy_samples(Engine(model, tokenizer, compute), meta["data"])
+        samples = greedy_samples(engine, meta["data"])
         for prompt, text in samples.items():
             print0(f"{prompt} >{text}")
     facts = {"step": meta["step"], **bpb}

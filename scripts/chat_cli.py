@@ -22,7 +22,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanochat.cli import make_parser, parse_args, run
+from nanochat.cli import add_model_flags, make_parser, parse_args, run
 from nanochat.common import UserError, base_dir, compute_init, no_color
 from nanochat.text_stream import TextStream
 
@@ -42,10 +42,8 @@ Ctrl-C stops an answer. A text that begins with / is sent if you write //."""
 
 def build_parser():
     parser = make_parser("scripts.chat_cli", __doc__)
+    add_model_flags(parser, source="sft")
     add = parser.add_argument
-    add("-i", "--source", default="sft", choices=["base", "mid", "sft", "rl"], help="stage; base continues plain text")
-    add("-g", "--model_tag", help="model to load, e.g. d20 (default: the deepest)")
-    add("-s", "--step", type=int, help="step to load (default: the newest)")
     add("-p", "--prompt", help="answer this and exit; - reads standard input")
     add("--system", default="", help="system text; it joins the first question")
     add("-t", "--temperature", type=float, default=0.6, help="0 = always the likeliest token (default 0.6)")
@@ -54,8 +52,6 @@ def build_parser():
     add("--seed", type=int, default=42, help="of the sampling; the same seed repeats a whole session (default 42)")
     add("--json", action="store_true", help="print one JSON object: text, tool_steps, counts, timing, finish_reason")
     add("-v", "--verbose", action="store_true", help="after each answer, tell its speed on standard error")
-    add("--device_type", default="", help="cuda, mps or cpu (default: the first one there is)")
-    add("-d", "--dtype", default="", help="float32 or bfloat16 (default: what the device multiplies natively)")
     return parser
 
 
@@ -366,7 +362,8 @@ def main(argv=None):
     Request([0], args.max_tokens, **sampling)  # a wrong setting is said at once
     compute = compute_init(args.device_type, args.dtype, args.seed)
     model, tokenizer, meta = load_model(args.source, compute, args.model_tag, args.step)
-    engine = Engine(model, tokenizer, compute, prefix_tokens=2 * model.config.sequence_len)  # of the turns before
+    of_turns_before = 2 * model.config.sequence_len
+    engine = Engine(model, tokenizer, compute, prefix_tokens=of_turns_before, quantize=args.quantize)
     chat = Chat(engine, args.source, args.max_tokens, args.system, **sampling)
     if question is None:
         print(f"{meta['model_tag']}, step {meta['step']}.", end=" ")

@@ -13,14 +13,14 @@ import sys
 import time
 from pathlib import Path
 
-from nanochat.cli import make_parser, parse_args, run
+from nanochat.cli import add_model_flags, make_parser, parse_args, run
 from nanochat.common import UserError, atomic_path, compute_init, format_duration, print0
 
 
 def build_parser():
     parser = make_parser("scripts.chat_eval", __doc__)
+    add_model_flags(parser)
     add = parser.add_argument
-    add("-i", "--source", required=True, choices=["base", "mid", "sft", "rl"], help="stage whose model is scored")
     add("-a", "--task_name", help="tasks, e.g. 'ARC-Easy|GSM8K' (default: all of the data it was trained on)")
     add("-x", "--max_problems", type=int, help="only this many problems of each task (default: all)")
     add("-n", "--num_samples", type=int, default=1, help="answers per problem; the score is pass@1 over them")
@@ -32,10 +32,6 @@ def build_parser():
     add("--seed", type=int, default=42, help="of the sampling (default 42)")
     add("--data_seed", type=int, default=0, help="of the problems that are made, not read (default 0)")
     add("--save_samples", metavar="FILE", help="write every problem, answer and verdict to this .jsonl")
-    add("-g", "--model_tag", help="model to load, e.g. d20 (default: the deepest)")
-    add("-s", "--step", type=int, help="step to load (default: the newest)")
-    add("--device_type", default="", help="cuda, mps or cpu (default: the first one there is)")
-    add("-d", "--dtype", default="", help="float32 or bfloat16 (default: what the device multiplies natively)")
     return parser
 
 
@@ -93,7 +89,7 @@ def main(argv=None):
     # Machine and model
     compute = compute_init(args.device_type, args.dtype, args.seed)
     model, tokenizer, meta = load_model(args.source, compute, args.model_tag, args.step)
-    engine, data = Engine(model, tokenizer, compute), meta.get("data", "public")
+    engine, data = Engine(model, tokenizer, compute, quantize=args.quantize), meta.get("data", "public")
 
     # Tasks: those asked for, or all that belong to the data
     names = [name for name, task in EVAL_TASKS.items() if task.data in (data, "both")]

@@ -9,7 +9,7 @@ Reads the newest checkpoint of a stage. Ctrl-C or SIGTERM lets answers finish fo
 
 import socket
 
-from nanochat.cli import make_parser, parse_args, run
+from nanochat.cli import add_model_flags, make_parser, parse_args, run
 from nanochat.common import UserError, server_api_key
 
 BOUNDS = {
@@ -21,10 +21,8 @@ BOUNDS = {
 
 def build_parser():
     parser = make_parser("scripts.chat_web", __doc__)
+    add_model_flags(parser, source="sft")
     add = parser.add_argument
-    add("-i", "--source", default="sft", choices=["base", "mid", "sft", "rl"], help="stage of the model")
-    add("-g", "--model_tag", help="model to load, e.g. d20 (default: the deepest)")
-    add("-s", "--step", type=int, help="step to load (default: the newest)")
     add("-n", "--num_gpus", type=int, default=1, help="GPUs to use, a model on each (default 1)")
     add("--num_workers", type=int, help="models to load where there is no GPU (default 1)")
     add("-t", "--temperature", type=float, default=0.8, help="of requests that do not say (default 0.8)")
@@ -40,8 +38,6 @@ def build_parser():
     add("--prefix_tokens", type=int, default=8192, help="tokens kept of conversations for their next turns, per model")
     add("--request_timeout", type=float, default=600, help="seconds an answer may take (default 600)")
     add("--shutdown_timeout", type=int, default=3, help="seconds that answers have to finish at the end (default 3)")
-    add("--device_type", default="", help="cuda, mps or cpu (default: the first one there is)")
-    add("-d", "--dtype", default="", help="float32 or bfloat16 (default: what the device multiplies natively)")
     return parser
 
 

@@ -206,7 +206,7 @@ def test_int8_stays_close_and_the_model_follows():
     cache = KVCache(3, rows=1)
     decoder(ids[:, :-1].tolist(), cache, logits=False)
     logits = decoder(ids[:, -1:].tolist(), cache)[0]
-    torch.testing.assert_close(logits, model(ids)[0, -1], atol=5e-5, rtol=0)  # what prompts are filled with, too
+    torch.testing.assert_close(logits, model(ids)[0, -1], atol=0.03, rtol=0)  # what fills long prompts, too
     off = (logits - full(ids)[0, -1]).abs().max()
     assert 0 < off < 0.5, off
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import regex
+import rustbpe
 import tiktoken
 
-import rustbpe
 from nanochat.tokenizer import SPLIT_PATTERN
 
 ROOT = Path(__file__).parents[1]

@@ -4,10 +4,11 @@ Our engine against transformers' NanoChat class with the same weights, and again
     python -m dev.bench.bench_engine                    # depth 12, vocabulary 32,768
     python -m dev.bench.bench_engine --depth=4 --vocab_size=1024 --repeats=5
 
-Decoding: tokens per second after a short prompt, one row and eight, in float32 and bfloat16, against `generate` with
-its dynamic and its static cache; and as a share of (memory bandwidth, as a large sum measures it, divided by the bytes
-of the weights that each token reads). Prefill: tokens per second of a prompt of 512 up to its first token. The
-programs take turns; prints medians.
+Decoding: tokens per second after a short prompt, one row and eight, in float32 and bfloat16 and with int8 weights,
+against `generate` with its dynamic and its static cache; and as a share of (memory bandwidth, as a large sum measures
+it, divided by the bytes of the weights that each token reads). Prefill: tokens per second of a prompt of 512 up to its
+first token. Second turn: milliseconds to the first token after 1,000 of which 980 were there before, with and without
+reuse. The programs take turns; prints medians.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.hf import hf_config, hf_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 NEW = 64  # tokens generated in a measurement
 
 
@@ -36,7 +38,7 @@ class NoText:
 
 def random_model(depth, vocab_size):
     torch.manual_seed(1)
-    model = GPT(GPTConfig.from_depth(depth, 1024, vocab_size))
+    model = GPT(GPTConfig.from_depth(depth, 2048, vocab_size))
     model.init_weights("cpu")
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.02)
@@ -54,9 +56,9 @@ def bandwidth():
     return x.numel() * 4 / min(seconds) / 1e9
 
 
-def ours(model, rows):
+def ours(engine, rows):
     """Tokens per second of decoding, by all rows together."""
-    loop = DecodeLoop(Engine(model, NoText()), rows)
+    loop = DecodeLoop(engine, rows)
     loop.submit(Request(list(range(1, 17)), max_tokens=NEW + 1, temperature=0, num_samples=rows))
     loop.step()  # with the prompt
     start = time.perf_counter()
@@ -65,12 +67,23 @@ def ours(model, rows):
     return rows * NEW / (time.perf_counter() - start)
 
 
-def ours_prefill(model, n):
-    loop = DecodeLoop(Engine(model, NoText()), 1)
+def seconds_to_first(loop, tokens):
     start = time.perf_counter()
-    loop.submit(Request(list(range(1, n + 1)), max_tokens=1, temperature=0))
-    loop.step()
-    return n / (time.perf_counter() - start)
+    loop.submit(Request(tokens, max_tokens=1, temperature=0))
+    while loop.busy:
+        loop.step()
+    return time.perf_counter() - start
+
+
+def prefill(engine, n):
+    return n / seconds_to_first(DecodeLoop(engine, 1), list(range(1, n + 1)))
+
+
+def second_turn(model, prefix_tokens):
+    """Milliseconds to the first token after 1,000 tokens of which all but 20 were in the turn before."""
+    loop = DecodeLoop(Engine(model, NoText(), prefix_tokens=prefix_tokens), 1)
+    seconds_to_first(loop, list(range(1, 981)))
+    return 1000 * seconds_to_first(loop, list(range(1, 1001)))
 
 
 def theirs(hf, rows, cache):
@@ -100,24 +113,29 @@ def main():
     parser.add_argument("--skip_transformers", action="store_true")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
-    model = random_model(args.depth, args.vocab_size)
-    read = sum(p.numel() for name, p in model.named_parameters() if "wte" not in name)
     runs, taken, limits = {}, {}, []
     for name, dtype in DTYPES.items():
         mine = random_model(args.depth, args.vocab_size).to(dtype)
-        runs[name, "1 row", "ours"] = lambda m=mine: ours(m, 1)
-        runs[name, "8 rows", "ours"] = lambda m=mine: ours(m, 8)
-        runs[name, "prefill 512", "ours"] = lambda m=mine: ours_prefill(m, 512)
+        read = sum(p.numel() for name, p in mine.named_parameters() if "wte" not in name)
+        engine = Engine(mine, NoText())
+        runs[name, "1 row", "ours"] = lambda e=engine: ours(e, 1)
+        runs[name, "8 rows", "ours"] = lambda e=engine: ours(e, 8)
+        runs[name, "prefill 512", "ours"] = lambda e=engine: prefill(e, 512)
+        runs[name, "second turn", "ours"] = lambda m=mine: second_turn(m, 4096)
+        runs[name, "second turn", "without reuse"] = lambda m=mine: second_turn(m, 0)
         if args.skip_transformers:
             continue
         from transformers import NanoChatConfig, NanoChatForCausalLM
 
-        hf = NanoChatForCausalLM(NanoChatConfig(**hf_config(model.config))).eval().to(dtype)
+        hf = NanoChatForCausalLM(NanoChatConfig(**hf_config(mine.config))).eval().to(dtype)
         hf.load_state_dict(hf_weights(mine))
         runs[name, "1 row", "dynamic cache"] = lambda m=hf: theirs(m, 1, None)
         runs[name, "1 row", "static cache"] = lambda m=hf: theirs(m, 1, "static")
         runs[name, "8 rows", "dynamic cache"] = lambda m=hf: theirs(m, 8, None)
         runs[name, "prefill 512", "transformers"] = lambda m=hf: theirs_prefill(m, 512)
+    engine = Engine(random_model(args.depth, args.vocab_size).bfloat16(), NoText(), quantize="int8")
+    runs["int8", "1 row", "ours"] = lambda: ours(engine, 1)
+    runs["int8", "8 rows", "ours"] = lambda: ours(engine, 8)
     for run in runs.values():
         run()  # once before, so that memory and kernels are there
     for _ in range(args.repeats):
@@ -128,12 +146,14 @@ def main():
     median = {key: statistics.median(values) for key, values in taken.items()}
     print(f"depth {args.depth}, vocabulary {args.vocab_size:,}: a token reads {read / 1e6:.0f} M weights")
     print(f"memory bandwidth {limit:.1f} GB/s, {torch.get_num_threads()} threads\n")
-    print("| precision | what | who | tokens/s | ours is faster by | of the bandwidth |\n|---|---|---|---|---|---|")
-    for (name, what, who), speed in median.items():
-        ratio = median[name, what, "ours"] / speed
-        share = speed * read * DTYPES[name].itemsize / limit / 1e9
-        share = f"{share:.0%}" if what == "1 row" else ""
-        print(f"| {name} | {what} | {who} | {speed:.1f} | {ratio:.2f} | {share} |")
+    print(
+        "| precision | what | who | tokens/s, or ms | ours is better by | of the bandwidth |\n|---|---|---|---|---|---|"
+    )
+    for (name, what, who), value in median.items():
+        ratio = median[name, what, "ours"] / value
+        ratio = 1 / ratio if what == "second turn" else ratio
+        share = f"{value * read * BYTES[name] / limit / 1e9:.0%}" if what == "1 row" else ""
+        print(f"| {name} | {what} | {who} | {value:.1f} | {ratio:.2f} | {share} |")
 
 
 if __name__ == "__main__":

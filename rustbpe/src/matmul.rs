@@ -3,6 +3,8 @@
 //! The sums of a product are kept in the same order however many vectors there are: on a given machine, a vector's
 //! result does not depend on its company.
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::*;
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -14,7 +16,7 @@ const AHEAD: usize = 4096; // bytes, at least
 pub trait Machine {
     /// Multiply and add in one.
     const FUSES: bool;
-    /// Multiply and add pairs of bfloat16: vectors are rounded to it where the matrix has it, as is usual.
+    /// Multiply and add pairs of bfloat16: vectors are rounded to it where the weights are not float32.
     const DOTS: bool;
 }
 
@@ -151,7 +153,6 @@ fn fetch<W, const O: usize>(w: *const W, n_in: usize, i: usize, step: usize) {
     #[cfg(target_arch = "x86_64")]
     for part in 0..(O * step * size_of::<W>()).div_ceil(LINE) {
         // By itself the processor looks ahead to the end of a page only.
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         let ahead = AHEAD.max(O * n_in * size_of::<W>()) + part * LINE;
         unsafe { _mm_prefetch(w.wrapping_add(O * i).cast::<i8>().wrapping_add(ahead), _MM_HINT_T0) };
     }
@@ -197,27 +198,51 @@ impl<W: Weight, M: Machine> Way for Sums<W, M> {
     }
 }
 
-/// bfloat16 on both sides, in multiples of 2 * LANES.
+/// Weights that are bfloat16, exactly.
 #[cfg(target_arch = "x86_64")]
-struct PairSums;
+trait Pairs: Copy {
+    unsafe fn pairs(p: *const Self) -> __m512bh;
+}
 
 #[cfg(target_arch = "x86_64")]
-impl Way for PairSums {
-    type Weight = u16;
+impl Pairs for u16 {
+    #[inline(always)]
+    unsafe fn pairs(p: *const Self) -> __m512bh {
+        unsafe { std::mem::transmute(_mm512_loadu_si512(p.cast())) }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Pairs for i8 {
+    #[inline(always)]
+    unsafe fn pairs(p: *const Self) -> __m512bh {
+        unsafe {
+            let half = |p| _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p)));
+            let p = p.cast::<__m128i>();
+            _mm512_cvtne2ps_pbh(half(p.add(1)), half(p))
+        }
+    }
+}
+
+/// bfloat16 on both sides, in multiples of 2 * LANES.
+#[cfg(target_arch = "x86_64")]
+struct PairSums<W>(PhantomData<W>);
+
+#[cfg(target_arch = "x86_64")]
+impl<W: Pairs> Way for PairSums<W> {
+    type Weight = W;
     type Value = u16;
 
     #[inline(always)]
     #[allow(clippy::needless_range_loop)]
-    unsafe fn block<const V: usize, const O: usize>(w: *const u16, x: *const u16, n_in: usize) -> [[f32; O]; V] {
-        use std::arch::x86_64::*;
+    unsafe fn block<const V: usize, const O: usize>(w: *const W, x: *const u16, n_in: usize) -> [[f32; O]; V] {
         unsafe {
-            let pairs = |p: *const u16| std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(p.cast()));
             let mut sums = [[_mm512_setzero_ps(); O]; V];
             for i in (0..n_in).step_by(2 * LANES) {
-                fetch::<u16, O>(w, n_in, i, 2 * LANES);
-                let rows: [__m512bh; O] = std::array::from_fn(|o| pairs(w.add(o * n_in + i)));
+                fetch::<W, O>(w, n_in, i, 2 * LANES);
+                let rows: [__m512bh; O] = std::array::from_fn(|o| W::pairs(w.add(o * n_in + i)));
                 for v in 0..V {
-                    let x = pairs(x.add(v * n_in + i));
+                    let x = u16::pairs(x.add(v * n_in + i));
                     for o in 0..O {
                         sums[v][o] = _mm512_dpbf16_ps(sums[v][o], rows[o], x);
                     }
@@ -299,6 +324,21 @@ pub unsafe fn sums<W: Weight, M: Machine>(
     }
 }
 
+/// The nearest bfloat16 of the `n` values at `x`, in `scratch`.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn rounded(x: *const f32, n: usize, scratch: &mut Vec<Line>) -> *const u16 {
+    let needed = n.div_ceil(2 * LANES);
+    if scratch.len() < needed {
+        scratch.resize(needed, Line([0.0; LANES]));
+    }
+    let to = scratch.as_mut_ptr().cast::<u16>();
+    for i in 0..n {
+        unsafe { *to.add(i) = to_bf16(*x.add(i)) };
+    }
+    to
+}
+
 impl Matrix {
     /// Calls `give(vector, output, product)` for the outputs in `range` and the `n` vectors at `x`, one after another.
     /// `scratch` is for the vectors in another form.
@@ -316,24 +356,21 @@ impl Matrix {
     ) {
         let n_in = self.n_in;
         unsafe {
+            #[cfg(target_arch = "x86_64")]
+            if M::DOTS && n_in.is_multiple_of(2 * LANES) && !matches!(self.weights, Weights::F32(_)) {
+                let x = rounded(x, n * n_in, scratch);
+                return match self.weights {
+                    Weights::Bf16(w) => products::<PairSums<_>>(w, x, n_in, n, range, give),
+                    Weights::I8(w, scales) => {
+                        products::<PairSums<_>>(w, x, n_in, n, range, |v, o, p| give(v, o, p * *scales.add(o)));
+                    }
+                    Weights::F32(_) => unreachable!(),
+                };
+            }
             match self.weights {
-                #[cfg(target_arch = "x86_64")]
-                Weights::Bf16(w) if M::DOTS && n_in.is_multiple_of(2 * LANES) => {
-                    let needed = (n * n_in / 2).div_ceil(LANES);
-                    if scratch.len() < needed {
-                        scratch.resize(needed, Line([0.0; LANES]));
-                    }
-                    let rounded = scratch.as_mut_ptr().cast::<u16>();
-                    for i in 0..n * n_in {
-                        *rounded.add(i) = to_bf16(*x.add(i));
-                    }
-                    products::<PairSums>(w, rounded, n_in, n, range, give);
-                }
-                Weights::Bf16(w) => sums::<_, M>(w, x, n_in, n, range, give),
                 Weights::F32(w) => sums::<_, M>(w, x, n_in, n, range, give),
-                Weights::I8(w, scales) => {
-                    sums::<_, M>(w, x, n_in, n, range, |v, o, product| give(v, o, product * *scales.add(o)));
-                }
+                Weights::Bf16(w) => sums::<_, M>(w, x, n_in, n, range, give),
+                Weights::I8(w, scales) => sums::<_, M>(w, x, n_in, n, range, |v, o, p| give(v, o, p * *scales.add(o))),
             }
         }
     }
