@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from nanochat.common import well_formed
 from nanochat.text_stream import TextStream
 
 MAX_MESSAGE_CHARS, MAX_CHARS = 8_000, 32_000  # of one message, and of all
@@ -91,7 +92,7 @@ class ApiError(Exception):
 
     def __init__(self, status, message, type="invalid_request_error", retry_after=None, **detail):
         self.status, self.retry_after = status, retry_after
-        message = message.encode("utf-8", "replace").decode()  # it may quote half a character of the client's
+        message = well_formed(message)  # it may quote half a character of the client's
         self.body = {"error": {"message": message, "type": type, "param": None, "code": None} | detail}
 
 

@@ -261,6 +261,11 @@ def file_fingerprint(path):
 # Small things
 
 
+def well_formed(text):
+    """`text` with "?" for half characters (lone surrogates), which no encoder takes."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def format_duration(seconds):
     """7 -> "7s", 65 -> "1m05s", 3700 -> "1h01m"; "?" for what is not finite."""
     if not math.isfinite(seconds):

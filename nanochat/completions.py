@@ -12,7 +12,7 @@ import uuid
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from nanochat.api import MAX_CHARS, Answer, ApiError, chat_logprobs, envelope, text_logprobs, token_counts, usage
-from nanochat.common import UserError
+from nanochat.common import UserError, well_formed
 from nanochat.tokenizer import get_tokenizer
 from nanochat.worker import Worker, WorkerError
 
@@ -54,6 +54,11 @@ class Service:
         states = {worker.state for worker in self.workers}
         return "ok" if "ready" in states else "loading" if "loading" in states else "dead"
 
+    @property
+    def free_workers(self):
+        """How many would answer at once."""
+        return sum(worker.state == "ready" and worker.in_flight < self.options["max_rows"] for worker in self.workers)
+
     def told(self):
         return next(worker.told for worker in self.workers if worker.state == "ready")
 
@@ -80,7 +85,7 @@ class Service:
         messages = [
             {
                 "role": "system" if m.role == "developer" else m.role,
-                "content": m.text.encode("utf-8", "replace").decode(),
+                "content": well_formed(m.text),
             }
             for m in body.messages
         ]
@@ -102,7 +107,7 @@ class Service:
         found, size = [], self.tokenizer.get_vocab_size()
         for one in list_of_prompts(prompt):
             if isinstance(one, str):
-                one = self.tokenizer.encode(one.encode("utf-8", "replace").decode(), prepend="<|bos|>")
+                one = self.tokenizer.encode(well_formed(one), prepend="<|bos|>")
             if not one:
                 raise ApiError(400, "a prompt has no tokens", param="prompt")
             self.check_tokens(one, size, "prompt")

@@ -9,7 +9,6 @@ rows are beside it.
 
 import contextlib
 
-import rustbpe
 import torch
 
 from nanochat.gpt import NORM_EPS, SOFTCAP
@@ -24,6 +23,8 @@ class CPUDecoder:
     """
 
     def __init__(self, model, quantize=False):
+        import rustbpe
+
         c = self.config = model.config
         self.threads = torch.get_num_threads()
         self.model, self.kept = model, []  # tensors that the extension has the addresses of

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from nanochat.common import UserError
+from nanochat.common import UserError, well_formed
 
 DOC_CHARS = 10_000  # text files are cut near this size, which is also the cap in tokenizer training
 
@@ -51,7 +51,7 @@ def json_documents(path):
         for number, line in enumerate(file, 1):
             try:
                 if line.strip():
-                    yield json.loads(line)["text"].encode("utf-8", "replace").decode()  # lone surrogates become "?"
+                    yield well_formed(json.loads(line)["text"])
             except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
                 got = line.strip()[:60]
                 raise UserError(f'{path}:{number}: expected a JSON object with a string "text", got {got}') from e

@@ -259,16 +259,15 @@ def create_app(options):
     @app.get("/health", responses=ERRORS)
     @app.get("/health/", include_in_schema=False)
     async def health():
-        status, ready = service.status, [w for w in service.workers if w.state == "ready"]
-        free = sum(w.in_flight < options["max_rows"] for w in ready)
-        told = {"status": status, "ready": status == "ok", "num_gpus": len(service.workers), "available_workers": free}
+        status, n = service.status, len(service.workers)
+        told = {"status": status, "ready": status == "ok", "num_gpus": n, "available_workers": service.free_workers}
         headers = {} if status == "ok" else {"Retry-After": str(RETRY_AFTER)}
         return JSONResponse(told, 200 if status == "ok" else 503, headers)
 
     @app.get("/stats", responses=ERRORS)
     async def stats():
         workers = service.workers
-        free = sum(w.state == "ready" and w.in_flight < options["max_rows"] for w in workers)
+        free = service.free_workers
         listed = [
             {"gpu_id": w.index, "device": w.told.get("device"), "state": w.state, "in_flight": w.in_flight} | w.load
             for w in workers

@@ -18,6 +18,7 @@ import itertools
 import json
 import struct
 import zipfile
+from bisect import bisect_left
 from pathlib import Path
 
 from nanochat.common import UserError, atomic_path, base_dir
@@ -218,13 +219,21 @@ class Tokenizer:
         user_start, _, reply = (self.encode_special(t) for t in SPECIAL_TOKENS[1:4])
         bos = self.get_bos_token_id()
         rendered = [list(itertools.chain(*(span for span, _ in self._spans(m)))) for m in messages]
-        for oldest in range(0, len(messages), 2):
+
+        def prompt(oldest):
             ((question, _),) = self._spans(_join(system, messages[oldest]))
-            ids = [bos, *question, *itertools.chain(*rendered[oldest + 1 :]), reply]
-            if max_tokens is None or len(ids) <= max_tokens:
-                return ids
+            return [bos, *question, *itertools.chain(*rendered[oldest + 1 :]), reply]
+
+        ids = prompt(0)
+        if max_tokens is None or len(ids) <= max_tokens:
+            return ids
+        turns = range(2, len(messages), 2)
+        first = bisect_left(turns, True, key=lambda oldest: len(prompt(oldest)) <= max_tokens)
+        if first < len(turns):
+            return prompt(turns[first])
         if max_tokens < 8:
             raise UserError(f"max_tokens={max_tokens} leaves no room for a prompt; give at least 8")
+        _, *question, _ = prompt(len(messages) - 1)
         return [bos, user_start, *question[3 - max_tokens :], reply]
 
     def visualize_tokenization(self, ids, mask):

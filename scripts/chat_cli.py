@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanochat.cli import add_model_flags, make_parser, parse_args, run
-from nanochat.common import UserError, base_dir, compute_init, no_color
+from nanochat.common import UserError, base_dir, compute_init, no_color, well_formed
 from nanochat.text_stream import TextStream
 
 # What a model writes must not steer the terminal: control characters are dropped, but for tab and newline.
@@ -84,12 +84,12 @@ class Chat:
         """A new conversation with this system text, which joins the first question that the model sees."""
         if system and self.plain:
             raise UserError("a base model continues plain text and takes no system text; choose another stage with -i")
-        self.system, self.turns = system.encode("utf-8", "replace").decode(), []
+        self.system, self.turns = well_formed(system), []
 
     def ask(self, text):
         """Yield (kind, piece of text) of the answer. The turn is remembered even if the caller stops halfway."""
         engine, stream = self.engine, TextStream(self.engine.tokenizer)
-        text = text.encode("utf-8", "replace").decode()  # a terminal of another encoding may send half a character
+        text = well_formed(text)  # a terminal of another encoding may send half a character
         prompt = self._prompt(text)
         turn = Turn(text)
         self.turns.append(turn)
