@@ -20,6 +20,7 @@ import torch
 from nanochat.calculator import calculate
 from nanochat.common import UserError
 from nanochat.cpu_decode import CPUDecoder, torch_threads
+from nanochat.cuda_decode import CUDADecoder
 from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache, PrefixCache
 from nanochat.text_stream import TextStream
@@ -310,10 +311,12 @@ class Engine:
         self.assistant_end = special("<|assistant_end|>")
         self.terminals = {self.assistant_end, tokenizer.get_bos_token_id()}
         self.prefixes = PrefixCache(prefix_tokens) if prefix_tokens else None
-        self.decoder = None
-        if isinstance(model, GPT) and model.get_device().type == "cpu" and not model.lm_head.weight.requires_grad:
-            self.decoder = CPUDecoder(model, quantize == "int8")
-        elif quantize:
+        self.decoder = self.graphs = None
+        device = model.get_device().type
+        if isinstance(model, GPT) and not model.lm_head.weight.requires_grad:  # a copy of its weights stays true
+            self.decoder = CPUDecoder(model, quantize == "int8") if device == "cpu" else None
+            self.graphs = CUDADecoder(model, self.precision) if device == "cuda" else None
+        if quantize and not self.decoder:
             raise UserError("--quantize is for models on a CPU; leave it out here")
 
     def new_cache(self):
@@ -331,6 +334,8 @@ class Engine:
         """Logits (B, V) after `tokens`, one per row, which join `cache`."""
         if self.decoder:
             return self.decoder([[token] for token in tokens], cache)
+        if self.graphs and (logits := self.graphs(tokens, cache)) is not None:
+            return logits
         ids = torch.tensor(tokens, device=self.model.get_device())[:, None]
         with self.precision():
             return self.model(ids, kv_cache=cache)[:, -1]

@@ -8,6 +8,7 @@ import torch
 
 from nanochat.common import UserError
 from nanochat.cpu_decode import CPUDecoder
+from nanochat.cuda_decode import CUDADecoder
 from nanochat.engine import DecodeLoop, Engine, Request, Row, sample
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hf import hf_config, hf_weights
@@ -255,6 +256,43 @@ def test_two_hundred_requests_say_the_same_alone_and_together():
     together = {row.request: row.tokens for row in engine.generate_many(requests, max_rows=24)}
     alone = {request: next(Engine(engine.model, Plain()).generate_many([request])).tokens for request in requests}
     assert together == alone
+
+
+def many_requests():
+    rng = random.Random(7)
+    settings = [(random_ids(1, rng.randint(1, 90), seed=i)[0].tolist(), rng.randint(1, 160)) for i in range(40)]
+    return [Request(prompt, n, rng.choice([0, 1.0]), seed=i) for i, (prompt, n) in enumerate(settings)]
+
+
+@pytest.mark.parametrize("n_kv_head", [4, 2])
+def test_steps_of_fixed_shape_give_the_same_tokens(n_kv_head):
+    """All of the CUDA decoder but the graphs themselves: its steps in the cache's full rows and a power of columns."""
+    model, requests, recorded = decoder_model(torch.float32, n_kv_head), many_requests(), []
+    plain, static = Engine(model, Plain()), Engine(model, Plain())
+    plain.decoder = static.decoder = None
+    expected = {row.request: row.tokens for row in plain.generate_many(requests, max_rows=6)}
+    static.graphs = CUDADecoder(model, static.precision)
+
+    def record(step):
+        recorded.append(step.columns)
+        step.run()  # as before a recording
+        return step.run
+
+    static.graphs.record = record
+    assert {row.request: row.tokens for row in static.generate_many(requests, max_rows=6)} == expected
+    assert len(set(recorded)) > 1
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_give_the_same_tokens(capsys):
+    model, requests = decoder_model(torch.float32).cuda(), many_requests()
+    plain, graphs = Engine(model, Plain()), Engine(model, Plain())
+    plain.graphs = None
+    expected = {row.request: row.tokens for row in plain.generate_many(requests, max_rows=6)}
+    found = {row.request: row.tokens for row in graphs.generate_many(requests, max_rows=6)}
+    assert graphs.graphs.graphs and not capsys.readouterr().err
+    flips = sum(found[request] != expected[request] for request in requests)
+    assert flips <= 1  # where two logits are as good as equal
 
 
 def test_leftovers_of_former_rows_do_not_leak(engine):
