@@ -67,12 +67,12 @@ find_rust() {
         local fetch=(curl --proto '=https' --connect-timeout 15 -sSf https://sh.rustup.rs)
         command -v curl >/dev/null || fetch=(wget -q -T 15 -O - https://sh.rustup.rs)
         "${fetch[@]}" | sh -s -- -y -q --profile minimal -c rustfmt -c clippy ||
-            die "Rust cannot be had by itself; install cargo 1.85 or newer (https://rustup.rs or brew install rust)"
+            die "Rust cannot be had by itself; install cargo 1.89 or newer (https://rustup.rs or brew install rust)"
     fi
     local version
     version=$(cargo --version | cut -d' ' -f2)
-    [[ $(printf '1.85\n%s\n' "$version" | sort -V | head -1) == 1.85 ]] ||
-        die "cargo $version is too old, 1.85 is needed; run rustup update stable (https://rustup.rs)"
+    [[ $(printf '1.89\n%s\n' "$version" | sort -V | head -1) == 1.89 ]] ||
+        die "cargo $version is too old, 1.89 is needed; run rustup update stable (https://rustup.rs)"
     command -v cc >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null ||
         die "no C compiler, which Rust links with (apt-get install build-essential, or xcode-select --install)"
 }

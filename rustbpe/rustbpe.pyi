@@ -39,3 +39,40 @@ class Tokenizer:
     def get_mergeable_ranks(self) -> list[tuple[bytes, int]]: ...
     def encode(self, text: str) -> list[int]: ...
     def encode_batch(self, texts: list[str], num_threads: int | None = None) -> list[list[int]]: ...
+
+Matrix = tuple[str, int, int, int, int]
+"""dtype ("float32", "bfloat16" or "int8"), address, rows, columns, address of the rows' scales or 0."""
+
+class Decoder:
+    """
+    The model's forward pass over a few tokens on a CPU; what it is given the addresses of must stay where it is.
+
+    `layers` has the matrices of queries, keys and values in one, of the attention's output, and of the MLP: up, down;
+    `heads` are (n_head, n_kv_head, head_dim).
+    """
+
+    def __init__(
+        self,
+        embedding: Matrix,
+        layers: list[list[Matrix]],
+        head: Matrix,
+        heads: tuple[int, int, int],
+        eps: float,
+        softcap: float,
+    ) -> None: ...
+    def forward(
+        self,
+        tokens: list[list[int]],
+        lengths: list[int],
+        cache: tuple[int, int, int],
+        rotary: tuple[int, int],
+        logits: int | None,
+        threads: int,
+    ) -> None:
+        """
+        Let `tokens`, a list for each row, join a cache (address, rows, columns) whose rows have `lengths` tokens.
+
+        The cache is float32 (layers, 2, rows, n_kv_head, columns, head_dim); `rotary` are the addresses of cosines and
+        sines (positions, head_dim / 2). Logits after every token go to `logits`, an address, if that is given. Raises
+        ValueError for ids that the embedding lacks, and for a cache without room.
+        """

@@ -135,29 +135,27 @@ impl Decoder {
                 .map(|width| lines(n * width));
         let [x, qkv, y, up] = activations.each_mut().map(|lines| lines.as_mut_ptr().cast::<f32>());
         let mut stages = Vec::new();
-        let mut stage = |work, chunks| {
+        let mut add = |(work, chunks)| {
             stages.push(Stage { work, chunks, next: AtomicUsize::new(0), done: AtomicUsize::new(0) });
         };
         let project = |matrix: Matrix, from: *const f32, normed, to, then| {
             let outputs = outputs_of_chunk(&matrix, threads);
             (Work::Project { matrix, outputs, from, normed, to, then }, matrix.n_out.div_ceil(outputs))
         };
-        stage(Work::Embed, n);
+        add((Work::Embed, n));
         for (layer, Layer { qkv: w_qkv, proj, up: w_up, down }) in self.layers.iter().enumerate() {
-            let mut product = |(work, chunks)| stage(work, chunks);
-            product(project(*w_qkv, x, true, qkv, Then::Store));
-            product((Work::Turn { layer }, n));
+            add(project(*w_qkv, x, true, qkv, Then::Store));
+            add((Work::Turn { layer }, n));
             if layer + 1 == self.layers.len() && logits.is_none() {
                 break; // all keys and values are there
             }
-            product((Work::Attend { layer }, n * self.n_kv_head));
-            product(project(*proj, y, false, x, Then::Add));
-            product(project(*w_up, x, true, up, Then::SquaredRelu));
-            product(project(*down, up, false, x, Then::Add));
+            add((Work::Attend { layer }, n * self.n_kv_head));
+            add(project(*proj, y, false, x, Then::Add));
+            add(project(*w_up, x, true, up, Then::SquaredRelu));
+            add(project(*down, up, false, x, Then::Add));
         }
         if let Some(logits) = logits {
-            let (work, chunks) = project(self.head, x, true, logits, Then::Cap);
-            stage(work, chunks);
+            add(project(self.head, x, true, logits, Then::Cap));
         }
         let step = Arc::new(Step { decoder: self.clone(), tokens, cache, rotary, stages, x, qkv, y });
         for _ in 1..threads {
