@@ -54,8 +54,7 @@ class CPUDecoder:
             weight.copy_(whole * scales)
             weight = whole
         self.kept += [weight, scales]
-        dtype = str(weight.dtype).removeprefix("torch.")
-        return dtype, weight.data_ptr(), *weight.shape, 0 if scales is None else scales.data_ptr()
+        return name(weight.dtype), weight.data_ptr(), *weight.shape, 0 if scales is None else scales.data_ptr()
 
     def is_quick(self, n):
         """Whether it is quicker with `n` tokens than the model (measured on two cores of Zen 5)."""
@@ -67,21 +66,26 @@ class CPUDecoder:
 
         Without `logits` the lists may be of any lengths, and nothing is returned.
         """
-        c, counts = self.config, [len(ids) for ids in tokens]
+        c, dtype = self.config, self.model.lm_head.weight.dtype
+        counts = [len(ids) for ids in tokens]
         lengths = [n + new for n, new in zip(cache.lengths, counts, strict=True)]
-        cache.reserve(len(tokens), max(lengths), c.n_kv_head, c.head_dim, torch.float32)
+        cache.reserve(len(tokens), max(lengths), c.n_kv_head, c.head_dim, dtype)
         cos, sin = self.model.rotary(max(lengths))
         out = torch.empty(sum(counts), c.vocab_size) if logits else None
         self.inner.forward(
             tokens,
             cache.lengths,
-            (cache.data.data_ptr(), cache.data.size(2), cache.data.size(4)),
+            (name(cache.data.dtype), cache.data.data_ptr(), cache.data.size(2), cache.data.size(4)),
             (cos.data_ptr(), sin.data_ptr()),
             out.data_ptr() if logits else None,
             self.threads,
         )
         cache.lengths = lengths
         return out
+
+
+def name(dtype):
+    return str(dtype).removeprefix("torch.")
 
 
 def to_int8(weight):

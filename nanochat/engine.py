@@ -320,8 +320,7 @@ class Engine:
             raise UserError("--quantize is for models on a CPU; leave it out here")
 
     def new_cache(self):
-        dtype = torch.float32 if self.decoder else None
-        return KVCache(self.model.config.n_layer, device=self.model.get_device(), dtype=dtype)
+        return KVCache(self.model.config.n_layer, device=self.model.get_device())
 
     def quiet(self):
         """Context for small operations of torch: its threads would spin for a while where the decoder's run next."""

@@ -13,12 +13,12 @@ class KVCache:
     Keys and values of all layers for rows of different lengths; row b's tokens are columns 0 to lengths[b] - 1.
 
     The model calls begin(T), insert(layer, k, v) for every layer, advance(T). Storage is allocated at the first insert
-    in `dtype`, or k's, and doubles in place when rows or columns run out. Columns beyond a row's length hold finite
+    in k's dtype, and doubles in place when rows or columns run out. Columns beyond a row's length hold finite
     leftovers, which the mask hides.
     """
 
-    def __init__(self, n_layer, rows=0, device="cpu", dtype=None):
-        self.n_layer, self.device, self.dtype = n_layer, device, dtype
+    def __init__(self, n_layer, rows=0, device="cpu"):
+        self.n_layer, self.device = n_layer, device
         self.lengths = [0] * rows  # tokens held, per row
         self.data = None  # (n_layer, 2, rows, Hkv, columns, D)
 
@@ -42,7 +42,7 @@ class KVCache:
         B, H, T, D = k.shape
         assert B == len(self.lengths), f"{B} rows for a cache of {len(self.lengths)}"
         S = self.max_position(T)
-        self.reserve(B, S, H, D, self.dtype or k.dtype)
+        self.reserve(B, S, H, D, k.dtype)
         for kept, new in zip(self.data[layer], (k, v), strict=True):
             if self.uniform:
                 kept[:B, :, S - T : S] = new
@@ -80,7 +80,7 @@ class KVCache:
         self.lengths = lengths
 
     def _reserve_like(self, rows, columns, data):
-        self.reserve(rows, columns, data.size(-3), data.size(-1), self.dtype or data.dtype)
+        self.reserve(rows, columns, data.size(-3), data.size(-1), data.dtype)
 
     def reserve(self, rows, columns, heads, head_dim, dtype):
         """Make room for `rows` and `columns`."""

@@ -217,7 +217,7 @@ def test_the_decoder_refuses_tokens_and_caches_that_do_not_fit():
     with pytest.raises(ValueError, match="token 100000"):
         decoder([[100_000]], KVCache(3, rows=1))
     with pytest.raises(ValueError, match="cache"):
-        decoder.inner.forward([[1]], [7], (0, 1, 7), (0, 0), None, 1)
+        decoder.inner.forward([[1]], [7], ("float32", 0, 1, 7), (0, 0), None, 1)
 
 
 class Plain(ByteTokenizer):

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 #[cfg(target_arch = "x86_64")]
 use crate::matmul::Dots;
-use crate::matmul::{Any, Fuses, LANES, Line, Machine, Matrix, add_scaled, exp, lines, sums};
+use crate::matmul::{Any, Fuses, Kept, LANES, Line, Machine, Matrix, add_scaled, exp, lines};
 
 const CHUNK: usize = 1 << 18; // weights of a matrix, at most
 const THREAD: usize = 1 << 26; // multiplications that keep one busy for about a millisecond: fewer are not shared out
@@ -46,10 +46,17 @@ pub struct Decoder {
 unsafe impl Send for Decoder {}
 unsafe impl Sync for Decoder {}
 
+/// Where keys and values lie, and as what.
+#[derive(Clone, Copy)]
+pub enum Place {
+    F32(*mut f32),
+    Bf16(*mut u16),
+}
+
 /// Keys and values (layers, 2, rows, n_kv_head, columns, head_dim) of the tokens so far.
 #[derive(Clone, Copy)]
 pub struct Cache {
-    pub data: *mut f32,
+    pub data: Place,
     pub rows: usize,
     pub columns: usize,
 }
@@ -227,8 +234,14 @@ impl Step {
                             let range = chunk * outputs..matrix.n_out.min((chunk + 1) * outputs);
                             self.project::<M>(&matrix, range, from, normed, to, then, &mut scratch);
                         }
-                        Work::Turn { layer } => self.turn(layer, chunk),
-                        Work::Attend { layer } => self.attend::<M>(layer, chunk, &mut scores),
+                        Work::Turn { layer } => match self.cache.data {
+                            Place::F32(data) => self.turn(data, layer, chunk),
+                            Place::Bf16(data) => self.turn(data, layer, chunk),
+                        },
+                        Work::Attend { layer } => match self.cache.data {
+                            Place::F32(data) => self.attend::<M, _>(data, layer, chunk, &mut scores, &mut scratch),
+                            Place::Bf16(data) => self.attend::<M, _>(data, layer, chunk, &mut scores, &mut scratch),
+                        },
                     }
                 }
                 done.fetch_add(1, Ordering::Release);
@@ -295,7 +308,7 @@ impl Step {
     }
 
     #[inline(always)]
-    unsafe fn turn(&self, layer: usize, n: usize) {
+    unsafe fn turn<K: Kept>(&self, cache: *mut K, layer: usize, n: usize) {
         let Decoder { n_head, n_kv_head, head_dim: d, .. } = *self.decoder;
         let Token { row, position, .. } = self.tokens[n];
         unsafe {
@@ -314,15 +327,24 @@ impl Step {
             }
             for h in 0..n_kv_head {
                 for (which, at) in [(0, n_head + h), (1, n_head + n_kv_head + h)] {
-                    let to = self.held(layer, which, row, h).add(position * d);
-                    std::ptr::copy_nonoverlapping(qkv.add(at * d), to, d);
+                    let to = cache.add(self.first(layer, which, row, h) + position * d);
+                    for i in 0..d {
+                        *to.add(i) = K::of(*qkv.add(at * d + i));
+                    }
                 }
             }
         }
     }
 
     #[inline(always)]
-    unsafe fn attend<M: Machine>(&self, layer: usize, chunk: usize, scores: &mut Vec<f32>) {
+    unsafe fn attend<M: Machine, K: Kept>(
+        &self,
+        cache: *const K,
+        layer: usize,
+        chunk: usize,
+        scores: &mut Vec<f32>,
+        scratch: &mut Vec<Line>,
+    ) {
         let Decoder { n_head, n_kv_head, head_dim: d, .. } = *self.decoder;
         let (n, kv, group) = (chunk / n_kv_head, chunk % n_kv_head, n_head / n_kv_head);
         let Token { row, position, .. } = self.tokens[n];
@@ -330,10 +352,11 @@ impl Step {
         scores.resize(group * columns, 0.0);
         unsafe {
             let queries = self.qkv.add((n * (n_head + 2 * n_kv_head) + kv * group) * d);
-            let (keys, values) = (self.held(layer, 0, row, kv), self.held(layer, 1, row, kv));
+            let [keys, values] = [0, 1].map(|which| cache.add(self.first(layer, which, row, kv)));
             let scale = 1.0 / (d as f32).sqrt();
             let give = |q: usize, j: usize, product| scores[q * columns + j] = product * scale;
-            sums::<f32, M>(keys, queries, d, group, 0..columns, give);
+            let keys = Matrix { weights: K::weights(keys), n_out: columns, n_in: d };
+            keys.times::<M>(queries, group, 0..columns, scratch, give);
             for (q, scores) in scores.chunks_exact_mut(columns).enumerate() {
                 let most = scores.iter().fold(f32::MIN, |a, &b| a.max(b));
                 for score in scores.iter_mut() {
@@ -345,18 +368,18 @@ impl Step {
                 for (j, score) in scores.iter().enumerate() {
                     let share = score / sum;
                     let value = std::slice::from_raw_parts(values.add(j * d), d);
-                    add_scaled::<M>(y, value, share);
+                    add_scaled::<M, K>(y, value, share);
                 }
             }
         }
     }
 
-    /// The keys (0) or values (1) of a row's head.
+    /// Where in the cache the keys (0) or values (1) of a row's head begin.
     #[inline(always)]
-    unsafe fn held(&self, layer: usize, which: usize, row: usize, head: usize) -> *mut f32 {
+    fn first(&self, layer: usize, which: usize, row: usize, head: usize) -> usize {
         let Decoder { n_kv_head, head_dim, .. } = *self.decoder;
         let at = ((layer * 2 + which) * self.cache.rows + row) * n_kv_head + head;
-        unsafe { self.cache.data.add(at * self.cache.columns * head_dim) }
+        at * self.cache.columns * head_dim
     }
 
     #[inline(always)]

@@ -86,6 +86,34 @@ impl Weight for u16 {
     }
 }
 
+/// What keys and values can be kept as.
+pub trait Kept: Weight {
+    fn of(x: f32) -> Self;
+    fn weights(p: *const Self) -> Weights;
+}
+
+impl Kept for f32 {
+    #[inline(always)]
+    fn of(x: f32) -> Self {
+        x
+    }
+
+    fn weights(p: *const Self) -> Weights {
+        Weights::F32(p)
+    }
+}
+
+impl Kept for u16 {
+    #[inline(always)]
+    fn of(x: f32) -> Self {
+        to_bf16(x)
+    }
+
+    fn weights(p: *const Self) -> Weights {
+        Weights::Bf16(p)
+    }
+}
+
 impl Weight for i8 {
     #[inline(always)]
     fn value(self) -> f32 {
@@ -123,9 +151,9 @@ pub fn exp<M: Machine>(x: f32) -> f32 {
 
 /// `to` plus `factor` times `vector`.
 #[inline(always)]
-pub fn add_scaled<M: Machine>(to: &mut [f32], vector: &[f32], factor: f32) {
+pub fn add_scaled<M: Machine, W: Weight>(to: &mut [f32], vector: &[W], factor: f32) {
     for (to, x) in to.iter_mut().zip(vector) {
-        *to = fused::<M>(factor, *x, *to);
+        *to = fused::<M>(factor, x.value(), *to);
     }
 }
 
@@ -304,11 +332,8 @@ unsafe fn products<P: Way>(
 }
 
 /// The same for any weights with float32, and rows of any length.
-///
-/// # Safety
-/// Both are there, and the processor is an `M`.
 #[inline(always)]
-pub unsafe fn sums<W: Weight, M: Machine>(
+unsafe fn sums<W: Weight, M: Machine>(
     w: *const W,
     x: *const f32,
     n_in: usize,

@@ -7,7 +7,7 @@ use pyo3::prelude::*;
 use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
 use pyo3::types::{PyBytes, PyString};
 
-use crate::decoder::{Cache, Layer, Rotary, Token};
+use crate::decoder::{Cache, Layer, Place, Rotary, Token};
 use crate::matmul::{Matrix, Weights};
 use crate::{Error, GPT4_PATTERN, Splitter, Texts, WordCounter, train};
 
@@ -250,9 +250,9 @@ fn add_array(training: &mut Training<'_>, array: Bound<'_, PyAny>) -> PyResult<(
 #[pyclass(module = "rustbpe", frozen)]
 struct Decoder(Arc<crate::decoder::Decoder>);
 
-type Place = (String, usize, usize, usize, usize);
+type Tensor = (String, usize, usize, usize, usize);
 
-fn matrix((dtype, data, n_out, n_in, scales): Place) -> PyResult<Matrix> {
+fn matrix((dtype, data, n_out, n_in, scales): Tensor) -> PyResult<Matrix> {
     let weights = match &dtype[..] {
         "float32" => Weights::F32(data as _),
         "bfloat16" => Weights::Bf16(data as _),
@@ -268,14 +268,14 @@ impl Decoder {
     /// `heads` are (n_head, n_kv_head, head_dim).
     #[new]
     fn new(
-        embedding: Place,
-        layers: Vec<[Place; 4]>,
-        head: Place,
+        embedding: Tensor,
+        layers: Vec<[Tensor; 4]>,
+        head: Tensor,
         heads: (usize, usize, usize),
         eps: f32,
         softcap: f32,
     ) -> PyResult<Self> {
-        let layer = |[qkv, proj, up, down]: [Place; 4]| {
+        let layer = |[qkv, proj, up, down]: [Tensor; 4]| {
             Ok(Layer { qkv: matrix(qkv)?, proj: matrix(proj)?, up: matrix(up)?, down: matrix(down)? })
         };
         let (n_head, n_kv_head, head_dim) = heads;
@@ -291,7 +291,8 @@ impl Decoder {
         })))
     }
 
-    /// Let `tokens`, a list for each row, join a float32 cache (layers, 2, rows, n_kv_head, columns, head_dim) behind
+    /// Let `tokens`, a list for each row, join a cache (layers, 2, rows, n_kv_head, columns, head_dim), given as (dtype
+    /// "float32" or "bfloat16", address, rows, columns), behind
     /// the `lengths` that its rows have; `rotary` are the addresses of cosines and sines. With an address of `logits`,
     /// the logits after every token are written there.
     /// Raises ValueError for ids that the embedding lacks, and for a cache without room.
@@ -301,12 +302,12 @@ impl Decoder {
         py: Python<'_>,
         tokens: Vec<Vec<usize>>,
         lengths: Vec<usize>,
-        cache: (usize, usize, usize),
+        cache: (String, usize, usize, usize),
         rotary: (usize, usize),
         logits: Option<usize>,
         threads: usize,
     ) -> PyResult<()> {
-        let (data, rows, columns) = cache;
+        let (dtype, data, rows, columns) = cache;
         let mut found = Vec::new();
         for (row, (ids, length)) in tokens.iter().zip(lengths).enumerate() {
             found.extend(ids.iter().zip(length..).map(|(&id, position)| Token { id, row, position }));
@@ -318,7 +319,8 @@ impl Decoder {
             return Err(PyValueError::new_err(format!("the cache of {rows} rows and {columns} columns is too small")));
         }
         py.detach(|| {
-            let cache = Cache { data: data as _, rows, columns };
+            let data = if dtype == "float32" { Place::F32(data as _) } else { Place::Bf16(data as _) };
+            let cache = Cache { data, rows, columns };
             let rotary = Rotary { cos: rotary.0 as _, sin: rotary.1 as _ };
             unsafe { self.0.forward(found, cache, rotary, logits.map(|address| address as _), threads) }
         });
