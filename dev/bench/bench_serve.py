@@ -198,7 +198,7 @@ async def soak(http, args):
 
     async def watch():
         while True:
-            memory.append(((time.monotonic() - start) / 60, resident(args.pid)))
+            memory.append(resident(args.pid))
             await asyncio.sleep(SAMPLE)
 
     tasks = [asyncio.create_task(work) for work in ([load.probe(), watch()] if args.pid else [load.probe()])]
@@ -209,8 +209,9 @@ async def soak(http, args):
         print(f"{what}: {n}")
     print(f"worst /health: {ms(load.health, 1)} ms")
     if len(memory) > 1:
-        slope = statistics.linear_regression(*zip(*memory, strict=True)).slope
-        print(f"memory: {memory[0][1]:.0f} MiB first, {memory[-1][1]:.0f} MiB last, {slope:+.2f} MiB a minute")
+        sixth = max(1, len(memory) // 6)  # the first one is for warming up
+        early, late = statistics.median(memory[sixth : 2 * sixth] or memory), statistics.median(memory[-sixth:])
+        print(f"memory: {early:.0f} MiB after the first sixth, {late:.0f} MiB in the last ({late / early - 1:+.1%})")
     missing = load.outcomes["sent: ask"] + load.outcomes["sent: slow"] - load.outcomes["answered"]
     return missing + load.outcomes["rubbish not refused"]
 
