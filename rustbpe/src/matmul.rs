@@ -186,7 +186,8 @@ fn fetch<W, const O: usize>(w: *const W, n_in: usize, i: usize, step: usize) {
     }
 }
 
-/// How products are made.
+/// How products are made. No closures in here: the compiler may keep one apart, without the instructions that the
+/// functions around it have, and then products take ten times as long.
 trait Way {
     type Weight;
     type Value;
@@ -212,7 +213,10 @@ impl<W: Weight, M: Machine> Way for Sums<W, M> {
         let mut sums = [[[0.0; LANES]; O]; V];
         for i in (0..n_in).step_by(LANES) {
             fetch::<W, O>(w, n_in, i, LANES);
-            let rows: [[f32; LANES]; O] = std::array::from_fn(|o| unsafe { lanes(w.add(o * n_in + i)) });
+            let mut rows = [[0.0; LANES]; O];
+            for o in 0..O {
+                rows[o] = unsafe { lanes(w.add(o * n_in + i)) };
+            }
             for v in 0..V {
                 let x = unsafe { lanes(x.add(v * n_in + i)) };
                 for o in 0..O {
@@ -222,7 +226,13 @@ impl<W: Weight, M: Machine> Way for Sums<W, M> {
                 }
             }
         }
-        sums.map(|rows| rows.map(total))
+        let mut found = [[0.0; O]; V];
+        for v in 0..V {
+            for o in 0..O {
+                found[v][o] = total(sums[v][o]);
+            }
+        }
+        found
     }
 }
 
@@ -245,9 +255,10 @@ impl Pairs for i8 {
     #[inline(always)]
     unsafe fn pairs(p: *const Self) -> __m512bh {
         unsafe {
-            let half = |p| _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p)));
-            let p = p.cast::<__m128i>();
-            _mm512_cvtne2ps_pbh(half(p.add(1)), half(p))
+            let (first, second) = (_mm_loadu_si128(p.cast()), _mm_loadu_si128(p.cast::<__m128i>().add(1)));
+            let first = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(first));
+            let second = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(second));
+            _mm512_cvtne2ps_pbh(second, first)
         }
     }
 }
@@ -268,7 +279,10 @@ impl<W: Pairs> Way for PairSums<W> {
             let mut sums = [[_mm512_setzero_ps(); O]; V];
             for i in (0..n_in).step_by(2 * LANES) {
                 fetch::<W, O>(w, n_in, i, 2 * LANES);
-                let rows: [__m512bh; O] = std::array::from_fn(|o| W::pairs(w.add(o * n_in + i)));
+                let mut rows = [std::mem::transmute::<__m512, __m512bh>(_mm512_setzero_ps()); O];
+                for o in 0..O {
+                    rows[o] = W::pairs(w.add(o * n_in + i));
+                }
                 for v in 0..V {
                     let x = u16::pairs(x.add(v * n_in + i));
                     for o in 0..O {
@@ -276,7 +290,13 @@ impl<W: Pairs> Way for PairSums<W> {
                     }
                 }
             }
-            sums.map(|rows| rows.map(|sum| _mm512_reduce_add_ps(sum)))
+            let mut found = [[0.0; O]; V];
+            for v in 0..V {
+                for o in 0..O {
+                    found[v][o] = _mm512_reduce_add_ps(sums[v][o]);
+                }
+            }
+            found
         }
     }
 }
