@@ -191,6 +191,7 @@ fn fetch<W, const O: usize>(w: *const W, n_in: usize, i: usize, step: usize) {
 trait Way {
     type Weight;
     type Value;
+    const ALONE: bool;
 
     /// Products of `V` vectors with `O` rows.
     unsafe fn block<const V: usize, const O: usize>(
@@ -206,6 +207,7 @@ struct Sums<W, M>(PhantomData<(W, M)>);
 impl<W: Weight, M: Machine> Way for Sums<W, M> {
     type Weight = W;
     type Value = f32;
+    const ALONE: bool = false;
 
     #[inline(always)]
     #[allow(clippy::needless_range_loop)]
@@ -271,6 +273,7 @@ struct PairSums<W>(PhantomData<W>);
 impl<W: Pairs> Way for PairSums<W> {
     type Weight = W;
     type Value = u16;
+    const ALONE: bool = true;
 
     #[inline(always)]
     #[allow(clippy::needless_range_loop)]
@@ -345,6 +348,10 @@ unsafe fn products<P: Way>(
                 }
             }
         };
+    }
+    if n == 1 && P::ALONE {
+        rows!(1, range);
+        return;
     }
     let whole = range.end - range.len() % 4;
     rows!(4, range.start..whole);
