@@ -72,7 +72,7 @@ class Decoder:
         """
         Let `tokens`, a list for each row, join a cache (dtype, address, rows, columns) whose rows have `lengths`.
 
-        The cache is float32 or bfloat16 (layers, 2, rows, n_kv_head, columns, head_dim); `rotary` are the addresses of cosines and
-        sines (positions, head_dim / 2). Logits after every token go to `logits`, an address, if that is given. Raises
-        ValueError for ids that the embedding lacks, and for a cache without room.
+        The cache is float32 or bfloat16 (layers, 2, rows, n_kv_head, columns, head_dim); `rotary` are the addresses of
+        cosines and sines (positions, head_dim / 2). Logits after every token go to `logits`, an address, if that is
+        given. Raises ValueError for ids that the embedding lacks, and for a cache without room.
         """
