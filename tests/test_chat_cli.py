@@ -385,6 +385,7 @@ def test_ctrl_c_while_one_answer_is_made():
         import signal
         from nanochat.cli import run
         from scripts import chat_cli
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
         class Chat:
             def ask(self, text):
                 yield "text", "Hello"

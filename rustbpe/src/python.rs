@@ -291,11 +291,10 @@ impl Decoder {
         })))
     }
 
-    /// Let `tokens`, a list for each row, join a cache (layers, 2, rows, n_kv_head, columns, head_dim), given as (dtype
-    /// "float32" or "bfloat16", address, rows, columns), behind
-    /// the `lengths` that its rows have; `rotary` are the addresses of cosines and sines. With an address of `logits`,
-    /// the logits after every token are written there.
-    /// Raises ValueError for ids that the embedding lacks, and for a cache without room.
+    /// Let `tokens`, a list for each row, join a cache (layers, 2, rows, n_kv_head, columns, head_dim), given as (dtype,
+    /// address, rows, columns), behind the `lengths` that its rows have; `rotary` are the addresses of cosines and
+    /// sines. With an address of `logits`, the logits after every token are written there. Raises ValueError for ids
+    /// that the embedding lacks, and for a cache without room or of another type than float32 and bfloat16.
     #[allow(clippy::too_many_arguments)]
     fn forward(
         &self,
@@ -308,6 +307,10 @@ impl Decoder {
         threads: usize,
     ) -> PyResult<()> {
         let (dtype, data, rows, columns) = cache;
+        let wide = dtype == "float32";
+        if !wide && dtype != "bfloat16" {
+            return Err(PyValueError::new_err(format!("no cache of type {dtype}")));
+        }
         let mut found = Vec::new();
         for (row, (ids, length)) in tokens.iter().zip(lengths).enumerate() {
             found.extend(ids.iter().zip(length..).map(|(&id, position)| Token { id, row, position }));
@@ -319,7 +322,7 @@ impl Decoder {
             return Err(PyValueError::new_err(format!("the cache of {rows} rows and {columns} columns is too small")));
         }
         py.detach(|| {
-            let data = if dtype == "float32" { Place::F32(data as _) } else { Place::Bf16(data as _) };
+            let data = if wide { Place::F32(data as _) } else { Place::Bf16(data as _) };
             let cache = Cache { data, rows, columns };
             let rotary = Rotary { cos: rotary.0 as _, sin: rotary.1 as _ };
             unsafe { self.0.forward(found, cache, rotary, logits.map(|address| address as _), threads) }
