@@ -25,7 +25,6 @@ def run_worker(connection, index, options):
     """The worker's process: loads the model, then decodes until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides when to end
     os.environ["LOCAL_RANK"] = str(index)  # which GPU
-    os.nice(0)
     try:
         loop, told = _load(options)
     except UserError as e:
