@@ -186,8 +186,9 @@ fn fetch<W, const O: usize>(w: *const W, n_in: usize, i: usize, step: usize) {
     }
 }
 
-/// How products are made. No closures in here: the compiler may keep one apart, without the instructions that the
-/// functions around it have, and then products take ten times as long.
+/// How products are made. What the compiler makes of these is fragile (a closure around instructions of its own, kept
+/// apart, made int8 five times as slow; a loop instead of one made float32 half as fast): after a change,
+/// `python -m dev.bench.bench_engine`.
 trait Way {
     type Weight;
     type Value;
@@ -215,10 +216,7 @@ impl<W: Weight, M: Machine> Way for Sums<W, M> {
         let mut sums = [[[0.0; LANES]; O]; V];
         for i in (0..n_in).step_by(LANES) {
             fetch::<W, O>(w, n_in, i, LANES);
-            let mut rows = [[0.0; LANES]; O];
-            for o in 0..O {
-                rows[o] = unsafe { lanes(w.add(o * n_in + i)) };
-            }
+            let rows: [[f32; LANES]; O] = std::array::from_fn(|o| unsafe { lanes(w.add(o * n_in + i)) });
             for v in 0..V {
                 let x = unsafe { lanes(x.add(v * n_in + i)) };
                 for o in 0..O {
@@ -228,13 +226,7 @@ impl<W: Weight, M: Machine> Way for Sums<W, M> {
                 }
             }
         }
-        let mut found = [[0.0; O]; V];
-        for v in 0..V {
-            for o in 0..O {
-                found[v][o] = total(sums[v][o]);
-            }
-        }
-        found
+        sums.map(|rows| rows.map(total))
     }
 }
 
