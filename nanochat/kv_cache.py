@@ -124,9 +124,10 @@ class PrefixCache:
         if not self.MIN_SHARED <= len(tokens) <= self.max_tokens:
             return
         for old in self._neighbours(tokens):
-            if shared(old, tokens) == len(tokens):
+            n = shared(old, tokens)
+            if n == len(tokens):
                 return  # it is there, or a longer row that serves as well
-            if shared(old, tokens) == len(old):
+            if n == len(old):
                 self._drop(old)
         self.rows[tokens] = cache.data[:, :, row, :, : len(tokens)].clone()
         insort(self.order, tokens)

@@ -11,12 +11,12 @@ first token. Second turn: milliseconds to the first token after 1,000 of which 9
 reuse. The programs take turns; prints medians.
 """
 
-import argparse
 import statistics
 import time
 
 import torch
 
+from nanochat.cli import make_parser, parse_args, run
 from nanochat.engine import DecodeLoop, Engine, Request
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hf import hf_config, hf_weights
@@ -106,12 +106,12 @@ def theirs_prefill(hf, n):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("dev.bench.bench_engine", __doc__)
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--vocab_size", type=int, default=32_768)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--skip_transformers", action="store_true")
-    args = parser.parse_args()
+    args = parse_args(parser)
     torch.set_grad_enabled(False)
     runs, taken, limits = {}, {}, []
     for name, dtype in DTYPES.items():
@@ -136,12 +136,12 @@ def main():
     engine = Engine(random_model(args.depth, args.vocab_size).bfloat16(), NoText(), quantize="int8")
     runs["int8", "1 row", "ours"] = lambda: ours(engine, 1)
     runs["int8", "8 rows", "ours"] = lambda: ours(engine, 8)
-    for run in runs.values():
-        run()  # once before, so that memory and kernels are there
+    for measure in runs.values():
+        measure()  # once before, so that memory and kernels are there
     for _ in range(args.repeats):
         limits.append(bandwidth())
-        for key, run in runs.items():
-            taken.setdefault(key, []).append(run())
+        for key, measure in runs.items():
+            taken.setdefault(key, []).append(measure())
     limit = statistics.median(limits)
     median = {key: statistics.median(values) for key, values in taken.items()}
     print(f"depth {args.depth}, vocabulary {args.vocab_size:,}: a token reads {read / 1e6:.0f} M weights")
@@ -157,4 +157,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

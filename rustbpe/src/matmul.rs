@@ -192,6 +192,7 @@ fn fetch<W, const O: usize>(w: *const W, n_in: usize, i: usize, step: usize) {
 trait Way {
     type Weight;
     type Value;
+    /// Whether a single vector takes the rows one by one: memory is read fastest as one stream.
     const ALONE: bool;
 
     /// Products of `V` vectors with `O` rows.
