@@ -3,6 +3,7 @@ Completions of chats and of plain text: requests to tokens for the workers, and 
 """
 
 import asyncio
+import collections
 import contextlib
 import random
 import re
@@ -29,7 +30,10 @@ class Metrics:
         bins = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
         name, what = "nanochat_time_to_first_token_seconds", "From a request to its first token."
         self.first = Histogram(name, what, buckets=bins, registry=r)
-        name, what = "nanochat_inter_token_seconds", "From one token of an answer to its next."
+        name, what = (
+            "nanochat_inter_token_seconds",
+            "From one token of an answer to its next, on average of those sent together.",
+        )
         self.next = Histogram(name, what, buckets=(0.001, 0.002, *bins), registry=r)
         rows = Gauge("nanochat_running_rows", "Answers in the batches.", registry=r)
         rows.set_function(lambda: sum(w.load["rows"] for w in workers))
@@ -164,14 +168,18 @@ class Service:
         self.metrics.prompt.inc(len(tokens))
         async with contextlib.aclosing(worker.generate(key, tokens=tokens, **settings)) as batches:
             async for batch in batches:
-                now, deltas = time.perf_counter(), []
-                for sample, token, logprobs, finish, cached in batch:
-                    if not seen:
-                        self.metrics.first.observe(now - start)
-                        self.metrics.cached.inc(cached)
-                    if sample in seen:
-                        self.metrics.next.observe(now - seen[sample])
+                now = time.perf_counter()
+                if not seen:
+                    self.metrics.first.observe(now - start)
+                    self.metrics.cached.inc(batch[0][-1])
+                for sample, n in collections.Counter(event[0] for event in batch).items():
+                    told = sample in seen
+                    gap = (now - seen[sample]) / n if told else 0.0
+                    for _ in range(n if told else n - 1):
+                        self.metrics.next.observe(gap)
                     seen[sample] = now
+                deltas = []
+                for sample, token, logprobs, finish, cached in batch:
                     answers[sample].cached = cached
                     deltas.append((answers[sample], answers[sample].push(token, logprobs, finish)))
                 self.metrics.completion.inc(len(batch))

@@ -123,8 +123,21 @@ class Row:
 
 
 def sample(logits, temperature, top_k, rngs, top_p=1.0, min_p=0.0):
-    """Token ids (B,) drawn from logits (B, V), one random number per row, from that row's own generator."""
-    if temperature < MIN_TEMPERATURE:
+    """Token ids, a list, drawn from logits (B, V), one random number per row, from that row's own generator."""
+    temperature = 0 if temperature < MIN_TEMPERATURE else temperature
+    # 24 random bits are exact in float32 and stay below 1, so that the last token's share is never overrun.
+    uniforms = [rng.getrandbits(24) / 2**24 for rng in rngs] if temperature else [0.0] * len(rngs)
+    if logits.device.type == "cpu":
+        import rustbpe
+
+        logits = logits.float().contiguous()
+        return rustbpe.sample(logits.data_ptr(), logits.size(-1), uniforms, temperature, top_k or 0, top_p, min_p)
+    return sample_on_device(logits, uniforms, temperature, top_k, top_p, min_p).tolist()
+
+
+def sample_on_device(logits, uniforms, temperature, top_k, top_p, min_p):
+    """The same as ids (B,), where the logits are."""
+    if not temperature:
         return logits.argmax(-1)
     ids = None
     if top_k and top_k < logits.size(-1):
@@ -139,9 +152,8 @@ def sample(logits, temperature, top_k, rngs, top_p=1.0, min_p=0.0):
     if min_p > 0:
         probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
     cdf = probs.cumsum(-1)
-    # 24 random bits are exact in float32 and stay below 1, so that the last token's share is never overrun.
-    uniform = torch.tensor([rng.getrandbits(24) / 2**24 for rng in rngs], device=logits.device)
-    picked = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)
+    uniforms = torch.tensor(uniforms, device=logits.device)[:, None]
+    picked = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True)
     return (picked if ids is None else ids.gather(1, picked))[:, 0]
 
 
@@ -280,7 +292,7 @@ class DecodeLoop:
                 some = torch.stack([rows[i].adjust(x) for i, x in zip(members, some, strict=True)])
             top_k, top_p, min_p = cuts
             drawn = sample(some, temperature, top_k, [rows[i].rng for i in members], top_p, min_p)
-            for i, token in zip(members, drawn.tolist(), strict=True):
+            for i, token in zip(members, drawn, strict=True):
                 tokens[i] = token
         for i, row in enumerate(rows):
             if row.request.logprobs is not None:

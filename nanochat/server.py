@@ -8,6 +8,7 @@ always free to answer. The page and its logo are the only files served.
 import asyncio
 import base64
 import contextlib
+import gc
 import hashlib
 import hmac
 import json
@@ -159,8 +160,9 @@ def create_app(options):
     @contextlib.asynccontextmanager
     async def lifespan(app):
         for worker in service.workers:
-            worker.start()
+            await worker.start()
         watching = asyncio.create_task(watch(app))
+        gc.freeze()  # looking through all that is loaded would hold everybody up for tens of milliseconds
         yield
         watching.cancel()
         service.draining = True

@@ -1,40 +1,63 @@
 """
 An engine in a process of its own, so that the server's event loop never computes, and the server's handle on it.
 
-The two talk over a pipe. To the worker: ("submit", id, settings of a Request), ("cancel", id), ("score", id, tokens,
-top). Back: ("ready", what it runs), ("failed", why), ("step", events, load), ("scored", id, result) and ("error", id,
-why); an event is (id, sample, token, log-probabilities or None, finish or None, cached tokens).
+The two send each other pickled messages, their sizes before them. To the worker: ("submit", id, settings of a
+Request), ("cancel", id), ("score", id, tokens, top). Back: ("ready", what it runs), ("failed", why), ("step",
+{id: events}, load), ("scored", id, result) and ("error", id, why); an event is (sample, token, log-probabilities or
+None, finish or None, cached tokens).
 """
 
 import asyncio
+import gc
 import multiprocessing
 import os
+import pickle
 import queue
 import signal
+import socket
+import struct
 import sys
 import threading
 import time
 import traceback
+from collections import defaultdict
 
 from nanochat.common import UserError, compute_init
 
+SIZE = struct.Struct("!I")
 PIECE_SECONDS = 0.001  # of an answer, each: more pieces than these would keep the server from its own work
 
 
+def packed(*message):
+    data = pickle.dumps(message)
+    return SIZE.pack(len(data)) + data
+
+
 def run_worker(connection, index, options):
-    """The worker's process: loads the model, then decodes until the pipe is closed."""
+    """The worker's process: loads the model, then decodes until the socket is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides when to end
     os.environ["LOCAL_RANK"] = str(index)  # which GPU
+    inbox = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
     try:
-        loop, told = _load(options)
-    except UserError as e:
-        connection.send(("failed", str(e)))
-        return
-    connection.send(("ready", told))
-    try:
-        _serve(connection, loop)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
+        try:
+            loop, told = _load(options)
+        except UserError as e:
+            connection.sendall(packed("failed", str(e)))
+            return
+        connection.sendall(packed("ready", told))
+        gc.freeze()  # what is there now stays: no need to look through it again and again
+        _serve(connection, inbox, loop)
+    except (BrokenPipeError, ConnectionResetError):
         pass  # the server is gone
+
+
+def _receive(connection, inbox):
+    """Put messages into `inbox`, None at the end: looking there costs the engine less than asking the system."""
+    with connection.makefile("rb") as file:
+        while size := file.read(SIZE.size):
+            inbox.put(pickle.loads(file.read(*SIZE.unpack(size))))
+    inbox.put(None)
 
 
 def _load(options):
@@ -53,42 +76,55 @@ def _load(options):
     return loop, {"name": name, "context": model.config.sequence_len, "device": str(compute.device)}
 
 
-def _serve(connection, loop):
+def _serve(connection, inbox, loop):
     from nanochat.engine import DecodeLoop, Request
 
-    jobs = {}  # id -> rows
-    events, told = [], 0.0  # not sent yet, and when some were
+    owners = {}  # row -> id
+    events, sent = defaultdict(list), {}  # by id: what is not sent yet, and when the last was
     while True:
-        while connection.poll(0 if loop.busy else None):
-            kind, key, *rest = connection.recv()
+        while not (loop.busy and inbox.empty()):
+            message = inbox.get()
+            if message is None:
+                return
+            kind, key, *rest = message
             try:
                 if kind == "submit":
-                    jobs[key] = loop.submit(Request(**rest[0]))
+                    owners |= dict.fromkeys(loop.submit(Request(**rest[0])), key)
                 elif kind == "cancel":
-                    loop.cancel(jobs.pop(key, []))
+                    rows = [row for row, owner in owners.items() if owner == key]
+                    loop.cancel(rows)
+                    owners = {row: owner for row, owner in owners.items() if owner != key}
+                    events.pop(key, None)
+                    sent.pop(key, None)
                 elif kind == "score":
-                    connection.send(("scored", key, loop.engine.score(*rest)))
+                    connection.sendall(packed("scored", key, loop.engine.score(*rest)))
             except UserError as e:
-                connection.send(("error", key, str(e)))
+                connection.sendall(packed("error", key, str(e)))
         try:
             stepped = loop.step()
         except Exception:  # out of memory, say: those in the batch fail, the next ones may fit
             traceback.print_exc(file=sys.stderr)
-            for key in jobs:
-                connection.send(("error", key, "the engine failed, see the server's log"))
-            jobs = {}
+            for key in set(owners.values()):
+                connection.sendall(packed("error", key, "the engine failed, see the server's log"))
+            owners, events, sent = {}, defaultdict(list), {}
             loop, stepped = DecodeLoop(loop.engine, loop.max_rows), []
-        keys = {row: key for key, rows in jobs.items() for row in rows}
+        now, due = time.perf_counter(), set()
         for row in stepped:
+            key = owners.pop(row) if row.finish else owners[row]
             logprobs = row.logprobs[-1] if row.logprobs else None
-            events.append((keys[row], row.sample, row.tokens[-1], logprobs, row.finish, row.cached))
-        jobs = {key: rows for key, rows in jobs.items() if not all(row.finish for row in rows)}
-        first = any(len(row.tokens) == 1 for row in stepped)
-        if loop.busy and not first and time.perf_counter() - told < PIECE_SECONDS * len(loop.rows):
+            events[key].append((row.sample, row.tokens[-1], logprobs, row.finish, row.cached))
+            if row.finish or now - sent.get(key, 0.0) >= PIECE_SECONDS * len(stepped):
+                due.add(key)
+            if row.finish:
+                sent.pop(key, None)
+        if not due and loop.busy:
             continue
+        # Those that are half due go along, so that next time many go together.
+        due |= {key for key in events if now - sent.get(key, 0.0) >= PIECE_SECONDS * len(stepped) / 2}
+        sent |= dict.fromkeys(due & set(owners.values()), now)
         held = loop.engine.prefixes.held if loop.engine.prefixes else 0
-        connection.send(("step", events, {"rows": len(loop.rows), "waiting": len(loop.waiting), "cached_tokens": held}))
-        events, told = [], time.perf_counter()
+        load = {"rows": len(loop.rows), "waiting": len(loop.waiting), "cached_tokens": held}
+        connection.sendall(packed("step", {key: events.pop(key) for key in due}, load))
 
 
 class WorkerError(Exception):
@@ -110,45 +146,34 @@ class Worker:
         self.inboxes = {}  # id -> queue of what came for it
         self.changed = asyncio.Event()  # no longer loading
 
-    def start(self):
+    async def start(self):
         self.loop = asyncio.get_running_loop()
         context = multiprocessing.get_context("spawn")  # a forked child would share the server's sockets
-        self.connection, theirs = context.Pipe()
+        ours, theirs = socket.socketpair()
         self.process = context.Process(target=run_worker, args=(theirs, self.index, self.options), daemon=True)
         self.process.start()
         theirs.close()
-        self.outbox = queue.SimpleQueue()  # a full pipe must not block the event loop
-        threading.Thread(target=self._read, daemon=True).start()
-        threading.Thread(target=self._write, daemon=True).start()
+        reader, self.writer = await asyncio.open_connection(sock=ours)
+        self.reading = asyncio.create_task(self._read(reader))
 
     def stop(self):
+        self.reading.cancel()
         self.process.kill()
         self.process.join()
 
-    def _write(self):
+    async def _read(self, reader):
         try:
             while True:
-                self.connection.send(self.outbox.get())
-        except OSError:
-            pass  # the reader tells
+                (size,) = SIZE.unpack(await reader.readexactly(SIZE.size))
+                self._dispatch(*pickle.loads(await reader.readexactly(size)))
+        except (asyncio.IncompleteReadError, OSError):
+            self._dispatch("failed", "the engine's process has ended")
 
-    def _read(self):
-        try:
-            while True:
-                self.loop.call_soon_threadsafe(self._dispatch, self.connection.recv())
-        except (EOFError, OSError):
-            try:
-                self.loop.call_soon_threadsafe(self._dispatch, ("failed", "the engine's process has ended"))
-            except RuntimeError:
-                pass  # the server is ending, too
-
-    def _dispatch(self, message):
-        kind, *rest = message
+    def _dispatch(self, kind, *rest):
         if kind == "step":
             events, self.load = rest
-            for key, *event in events:
-                if key in self.inboxes:
-                    self.inboxes[key].put_nowait(event)
+            for key in events.keys() & self.inboxes.keys():
+                self.inboxes[key].put_nowait(events[key])
         elif kind in ("scored", "error"):
             key, what = rest
             if key in self.inboxes:
@@ -173,12 +198,9 @@ class Worker:
         try:
             self._send("submit", key, request)
             while ended < n:
-                events = [await inbox.get()]
-                while not inbox.empty():
-                    events.append(inbox.get_nowait())
-                for event in events:
-                    if isinstance(event, WorkerError):
-                        raise event
+                events = await inbox.get()
+                if isinstance(events, WorkerError):
+                    raise events
                 ended += sum(event[3] is not None for event in events)
                 yield events
         finally:
@@ -186,7 +208,7 @@ class Worker:
             self.in_flight -= n
             del self.inboxes[key]
             if ended < n:
-                self.outbox.put(("cancel", key))
+                self.writer.write(packed("cancel", key))
 
     async def score(self, key, tokens, top):
         """Log-probabilities of a prompt's own tokens, see Engine.score. Raises WorkerError."""
@@ -203,4 +225,4 @@ class Worker:
     def _send(self, *message):
         if self.state != "ready":
             raise WorkerError(self.error or "the model is loading")
-        self.outbox.put(message)
+        self.writer.write(packed(*message))

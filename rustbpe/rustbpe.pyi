@@ -76,3 +76,18 @@ class Decoder:
         cosines and sines (positions, head_dim / 2). Logits after every token go to `logits`, an address, if that is
         given. Raises ValueError for ids that the embedding lacks, and for a cache without room.
         """
+
+def sample(
+    logits: int,
+    vocab_size: int,
+    uniforms: list[float],
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+) -> list[int]:
+    """
+    A token for each number in `uniforms` (from 0 to 1), from float32 logits (len(uniforms), vocab_size) at an address.
+
+    `temperature` 0 takes the likeliest; `top_k` 0, `top_p` 1 and `min_p` 0 are off.
+    """

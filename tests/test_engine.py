@@ -9,7 +9,7 @@ import torch
 from nanochat.common import UserError
 from nanochat.cpu_decode import CPUDecoder
 from nanochat.cuda_decode import CUDADecoder
-from nanochat.engine import DecodeLoop, Engine, Request, Row, sample
+from nanochat.engine import DecodeLoop, Engine, Request, Row, sample, sample_on_device
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hf import hf_config, hf_weights
 from nanochat.kv_cache import KVCache
@@ -370,17 +370,37 @@ def test_sampling_draws_from_softmax_with_temperature_and_top_k():
         Request([1], num_samples=20000))]  # fmt: skip
     for temperature, top_k, kept in ((1.0, None, 5), (0.5, 0, 5), (2.0, 2, 2), (1.0, 100, 5), (1.0, 1, 1)):
         drawn = sample(logits.expand(len(rngs), -1), temperature, top_k, rngs)
-        seen = torch.bincount(drawn, minlength=5) / len(rngs)
+        seen = torch.bincount(torch.tensor(drawn), minlength=5) / len(rngs)
         cut = logits.masked_fill(logits < logits.sort(descending=True).values[:, kept - 1], float("-inf"))
         torch.testing.assert_close(seen, (cut / temperature).softmax(-1)[0], atol=0.015, rtol=0)
-    assert sample(logits, 0, 3, rngs[:1]).item() == 2
-    assert sample(logits, 1e-300, None, rngs[:1]).item() == 2
+    assert sample(logits, 0, 3, rngs[:1]) == [2]
+    assert sample(logits, 1e-300, None, rngs[:1]) == [2]
+
+
+@pytest.mark.parametrize("size", [7, 1024, 5000])
+@pytest.mark.parametrize("temperature, top_k", [(0, None), (1.0, None), (0.7, 50), (1.5, 3), (1.0, 1), (0.2, 4999)])
+@pytest.mark.parametrize("top_p, min_p", [(1.0, 0.0), (0.9, 0.0), (0.3, 0.05), (1.0, 0.1), (1e-6, 0.0)])
+def test_a_cpu_samples_as_other_devices_do(size, temperature, top_k, top_p, min_p):
+    logits = 3 * torch.randn(500, size, generator=torch.Generator().manual_seed(size))
+    uniforms = [random.Random(i).getrandbits(24) / 2**24 for i in range(500)]
+    expected = sample_on_device(logits, uniforms, temperature, top_k, top_p, min_p)
+    drawn = sample(logits, temperature, top_k, [random.Random(i) for i in range(500)], top_p, min_p)
+    differ = (torch.tensor(drawn) != expected).sum()  # where a number lies at a boundary, but for rounding
+    assert differ <= (0 if temperature == 0 else 2)
+
+
+def test_of_equal_logits_the_first_is_the_larger():
+    assert sample(torch.tensor([[1.0, 2.0, 2.0, 2.0, -0.0, 0.0]]), 0, None, [None]) == [1]
+    drawn = {sample(torch.ones(1, 100), 1.0, 3, [random.Random(i)])[0] for i in range(99)}
+    assert drawn == {0, 1, 2}
 
 
 @pytest.mark.parametrize("bits, expected", [(0, 1), (2**23, 2), (2**24 - 1, 2)])
 def test_the_ends_of_the_random_range_hit_no_impossible_token(bits, expected):
     logits = torch.tensor([[float("-inf"), 0.0, 0.0, float("-inf")]])
-    assert sample(logits, 1.0, None, [SimpleNamespace(getrandbits=lambda n: bits)]).item() == expected
+    rng = SimpleNamespace(getrandbits=lambda n: bits)
+    assert sample(logits, 1.0, None, [rng]) == [expected]
+    assert sample_on_device(logits, [bits / 2**24], 1.0, None, 1.0, 0.0).item() == expected
 
 
 def test_generate_yields_columns_until_the_last_row_is_done(engine):
@@ -517,7 +537,7 @@ def test_top_p_and_min_p_cut_the_tail():
     rngs = [random.Random(i) for i in range(4000)]
 
     def shares(**settings):
-        drawn = sample(logits, 1.0, None, rngs, **settings)
+        drawn = torch.tensor(sample(logits, 1.0, None, rngs, **settings))
         return [round((drawn == token).float().mean().item(), 1) for token in (1, 3, 0, 2)]
 
     assert shares(top_p=0.7) == [0.7, 0.3, 0, 0]

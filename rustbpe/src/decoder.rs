@@ -10,11 +10,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 #[cfg(target_arch = "x86_64")]
 use crate::matmul::Dots;
-use crate::matmul::{Any, Fuses, Kept, LANES, Line, Machine, Matrix, add_scaled, exp, lines};
+use crate::matmul::{Any, Fuses, Kept, LANES, Line, Machine, Matrix, add_scaled, by_lanes, exp, fetch_start, lines};
 
 const CHUNK: usize = 1 << 18; // weights of a matrix, at most
 const THREAD: usize = 1 << 26; // multiplications that keep one busy for about a millisecond: fewer are not shared out
-const SPINS: usize = 1 << 12; // looks at a stage before giving the core away
+const SPINS: usize = 1 << 8; // looks at a stage before giving the core away
 
 /// The matrices of a layer; queries, keys and values come from one.
 pub struct Layer {
@@ -287,12 +287,13 @@ impl Step {
         };
         let scales: Vec<f32> = (0..n).map(scale).collect();
         unsafe {
-            matrix.times::<M>(from, n, range.clone(), scratch, |i, o, product| {
-                let (to, value) = (to.add(i * matrix.n_out + o), product * scales[i]);
-                *to = match then {
-                    Then::Store | Then::Cap => value,
-                    Then::Add => *to + value,
-                    Then::SquaredRelu => value.max(0.0) * value.max(0.0),
+            matrix.times::<M>(from, n, range.clone(), scratch, |i, o, products| {
+                let to = std::slice::from_raw_parts_mut(to.add(i * matrix.n_out + o), products.len());
+                let pairs = to.iter_mut().zip(products.iter().map(|product| product * scales[i]));
+                match then {
+                    Then::Store | Then::Cap => pairs.for_each(|(to, x)| *to = x),
+                    Then::Add => pairs.for_each(|(to, x)| *to += x),
+                    Then::SquaredRelu => pairs.for_each(|(to, x)| *to = x.max(0.0) * x.max(0.0)),
                 }
             });
             if let Then::Cap = then {
@@ -353,22 +354,31 @@ impl Step {
         unsafe {
             let queries = self.qkv.add((n * (n_head + 2 * n_kv_head) + kv * group) * d);
             let [keys, values] = [0, 1].map(|which| cache.add(self.first(layer, which, row, kv)));
+            fetch_start(values, columns * d * size_of::<K>());
             let scale = 1.0 / (d as f32).sqrt();
-            let give = |q: usize, j: usize, product| scores[q * columns + j] = product * scale;
+            let give = |q: usize, j: usize, products: &[f32]| {
+                let scores = &mut scores[q * columns + j..][..products.len()];
+                scores.iter_mut().zip(products).for_each(|(score, product)| *score = product * scale);
+            };
             let keys = Matrix { weights: K::weights(keys), n_out: columns, n_in: d };
             keys.times::<M>(queries, group, 0..columns, scratch, give);
             for (q, scores) in scores.chunks_exact_mut(columns).enumerate() {
-                let most = scores.iter().fold(f32::MIN, |a, &b| a.max(b));
+                let most =
+                    by_lanes(scores, f32::MIN, |a, b| if b > a { b } else { a }).into_iter().fold(f32::MIN, f32::max);
                 for score in scores.iter_mut() {
                     *score = exp::<M>(*score - most);
                 }
-                let sum: f32 = scores.iter().sum();
+                let sum: f32 = by_lanes(scores, 0.0, |a, b| a + b).iter().sum();
                 let y = std::slice::from_raw_parts_mut(self.y.add((n * n_head + kv * group + q) * d), d);
                 y.fill(0.0);
-                for (j, score) in scores.iter().enumerate() {
-                    let share = score / sum;
-                    let value = std::slice::from_raw_parts(values.add(j * d), d);
-                    add_scaled::<M, K>(y, value, share);
+                scores.iter_mut().for_each(|score| *score /= sum);
+                let values = std::slice::from_raw_parts(values, columns * d);
+                let whole = columns - columns % 4;
+                for j in (0..whole).step_by(4) {
+                    add_scaled::<M, K, 4>(y, &values[j * d..], &scores[j..]);
+                }
+                for j in whole..columns {
+                    add_scaled::<M, K, 1>(y, &values[j * d..], &scores[j..]);
                 }
             }
         }
@@ -384,12 +394,7 @@ impl Step {
 
     #[inline(always)]
     fn inverse_rms(&self, x: &[f32]) -> f32 {
-        let mut lanes = [0f32; LANES];
-        for part in x.chunks(LANES) {
-            for (lane, x) in lanes.iter_mut().zip(part) {
-                *lane += x * x;
-            }
-        }
+        let lanes = by_lanes(x, 0.0, |sum, x| sum + x * x);
         1.0 / (lanes.iter().sum::<f32>() / x.len() as f32 + self.decoder.eps).sqrt()
     }
 

@@ -24,6 +24,8 @@ mod key;
 #[cfg(feature = "python")]
 #[allow(unsafe_code)]
 mod matmul;
+#[cfg(feature = "python")]
+mod sampler;
 mod scanner;
 mod split;
 mod tokenizer;

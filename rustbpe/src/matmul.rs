@@ -149,12 +149,45 @@ pub fn exp<M: Machine>(x: f32) -> f32 {
     value * f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23))
 }
 
-/// `to` plus `factor` times `vector`.
+/// Adds the first `N` of `vectors`, which are as long as `to` and lie one after another, each times its factor.
 #[inline(always)]
-pub fn add_scaled<M: Machine, W: Weight>(to: &mut [f32], vector: &[W], factor: f32) {
-    for (to, x) in to.iter_mut().zip(vector) {
-        *to = fused::<M>(factor, x.value(), *to);
+#[allow(clippy::needless_range_loop)]
+pub fn add_scaled<M: Machine, W: Weight, const N: usize>(to: &mut [f32], vectors: &[W], factors: &[f32]) {
+    let width = to.len();
+    let factors: [f32; N] = std::array::from_fn(|n| factors[n]);
+    assert!(vectors.len() >= N * width);
+    let (whole, rest) = to.as_chunks_mut::<LANES>();
+    for (i, to) in whole.iter_mut().enumerate() {
+        for n in 0..N {
+            let vector = unsafe { vectors.as_ptr().add(n * width + i * LANES) };
+            prefetch(vector, AHEAD);
+            let vector = unsafe { lanes(vector) };
+            for lane in 0..LANES {
+                to[lane] = fused::<M>(factors[n], vector[lane], to[lane]);
+            }
+        }
     }
+    for (i, to) in (LANES * whole.len()..).zip(rest) {
+        for n in 0..N {
+            *to = fused::<M>(factors[n], vectors[n * width + i].value(), *to);
+        }
+    }
+}
+
+/// `values` taken together, those of each lane apart.
+#[inline(always)]
+pub fn by_lanes(values: &[f32], start: f32, take: impl Fn(f32, f32) -> f32) -> [f32; LANES] {
+    let mut lanes = [start; LANES];
+    let (whole, rest) = values.as_chunks::<LANES>();
+    for part in whole {
+        for lane in 0..LANES {
+            lanes[lane] = take(lanes[lane], part[lane]);
+        }
+    }
+    for (lane, &value) in lanes.iter_mut().zip(rest) {
+        *lane = take(*lane, value);
+    }
+    lanes
 }
 
 /// The sum of the lanes, by halves.
@@ -173,6 +206,23 @@ fn total(mut lanes: [f32; LANES]) -> f32 {
 #[inline(always)]
 unsafe fn lanes<W: Weight>(p: *const W) -> [f32; LANES] {
     unsafe { p.cast::<[W; LANES]>().read_unaligned() }.map(W::value)
+}
+
+/// Have the line fetched that is `bytes` from `p`.
+#[inline(always)]
+fn prefetch<W>(p: *const W, bytes: usize) {
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        _mm_prefetch(p.cast::<i8>().wrapping_add(bytes), _MM_HINT_T0)
+    };
+}
+
+/// Have the first lines fetched of what comes at `p`.
+#[inline(always)]
+pub fn fetch_start<W>(p: *const W, bytes: usize) {
+    for byte in (0..bytes.min(AHEAD)).step_by(LINE) {
+        prefetch(p, byte);
+    }
 }
 
 /// Have the lines fetched that come after the `O` rows at `w`, when the product of these is `i` values on.
@@ -288,12 +338,52 @@ impl<W: Pairs> Way for PairSums<W> {
             }
             let mut found = [[0.0; O]; V];
             for v in 0..V {
-                for o in 0..O {
-                    found[v][o] = _mm512_reduce_add_ps(sums[v][o]);
+                if O == 4 {
+                    let four = totals([sums[v][0], sums[v][1], sums[v][2], sums[v][3]]);
+                    found[v].copy_from_slice(&four);
+                } else {
+                    for o in 0..O {
+                        found[v][o] = totals_of_one(sums[v][o]);
+                    }
                 }
             }
             found
         }
+    }
+}
+
+/// The sums of the lanes of four vectors, each ((0 + 2) + (1 + 3)) of every fourth, and these by halves.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn totals([a, b, c, d]: [__m512; 4]) -> [f32; 4] {
+    unsafe {
+        let ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        let cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+        let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+        let low = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
+        let high = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+        std::mem::transmute(by_halves(_mm512_add_ps(low, high)))
+    }
+}
+
+/// The same of one vector.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn totals_of_one(x: __m512) -> f32 {
+    unsafe {
+        let x = _mm512_add_ps(x, _mm512_permute_ps::<0b01_00_11_10>(x));
+        let x = _mm512_add_ps(x, _mm512_permute_ps::<0b10_11_00_01>(x));
+        _mm_cvtss_f32(by_halves(x))
+    }
+}
+
+/// The sum of the four parts of a vector.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn by_halves(x: __m512) -> __m128 {
+    unsafe {
+        let x = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x));
+        _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x))
     }
 }
 
@@ -307,7 +397,7 @@ unsafe fn product<W: Weight>(w: *const W, x: *const f32, n_in: usize) -> f32 {
     total(sums)
 }
 
-/// Calls `give(vector, output, product)` for `n` vectors and the rows in `range`, four by four where it can be.
+/// Calls `give(vector, first output, products)` for `n` vectors and the rows in `range`, four by four where it can be.
 #[inline(always)]
 unsafe fn products<P: Way>(
     w: *const P::Weight,
@@ -315,7 +405,7 @@ unsafe fn products<P: Way>(
     n_in: usize,
     n: usize,
     range: Range<usize>,
-    mut give: impl FnMut(usize, usize, f32),
+    mut give: impl FnMut(usize, usize, &[f32]),
 ) {
     macro_rules! rows {
         ($O:literal, $rows:expr) => {
@@ -325,9 +415,7 @@ unsafe fn products<P: Way>(
                     ($V:literal) => {{
                         let found = unsafe { P::block::<$V, $O>(w.add(o * n_in), x.add(v * n_in), n_in) };
                         for (i, row) in found.iter().enumerate() {
-                            for (j, &product) in row.iter().enumerate() {
-                                give(v + i, o + j, product);
-                            }
+                            give(v + i, o, row);
                         }
                         v += $V;
                     }};
@@ -342,7 +430,7 @@ unsafe fn products<P: Way>(
             }
         };
     }
-    if n == 1 && P::ALONE {
+    if n == 1 && P::ALONE && n_in >= 256 {
         rows!(1, range);
         return;
     }
@@ -359,14 +447,24 @@ unsafe fn sums<W: Weight, M: Machine>(
     n_in: usize,
     n: usize,
     range: Range<usize>,
-    mut give: impl FnMut(usize, usize, f32),
+    mut give: impl FnMut(usize, usize, &[f32]),
 ) {
     if n_in.is_multiple_of(LANES) {
         return unsafe { products::<Sums<W, M>>(w, x, n_in, n, range, give) };
     }
     for (v, o) in (0..n).flat_map(|v| range.clone().map(move |o| (v, o))) {
-        give(v, o, unsafe { product(w.add(o * n_in), x.add(v * n_in), n_in) });
+        give(v, o, &[unsafe { product(w.add(o * n_in), x.add(v * n_in), n_in) }]);
     }
+}
+
+/// Up to four products, each multiplied by its row's scale.
+#[inline(always)]
+unsafe fn scaled(products: &[f32], scales: *const f32) -> [f32; 4] {
+    let mut scaled = [0.0; 4];
+    for (i, product) in products.iter().enumerate() {
+        scaled[i] = product * unsafe { *scales.add(i) };
+    }
+    scaled
 }
 
 /// The nearest bfloat16 of the `n` values at `x`, in `scratch`.
@@ -385,7 +483,7 @@ unsafe fn rounded(x: *const f32, n: usize, scratch: &mut Vec<Line>) -> *const u1
 }
 
 impl Matrix {
-    /// Calls `give(vector, output, product)` for the outputs in `range` and the `n` vectors at `x`, one after another.
+    /// Calls `give(vector, first output, products)` for the outputs in `range` and the `n` vectors at `x`, one after another.
     /// `scratch` is for the vectors in another form.
     ///
     /// # Safety
@@ -397,7 +495,7 @@ impl Matrix {
         n: usize,
         range: Range<usize>,
         scratch: &mut Vec<Line>,
-        mut give: impl FnMut(usize, usize, f32),
+        mut give: impl FnMut(usize, usize, &[f32]),
     ) {
         let n_in = self.n_in;
         unsafe {
@@ -407,7 +505,9 @@ impl Matrix {
                 return match self.weights {
                     Weights::Bf16(w) => products::<PairSums<_>>(w, x, n_in, n, range, give),
                     Weights::I8(w, scales) => {
-                        products::<PairSums<_>>(w, x, n_in, n, range, |v, o, p| give(v, o, p * *scales.add(o)));
+                        products::<PairSums<_>>(w, x, n_in, n, range, |v, o, p| {
+                            give(v, o, &scaled(p, scales.add(o))[..p.len()])
+                        });
                     }
                     Weights::F32(_) => unreachable!(),
                 };
@@ -415,7 +515,9 @@ impl Matrix {
             match self.weights {
                 Weights::F32(w) => sums::<_, M>(w, x, n_in, n, range, give),
                 Weights::Bf16(w) => sums::<_, M>(w, x, n_in, n, range, give),
-                Weights::I8(w, scales) => sums::<_, M>(w, x, n_in, n, range, |v, o, p| give(v, o, p * *scales.add(o))),
+                Weights::I8(w, scales) => {
+                    sums::<_, M>(w, x, n_in, n, range, |v, o, p| give(v, o, &scaled(p, scales.add(o))[..p.len()]));
+                }
             }
         }
     }

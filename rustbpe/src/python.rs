@@ -9,6 +9,7 @@ use pyo3::types::{PyBytes, PyString};
 
 use crate::decoder::{Cache, Layer, Place, Rotary, Token};
 use crate::matmul::{Matrix, Weights};
+use crate::sampler::Sampler;
 use crate::{Error, GPT4_PATTERN, Splitter, Texts, WordCounter, train};
 
 impl From<Error> for PyErr {
@@ -331,9 +332,28 @@ impl Decoder {
     }
 }
 
+/// A token for each number in `uniforms` (from 0 to 1), from float32 logits (len(uniforms), vocab_size) at an address.
+///
+/// `temperature` 0 takes the likeliest; `top_k` 0, `top_p` 1 and `min_p` 0 are off.
+#[pyfunction]
+#[allow(unsafe_code)]
+fn sample(
+    logits: usize,
+    vocab_size: usize,
+    uniforms: Vec<f32>,
+    temperature: f32,
+    top_k: usize,
+    top_p: f32,
+    min_p: f32,
+) -> Vec<usize> {
+    let sampler = Sampler { temperature, top_k, top_p, min_p };
+    let logits = unsafe { std::slice::from_raw_parts(logits as *const f32, uniforms.len() * vocab_size) };
+    logits.chunks(vocab_size).zip(uniforms).map(|(row, uniform)| sampler.draw(row, uniform)).collect()
+}
+
 /// Byte-level BPE training and encoding, and decoding with a model, in Rust.
 #[pymodule]
 mod rustbpe {
     #[pymodule_export]
-    use super::{Decoder, Tokenizer};
+    use super::{Decoder, Tokenizer, sample};
 }
