@@ -4,11 +4,11 @@ Our engine against transformers' NanoChat class with the same weights, and again
     python -m dev.bench.bench_engine                    # depth 12, vocabulary 32,768
     python -m dev.bench.bench_engine --depth=4 --vocab_size=1024 --repeats=5
 
-Decoding: tokens per second after a short prompt, one row and eight, in float32 and bfloat16 and with int8 weights,
-against `generate` with its dynamic and its static cache; and as a share of (memory bandwidth, as a large sum measures
-it, divided by the bytes of the weights that each token reads). Prefill: tokens per second of a prompt of 512 up to its
-first token. Second turn: milliseconds to the first token after 1,000 of which 980 were there before, with and without
-reuse. The programs take turns; prints medians.
+Decoding: tokens per second after a short prompt, with one row, eight and sixteen, in float32 and bfloat16 and with int8
+weights, against `generate` with its dynamic and its static cache; and as a share of (memory bandwidth, as a large sum
+measures it, divided by the bytes of the weights that each token reads). Prefill: tokens per second of a prompt of 512
+up to its first token. Second turn: milliseconds to the first token after 1,000 of which 980 were there before, with and
+without reuse. The programs take turns; prints medians.
 """
 
 import statistics
@@ -120,6 +120,7 @@ def main():
         engine = Engine(mine, NoText())
         runs[name, "1 row", "ours"] = lambda e=engine: ours(e, 1)
         runs[name, "8 rows", "ours"] = lambda e=engine: ours(e, 8)
+        runs[name, "16 rows", "ours"] = lambda e=engine: ours(e, 16)
         runs[name, "prefill 512", "ours"] = lambda e=engine: prefill(e, 512)
         runs[name, "second turn", "ours"] = lambda m=mine: second_turn(m, 4096)
         runs[name, "second turn", "without reuse"] = lambda m=mine: second_turn(m, 0)

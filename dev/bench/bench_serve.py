@@ -1,14 +1,15 @@
 """
 Load on a running server: speed for growing numbers of clients, or a soak with clients that misbehave.
 
-    python -m dev.bench.bench_serve --url=http://127.0.0.1:8000 --clients 1 4 16 64 --requests=64 --max_tokens=64
+    python -m dev.bench.bench_serve --url=http://127.0.0.1:8000 --clients 1 4 16 64 --requests=64 --pid=<of chat_web>
     python -m dev.bench.bench_serve --soak=30 --pid=<of chat_web>
 
 Every request is a streamed chat with a question about the pocket world, answered with ten tokens mostly, or with
 --prompt; one that is told 429 waits as long as it is told and asks again. Times are in ms: of the first token the
 median and the 95th percentile, between pieces of a stream the 95th percentile, and the worst of /health, which is
-asked for every 20 ms meanwhile. Exit code 1 if a well-formed request was not answered, or if rows are still taken when
-everybody has gone.
+asked for every 20 ms meanwhile. With --pid, also the microseconds of a core that a token takes, of the server and of
+this program, and how many cores were busy: once all are, more clients cannot be faster. Exit code 1 if a well-formed
+request was not answered, or if rows are still taken when everybody has gone.
 """
 
 import asyncio
@@ -150,6 +151,18 @@ async def rows_left(http):
     return int(left)
 
 
+def processor_seconds(pid):
+    """(of a process and its descendants, of this one)."""
+    times = [process.cpu_times() for process in family(pid)] if pid else []
+    own = psutil.Process().cpu_times()
+    return sum(t.user + t.system for t in times), own.user + own.system
+
+
+def family(pid):
+    root = psutil.Process(pid)
+    return [root, *root.children(recursive=True)]
+
+
 def ms(seconds, share=0.5):
     """A quantile in milliseconds, as text."""
     return f"{1000 * sorted(seconds)[int(share * (len(seconds) - 1))]:.1f}" if seconds else "-"
@@ -158,8 +171,10 @@ def ms(seconds, share=0.5):
 async def speed(http, args):
     """Print the table; returns how many requests were not answered."""
     await Load(http, args).ask()  # the first one warms the engine
-    print("| clients | tokens/s | of one client | first token, ms | p95 | inter-token | worst /health | 429 | errors |")
-    print(f"|{'---|' * 9}")
+    columns = ["clients", "tokens/s", "of one client", "first token, ms", "p95", "inter-token", "worst /health"]
+    columns += ["core us/token: server", "client", "cores"] if args.pid else []
+    columns += ["429", "errors"]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     missing, alone = 0, None
     for clients in args.clients:
         load = Load(http, args, seed=clients)
@@ -169,14 +184,19 @@ async def speed(http, args):
             for _ in left:
                 await load.ask()
 
-        start = time.perf_counter()
+        start, before = time.perf_counter(), processor_seconds(args.pid)
         await asyncio.gather(*(client() for _ in range(clients)))
-        rate = load.tokens / (time.perf_counter() - start)
+        wall = time.perf_counter() - start
+        busy = [after - was for after, was in zip(processor_seconds(args.pid), before, strict=True)]
+        rate = load.tokens / wall
         probe.cancel()
         alone = alone or rate
         errors = {k: n for k, n in load.outcomes.items() if k not in ("answered", 429)}
         cells = [clients, f"{rate:.0f}", f"{rate / alone:.2f}", ms(load.first), ms(load.first, 0.95)]
-        cells += [ms(load.gaps, 0.95), ms(load.health, 1), load.outcomes[429]]
+        cells += [ms(load.gaps, 0.95), ms(load.health, 1)]
+        if args.pid:
+            cells += [f"{1e6 * s / max(1, load.tokens):.0f}" for s in busy] + [f"{sum(busy) / wall:.2f}"]
+        cells.append(load.outcomes[429])
         cells.append(", ".join(f"{n} x {k}" for k, n in errors.items()) or 0)
         print(f"| {' | '.join(map(str, cells))} |", flush=True)
         missing += args.requests - load.outcomes["answered"]
@@ -185,8 +205,8 @@ async def speed(http, args):
 
 def resident(pid):
     """MiB of a process and its descendants."""
-    root, total = psutil.Process(pid), 0
-    for process in [root, *root.children(recursive=True)]:
+    total = 0
+    for process in family(pid):
         with suppress(psutil.NoSuchProcess):
             total += process.memory_info().rss
     return total / 2**20
@@ -242,7 +262,7 @@ def main(argv=None):
     add("--api_key", default="", help="if the server wants one")
     add("--timeout", type=float, default=60, help="seconds without a byte after which an answer counts as none")
     add("--soak", type=float, default=0, help="minutes to misbehave instead")
-    add("--pid", type=int, help="the server's process, whose memory a soak watches")
+    add("--pid", type=int, help="the server's process, to watch its memory (soak) or time")
     args = parse_args(parser, argv)
     if asyncio.run(drive(args)):
         sys.exit(1)

@@ -14,7 +14,7 @@ use crate::matmul::{Any, Fuses, Kept, LANES, Line, Machine, Matrix, add_scaled, 
 
 const CHUNK: usize = 1 << 18; // weights of a matrix, at most
 const THREAD: usize = 1 << 26; // multiplications that keep one busy for about a millisecond: fewer are not shared out
-const SPINS: usize = 1 << 8; // looks at a stage before giving the core away
+const SPINS: usize = 1 << 12; // looks at a stage before giving the core away
 
 /// The matrices of a layer; queries, keys and values come from one.
 pub struct Layer {

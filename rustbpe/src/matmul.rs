@@ -11,6 +11,7 @@ use std::ops::Range;
 pub const LANES: usize = 16;
 const LINE: usize = 64; // bytes that are fetched together
 const AHEAD: usize = 4096; // bytes, at least
+const TOGETHER: usize = 16; // vectors that stay near the processor while the rows go by
 
 /// What the processor can do.
 pub trait Machine {
@@ -408,9 +409,9 @@ unsafe fn products<P: Way>(
     mut give: impl FnMut(usize, usize, &[f32]),
 ) {
     macro_rules! rows {
-        ($O:literal, $rows:expr) => {
+        ($O:literal, $rows:expr, $first:expr, $end:expr) => {
             for o in $rows.step_by($O) {
-                let mut v = 0;
+                let mut v = $first;
                 macro_rules! vectors {
                     ($V:literal) => {{
                         let found = unsafe { P::block::<$V, $O>(w.add(o * n_in), x.add(v * n_in), n_in) };
@@ -420,8 +421,8 @@ unsafe fn products<P: Way>(
                         v += $V;
                     }};
                 }
-                while v < n {
-                    match n - v {
+                while v < $end {
+                    match $end - v {
                         1 => vectors!(1),
                         2 | 3 => vectors!(2),
                         _ => vectors!(4),
@@ -431,12 +432,15 @@ unsafe fn products<P: Way>(
         };
     }
     if n == 1 && P::ALONE && n_in >= 256 {
-        rows!(1, range);
+        rows!(1, range, 0, 1);
         return;
     }
     let whole = range.end - range.len() % 4;
-    rows!(4, range.start..whole);
-    rows!(1, whole..range.end);
+    for first in (0..n).step_by(TOGETHER) {
+        let end = n.min(first + TOGETHER);
+        rows!(4, range.start..whole, first, end);
+        rows!(1, whole..range.end, first, end);
+    }
 }
 
 /// The same for any weights with float32, and rows of any length.
