@@ -58,7 +58,7 @@ class CPUDecoder:
 
     def is_quick(self, n):
         """Whether it is quicker with `n` tokens than the model (measured on two cores of Zen 5)."""
-        return n <= (512 if self.model.lm_head.weight.dtype == torch.float32 else 96)
+        return n <= (512 if self.model.lm_head.weight.dtype == torch.float32 else 128)
 
     def __call__(self, tokens, cache, logits=True):
         """
