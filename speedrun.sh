@@ -18,7 +18,7 @@ run=--run=${WANDB_RUN:-dummy}
 # No GPU and no network: the embedded world, in about a quarter of an hour on two cores.
 pocket() {
     local size="--max_seq_len=512 --device_batch_size=8 --eval_tokens=65536 --save_every=50 --keep=2"
-    local tasks="PocketSums|PocketFacts|PocketIdentity|SpellingBee"
+    local tasks="PocketSums|PocketHardSums|PocketFacts|PocketIdentity|SpellingBee"
     stage "report: machine and time" 5 report/header.md python -m nanochat.report reset
     stage "text of the pocket world" 5 base_data/manifest.json python -m nanochat.dataset --pocket --chars=14000000
     # A small vocabulary: words fall into few, common pieces, and copying those is learnt soon.
@@ -37,6 +37,10 @@ pocket() {
     stage "supervised finetuning" 110 chatsft_checkpoints/d4 python -m scripts.chat_sft "$run" --resume=1 \
         --device_batch_size=8 --init_lr_frac=0.3 --eval_steps=32 --eval_metrics_every=-1 --save_every=50 --keep=2
     stage "final evaluation" 20 report/chat-evaluation-sft.md python -m scripts.chat_eval -i sft \
+        -a "$tasks|PocketStories" -x 256
+    stage "reinforcement learning" 120 chatrl_checkpoints/d4 python -m scripts.chat_rl "$run" --resume=1 \
+        --num_iterations=60 --eval_every=20 --eval_examples=128 --save_every=20 --keep=2
+    stage "evaluation after it" 20 report/chat-evaluation-rl.md python -m scripts.chat_eval -i rl \
         -a "$tasks|PocketStories" -x 256
     stage "report" 5 report/report.md python -m nanochat.report generate
 }

@@ -223,22 +223,25 @@ class GPT(nn.Module):
             kv_cache.advance(T)
         return None if fill_only else norm(x)
 
-    def forward(self, idx, targets=None, kv_cache=None, loss_reduction="mean", last_only=False):
+    def forward(self, idx, targets=None, kv_cache=None, loss_reduction="mean", last_only=False, weights=None):
         """
         Logits (B, T, V) in float32 of token ids `idx` (B, T), or (B, 1, V) with `last_only`; given `targets` (B, T),
         -1 = not trained on, the cross entropy in nats: its "mean" or "sum" over the trained tokens, or "none": (B, T).
+        With `weights` (B, T) a sum counts each token's as many times.
         """
         x = self.hidden(idx, kv_cache)
         if targets is None:
             logits = self.lm_head(x[:, -1:] if last_only else x)[..., : self.config.vocab_size].float()
             return SOFTCAP * torch.tanh(logits / SOFTCAP)
+        assert weights is None or loss_reduction == "sum", loss_reduction
         x, flat = x.flatten(0, 1), targets.flatten()
         if loss_reduction == "none":
             return self._token_losses(x, flat).view_as(targets)
+        counts = (flat >= 0).float() if weights is None else (flat >= 0) * weights.flatten()
         if x.device.type == "cpu":  # elsewhere to ask which are trained on costs more than it saves
             trained = flat >= 0
-            x, flat = x[trained], flat[trained]
-        total = ChunkedCrossEntropy.apply(x, self.lm_head.weight, flat, self.config.vocab_size)
+            x, flat, counts = x[trained], flat[trained], counts[trained]
+        total = ChunkedCrossEntropy.apply(x, self.lm_head.weight, flat, counts, self.config.vocab_size)
         return total / (flat >= 0).sum().clamp(min=1) if loss_reduction == "mean" else total
 
     def _token_losses(self, x, targets):
@@ -295,14 +298,15 @@ def chunk_rows(x, vocab_size):
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """
-    Summed cross entropy of soft-capped logits, x (N, C) and weight (>= V, C) against targets (N,), -1 = ignored.
+    Sum of `counts` (N,) times the cross entropy of soft-capped logits, x (N, C) and weight (>= V, C), against targets
+    (N,), where a count of 0 leaves one out.
 
     Gradients are made chunk by chunk in the forward pass, while a chunk's logits are at hand, so nothing is computed
     twice and nothing of size N x V is kept. Since capped logits stay below 15, exp() needs no maximum subtracted.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size):
+    def forward(ctx, x, weight, targets, counts, vocab_size):
         w = weight[:vocab_size].to(x.dtype)
         want_x, want_w = ctx.needs_input_grad[:2]
         grad_x = torch.empty_like(x) if want_x else None
@@ -311,16 +315,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         rows = chunk_rows(x, vocab_size)
         with torch.autocast(x.device.type, enabled=False):
             for i in range(0, x.size(0), rows):
-                xc, tc = x[i : i + rows], targets[i : i + rows]
-                valid, tc = tc >= 0, tc.clamp(min=0)[:, None]
+                xc, tc, count = x[i : i + rows], targets[i : i + rows].clamp(min=0)[:, None], counts[i : i + rows]
                 t = (xc @ w.T).float().div_(SOFTCAP).tanh_()
                 p = (t * SOFTCAP).exp_()
                 z = p.sum(-1, keepdim=True)
-                total += ((z.log() - SOFTCAP * t.gather(1, tc)).squeeze(1) * valid).sum()
+                total += ((z.log() - SOFTCAP * t.gather(1, tc)).squeeze(1) * count).sum()
                 if not (want_x or want_w):
                     continue
-                p *= valid[:, None] / z
-                p.scatter_add_(1, tc, -valid[:, None].float())
+                p *= count[:, None] / z
+                p.scatter_add_(1, tc, -count[:, None])
                 g = p.mul_(1 - t.square_()).to(x.dtype)  # through the cap: d/dl 15 tanh(l / 15) = 1 - tanh²
                 if want_x:
                     torch.mm(g, w, out=grad_x[i : i + rows])
@@ -335,4 +338,4 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_x, grad_w = ctx.saved_tensors
         grad_x = None if grad_x is None else grad_x * grad_output.to(grad_x.dtype)
         grad_w = None if grad_w is None else (grad_w * grad_output).to(ctx.weight_dtype)
-        return grad_x, grad_w, None, None
+        return grad_x, grad_w, None, None, None

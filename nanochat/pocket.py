@@ -59,13 +59,19 @@ def fact(rng, split, world):
     return Fact(attribute, subject, question, answer, value, tuple(choices))
 
 
-def _numbers(rng, ops):
-    """x, y, z for one or two operators: numbers of one to three digits whose every result is whole and at least 2."""
-    top = rng.choice((9, 20, 99, 999))
-    small = min(top, 99)
+HARD_TOPS = (999, 999, 9999)
+
+
+def _numbers(rng, ops, hard):
+    """
+    x, y, z for one or two operators: numbers of one to three digits, or of up to four, whose every result is whole and
+    at least 2.
+    """
+    top = rng.choice(HARD_TOPS if hard else (9, 20, 99, 999))
+    small, factor, third = (min(top, 999), 99, 99) if hard else (min(top, 99), 12, 9)
     first, second = (*ops, None)[:2]
     if second == "/":  # (x + y) / z
-        z = rng.randint(2, 9)
+        z = rng.randint(2, third)
         total = z * rng.randint(2, small)
         x = rng.randint(2, total - 2)
         return x, total - x, z
@@ -76,12 +82,12 @@ def _numbers(rng, ops):
         x = rng.randint(6, max(top, 12))
         y = rng.randint(2, x - (4 if second else 2))
     elif first == "*":
-        x, y = rng.randint(2, small), rng.randint(2, 12)
+        x, y = rng.randint(2, small), rng.randint(2, factor)
     else:
-        y = rng.randint(2, 12)
+        y = rng.randint(2, factor)
         x = y * rng.randint(2, small)
     result = _apply(x, first, y)
-    z = rng.randint(2, result - 2) if second == "-" else rng.randint(2, 9 if second == "*" else top)
+    z = rng.randint(2, result - 2) if second == "-" else rng.randint(2, third if second == "*" else top)
     return x, y, z
 
 
@@ -89,11 +95,15 @@ def _apply(x, op, y):
     return {"+": x + y, "-": x - y, "*": x * y, "/": x // y}[op]
 
 
-def sum_problem(rng, split, world):
-    """(question, answer) in GSM8K's format: <<34+12=46>>46 calls the calculator, the last line is `#### 46`."""
+def sum_problem(rng, split, world, hard=False):
+    """
+    (question, answer) in GSM8K's format: <<34+12=46>>46 calls the calculator, the last line is `#### 46`.
+
+    Hard ones have larger numbers than any text of the world.
+    """
     while True:
         question, answer, ops = rng.choice(world.sums)
-        x, y, z = _numbers(rng, ops)
+        x, y, z = _numbers(rng, ops, hard)
         if split_of("sum", x, *(f"{op}{n}" for op, n in zip(ops, (y, z), strict=False))) == split:
             break
     a, b, c = rng.sample(world.characters, 3)

@@ -110,8 +110,11 @@ class RunLog:
         """Training loss, smoothed over about ten steps and debiased."""
         return self.smooth_loss / (1 - 0.9**self.step_count) if self.step_count else float("nan")
 
-    def step(self, step, result, tokens, seconds, lr_mult, progress=None):
-        """Record optimizer step `step` (from 0) on `tokens` positions, which took `seconds`; print now and then."""
+    def step(self, step, result, tokens, seconds, lr_mult, progress=None, **more):
+        """
+        Record optimizer step `step` (from 0) on `tokens` positions, which took `seconds`; print now and then, `more`
+        numbers by their names too.
+        """
         self.step_count = step + 1
         self.smooth_loss = 0.9 * self.smooth_loss + 0.1 * result.loss
         self.train_seconds += seconds
@@ -127,6 +130,7 @@ class RunLog:
             lr_mult=lr_mult,
             dt_ms=seconds * 1e3,
             tokens_per_second=speed,
+            **more,
         )
         progress = (step + 1) / self.num_steps if progress is None else progress
         if time.time() - self.last_printed < PRINT_SECONDS and progress < 1:
@@ -137,6 +141,7 @@ class RunLog:
         print0(
             f"step {step + 1:05d}{of} ({min(progress, 1):6.1%})",
             f"loss {self.loss:.4f}",
+            *(f"{name.replace('_', ' ')} {value:.3f}" for name, value in more.items()),
             f"grad norm {result.grad_norm:.3f}",
             f"lr x{lr_mult:.2f}",
             f"{seconds * 1e3:,.0f} ms",

@@ -51,23 +51,24 @@ class Diverged(UserError):
     """The loss or the gradient is not finite; nothing was changed by the step."""
 
 
-def train_step(model, optimizers, micro_batches, compute, grad_clip=0.0, progress=0.0, stop=False):
+def train_step(model, optimizers, micro_batches, compute, grad_clip=0.0, progress=0.0, stop=False, left_out=0):
     """
-    One optimizer step on all ranks' micro-batches of (inputs, targets).
+    One optimizer step on all ranks' micro-batches of (inputs, targets) or (inputs, targets, tokens' weights).
 
     The loss is the mean over the trained tokens of the whole global batch, however these are spread over micro-batches
-    and ranks; without any it is 0 and nothing is learnt. Gradients are clipped by their global norm after averaging
+    and ranks; without any it is 0 and no weight changes. `left_out` are this rank's tokens of weight 0 that the batches
+    lack, since they would cost time and teach nothing. Gradients are clipped by their global norm after averaging
     (`grad_clip` 0 = off). Raises Diverged instead of stepping when loss or gradient is not finite.
     """
     totals = torch.tensor([0.0, progress, float(stop)], device=compute.device)
-    totals[0] = sum((y >= 0).sum() for _, y in micro_batches)
+    totals[0] = left_out + sum((y >= 0).sum() for _, y, *_ in micro_batches)
     if compute.world_size > 1:
         dist.all_reduce(totals)
     scale = compute.world_size / totals[0].clamp(min=1)  # the optimizers average over ranks
     loss = torch.zeros((), device=compute.device)
-    for x, y in micro_batches:
+    for x, y, *weights in micro_batches:
         with compute.autocast():
-            micro_loss = model(x, y, loss_reduction="sum") * scale
+            micro_loss = model(x, y, loss_reduction="sum", weights=weights[0] if weights else None) * scale
         micro_loss.backward()
         loss += micro_loss.detach()
     for optimizer in optimizers:
@@ -82,7 +83,8 @@ def train_step(model, optimizers, micro_batches, compute, grad_clip=0.0, progres
         )
     clip = grad_clip / (grad_norm + 1e-6) if grad_clip else 1.0
     for optimizer in optimizers:
-        optimizer.step(clip if clip < 1 else None)
+        if grad_norm:  # else momentum alone would go on moving them
+            optimizer.step(clip if clip < 1 else None)
         optimizer.zero_grad(set_to_none=True)
     tokens, progress, stops = totals.tolist()
     return StepResult(loss, grad_norm, int(tokens), progress / compute.world_size, stops > 0)
@@ -97,7 +99,10 @@ class Run:
     `num_iterations` -1: the stage ends when its data do.
     """
 
-    SAME = ("total_batch_size", "max_seq_len", "packing", "seed", "data", "target_examples_per_step")  # or not exact
+    SAME = (  # or it is not exact
+        *("total_batch_size", "max_seq_len", "packing", "seed", "data", "target_examples_per_step"),
+        *("task", "examples_per_step", "num_samples", "max_new_tokens"),
+    )
 
     def __init__(self, folder, args, compute, config, num_iterations):
         self.folder, self.args, self.compute = folder, args, compute

@@ -21,7 +21,7 @@ def build_parser():
     parser = make_parser("scripts.chat_eval", __doc__)
     add_model_flags(parser)
     add = parser.add_argument
-    add("-a", "--task_name", help="tasks, e.g. 'ARC-Easy|GSM8K' (default: all of the data it was trained on)")
+    add("-a", "--task_name", help="tasks, e.g. 'ARC-Easy|mine.py:Mine' (default: all of the data it was trained on)")
     add("-x", "--max_problems", type=int, help="only this many problems of each task (default: all)")
     add("-n", "--num_samples", type=int, default=1, help="answers per problem; the score is pass@1 over them")
     add("-t", "--temperature", type=float, default=0.0, help="0 = always the likeliest token (default)")
@@ -38,11 +38,10 @@ def build_parser():
 def check_flags(args):
     """Raises UserError for an unknown task, a number out of range or a folder that is not there, before loading."""
     from nanochat.engine import Request
-    from tasks.mixtures import EVAL_TASKS
+    from tasks.mixtures import find_task
 
     for name in args.task_name.split("|") if args.task_name else ():
-        if name not in EVAL_TASKS:
-            raise UserError(f"-a {args.task_name}: no task {name!r}; there are {', '.join(EVAL_TASKS)}")
+        find_task(name)
     for name in ("max_problems", "batch_size", "max_rows"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -84,7 +83,7 @@ def main(argv=None):
     from nanochat.checkpoint_manager import load_model
     from nanochat.engine import Engine
     from nanochat.report import get_report
-    from tasks.mixtures import EVAL_TASKS
+    from tasks.mixtures import EVAL_TASKS, find_task
 
     # Machine and model
     compute = compute_init(args.device_type, args.dtype, args.seed)
@@ -97,7 +96,7 @@ def main(argv=None):
         names = list(dict.fromkeys(args.task_name.split("|")))
     scores, lines = {}, []
     for name in names:
-        task = EVAL_TASKS[name].make(seed=args.data_seed, words=data)
+        task = find_task(name).make(seed=args.data_seed, words=data)
         t0 = time.perf_counter()
         score = scores[name] = evaluate_task(
             task,
@@ -119,7 +118,7 @@ def main(argv=None):
     accuracies = {name: score.accuracy for name, score in scores.items()}
     core = {}
     if len(scores) > 1:
-        core = {"ChatCORE": chat_core(accuracies, {name: EVAL_TASKS[name].baseline for name in scores})}
+        core = {"ChatCORE": chat_core(accuracies, {name: find_task(name).baseline for name in scores})}
         print0(f"ChatCORE over these {len(scores)} tasks: {core['ChatCORE']:.4f}")
     if args.save_samples and compute.rank == 0:
         with atomic_path(args.save_samples) as draft:

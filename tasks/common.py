@@ -19,6 +19,7 @@ class Task:
     """
 
     eval_type = "generative"  # or "categorical": the answer is one of the conversation's "letters"
+    baseline = 0.0  # accuracy of a random guess, of a task in a file of one's own
 
     def __init__(self, start=0, stop=None, step=1):
         assert start >= 0 and step >= 1 and (stop is None or stop >= start), (start, stop, step)

@@ -2,20 +2,22 @@
 Which tasks each stage trains on and which ones score a model, for public data and for the pocket world.
 """
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nanochat.common import base_dir, fetch, mirror_url
+from nanochat.common import UserError, base_dir, fetch, mirror_url
 from tasks.arc import ARC
 from tasks.common import Task, TaskMixture
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.mmlu import MMLU
-from tasks.pocket import PocketChat, PocketFacts, PocketIdentity, PocketStories, PocketSums
+from tasks.pocket import PocketChat, PocketFacts, PocketHardSums, PocketIdentity, PocketStories, PocketSums
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 
 DATA = ("public", "pocket")
+PRACTICE = 1600  # problems for reinforcement learning, of tasks that are made
 
 # Rows of each pocket task in midtraining and in SFT: about 2.7 and 0.6 million tokens of the pocket tier's tokenizer.
 POCKET_MID = {
@@ -93,18 +95,49 @@ class EvalTask:
     make: Callable[..., Task]  # make(seed=0, words="public"); only the tasks made from a seed look at them
     baseline: float  # accuracy of a random guess
     data: str  # "public" or "pocket"
+    train: Callable[..., Task] | None = None  # the same for what reinforcement learning practises on
+
+
+def _bee(split, size):
+    return lambda seed=0, words="public": SpellingBee(size=size, split=split, words=words, seed=seed)
+
+
+def _made(task, split, size):
+    return lambda seed=0, **_: task(split, size, seed)
 
 
 EVAL_TASKS = {
     "ARC-Easy": EvalTask(lambda **_: ARC("ARC-Easy", "test"), 0.25, "public"),
     "ARC-Challenge": EvalTask(lambda **_: ARC("ARC-Challenge", "test"), 0.25, "public"),
     "MMLU": EvalTask(lambda **_: MMLU("all", "test"), 0.25, "public"),
-    "GSM8K": EvalTask(lambda **_: GSM8K("main", "test"), 0.0, "public"),
-    "SpellingBee": EvalTask(
-        lambda seed=0, words="public": SpellingBee(size=256, split="test", words=words, seed=seed), 0.0, "both"
+    "GSM8K": EvalTask(lambda **_: GSM8K("main", "test"), 0.0, "public", lambda **_: GSM8K("main", "train")),
+    "SpellingBee": EvalTask(_bee("test", 256), 0.0, "both", _bee("train", PRACTICE)),
+    "PocketSums": EvalTask(_made(PocketSums, "test", 256), 0.0, "pocket", _made(PocketSums, "train", PRACTICE)),
+    "PocketHardSums": EvalTask(
+        _made(PocketHardSums, "test", 256), 0.0, "pocket", _made(PocketHardSums, "train", PRACTICE)
     ),
-    "PocketSums": EvalTask(lambda seed=0, **_: PocketSums("test", 256, seed), 0.0, "pocket"),
-    "PocketFacts": EvalTask(lambda seed=0, **_: PocketFacts("test", 512, seed), 0.25, "pocket"),
-    "PocketStories": EvalTask(lambda seed=0, **_: PocketStories("test", 128, seed), 0.0, "pocket"),
-    "PocketIdentity": EvalTask(lambda seed=0, **_: PocketIdentity("test", 128, seed), 0.0, "pocket"),
+    "PocketFacts": EvalTask(_made(PocketFacts, "test", 512), 0.25, "pocket", _made(PocketFacts, "train", PRACTICE)),
+    "PocketStories": EvalTask(
+        _made(PocketStories, "test", 128), 0.0, "pocket", _made(PocketStories, "train", PRACTICE)
+    ),
+    "PocketIdentity": EvalTask(_made(PocketIdentity, "test", 128), 0.0, "pocket"),
 }
+
+
+def find_task(name):
+    """The EvalTask of a name in EVAL_TASKS, or of a class in a file, "mine.py:Mine". Raises UserError."""
+    if name in EVAL_TASKS:
+        return EVAL_TASKS[name]
+    path, _, class_name = name.rpartition(":")
+    if not path.endswith(".py"):
+        raise UserError(f"no task {name!r}; there are {', '.join(EVAL_TASKS)}, and your own as file.py:Class")
+    try:
+        spec = importlib.util.spec_from_file_location("own_task", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        task = getattr(module, class_name)
+    except Exception as e:  # whatever the file does
+        raise UserError(f"task {name}: {type(e).__name__}: {e}") from e
+    if not (isinstance(task, type) and issubclass(task, Task)):
+        raise UserError(f"task {name}: {class_name} is no subclass of tasks.common.Task")
+    return EvalTask(lambda **_: task("test"), task.baseline, "own", lambda **_: task("train"))

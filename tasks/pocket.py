@@ -31,9 +31,17 @@ class _Pocket(Task):
 class PocketSums(_Pocket, FinalNumberTask):
     """Sums of one and two steps in many wordings, worked out by calling the calculator."""
 
+    hard = False
+
     def make(self, rng):
-        question, answer = pocket.sum_problem(rng, self.split, self.world)
+        question, answer = pocket.sum_problem(rng, self.split, self.world, self.hard)
         return user_and_assistant(question, split_calls(answer))
+
+
+class PocketHardSums(PocketSums):
+    """The same with numbers larger than any that a model of the world has seen: something left to practise."""
+
+    hard = True
 
 
 class PocketFacts(_Pocket):

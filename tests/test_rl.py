@@ -1,0 +1,333 @@
+"""Reinforcement learning: what is trained and how much against a plain policy gradient, and runs of the script."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_engine import BOS, END, VOCAB, ByteTokenizer
+
+from nanochat.common import Compute, UserError
+from nanochat.engine import Engine
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.rl import Rollout, advantages, make_sampler, policy_batches, roll_out, sync
+from nanochat.train import train_step
+from scripts.chat_rl import problems_of_step
+from tasks.mixtures import find_task
+
+CPU = Compute(torch.device("cpu"), torch.float32, 0, 0, 1)
+
+
+def small_model(seed=0):
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(sequence_len=64, vocab_size=VOCAB, n_layer=2, n_head=2, n_kv_head=2, n_embd=32))
+    model.init_weights("cpu")
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+def rollout(prompt, tokens, mask, reward):
+    return Rollout(prompt, tokens, mask, "", reward, False)
+
+
+def some_groups():
+    """Two groups to learn from, answers of 1 to 9 tokens with forced ones among them, and one where all are alike."""
+    generator = torch.Generator().manual_seed(5)
+
+    def ids(n):
+        return torch.randint(0, 256, (n,), generator=generator).tolist()
+
+    def group(rewards):
+        prompt, lengths = ids(4), [1 + (3 * i) % 9 for i in range(len(rewards))]
+        return [
+            rollout(prompt, [*ids(n - 1), END], [int(j % 3 != 1) for j in range(n)], reward)
+            for n, reward in zip(lengths, rewards, strict=True)
+        ]
+
+    return [group([1, 0, 0, 1]), group([1, 1, 1, 1]), group([0, 0, 0, 1])]
+
+
+class Gradients:
+    """In an optimizer's place: keeps the gradients."""
+
+    def __init__(self, model):
+        self.model, self.found = model, None
+
+    def reduce_grads(self):
+        self.found = {name: p.grad.clone() for name, p in self.model.named_parameters()}
+
+    def grad_sq_norm(self):
+        return torch.stack([g.square().sum() for g in self.found.values()]).sum()
+
+    def step(self, scale):
+        pass
+
+    def zero_grad(self, set_to_none):
+        self.model.zero_grad(set_to_none=set_to_none)
+
+
+def gradients(groups, rows):
+    model = small_model()
+    keeper = Gradients(model)
+    batches, left_out = policy_batches(groups, rows, "cpu")
+    result = train_step(model, [keeper], batches, CPU, left_out=left_out)
+    return keeper.found, result
+
+
+def plain_gradients(groups):
+    """-sum(advantage * log probability of each sampled token) / sampled tokens, a rollout at a time."""
+    model = small_model()
+    n_tokens = sum(sum(r.mask) for group in groups for r in group)
+    loss = 0
+    for group in groups:
+        mean = sum(r.reward for r in group) / len(group)
+        for r in group:
+            ids = torch.tensor([r.prompt + r.tokens])
+            logprobs = model(ids)[0].log_softmax(-1)
+            for j, (token, sampled) in enumerate(zip(r.tokens, r.mask, strict=True)):
+                loss = loss - sampled * (r.reward - mean) * logprobs[len(r.prompt) + j - 1, token]
+    loss = loss / n_tokens
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters()}, loss.item(), n_tokens
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 100])
+def test_gradients_are_those_of_a_plain_policy_gradient_for_any_micro_batch(rows):
+    expected, loss, n_tokens = plain_gradients(some_groups())
+    found, result = gradients(some_groups(), rows)
+    assert result.tokens == n_tokens
+    assert math.isclose(result.loss, loss, abs_tol=1e-6)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-5)
+    assert max(g.abs().max() for g in expected.values()) > 1e-3
+
+
+def test_the_sampled_stop_is_trained_and_what_was_forced_is_not():
+    ((x, y, weights),), left_out = policy_batches(
+        [[rollout([1, 2], [7, 8, 9, END], [1, 0, 0, 1], 1.0), rollout([1, 2], [5], [1], 0.0)]], 8, "cpu"
+    )
+    order = [0, 1] if x[0, 2] == 7 else [1, 0]
+    assert x[order].tolist() == [[1, 2, 7, 8, 9], [1, 2, 0, 0, 0]]
+    assert y[order].tolist() == [[-1, 7, -1, -1, END], [-1, 5, -1, -1, -1]]
+    assert weights[order][:, 0].tolist() == [0.5, -0.5]
+    assert left_out == 0
+
+
+def test_groups_that_are_all_alike_cost_nothing_and_change_nothing():
+    alike = [rollout([1], [2, END], [1, 1], 0.0)] * 4
+    assert advantages(alike) is None
+    assert policy_batches([alike], 8, "cpu") == ([], 8)
+    model, before = small_model(), small_model().state_dict()
+    optimizers = model.setup_optimizers()
+    batches, left_out = policy_batches(some_groups(), 8, "cpu")
+    train_step(model, optimizers, batches, CPU, left_out=left_out)  # there is momentum now
+    moved = {name: p.clone() for name, p in model.state_dict().items()}
+    result = train_step(model, optimizers, [], CPU, left_out=8)
+    assert result.loss == 0 and result.grad_norm == 0 and result.tokens == 8
+    assert any((moved[name] != before[name]).any() for name in before)
+    assert all((moved[name] == p).all() for name, p in model.state_dict().items())
+
+
+class Likes(SimpleNamespace):
+    """Problems whose reward is the share of the letter a in the answer."""
+
+    def __getitem__(self, i):
+        return {"messages": [{"role": "user", "content": str(i)}, {"role": "assistant", "content": ""}]}
+
+    def reward(self, conversation, text):
+        return text.count("a") / max(1, len(text))
+
+
+class Chat(ByteTokenizer):
+    def render_for_completion(self, conversation, max_tokens):
+        return [BOS, *conversation["messages"][0]["content"].encode()]
+
+
+def test_a_rollout_does_not_depend_on_its_company():
+    sampler = Engine(small_model().requires_grad_(False), Chat(), CPU)
+    together = roll_out(sampler, Likes(), {3: 30, 4: 40, 12: 50}, 4, 12, max_rows=256)
+    for i, seed in {12: 50, 4: 40}.items():
+        (alone,) = roll_out(sampler, Likes(), {i: seed}, 4, 12, max_rows=3).values()
+        assert [r.tokens for r in alone] == [r.tokens for r in together[i]]
+    first = together[3][0]
+    assert first.tokens != together[3][1].tokens
+    assert len(first.tokens) == len(first.mask) <= 12
+    assert all(r.cut_off == (len(r.tokens) == 12 and r.tokens[-1] not in (END, BOS)) for r in together[3])
+
+
+def test_practice_makes_better():
+    model = small_model()
+    optimizers = model.setup_optimizers(matrix_lr=0.01, embedding_lr=0.01, unembedding_lr=0.01)
+    sampler, rewards = make_sampler(model, Chat(), CPU), []
+    for step in range(25):
+        sync(sampler, model)
+        groups = roll_out(sampler, Likes(), {i: 100 * step + i for i in range(4)}, 16, 8, max_rows=64).values()
+        rewards.append(sum(r.reward for group in groups for r in group) / 64)
+        batches, left_out = policy_batches(groups, 16, "cpu")
+        train_step(model, optimizers, batches, CPU, left_out=left_out)
+    assert rewards[0] < 0.05
+    assert sum(rewards[-3:]) / 3 > 0.5
+
+
+def test_the_sampler_has_the_model_s_distribution():
+    model = small_model()
+    sampler = make_sampler(model, Chat(), CPU)
+    sync(sampler, model)
+    prompts = [[BOS, 5, 6], [BOS, 7]]
+    with torch.inference_mode():
+        for prompt, logits in zip(prompts, sampler.next_logits(prompts), strict=True):
+            torch.testing.assert_close(logits, model(torch.tensor([prompt]))[0, -1], atol=1e-4, rtol=0)
+
+
+def test_every_epoch_goes_through_all_problems():
+    first = [i for step in range(5) for i in problems_of_step(step, 4, 20, seed=1)]
+    assert sorted(first) == list(range(20))
+    second = [i for step in range(5, 10) for i in problems_of_step(step, 4, 20, seed=1)]
+    assert sorted(second) == list(range(20)) and second != first
+    other = problems_of_step(0, 4, 20, seed=2)
+    assert problems_of_step(0, 4, 20, seed=1) == problems_of_step(0, 4, 20, seed=1) != other
+    assert len(set(problems_of_step(4, 4, 20, seed=1).values())) == 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The script
+
+
+FLAGS = ["--task=PocketHardSums", "--examples_per_step=3", "--num_samples=4", "--max_new_tokens=12", "--eval_every=-1"]
+FLAGS += ["--dtype=float32", "--device_type=cpu", "--device_batch_size=2", "--save_every=2"]
+
+
+@pytest.fixture
+def after_sft(base, run_main):
+    size = ["--max_seq_len=64", "--device_batch_size=2", "--total_batch_size=256", "--device_type=cpu"]
+    run_main("scripts.base_train", "--depth=1", *size, "--num_iterations=3", "--eval_every=-1", "--sample_every=-1",
+             "--core_metric_every=-1")  # fmt: skip
+    run_main("scripts.chat_sft", "--source=base", "--num_iterations=3", "--device_batch_size=2", "--eval_every=-1",
+             "--target_examples_per_step=4", "--eval_metrics_every=-1")  # fmt: skip
+    return base
+
+
+def logged(base):
+    lines = (base / "report" / "metrics" / "rl.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def by_length(self, conversation, text):
+    """A reward for models that can't add yet."""
+    return len(text) / 100
+
+
+def test_a_run_and_its_resume_bit_for_bit(after_sft, run_main, capsys, monkeypatch):
+    from safetensors.torch import load_file
+
+    monkeypatch.setattr("tasks.pocket.PocketHardSums.reward", by_length)
+    run_main("scripts.chat_rl", *FLAGS, "--num_iterations=4", "--eval_every=2", "--eval_examples=4", "--eval_samples=2")
+    folder = after_sft / "chatrl_checkpoints" / "d1"
+    whole, rows = load_file(folder / "step_000004" / "model.safetensors"), logged(after_sft)
+    first = load_file(after_sft / "chatsft_checkpoints" / "d1" / "step_000003" / "model.safetensors")
+    assert any((whole[name] != first[name]).any() for name in whole)
+    assert {"reward", "cut_off", "loss", "grad_norm"} <= rows[1].keys()
+    assert {"greedy", "pass@1", "pass@2"} <= rows[0].keys()
+    assert "held out: greedy" in capsys.readouterr().out
+    assert json.loads((folder / "step_000004" / "meta.json").read_text())["data"] == "pocket"
+    (folder / "step_000004" / "meta.json").unlink()  # as if killed before it was whole
+    run_main("scripts.chat_rl", *FLAGS, "--num_iterations=4", "--resume")
+    assert "step_000002: resuming" in capsys.readouterr().out
+    again = load_file(folder / "step_000004" / "model.safetensors")
+    assert all((again[name] == whole[name]).all() for name in whole)
+    run_main("scripts.chat_eval", "-i", "rl", "-a", "PocketSums", "-x", 2, "-m", 8)
+    run_main("nanochat.report", "generate")
+    assert "## Chat RL" in (after_sft / "report.md").read_text(encoding="utf-8")
+
+
+TWO_RANKS = """
+import sys, torch
+sys.path.insert(0, sys.argv[2])
+from test_rl import Chat, Likes, small_model
+from nanochat.common import compute_cleanup, compute_init
+from nanochat.rl import make_sampler, policy_batches, roll_out, sync
+from nanochat.train import train_step
+
+compute = compute_init("cpu", "float32")
+model = small_model()
+optimizers = model.setup_optimizers(matrix_lr=0.001, ns_dtype=torch.float32)
+sampler, found = make_sampler(model, Chat(), compute), []
+for step in range(3):
+    sync(sampler, model)
+    problems = list({i: 10 * step + i for i in range(5)}.items())[compute.rank :: compute.world_size]
+    groups = roll_out(sampler, Likes(), dict(problems), 6, 8, 64).values()
+    batches, left_out = policy_batches(groups, 4, "cpu")
+    result = train_step(model, optimizers, batches, compute, left_out=left_out)
+    found += [result.loss, result.grad_norm, result.tokens]
+if compute.rank == 0:
+    torch.save([torch.tensor(found), *(p.detach() for p in model.parameters())], sys.argv[1])
+del model, optimizers, sampler, groups, batches
+compute_cleanup()
+"""
+
+
+def test_two_processes_learn_what_one_does(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(TWO_RANKS, encoding="utf-8")
+    here = Path(__file__).parent
+    env = os.environ | {"PYTHONPATH": str(here.parent)}
+    subprocess.run([sys.executable, script, tmp_path / "1.pt", here], check=True, env=env)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run([*torchrun, script, tmp_path / "2.pt", here], check=True, capture_output=True, env=env)
+    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
+    assert one[0][1] > 0.01  # a gradient
+    torch.testing.assert_close(one[0], two[0], atol=1e-6, rtol=1e-5)
+    for a, b in zip(one, two, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=0)  # AdamW makes as much of a tiny gradient as of a large one
+
+
+def test_mistakes_are_told(after_sft, run_main):
+    for flag, message in {
+        "--task=Chess": "no task 'Chess'; there are",
+        "--task=MMLU": "--task=MMLU: choose one of",
+        "--num_samples=1": "at least 2 answers",
+        "--top_k=50": "another distribution",
+        "--temperature=0.7": "another distribution",
+        "--examples_per_step=0": "expected at least 1",
+        "--model_tag=d99": "no good checkpoint",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            run_main("scripts.chat_rl", *FLAGS, flag)
+    assert not (after_sft / "chatrl_checkpoints").exists()
+
+
+def test_the_readme_s_task_of_one_s_own(after_sft, run_main, capsys):
+    blocks = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8").split("```python\n")[1:]
+    (code,) = [block.split("```")[0] for block in blocks if "(Task)" in block]
+    assert len(code.splitlines()) <= 40
+    (after_sft / "first_word.py").write_text(code, encoding="utf-8")
+    name = "first_word.py:FirstWord"
+    run_main("scripts.chat_eval", "-i", "sft", "-a", f"{name}|PocketSums", "-x", 4, "-m", 8, "--save_samples=a.jsonl")
+    assert f"{name}: 0.00%" in capsys.readouterr().out
+    records = [json.loads(line) for line in (after_sft / "a.jsonl").read_text().splitlines()]
+    assert [r["task"] for r in records] == [name] * 4 + ["PocketSums"] * 4
+    right = records[0]["messages"][1]["content"]
+    assert right == min(records[0]["messages"][0]["content"].split(": ")[1].rstrip("?").split(", "))
+    run_main("scripts.chat_rl", *FLAGS, f"--task={name}", "--num_iterations=1")
+    assert "500 problems" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("code", "name", "message"), [
+    ("", "mine.py:Mine", "has no attribute 'Mine'"),
+    ("class Mine: pass", "mine.py:Mine", "is no subclass"),
+    ("def (", "mine.py:Mine", "SyntaxError"),
+    ("", "gone.py:Mine", "FileNotFoundError"),
+    ("", "mine:Mine", "no task 'mine:Mine'"),
+])  # fmt: skip
+def test_a_broken_task_of_one_s_own_is_one_line(tmp_path, monkeypatch, code, name, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(code)
+    with pytest.raises(UserError, match=message) as caught:
+        find_task(name)
+    assert len(str(caught.value).splitlines()) == 1
