@@ -33,6 +33,15 @@ class Score:
         variance = sum((s - self.accuracy) ** 2 for s in shares) / max(1, len(shares) - 1)
         return math.sqrt(variance / len(shares))
 
+    @property
+    def interval(self):
+        """(low, high): where the accuracy on such problems lies with 95 % confidence (Wilson 1927)."""
+        p, z, n = self.accuracy, 1.96, len(self.records)
+        if self.stderr:
+            n = p * (1 - p) / self.stderr**2  # several samples of a problem tell more than one, and less than as many
+        centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
+        return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+
     def pass_at(self, k):
         """Chance that one of k samples is right, unbiased (Chen et al. 2021, section 2.1), averaged over problems."""
         return sum(pass_at_k(len(r["verdicts"]), sum(r["verdicts"]), k) for r in self.records) / len(self.records)

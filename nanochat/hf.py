@@ -1,6 +1,13 @@
-"""Our models in the form of transformers' NanoChat class: its configuration, and weights under its names."""
+"""
+Our models in the form of transformers' NanoChat class: its configuration, weights under its names, a whole folder.
 
-from nanochat.gpt import NORM_EPS
+    python -m nanochat.hf -i sft out/       # then AutoModelForCausalLM.from_pretrained("out"), and so its tokenizer
+"""
+
+from pathlib import Path
+
+from nanochat.cli import add_model_flags, make_parser, parse_args, run
+from nanochat.common import UserError, base_dir, compute_init
 
 NAMES = {
     "transformer.wte": "model.embed_tokens",
@@ -12,10 +19,29 @@ NAMES = {
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
+CHAT_TEMPLATE = """
+{{- bos_token -}}
+{%- set ns = namespace(system='') -%}
+{%- for message in messages -%}
+    {%- if message.role == 'system' -%}
+        {%- set ns.system = message.content + '\n\n' -%}
+    {%- elif message.role == 'user' -%}
+        {{- '<|user_start|>' + ns.system + message.content + '<|user_end|>' -}}
+        {%- set ns.system = '' -%}
+    {%- else -%}
+        {{- '<|assistant_start|>' + message.content + '<|assistant_end|>' -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|assistant_start|>' -}}
+{%- endif -%}
+""".strip()
 
 
 def hf_config(config):
     """The fields of a NanoChatConfig for a GPTConfig, as a dict."""
+    from nanochat.gpt import NORM_EPS
+
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.n_embd,
@@ -36,3 +62,51 @@ def hf_weights(model):
             name = name.replace(ours, theirs)
         weights[name] = p[: model.config.vocab_size] if name in ("model.embed_tokens.weight", "lm_head.weight") else p
     return weights
+
+
+def export(model, tokenizer, folder):
+    """
+    Write what from_pretrained() of AutoModelForCausalLM and AutoTokenizer reads: the same logits, and the same ids.
+
+    But for texts that contain special tokens: transformers takes these for the tokens, ours for text.
+    """
+    from transformers import GenerationConfig, NanoChatConfig, NanoChatForCausalLM, PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    bos, end = tokenizer.get_bos_token_id(), tokenizer.encode_special("<|assistant_end|>")
+    dtype = model.lm_head.weight.dtype
+    ids = dict(bos_token_id=bos, eos_token_id=end, pad_token_id=end)
+    hf = NanoChatForCausalLM(NanoChatConfig(**hf_config(model.config), **ids, dtype=dtype)).to(dtype)
+    hf.load_state_dict(hf_weights(model))
+    hf.generation_config = GenerationConfig(**ids | {"eos_token_id": [end, bos]})
+    hf.save_pretrained(folder)
+    ranks = str(base_dir() / "tokenizer" / "ranks.tiktoken")
+    special = sorted(tokenizer.get_special_tokens(), key=tokenizer.encode_special)
+    converted = TikTokenConverter(ranks, pattern=tokenizer.pattern, extra_special_tokens=special).converted()
+    names = dict(bos_token="<|bos|>", eos_token="<|assistant_end|>", pad_token="<|assistant_end|>")
+    fast = PreTrainedTokenizerFast(tokenizer_object=converted, chat_template=CHAT_TEMPLATE, **names)
+    fast.save_pretrained(folder)
+
+
+def main(argv=None):
+    parser = make_parser("nanochat.hf", __doc__)
+    add_model_flags(parser)
+    parser.add_argument("folder", help="written to; must not be there yet")
+    args = parse_args(parser, argv)
+    if Path(args.folder).exists():
+        raise UserError(f"{args.folder} is there already; name a folder that is not")
+    try:
+        import transformers  # noqa: F401
+    except ImportError as e:
+        raise UserError("this needs transformers: pip install transformers") from e
+    from nanochat.checkpoint_manager import load_model
+
+    model, tokenizer, _ = load_model(
+        args.source, compute_init("cpu", args.dtype or "float32"), args.model_tag, args.step
+    )
+    export(model, tokenizer, args.folder)
+    print(f"wrote {args.folder}")
+
+
+if __name__ == "__main__":
+    run(main)

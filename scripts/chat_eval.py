@@ -68,11 +68,12 @@ def progress_printer(name):
 
 
 def describe(name, score, seconds):
-    """One line: accuracy with its standard error, pass@k where there is more than one sample, speed."""
+    """One line: accuracy with its 95 % confidence interval, pass@k where there is more than one sample, speed."""
     n, samples = len(score.records), len(score.records[0]["verdicts"])
     ks = [2**i for i in range(1, samples.bit_length()) if 2**i < samples] + [samples] if samples > 1 else []
     more = "".join(f", pass@{k} {score.pass_at(k):.2%}" for k in ks)
-    return f"{name}: {score.accuracy:.2%} ± {score.stderr:.2%}{more} ({n:,} problems, {n / seconds:.1f}/s)"
+    low, high = score.interval
+    return f"{name}: {score.accuracy:.2%} [{low:.1%}, {high:.1%}]{more} ({n:,} problems, {n / seconds:.1f}/s)"
 
 
 def main(argv=None):
@@ -123,8 +124,8 @@ def main(argv=None):
     if args.save_samples and compute.rank == 0:
         with atomic_path(args.save_samples) as draft:
             draft.write_text("".join(lines), encoding="utf-8")
-    errors = {f"standard error of {name}": score.stderr for name, score in scores.items()}
-    outcome = [accuracies, core, errors, {"wall_clock_seconds": time.time() - started}]
+    intervals = {f"{name}, 95 % interval": "{:.4f} to {:.4f}".format(*score.interval) for name, score in scores.items()}
+    outcome = [accuracies, core, intervals, {"wall_clock_seconds": time.time() - started}]
     get_report().log(section=f"Chat evaluation {args.source}", data=[vars(args), *outcome])
 
 

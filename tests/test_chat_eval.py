@@ -201,7 +201,7 @@ def test_the_script_scores_saves_and_reports(checkpoint, capsys):
     for task in tasks:
         counted = [v for line in lines if line["task"] == task for v in line["verdicts"]]
         assert len(counted) == 6 and logged[task] == sum(counted) / 6
-        assert f"{task}: {sum(counted) / 6:.2%} ±" in shown
+        assert f"{task}: {sum(counted) / 6:.2%} [" in shown
     assert "ChatCORE" in logged and "ChatCORE" in shown
 
 

@@ -1,0 +1,79 @@
+"""
+Scoring by what a model writes: all problems in one batch, one problem at a time, and transformers' generate.
+
+    python -m dev.bench.bench_chat_eval -i sft --task=PocketSums --problems=200 --num_samples=4
+
+Every problem has `num_samples` answers, at temperature 0, so that verdicts can be compared: those of the first two are.
+transformers answers a tenth of the problems, one at a time, and has no calculator. Prints seconds per problem.
+"""
+
+import time
+
+import torch
+
+from nanochat.chat_eval import evaluate_task
+from nanochat.checkpoint_manager import load_model
+from nanochat.cli import add_model_flags, make_parser, parse_args, run
+from nanochat.common import compute_init
+from nanochat.engine import Engine
+from nanochat.hf import hf_config, hf_weights
+from tasks.mixtures import find_task
+
+
+def transformers_seconds(model, engine, problems, num_samples, max_new_tokens):
+    """Seconds of `generate` for each of `problems`, one at a time, in the model's own precision."""
+    from transformers import NanoChatConfig, NanoChatForCausalLM
+
+    hf = NanoChatForCausalLM(NanoChatConfig(**hf_config(model.config))).eval().to(model.lm_head.weight.dtype)
+    hf.load_state_dict(hf_weights(model))
+    start = time.perf_counter()
+    for problem in problems:
+        ids = torch.tensor([engine.tokenizer.render_for_completion(problem)]).repeat(num_samples, 1)
+        hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
+                    eos_token_id=list(engine.terminals), pad_token_id=0)  # fmt: skip
+    return (time.perf_counter() - start) / len(problems)
+
+
+def main(argv=None):
+    parser = make_parser("dev.bench.bench_chat_eval", __doc__)
+    add_model_flags(parser, "sft")
+    parser.add_argument("--task", default="PocketSums")
+    parser.add_argument("--problems", type=int, default=200)
+    parser.add_argument("--num_samples", type=int, default=4)
+    parser.add_argument("--max_rows", type=int, default=64)
+    parser.add_argument("--max_new_tokens", type=int, default=160)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parse_args(parser, argv)
+    model, tokenizer, meta = load_model(
+        args.source, compute := compute_init(args.device_type, args.dtype), args.model_tag
+    )
+    engine = Engine(model, tokenizer, compute, quantize=args.quantize)
+    task = find_task(args.task).make(words=meta["data"])
+    rows, seconds, verdicts = {"batch": args.max_rows, "one problem at a time": args.num_samples}, {}, {}
+    for _ in range(args.repeats):
+        for name, max_rows in rows.items():
+            start = time.perf_counter()
+            score = evaluate_task(
+                task,
+                engine,
+                max_problems=args.problems,
+                num_samples=args.num_samples,
+                max_new_tokens=args.max_new_tokens,
+                max_rows=max_rows,
+            )
+            taken = (time.perf_counter() - start) / len(score.records)
+            seconds[name] = min(taken, seconds.get(name, taken))
+            verdicts[name] = [record["verdicts"] for record in score.records]
+    with torch.inference_mode():
+        some = [task[i] for i in range(max(1, args.problems // 10))]
+        seconds["transformers"] = transformers_seconds(model, engine, some, args.num_samples, args.max_new_tokens)
+    differ = sum(a != b for a, b in zip(*verdicts.values(), strict=True))
+    print(f"{args.task}, {args.problems} problems of {args.num_samples} answers, {torch.get_num_threads()} threads\n")
+    print("| who | ms a problem | batch is quicker by |\n|---|---|---|")
+    for name, value in seconds.items():
+        print(f"| {name} | {1000 * value:.1f} | {value / seconds['batch']:.2f} |")
+    print(f"\nverdicts that differ between batch and one at a time: {differ}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,60 @@
+"""The exported folder, read by transformers' Auto classes, against our own model and tokenizer."""
+
+import pytest
+import torch
+
+from nanochat import hf
+from nanochat.common import UserError
+from nanochat.engine import Engine
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.hf import export
+from nanochat.tokenizer import get_tokenizer
+
+transformers = pytest.importorskip("transformers")
+TEXTS = ["Hello there", " a  b\n\n\tc ", "1234567 apples, 3.5%", "naïve café 你好 🎉", "don't you'LL I'm\r\nx", ""]
+CHAT = [
+    {"role": "system", "content": "Be short."},
+    {"role": "user", "content": "Who are you?"},
+    {"role": "assistant", "content": "I am nanochat."},
+    {"role": "user", "content": "Tell me more\nof it."},
+]
+
+
+@pytest.fixture
+def exported(base):
+    tokenizer = get_tokenizer()
+    torch.manual_seed(0)
+    config = GPTConfig(
+        sequence_len=128, vocab_size=tokenizer.get_vocab_size(), n_layer=2, n_head=4, n_kv_head=2, n_embd=64
+    )
+    model = GPT(config)
+    model.init_weights("cpu")
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    model.requires_grad_(False)
+    export(model, tokenizer, base / "out")
+    return model, tokenizer, base / "out"
+
+
+def test_the_folder_has_the_same_ids_logits_and_answers(exported):
+    model, tokenizer, folder = exported
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in TEXTS:
+        assert theirs.encode(text) == tokenizer.encode(text)
+        assert theirs.decode(tokenizer.encode(text)) == text
+    assert theirs.bos_token_id == tokenizer.get_bos_token_id()
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ids = theirs.apply_chat_template(CHAT, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    assert ids[0].tolist() == tokenizer.render_for_completion({"messages": CHAT})
+    torch.testing.assert_close(hf_model(ids).logits, model(ids), atol=1e-5, rtol=0)
+    out = hf_model.generate(ids, max_new_tokens=20, do_sample=False)[0].tolist()
+    engine = Engine(model, tokenizer)
+    results, masks = engine.generate_batch(ids[0].tolist(), max_tokens=20, temperature=0)
+    n = next((i for i, m in enumerate(masks[0][ids.size(1) :]) if not m), 20)  # up to the calculator, which they lack
+    assert out[: ids.size(1) + n] == results[0][: ids.size(1) + n]
+
+
+def test_an_existing_folder_is_left_alone(base):
+    (base / "out").mkdir()
+    with pytest.raises(UserError, match="there already"):
+        hf.main(["-i", "sft", str(base / "out")])
