@@ -89,11 +89,13 @@ def evaluate_task(
         answered = _write(problems, engine, num_samples, max_new_tokens, temperature, top_k, max_rows, seed)
     records = []
     for index, answers in answered:
-        verdicts = [bool(task.evaluate(problems[index], answer)) for answer in answers]
-        messages = problems[index]["messages"]
-        records.append({"index": index, "messages": messages, "answers": answers, "verdicts": verdicts})
+        records.append({"index": index, "messages": problems[index]["messages"], "answers": answers})
         if progress:
             progress(len(records), len(problems))
+    pairs = [(problems[record["index"]], answer) for record in records for answer in record["answers"]]
+    verdicts = iter(task.evaluate_many(pairs))
+    for record in records:
+        record["verdicts"] = [bool(next(verdicts)) for _ in record["answers"]]
     if world_size > 1:
         shares = [None] * world_size
         dist.all_gather_object(shares, records)

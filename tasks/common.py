@@ -46,6 +46,10 @@ class Task:
         """Whether the reply (a string) solves the conversation's problem."""
         raise NotImplementedError(f"{type(self).__name__} has no right answers, it is for training only")
 
+    def evaluate_many(self, pairs):
+        """evaluate() for each (conversation, reply)."""
+        return [self.evaluate(conversation, reply) for conversation, reply in pairs]
+
     def reward(self, conversation, assistant_response):
         """What reinforcement learning pays for the reply: 1.0 or 0.0."""
         return float(self.evaluate(conversation, assistant_response))

@@ -11,6 +11,7 @@ from tasks.arc import ARC
 from tasks.common import Task, TaskMixture
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
+from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
 from tasks.pocket import PocketChat, PocketFacts, PocketHardSums, PocketIdentity, PocketStories, PocketSums
 from tasks.smoltalk import SmolTalk
@@ -92,14 +93,14 @@ def sft(data):
 
 @dataclass(frozen=True)
 class EvalTask:
-    make: Callable[..., Task]  # make(seed=0, words="public"); only the tasks made from a seed look at them
+    make: Callable[..., Task]  # make(seed=0, words="public", level="strict"); most look at none of these
     baseline: float  # accuracy of a random guess
     data: str  # "public" or "pocket"
     train: Callable[..., Task] | None = None  # the same for what reinforcement learning practises on
 
 
 def _bee(split, size):
-    return lambda seed=0, words="public": SpellingBee(size=size, split=split, words=words, seed=seed)
+    return lambda seed=0, words="public", **_: SpellingBee(size=size, split=split, words=words, seed=seed)
 
 
 def _made(task, split, size):
@@ -111,6 +112,7 @@ EVAL_TASKS = {
     "ARC-Challenge": EvalTask(lambda **_: ARC("ARC-Challenge", "test"), 0.25, "public"),
     "MMLU": EvalTask(lambda **_: MMLU("all", "test"), 0.25, "public"),
     "GSM8K": EvalTask(lambda **_: GSM8K("main", "test"), 0.0, "public", lambda **_: GSM8K("main", "train")),
+    "HumanEval": EvalTask(lambda level="strict", **_: HumanEval(level), 0.0, "public"),
     "SpellingBee": EvalTask(_bee("test", 256), 0.0, "both", _bee("train", PRACTICE)),
     "PocketSums": EvalTask(_made(PocketSums, "test", 256), 0.0, "pocket", _made(PocketSums, "train", PRACTICE)),
     "PocketHardSums": EvalTask(

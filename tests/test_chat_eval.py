@@ -12,6 +12,7 @@ from nanochat.chat_eval import Score, chat_core, evaluate_task, pass_at_k
 from nanochat.common import Compute, UserError
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
+from tasks.common import Task
 
 
 class ByteChat(ByteTokenizer):
@@ -20,7 +21,7 @@ class ByteChat(ByteTokenizer):
         return [BOS, *(ids if max_tokens is None else ids[1 - max_tokens :])]
 
 
-class ListTask:
+class ListTask(Task):
     """(question, right answer) pairs."""
 
     def __init__(self, problems, letters=None):

@@ -1,0 +1,59 @@
+"""HumanEval: functions to write from their docstrings (Chen et al. 2021). https://huggingface.co/datasets/openai/openai_humaneval"""
+
+import re
+
+from nanochat.execution import check_level, execute_many
+from tasks.common import ParquetDataset, Task, user_and_assistant
+
+
+def reply_code(reply):
+    """The code of a reply: what its first fenced block (``` or ```python) holds, or all of it where there is none."""
+    block = re.search(r"```(?:python)?[ \t]*\n(.*?)```", reply, re.DOTALL)
+    return block[1] if block else reply
+
+
+def leading_imports(prompt):
+    """The import lines at the top of a prompt: replies use List and friends without importing them again."""
+    imports = []
+    for line in prompt.splitlines():
+        if line.startswith(("import ", "from ")):
+            imports.append(line)
+        elif line.strip() and not line.startswith("#"):
+            break
+    return "\n".join(imports)
+
+
+class HumanEval(Task):
+    """
+    Replies are run with the problem's tests, in a sandbox of the given level (see execution.py).
+
+    Raises UserError, before anything runs, on machines whose sandbox is below that level.
+    """
+
+    def __init__(self, level="strict", **kwargs):
+        super().__init__(**kwargs)
+        check_level(level)
+        self.level = level
+        self.data = ParquetDataset("openai/openai_humaneval", "openai_humaneval/test")
+
+    def num_examples(self):
+        return len(self.data)
+
+    def get_example(self, index):
+        row = self.data[index]
+        solution = row["prompt"] + row["canonical_solution"]
+        return user_and_assistant(row["prompt"], solution, entry_point=row["entry_point"], test=row["test"])
+
+    def program(self, conversation, assistant_response):
+        """The reply's code with what it may take for granted before it, and the problem's tests behind it."""
+        imports = leading_imports(conversation["messages"][0]["content"])
+        call = f"check({conversation['entry_point']})"
+        return "\n\n".join([imports, reply_code(assistant_response), conversation["test"], call]) + "\n"
+
+    def evaluate(self, conversation, assistant_response):
+        return self.evaluate_many([(conversation, assistant_response)])[0]
+
+    def evaluate_many(self, pairs):
+        """Verdicts on many (conversation, reply), run on all cores."""
+        programs = [self.program(conversation, reply) for conversation, reply in pairs]
+        return [result.success for result in execute_many(programs, level=self.level)]
