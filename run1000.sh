@@ -24,6 +24,7 @@ stage "the other shards" 3600 base_data/manifest.json python -m nanochat.dataset
 stage "base pretraining" 111600 base_checkpoints/d32 $launch -m scripts.base_train "$run" --resume=1 --depth=32 \
     --device_batch_size=8 --save_every=1000 --keep=2
 stage "base loss" 300 report/base-model-loss.md $launch -m scripts.base_loss $d32 --device_batch_size=8
+stage "base evaluation" 1800 report/base-model-evaluation.md $launch -m scripts.base_eval $d32
 stage "midtraining" 5400 mid_checkpoints/d32 $launch -m scripts.mid_train "$run" --resume=1 $d32 --device_batch_size=8
 stage "midtraining evaluation" 1800 report/chat-evaluation-mid.md $launch -m scripts.chat_eval -i mid $d32
 stage "supervised finetuning" 1800 chatsft_checkpoints/d32 $launch -m scripts.chat_sft "$run" --resume=1 $d32

@@ -66,6 +66,7 @@ public() {
     stage "base pretraining" $((hours * 3600)) "base_checkpoints/d$depth" $launch -m scripts.base_train "$run" \
         --resume=1 --depth="$depth" --max_seq_len="$context" --device_batch_size="$batch" --save_every=500 --keep=2
     stage "base loss" 120 report/base-model-loss.md $launch -m scripts.base_loss --device_batch_size="$batch"
+    stage "base evaluation" 1200 report/base-model-evaluation.md $launch -m scripts.base_eval
     stage "midtraining" $((hours * 400)) "mid_checkpoints/d$depth" $launch -m scripts.mid_train "$run" \
         --resume=1 --max_seq_len="$context" --device_batch_size="$batch" --save_every=500 --keep=2
     stage "midtraining evaluation" 900 report/chat-evaluation-mid.md $launch -m scripts.chat_eval -i mid

@@ -18,6 +18,7 @@ stage "tokenizer evaluation" 20 report/tokenizer-evaluation.md python -m scripts
 stage "base pretraining" 120 base_checkpoints/d4 python -m scripts.base_train "$run" --resume=1 --depth=4 $size \
     --num_iterations=50 --eval_every=50 --sample_every=50 --core_metric_every=50 --core_metric_max_per_task=12
 stage "base loss" 20 report/base-model-loss.md python -m scripts.base_loss --device_batch_size=1 --split_tokens=4096
+stage "base evaluation" 240 report/base-model-evaluation.md python -m scripts.base_eval --max_per_task=16
 stage "midtraining" 240 mid_checkpoints/d4 python -m scripts.mid_train "$run" --resume=1 $size --num_iterations=100
 stage "midtraining evaluation" 120 report/chat-evaluation-mid.md \
     python -m scripts.chat_eval -i mid --max-new-tokens=128 --max-problems=20

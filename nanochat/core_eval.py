@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from nanochat.core_data import load_tasks
-from nanochat.gpt import GPT, SOFTCAP, chunk_rows
+from nanochat.gpt import GPT, chunk_rows
 from nanochat.kv_cache import KVCache, shared
 
 WINDOW = 256  # examples tokenized at a time
@@ -251,5 +251,4 @@ class GPTScorer:
             x = self.model.hidden(padded(rests, self.device), repeated)[rows, columns]
         for chunk in x.split(chunk_rows(x, self.model.config.vocab_size)):
             with self.compute.autocast():
-                logits = self.model.lm_head(chunk)[:, : self.model.config.vocab_size].float()
-            yield SOFTCAP * torch.tanh(logits / SOFTCAP)
+                yield self.model.logits(chunk)

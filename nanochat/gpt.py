@@ -223,6 +223,10 @@ class GPT(nn.Module):
             kv_cache.advance(T)
         return None if fill_only else norm(x)
 
+    def logits(self, x):
+        """Soft-capped logits (..., V) in float32 of final activations (..., C)."""
+        return SOFTCAP * torch.tanh(self.lm_head(x)[..., : self.config.vocab_size].float() / SOFTCAP)
+
     def forward(self, idx, targets=None, kv_cache=None, loss_reduction="mean", last_only=False, weights=None):
         """
         Logits (B, T, V) in float32 of token ids `idx` (B, T), or (B, 1, V) with `last_only`; given `targets` (B, T),
@@ -231,8 +235,7 @@ class GPT(nn.Module):
         """
         x = self.hidden(idx, kv_cache)
         if targets is None:
-            logits = self.lm_head(x[:, -1:] if last_only else x)[..., : self.config.vocab_size].float()
-            return SOFTCAP * torch.tanh(logits / SOFTCAP)
+            return self.logits(x[:, -1:] if last_only else x)
         assert weights is None or loss_reduction == "sum", loss_reduction
         x, flat = x.flatten(0, 1), targets.flatten()
         if loss_reduction == "none":
@@ -248,8 +251,7 @@ class GPT(nn.Module):
         """Cross entropy of each token (N,), 0 where the target is -1; chunked, and differentiable at full memory."""
         losses = []
         for xc, tc in zip(*(t.split(chunk_rows(x, self.config.vocab_size)) for t in (x, targets)), strict=True):
-            logits = SOFTCAP * torch.tanh(self.lm_head(xc)[:, : self.config.vocab_size].float() / SOFTCAP)
-            losses.append(F.cross_entropy(logits, tc, ignore_index=-1, reduction="none"))
+            losses.append(F.cross_entropy(self.logits(xc), tc, ignore_index=-1, reduction="none"))
         return torch.cat(losses)
 
     def setup_optimizers(

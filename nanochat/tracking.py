@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 
 from nanochat.common import base_dir, format_duration, print0
@@ -156,6 +157,25 @@ class RunLog:
             self.file.close()
         if self.wandb:
             self.wandb.finish()
+
+
+def progress_printer(unit):
+    """progress(label, done, total): a line that is rewritten in a terminal, one every 10 s elsewhere."""
+    label = start = last = None
+
+    def show(name, done, total):
+        nonlocal label, start, last
+        now, terminal = time.perf_counter(), sys.stdout.isatty()
+        if name != label:
+            label, start, last = name, now, now
+        if now - last < (0.3 if terminal else 10) or not done:
+            return
+        last, speed = now, done / (now - start)
+        left = format_duration((total - done) / speed) if total else "?"
+        text = f"{label}: {done:,}/{total or 0:,} {unit}, {speed:,.1f}/s, {left} left"
+        print0(f"\r{text}\x1b[K" if terminal else text, end="" if terminal else "\n")
+
+    return show
 
 
 def peak_memory_mib(compute):

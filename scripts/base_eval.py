@@ -16,15 +16,8 @@ import time
 from pathlib import Path
 
 from nanochat.cli import make_parser, parse_args, run
-from nanochat.common import (
-    UserError,
-    atomic_path,
-    base_dir,
-    choose_device,
-    compute_init,
-    format_duration,
-    print0,
-)
+from nanochat.common import UserError, atomic_path, base_dir, choose_device, compute_init, print0
+from nanochat.tracking import progress_printer
 
 
 def build_parser():
@@ -51,24 +44,6 @@ def check_flags(args):
         raise UserError("--hf_path names another model than --model_tag and --step; give one or the other")
     if args.save_samples and not Path(args.save_samples).absolute().parent.is_dir():
         raise UserError(f"--save_samples={args.save_samples}: there is no such folder")
-
-
-def progress_printer(unit):
-    """progress(label, done, total): a line that is rewritten in a terminal, one every 10 s elsewhere."""
-    label = start = last = None
-
-    def show(name, done, total):
-        nonlocal label, start, last
-        now, terminal = time.perf_counter(), sys.stdout.isatty()
-        if name != label:
-            label, start, last = name, now, now
-        if now - last < (0.3 if terminal else 10) or not done:
-            return
-        last, left = now, format_duration((now - start) * (total - done) / done) if total else "?"
-        text = f"{label}: {done:,}/{total or 0:,} {unit}, {left} left"
-        print0(f"\r{text}\x1b[K" if terminal else text, end="" if terminal else "\n")
-
-    return show
 
 
 def main(argv=None):

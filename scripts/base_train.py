@@ -71,6 +71,8 @@ def main(argv=None):
     import torch
 
     from nanochat.checkpoint_manager import checkpoint_dir, update_meta
+    from nanochat.core_data import load_tasks
+    from nanochat.core_eval import evaluate_core
     from nanochat.dataloader import Prefetch, ShardSource, eval_batches, lane_batches
     from nanochat.dataset import data_kind, row_groups
     from nanochat.engine import Engine
@@ -128,13 +130,17 @@ def main(argv=None):
         f"{rows // eval_rows} micro-batches): {total_tokens:,} tokens, {total_tokens / num_params:.1f} per parameter, "
         f"{total_tokens * flops_per_token:.2e} FLOPs"
     )
-    if args.core_metric_every > 0:
-        print0("CORE is not part of this version yet: --core_metric_every has no effect")
+    core_tasks, core = None, meta.get("core")
+    if args.core_metric_every > 0 and data == "public":  # what is missing shows now, not at step 2,000
+        try:
+            core_tasks = load_tasks()
+        except UserError as e:
+            raise UserError(f"{e}; or leave CORE out with --core_metric_every=-1") from e
     log = RunLog("base", "nanochat", args, compute, num_iterations, flops_per_token, meta.get("log_state"))
     val_bpb, min_val_bpb = meta.get("val_bpb"), meta.get("min_val_bpb")
 
     def save(step):
-        state = {"data": data, "val_bpb": val_bpb, "min_val_bpb": min_val_bpb, "log_state": log.state()}
+        state = {"data": data, "val_bpb": val_bpb, "min_val_bpb": min_val_bpb, "core": core, "log_state": log.state()}
         return training.save(step, model, optimizers, state, loader_state, finished=step == num_iterations)
 
     # Loop: one more turn than there are steps, to save and judge what was trained
@@ -153,6 +159,10 @@ def main(argv=None):
             min_val_bpb = min(val_bpb, min_val_bpb or val_bpb)
             log.metrics(step, val_bpb=val_bpb)
             print0(f"step {step:05d} | validation bpb {val_bpb:.4f}")
+        if step and core_tasks and due(step, args.core_metric_every, last):
+            core = evaluate_core(model, tokenizer, compute, args.core_metric_max_per_task, core_tasks).core
+            log.metrics(step, core=core)
+            print0(f"step {step:05d} | CORE {core:.4f}")
         if step and due(step, args.sample_every, last) and compute.rank == 0:
             for prompt, text in greedy_samples(Engine(model, tokenizer, compute), data).items():
                 print0(f"{prompt} >{text}")
@@ -171,7 +181,7 @@ def main(argv=None):
         log.step(step, result, args.total_batch_size, time.perf_counter() - t0, lr_mult)
     loader.close()
     log.close()
-    update_meta(path, compute, val_bpb=val_bpb, min_val_bpb=min_val_bpb)
+    update_meta(path, compute, val_bpb=val_bpb, min_val_bpb=min_val_bpb, core=core)
 
     # Report
     facts = {
@@ -186,6 +196,7 @@ def main(argv=None):
     outcome = {
         "Minimum validation bpb": min_val_bpb,
         "Final validation bpb": val_bpb,
+        **({"CORE estimate": core} if core is not None else {}),
         "Training loss": log.loss,
         "MFU": f"{log.mfu:.2%}",
         "Tokens per second": log.tokens_per_second,

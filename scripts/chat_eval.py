@@ -11,10 +11,12 @@ ChatCORE is the mean over the tasks of the accuracy centred on guessing. Writes 
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from nanochat.cli import add_model_flags, boolean, make_parser, parse_args, run
-from nanochat.common import UserError, atomic_path, compute_init, format_duration, print0
+from nanochat.common import UserError, atomic_path, compute_init, print0
+from nanochat.tracking import progress_printer
 
 
 def build_parser():
@@ -57,22 +59,6 @@ def check_flags(args):
         raise UserError(f"--save_samples={args.save_samples}: there is no such folder")
 
 
-def progress_printer(name):
-    """progress(done, total) for evaluate_task: a line that is rewritten in a terminal, one every 10 s elsewhere."""
-    start = last = time.perf_counter()
-
-    def show(done, total):
-        nonlocal last
-        now, terminal = time.perf_counter(), sys.stdout.isatty()
-        if now - last < (0.3 if terminal else 10):
-            return
-        last, speed = now, done / (now - start)
-        text = f"{name}: {done:,}/{total:,} problems, {speed:.1f}/s, {format_duration((total - done) / speed)} left"
-        print0(f"\r{text}\x1b[K" if terminal else text, end="" if terminal else "\n")
-
-    return show
-
-
 def describe(name, score, seconds):
     """One line: accuracy with its 95 % confidence interval, pass@k where there is more than one sample, speed."""
     n, samples = len(score.records), len(score.records[0]["verdicts"])
@@ -110,7 +96,7 @@ def main(argv=None):
         except UserError as e:  # in nobody's -a: the other tasks are scored all the same
             names.remove("HumanEval")
             print0(f"warning: HumanEval is left out: {e}", file=sys.stderr)
-    scores, lines = {}, []
+    scores, lines, progress = {}, [], progress_printer("problems")
     for name in names:
         task = find_task(name).make(seed=args.data_seed, words=data, level=args.level)
         t0 = time.perf_counter()
@@ -125,7 +111,7 @@ def main(argv=None):
             batch_size=args.batch_size,
             max_rows=args.max_rows,
             seed=args.seed,
-            progress=progress_printer(name),
+            progress=partial(progress, name),
         )
         print0(("\r\x1b[K" if sys.stdout.isatty() else "") + describe(name, score, time.perf_counter() - t0))
         lines += [json.dumps({"task": name, **record}, ensure_ascii=False) + "\n" for record in score.records]
