@@ -99,6 +99,7 @@ compute_cleanup()
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(TWO_RANKS, encoding="utf-8")

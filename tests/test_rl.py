@@ -272,6 +272,7 @@ compute_cleanup()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(TWO_RANKS, encoding="utf-8")
