@@ -54,10 +54,14 @@ def run_worker(connection, index, options):
 
 def _receive(connection, inbox):
     """Put messages into `inbox`, None at the end: looking there costs the engine less than asking the system."""
-    with connection.makefile("rb") as file:
-        while size := file.read(SIZE.size):
-            inbox.put(pickle.loads(file.read(*SIZE.unpack(size))))
-    inbox.put(None)
+    try:
+        with connection.makefile("rb") as file:
+            while size := file.read(SIZE.size):
+                inbox.put(pickle.loads(file.read(*SIZE.unpack(size))))
+    except (OSError, EOFError, pickle.UnpicklingError, struct.error):
+        pass  # the server is gone, in the middle of a message
+    finally:
+        inbox.put(None)
 
 
 def _load(options):
