@@ -99,7 +99,7 @@ def sum_problem(rng, split, world, hard=False):
     """
     (question, answer) in GSM8K's format: <<34+12=46>>46 calls the calculator, the last line is `#### 46`.
 
-    Hard ones have larger numbers than any text of the world.
+    Many numbers of hard ones are larger than any in the text of the world.
     """
     while True:
         question, answer, ops = rng.choice(world.sums)

@@ -39,7 +39,7 @@ class PocketSums(_Pocket, FinalNumberTask):
 
 
 class PocketHardSums(PocketSums):
-    """The same with numbers larger than any that a model of the world has seen: something left to practise."""
+    """The same with many numbers larger than a model of the world has seen: something left to practise."""
 
     hard = True
 
