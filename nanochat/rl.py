@@ -24,7 +24,6 @@ class Rollout:
     prompt: list[int]
     tokens: list[int]
     mask: list[int]
-    text: str  # as a reader sees it
     reward: float
     cut_off: bool  # it was longer than allowed
 
@@ -59,7 +58,7 @@ def roll_out(sampler, task, problems, num_samples, max_new_tokens, max_rows):
     for row in sampler.generate_many(requests, max_rows):
         i, text = requests[row.request], visible_text(tokenizer, row.completion)
         reward, cut_off = task.reward(conversations[i], text), row.finish == "length"
-        groups[i][row.sample] = Rollout(row.request.tokens, row.tokens, row.mask, text, reward, cut_off)
+        groups[i][row.sample] = Rollout(row.request.tokens, row.tokens, row.mask, reward, cut_off)
     return {i: [group[sample] for sample in range(num_samples)] for i, group in groups.items()}
 
 

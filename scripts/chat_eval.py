@@ -96,9 +96,10 @@ def main(argv=None):
         except UserError as e:  # in nobody's -a: the other tasks are scored all the same
             names.remove("HumanEval")
             print0(f"warning: HumanEval is left out: {e}", file=sys.stderr)
+    tasks = {name: find_task(name) for name in names}
     scores, lines, progress = {}, [], progress_printer("problems")
-    for name in names:
-        task = find_task(name).make(seed=args.data_seed, words=data, level=args.level)
+    for name in tasks:
+        task = tasks[name].make(seed=args.data_seed, words=data, level=args.level)
         t0 = time.perf_counter()
         score = scores[name] = evaluate_task(
             task,
@@ -120,7 +121,7 @@ def main(argv=None):
     accuracies = {name: score.accuracy for name, score in scores.items()}
     core = {}
     if len(scores) > 1:
-        core = {"ChatCORE": chat_core(accuracies, {name: find_task(name).baseline for name in scores})}
+        core = {"ChatCORE": chat_core(accuracies, {name: task.baseline for name, task in tasks.items()})}
         print0(f"ChatCORE over these {len(scores)} tasks: {core['ChatCORE']:.4f}")
     if args.save_samples and compute.rank == 0:
         with atomic_path(args.save_samples) as draft:

@@ -33,7 +33,7 @@ def small_model(seed=0):
 
 
 def rollout(prompt, tokens, mask, reward):
-    return Rollout(prompt, tokens, mask, "", reward, False)
+    return Rollout(prompt, tokens, mask, reward, False)
 
 
 def some_groups():

@@ -44,9 +44,8 @@ def main(argv=None):
     parser.add_argument("--max_new_tokens", type=int, default=160)
     parser.add_argument("--repeats", type=int, default=3)
     args = parse_args(parser, argv)
-    model, tokenizer, meta = load_model(
-        args.source, compute := compute_init(args.device_type, args.dtype), args.model_tag
-    )
+    compute = compute_init(args.device_type, args.dtype)
+    model, tokenizer, meta = load_model(args.source, compute, args.model_tag, args.step)
     engine = Engine(model, tokenizer, compute, quantize=args.quantize)
     task = find_task(args.task).make(words=meta["data"])
     rows, seconds, verdicts = {"batch": args.max_rows, "one problem at a time": args.num_samples}, {}, {}

@@ -431,6 +431,7 @@ unsafe fn products<P: Way>(
             }
         };
     }
+    // Rows as short as keys lie within a page together.
     if n == 1 && P::ALONE && n_in >= 256 {
         rows!(1, range, 0, 1);
         return;

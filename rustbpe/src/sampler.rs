@@ -28,10 +28,11 @@ impl Sampler {
             if x > -87.0 { exp::<Any>(x) } else { 0.0 } // exp() gives no less than e^-87
         };
         let top_k = self.top_k > 0 && self.top_k < logits.len();
+        let mut all = 0.0; // the weights that top_p is a share of
         let tokens: Vec<usize> = if top_k {
             largest(&keys, self.top_k)
         } else if self.top_p < 1.0 {
-            let all: f32 = (0..logits.len()).map(|token| weight(&token)).sum();
+            all = (0..logits.len()).map(|token| weight(&token)).sum();
             let enough = |tokens: &[usize]| tokens.iter().map(weight).sum::<f32>() >= self.top_p * all;
             let mut k = 64;
             loop {
@@ -46,8 +47,9 @@ impl Sampler {
         };
         let mut weights: Vec<f32> = tokens.iter().map(weight).collect();
         if self.top_p < 1.0 {
-            let all: f32 =
-                if top_k { weights.iter().sum() } else { (0..logits.len()).map(|token| weight(&token)).sum() };
+            if top_k {
+                all = weights.iter().sum();
+            }
             let mut before = 0.0;
             let kept = weights.iter().take_while(|&&weight| {
                 let keep = before < self.top_p * all;
