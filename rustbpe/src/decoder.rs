@@ -10,7 +10,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 #[cfg(target_arch = "x86_64")]
 use crate::matmul::Dots;
-use crate::matmul::{Any, Fuses, Kept, LANES, Line, Machine, Matrix, add_scaled, by_lanes, exp, fetch_start, lines};
+use crate::matmul::{
+    Any, Fuses, Give, Kept, LANES, Line, Machine, Matrix, add_scaled, by_lanes, exp, fetch_start, lines,
+};
 
 const CHUNK: usize = 1 << 18; // weights of a matrix, at most
 const THREAD: usize = 1 << 26; // multiplications that keep one busy for about a millisecond: fewer are not shared out
@@ -119,6 +121,33 @@ struct Step {
 // Chunks write to places of their own.
 unsafe impl Send for Step {}
 unsafe impl Sync for Step {}
+
+/// Where products go, each vector's multiplied by its scale, and what is done with them on the way.
+struct Outputs {
+    to: *mut f32,
+    width: usize,
+    scales: Vec<f32>,
+    then: Then,
+}
+
+impl Give for Outputs {
+    #[inline(always)]
+    unsafe fn give<const V: usize, const O: usize>(&mut self, v: usize, o: usize, found: [[f32; O]; V]) {
+        for (i, row) in found.iter().enumerate() {
+            unsafe {
+                let scale = *self.scales.get_unchecked(v + i);
+                let to = &mut *self.to.add((v + i) * self.width + o).cast::<[f32; O]>();
+                match self.then {
+                    Then::Store | Then::Cap => *to = row.map(|x| x * scale),
+                    Then::Add => *to = std::array::from_fn(|j| to[j] + row[j] * scale),
+                    Then::SquaredRelu => {
+                        *to = row.map(|x| x * scale).map(|x| x.max(0.0) * x.max(0.0));
+                    }
+                }
+            }
+        }
+    }
+}
 
 impl Decoder {
     /// Lets `tokens` join the cache, and writes the logits after each to `logits` (tokens, head.n_out), if it is given.
@@ -287,15 +316,7 @@ impl Step {
         };
         let scales: Vec<f32> = (0..n).map(scale).collect();
         unsafe {
-            matrix.times::<M>(from, n, range.clone(), scratch, |i, o, products| {
-                let to = std::slice::from_raw_parts_mut(to.add(i * matrix.n_out + o), products.len());
-                let pairs = to.iter_mut().zip(products.iter().map(|product| product * scales[i]));
-                match then {
-                    Then::Store | Then::Cap => pairs.for_each(|(to, x)| *to = x),
-                    Then::Add => pairs.for_each(|(to, x)| *to += x),
-                    Then::SquaredRelu => pairs.for_each(|(to, x)| *to = x.max(0.0) * x.max(0.0)),
-                }
-            });
+            matrix.times::<M>(from, n, range.clone(), scratch, &mut Outputs { to, width: matrix.n_out, scales, then });
             if let Then::Cap = then {
                 let cap = self.decoder.softcap;
                 for i in 0..n {
@@ -356,12 +377,10 @@ impl Step {
             let [keys, values] = [0, 1].map(|which| cache.add(self.first(layer, which, row, kv)));
             fetch_start(values, columns * d * size_of::<K>());
             let scale = 1.0 / (d as f32).sqrt();
-            let give = |q: usize, j: usize, products: &[f32]| {
-                let scores = &mut scores[q * columns + j..][..products.len()];
-                scores.iter_mut().zip(products).for_each(|(score, product)| *score = product * scale);
-            };
+            let mut to =
+                Outputs { to: scores.as_mut_ptr(), width: columns, scales: vec![scale; group], then: Then::Store };
             let keys = Matrix { weights: K::weights(keys), n_out: columns, n_in: d };
-            keys.times::<M>(queries, group, 0..columns, scratch, give);
+            keys.times::<M>(queries, group, 0..columns, scratch, &mut to);
             for (q, scores) in scores.chunks_exact_mut(columns).enumerate() {
                 let most =
                     by_lanes(scores, f32::MIN, |a, b| if b > a { b } else { a }).into_iter().fold(f32::MIN, f32::max);

@@ -237,6 +237,28 @@ fn fetch<W, const O: usize>(w: *const W, n_in: usize, i: usize, step: usize) {
     }
 }
 
+/// What becomes of products.
+pub trait Give {
+    /// `found[i][j]`: the product of vector `v + i` with row `o + j`.
+    unsafe fn give<const V: usize, const O: usize>(&mut self, v: usize, o: usize, found: [[f32; O]; V]);
+}
+
+/// Gives products on, each multiplied by its row's scale.
+struct Scaled<'a, G> {
+    to: &'a mut G,
+    scales: *const f32,
+}
+
+impl<G: Give> Give for Scaled<'_, G> {
+    #[inline(always)]
+    unsafe fn give<const V: usize, const O: usize>(&mut self, v: usize, o: usize, found: [[f32; O]; V]) {
+        unsafe {
+            let scales: [f32; O] = std::array::from_fn(|j| *self.scales.add(o + j));
+            self.to.give::<V, O>(v, o, found.map(|row| std::array::from_fn(|j| row[j] * scales[j])));
+        }
+    }
+}
+
 /// How products are made. What the compiler makes of these is fragile (a closure around instructions of its own, kept
 /// apart, made int8 five times as slow; a loop instead of one made float32 half as fast): after a change,
 /// `python -m dev.bench.bench_engine`.
@@ -338,11 +360,21 @@ impl<W: Pairs> Way for PairSums<W> {
                 }
             }
             let mut found = [[0.0; O]; V];
-            for v in 0..V {
-                if O == 4 {
-                    let four = totals([sums[v][0], sums[v][1], sums[v][2], sums[v][3]]);
-                    found[v].copy_from_slice(&four);
+            if O == 4 {
+                let mut parts = [_mm512_setzero_ps(); V];
+                for v in 0..V {
+                    parts[v] = quarters([sums[v][0], sums[v][1], sums[v][2], sums[v][3]]);
+                }
+                if V == 4 {
+                    let four = by_halves_of_four([parts[0], parts[1], parts[2], parts[3]]);
+                    _mm512_storeu_ps(found.as_mut_ptr().cast(), four);
                 } else {
+                    for v in 0..V {
+                        _mm_storeu_ps(found[v].as_mut_ptr(), by_halves(parts[v]));
+                    }
+                }
+            } else {
+                for v in 0..V {
                     for o in 0..O {
                         found[v][o] = totals_of_one(sums[v][o]);
                     }
@@ -353,21 +385,35 @@ impl<W: Pairs> Way for PairSums<W> {
     }
 }
 
-/// The sums of the lanes of four vectors, each ((0 + 2) + (1 + 3)) of every fourth, and these by halves.
+/// Of each of four vectors the sums ((0 + 2) + (1 + 3)) of every four lanes, one vector's beside the next one's.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-unsafe fn totals([a, b, c, d]: [__m512; 4]) -> [f32; 4] {
+unsafe fn quarters([a, b, c, d]: [__m512; 4]) -> __m512 {
     unsafe {
         let ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
         let cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
         let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
         let low = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
         let high = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
-        std::mem::transmute(by_halves(_mm512_add_ps(low, high)))
+        _mm512_add_ps(low, high)
     }
 }
 
-/// The same of one vector.
+/// by_halves() of four vectors, one after another.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn by_halves_of_four([a, b, c, d]: [__m512; 4]) -> __m512 {
+    unsafe {
+        const LOW: i32 = 0b01_00_01_00;
+        const HIGH: i32 = 0b11_10_11_10;
+        let ab = _mm512_add_ps(_mm512_shuffle_f32x4::<LOW>(a, b), _mm512_shuffle_f32x4::<HIGH>(a, b));
+        let cd = _mm512_add_ps(_mm512_shuffle_f32x4::<LOW>(c, d), _mm512_shuffle_f32x4::<HIGH>(c, d));
+        let even = _mm512_shuffle_f32x4::<0b10_00_10_00>(ab, cd);
+        _mm512_add_ps(even, _mm512_shuffle_f32x4::<0b11_01_11_01>(ab, cd))
+    }
+}
+
+/// The sum of the lanes of a vector, in the order of quarters() and by_halves().
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 unsafe fn totals_of_one(x: __m512) -> f32 {
@@ -398,7 +444,7 @@ unsafe fn product<W: Weight>(w: *const W, x: *const f32, n_in: usize) -> f32 {
     total(sums)
 }
 
-/// Calls `give(vector, first output, products)` for `n` vectors and the rows in `range`, four by four where it can be.
+/// Gives `to` the products of `n` vectors and the rows in `range`, four by four where it can be.
 #[inline(always)]
 unsafe fn products<P: Way>(
     w: *const P::Weight,
@@ -406,7 +452,7 @@ unsafe fn products<P: Way>(
     n_in: usize,
     n: usize,
     range: Range<usize>,
-    mut give: impl FnMut(usize, usize, &[f32]),
+    to: &mut impl Give,
 ) {
     macro_rules! rows {
         ($O:literal, $rows:expr, $first:expr, $end:expr) => {
@@ -415,9 +461,7 @@ unsafe fn products<P: Way>(
                 macro_rules! vectors {
                     ($V:literal) => {{
                         let found = unsafe { P::block::<$V, $O>(w.add(o * n_in), x.add(v * n_in), n_in) };
-                        for (i, row) in found.iter().enumerate() {
-                            give(v + i, o, row);
-                        }
+                        unsafe { to.give(v, o, found) };
                         v += $V;
                     }};
                 }
@@ -452,24 +496,14 @@ unsafe fn sums<W: Weight, M: Machine>(
     n_in: usize,
     n: usize,
     range: Range<usize>,
-    mut give: impl FnMut(usize, usize, &[f32]),
+    to: &mut impl Give,
 ) {
     if n_in.is_multiple_of(LANES) {
-        return unsafe { products::<Sums<W, M>>(w, x, n_in, n, range, give) };
+        return unsafe { products::<Sums<W, M>>(w, x, n_in, n, range, to) };
     }
     for (v, o) in (0..n).flat_map(|v| range.clone().map(move |o| (v, o))) {
-        give(v, o, &[unsafe { product(w.add(o * n_in), x.add(v * n_in), n_in) }]);
+        unsafe { to.give(v, o, [[product(w.add(o * n_in), x.add(v * n_in), n_in)]]) };
     }
-}
-
-/// Up to four products, each multiplied by its row's scale.
-#[inline(always)]
-unsafe fn scaled(products: &[f32], scales: *const f32) -> [f32; 4] {
-    let mut scaled = [0.0; 4];
-    for (i, product) in products.iter().enumerate() {
-        scaled[i] = product * unsafe { *scales.add(i) };
-    }
-    scaled
 }
 
 /// The nearest bfloat16 of the `n` values at `x`, in `scratch`.
@@ -488,8 +522,8 @@ unsafe fn rounded(x: *const f32, n: usize, scratch: &mut Vec<Line>) -> *const u1
 }
 
 impl Matrix {
-    /// Calls `give(vector, first output, products)` for the outputs in `range` and the `n` vectors at `x`, one after another.
-    /// `scratch` is for the vectors in another form.
+    /// Gives `to` the products of the outputs in `range` and the `n` vectors at `x`, one after another. `scratch` is for
+    /// the vectors in another form.
     ///
     /// # Safety
     /// The matrix and the vectors are there, and the processor is an `M`.
@@ -500,7 +534,7 @@ impl Matrix {
         n: usize,
         range: Range<usize>,
         scratch: &mut Vec<Line>,
-        mut give: impl FnMut(usize, usize, &[f32]),
+        to: &mut impl Give,
     ) {
         let n_in = self.n_in;
         unsafe {
@@ -508,21 +542,17 @@ impl Matrix {
             if M::DOTS && n_in.is_multiple_of(2 * LANES) && !matches!(self.weights, Weights::F32(_)) {
                 let x = rounded(x, n * n_in, scratch);
                 return match self.weights {
-                    Weights::Bf16(w) => products::<PairSums<_>>(w, x, n_in, n, range, give),
+                    Weights::Bf16(w) => products::<PairSums<_>>(w, x, n_in, n, range, to),
                     Weights::I8(w, scales) => {
-                        products::<PairSums<_>>(w, x, n_in, n, range, |v, o, p| {
-                            give(v, o, &scaled(p, scales.add(o))[..p.len()])
-                        });
+                        products::<PairSums<_>>(w, x, n_in, n, range, &mut Scaled { to, scales });
                     }
                     Weights::F32(_) => unreachable!(),
                 };
             }
             match self.weights {
-                Weights::F32(w) => sums::<_, M>(w, x, n_in, n, range, give),
-                Weights::Bf16(w) => sums::<_, M>(w, x, n_in, n, range, give),
-                Weights::I8(w, scales) => {
-                    sums::<_, M>(w, x, n_in, n, range, |v, o, p| give(v, o, &scaled(p, scales.add(o))[..p.len()]));
-                }
+                Weights::F32(w) => sums::<_, M>(w, x, n_in, n, range, to),
+                Weights::Bf16(w) => sums::<_, M>(w, x, n_in, n, range, to),
+                Weights::I8(w, scales) => sums::<_, M>(w, x, n_in, n, range, &mut Scaled { to, scales }),
             }
         }
     }
