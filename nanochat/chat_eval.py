@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from nanochat.common import UserError
-from nanochat.engine import Request
+from nanochat.engine import MIN_TEMPERATURE, Request
 from nanochat.text_stream import visible_text
 
 
@@ -76,7 +76,8 @@ def evaluate_task(
     Score of `engine`'s model on `task`; called by all ranks, and the same on all.
 
     Categorical problems are scored `batch_size` per forward pass; generative ones are answered `num_samples` times
-    each, `max_rows` answers at once. `progress(done, total)` counts this rank's problems.
+    each, `max_rows` answers at once; at temperature 0 all answers are the same, and written once. `progress(done,
+    total)` counts this rank's problems.
     """
     total = len(task) if max_problems is None else min(max_problems, len(task))
     if total < 1:
@@ -122,6 +123,8 @@ def _write(problems, engine, num_samples, max_new_tokens, temperature, top_k, ma
     """Yield (index, [text of each sample]) as a problem's last sample is done."""
     tokenizer, context = engine.tokenizer, engine.model.config.sequence_len
     room = min(max_new_tokens, context // 2)  # a prompt that leaves less is cut from the left
+    copies = num_samples if temperature < MIN_TEMPERATURE else 1
+    num_samples //= copies
     requests = {}
     for i, problem in problems.items():
         prompt = tokenizer.render_for_completion(problem, max_tokens=context - room)
@@ -131,4 +134,4 @@ def _write(problems, engine, num_samples, max_new_tokens, temperature, top_k, ma
         i = requests[row.request]
         answers[i][row.sample] = visible_text(tokenizer, row.completion)
         if len(answers[i]) == num_samples:
-            yield i, [answers[i][sample] for sample in range(num_samples)]
+            yield i, [answers[i][sample] for sample in range(num_samples)] * copies

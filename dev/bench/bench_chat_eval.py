@@ -3,8 +3,9 @@ Scoring by what a model writes: all problems in one batch, one problem at a time
 
     python -m dev.bench.bench_chat_eval -i sft --task=PocketSums --problems=200 --num_samples=4
 
-Every problem has `num_samples` answers, at temperature 0, so that verdicts can be compared: those of the first two are.
-transformers answers a tenth of the problems, one at a time, and has no calculator. Prints seconds per problem.
+Every problem has `num_samples` answers; those of the first two are the same at any temperature, and their verdicts are
+compared. transformers answers a tenth of the problems, one at a time, greedily, without a calculator. Prints
+milliseconds per problem.
 """
 
 import time
@@ -17,7 +18,35 @@ from nanochat.cli import add_model_flags, make_parser, parse_args, run
 from nanochat.common import compute_init
 from nanochat.engine import Engine
 from nanochat.hf import hf_config, hf_weights
+from nanochat.text_stream import visible_text
 from tasks.mixtures import find_task
+
+
+def one_at_a_time(task, engine, args):
+    """[[verdict of each answer]] of the first problems, the answers of each in a batch of their own."""
+    verdicts = []
+    for i in range(args.problems):
+        problem = task[i]
+        prompt = engine.tokenizer.render_for_completion(problem)
+        settings = {"temperature": args.temperature, "top_k": 50, "seed": 42 + i, "max_tokens": args.max_new_tokens}
+        answers, _ = engine.generate_batch(prompt, args.num_samples, **settings)
+        texts = [visible_text(engine.tokenizer, answer[len(prompt) :]) for answer in answers]
+        verdicts.append([bool(v) for v in task.evaluate_many([(problem, text) for text in texts])])
+    return verdicts
+
+
+def batch(task, engine, args):
+    """The same with all problems in one batch."""
+    score = evaluate_task(
+        task,
+        engine,
+        max_problems=args.problems,
+        num_samples=args.num_samples,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        max_rows=args.max_rows,
+    )
+    return [record["verdicts"] for record in score.records]
 
 
 def transformers_seconds(model, engine, problems, num_samples, max_new_tokens):
@@ -41,6 +70,7 @@ def main(argv=None):
     parser.add_argument("--problems", type=int, default=200)
     parser.add_argument("--num_samples", type=int, default=4)
     parser.add_argument("--max_rows", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--max_new_tokens", type=int, default=160)
     parser.add_argument("--repeats", type=int, default=3)
     args = parse_args(parser, argv)
@@ -48,26 +78,18 @@ def main(argv=None):
     model, tokenizer, meta = load_model(args.source, compute, args.model_tag, args.step)
     engine = Engine(model, tokenizer, compute, quantize=args.quantize)
     task = find_task(args.task).make(words=meta["data"])
-    rows, seconds, verdicts = {"batch": args.max_rows, "one problem at a time": args.num_samples}, {}, {}
+    seconds, verdicts = {}, {}
     for _ in range(args.repeats):
-        for name, max_rows in rows.items():
+        for name, answer in {"batch": batch, "one problem at a time": one_at_a_time}.items():
             start = time.perf_counter()
-            score = evaluate_task(
-                task,
-                engine,
-                max_problems=args.problems,
-                num_samples=args.num_samples,
-                max_new_tokens=args.max_new_tokens,
-                max_rows=max_rows,
-            )
-            taken = (time.perf_counter() - start) / len(score.records)
+            verdicts[name] = answer(task, engine, args)
+            taken = (time.perf_counter() - start) / args.problems
             seconds[name] = min(taken, seconds.get(name, taken))
-            verdicts[name] = [record["verdicts"] for record in score.records]
     with torch.inference_mode():
         some = [task[i] for i in range(max(1, args.problems // 10))]
         seconds["transformers"] = transformers_seconds(model, engine, some, args.num_samples, args.max_new_tokens)
     differ = sum(a != b for a, b in zip(*verdicts.values(), strict=True))
-    print(f"{args.task}, {args.problems} problems of {args.num_samples} answers, {torch.get_num_threads()} threads\n")
+    print(f"{args.task}, {args.problems} problems of {args.num_samples} answers, temperature {args.temperature}, {torch.get_num_threads()} threads\n")
     print("| who | ms a problem | batch is quicker by |\n|---|---|---|")
     for name, value in seconds.items():
         print(f"| {name} | {1000 * value:.1f} | {value / seconds['batch']:.2f} |")

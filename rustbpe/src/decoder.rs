@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 #[cfg(target_arch = "x86_64")]
 use crate::matmul::Dots;
 use crate::matmul::{
-    Any, Fuses, Give, Kept, LANES, Line, Machine, Matrix, add_scaled, by_lanes, exp, fetch_start, lines,
+    Any, Fuses, Give, Kept, LANES, Line, Machine, Matrix, Vectors, add_scaled, by_lanes, exp, fetch_start, lines, round,
 };
 
 const CHUNK: usize = 1 << 18; // weights of a matrix, at most
@@ -91,12 +91,22 @@ enum Then {
 enum Work {
     /// A token's embedding, normed.
     Embed,
-    /// Products of what lies at `from`, normed or as it is.
-    Project { matrix: Matrix, outputs: usize, from: *const f32, normed: bool, to: *mut f32, then: Then },
+    /// Makes the vector of a token at `from` ready for a product, of which it is to be normed or as it is.
+    Ready { matrix: Matrix, from: *const f32, normed: bool },
+    /// Products of the vectors made ready.
+    Project { matrix: Matrix, outputs: usize, from: *const f32, to: *mut f32, then: Then },
     /// A token's queries and keys rotated and normed; its keys and values go to the cache.
     Turn { layer: usize },
     /// What the heads of a token that share keys and values attend to.
     Attend { layer: usize },
+}
+
+/// What a thread needs to attend.
+#[derive(Default)]
+struct Scratch {
+    scores: Vec<f32>,
+    scales: Vec<f32>,
+    rounded: Vec<Line>,
 }
 
 struct Stage {
@@ -116,6 +126,8 @@ struct Step {
     x: *mut f32,
     qkv: *mut f32,
     y: *mut f32,
+    rounded: *mut u16, // of the vectors of the next product
+    scales: *mut f32,  // what its results are multiplied by
 }
 
 // Chunks write to places of their own.
@@ -126,7 +138,7 @@ unsafe impl Sync for Step {}
 struct Outputs {
     to: *mut f32,
     width: usize,
-    scales: Vec<f32>,
+    scales: *const f32,
     then: Then,
 }
 
@@ -135,7 +147,7 @@ impl Give for Outputs {
     unsafe fn give<const V: usize, const O: usize>(&mut self, v: usize, o: usize, found: [[f32; O]; V]) {
         for (i, row) in found.iter().enumerate() {
             unsafe {
-                let scale = *self.scales.get_unchecked(v + i);
+                let scale = *self.scales.add(v + i);
                 let to = &mut *self.to.add((v + i) * self.width + o).cast::<[f32; O]>();
                 match self.then {
                     Then::Store | Then::Cap => *to = row.map(|x| x * scale),
@@ -170,30 +182,34 @@ impl Decoder {
             [self.embedding.n_in, self.layers[0].qkv.n_out, self.layers[0].proj.n_in, self.layers[0].up.n_out]
                 .map(|width| lines(n * width));
         let [x, qkv, y, up] = activations.each_mut().map(|lines| lines.as_mut_ptr().cast::<f32>());
+        let widest = self.layers[0].up.n_out.max(self.layers[0].qkv.n_out);
+        let (mut rounded, mut scales) = (lines((n * widest).div_ceil(2)), lines(n));
+        let (rounded, scales) = (rounded.as_mut_ptr().cast(), scales.as_mut_ptr().cast());
         let mut stages = Vec::new();
         let mut add = |(work, chunks)| {
             stages.push(Stage { work, chunks, next: AtomicUsize::new(0), done: AtomicUsize::new(0) });
         };
         let project = |matrix: Matrix, from: *const f32, normed, to, then| {
             let outputs = outputs_of_chunk(&matrix, threads);
-            (Work::Project { matrix, outputs, from, normed, to, then }, matrix.n_out.div_ceil(outputs))
+            let ready = (Work::Ready { matrix, from, normed }, n);
+            [ready, (Work::Project { matrix, outputs, from, to, then }, matrix.n_out.div_ceil(outputs))]
         };
         add((Work::Embed, n));
         for (layer, Layer { qkv: w_qkv, proj, up: w_up, down }) in self.layers.iter().enumerate() {
-            add(project(*w_qkv, x, true, qkv, Then::Store));
+            project(*w_qkv, x, true, qkv, Then::Store).map(&mut add);
             add((Work::Turn { layer }, n));
             if layer + 1 == self.layers.len() && logits.is_none() {
                 break; // all keys and values are there
             }
             add((Work::Attend { layer }, n * self.n_kv_head));
-            add(project(*proj, y, false, x, Then::Add));
-            add(project(*w_up, x, true, up, Then::SquaredRelu));
-            add(project(*down, up, false, x, Then::Add));
+            project(*proj, y, false, x, Then::Add).map(&mut add);
+            project(*w_up, x, true, up, Then::SquaredRelu).map(&mut add);
+            project(*down, up, false, x, Then::Add).map(&mut add);
         }
         if let Some(logits) = logits {
-            add(project(self.head, x, true, logits, Then::Cap));
+            project(self.head, x, true, logits, Then::Cap).map(&mut add);
         }
-        let step = Arc::new(Step { decoder: self.clone(), tokens, cache, rotary, stages, x, qkv, y });
+        let step = Arc::new(Step { decoder: self.clone(), tokens, cache, rotary, stages, x, qkv, y, rounded, scales });
         for _ in 1..threads {
             // One that comes late finds nothing left, and touches nothing.
             let step = step.clone();
@@ -249,7 +265,7 @@ impl Step {
 
     #[inline(always)]
     unsafe fn run_as<M: Machine>(&self) {
-        let (mut scores, mut scratch) = (Vec::new(), Vec::new());
+        let mut scratch = Scratch::default();
         for Stage { work, chunks, next, done } in &self.stages {
             loop {
                 let chunk = next.fetch_add(1, Ordering::Relaxed);
@@ -259,17 +275,18 @@ impl Step {
                 unsafe {
                     match *work {
                         Work::Embed => self.embed(chunk),
-                        Work::Project { matrix, outputs, from, normed, to, then } => {
+                        Work::Ready { matrix, from, normed } => self.ready::<M>(&matrix, from, normed, chunk),
+                        Work::Project { matrix, outputs, from, to, then } => {
                             let range = chunk * outputs..matrix.n_out.min((chunk + 1) * outputs);
-                            self.project::<M>(&matrix, range, from, normed, to, then, &mut scratch);
+                            self.project::<M>(&matrix, range, from, to, then);
                         }
                         Work::Turn { layer } => match self.cache.data {
                             Place::F32(data) => self.turn(data, layer, chunk),
                             Place::Bf16(data) => self.turn(data, layer, chunk),
                         },
                         Work::Attend { layer } => match self.cache.data {
-                            Place::F32(data) => self.attend::<M, _>(data, layer, chunk, &mut scores, &mut scratch),
-                            Place::Bf16(data) => self.attend::<M, _>(data, layer, chunk, &mut scores, &mut scratch),
+                            Place::F32(data) => self.attend::<M, _>(data, layer, chunk, &mut scratch),
+                            Place::Bf16(data) => self.attend::<M, _>(data, layer, chunk, &mut scratch),
                         },
                     }
                 }
@@ -294,29 +311,31 @@ impl Step {
     }
 
     #[inline(always)]
-    #[allow(clippy::too_many_arguments)]
+    unsafe fn ready<M: Machine>(&self, matrix: &Matrix, from: *const f32, normed: bool, n: usize) {
+        let width = matrix.n_in;
+        unsafe {
+            let x = from.add(n * width);
+            // A normed vector's products are its own, by as much less.
+            let scale = if normed { self.inverse_rms(std::slice::from_raw_parts(x, width)) } else { 1.0 };
+            *self.scales.add(n) = scale;
+            if matrix.rounds::<M>() {
+                round(x, width, self.rounded.add(n * width));
+            }
+        }
+    }
+
+    #[inline(always)]
     unsafe fn project<M: Machine>(
         &self,
         matrix: &Matrix,
         range: Range<usize>,
         from: *const f32,
-        normed: bool,
         to: *mut f32,
         then: Then,
-        scratch: &mut Vec<Line>,
     ) {
-        let (n, width) = (self.tokens.len(), matrix.n_in);
-        // A normed vector's products are its own, by as much less.
-        let scale = |i| {
-            if normed {
-                self.inverse_rms(unsafe { std::slice::from_raw_parts(from.add(i * width), width) })
-            } else {
-                1.0
-            }
-        };
-        let scales: Vec<f32> = (0..n).map(scale).collect();
+        let (n, x) = (self.tokens.len(), Vectors { plain: from, rounded: self.rounded });
         unsafe {
-            matrix.times::<M>(from, n, range.clone(), scratch, &mut Outputs { to, width: matrix.n_out, scales, then });
+            matrix.times::<M>(x, n, range.clone(), &mut Outputs { to, width: matrix.n_out, scales: self.scales, then });
             if let Then::Cap = then {
                 let cap = self.decoder.softcap;
                 for i in 0..n {
@@ -359,28 +378,27 @@ impl Step {
     }
 
     #[inline(always)]
-    unsafe fn attend<M: Machine, K: Kept>(
-        &self,
-        cache: *const K,
-        layer: usize,
-        chunk: usize,
-        scores: &mut Vec<f32>,
-        scratch: &mut Vec<Line>,
-    ) {
+    unsafe fn attend<M: Machine, K: Kept>(&self, cache: *const K, layer: usize, chunk: usize, scratch: &mut Scratch) {
         let Decoder { n_head, n_kv_head, head_dim: d, .. } = *self.decoder;
         let (n, kv, group) = (chunk / n_kv_head, chunk % n_kv_head, n_head / n_kv_head);
         let Token { row, position, .. } = self.tokens[n];
         let columns = position + 1;
+        let Scratch { scores, scales, rounded } = scratch;
         scores.resize(group * columns, 0.0);
+        scales.resize(group, 1.0 / (d as f32).sqrt());
+        rounded.resize((group * d).div_ceil(2 * LANES), Line::default());
         unsafe {
             let queries = self.qkv.add((n * (n_head + 2 * n_kv_head) + kv * group) * d);
             let [keys, values] = [0, 1].map(|which| cache.add(self.first(layer, which, row, kv)));
             fetch_start(values, columns * d * size_of::<K>());
-            let scale = 1.0 / (d as f32).sqrt();
-            let mut to =
-                Outputs { to: scores.as_mut_ptr(), width: columns, scales: vec![scale; group], then: Then::Store };
             let keys = Matrix { weights: K::weights(keys), n_out: columns, n_in: d };
-            keys.times::<M>(queries, group, 0..columns, scratch, &mut to);
+            let rounded = rounded.as_mut_ptr().cast();
+            if keys.rounds::<M>() {
+                round(queries, group * d, rounded);
+            }
+            let mut to =
+                Outputs { to: scores.as_mut_ptr(), width: columns, scales: scales.as_ptr(), then: Then::Store };
+            keys.times::<M>(Vectors { plain: queries, rounded }, group, 0..columns, &mut to);
             for (q, scores) in scores.chunks_exact_mut(columns).enumerate() {
                 let most =
                     by_lanes(scores, f32::MIN, |a, b| if b > a { b } else { a }).into_iter().fold(f32::MIN, f32::max);

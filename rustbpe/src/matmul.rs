@@ -60,13 +60,13 @@ pub enum Weights {
 }
 
 /// What a processor reads at once, if it does not lie across two lines of its cache.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 #[repr(align(64))]
 pub struct Line(#[allow(dead_code)] [f32; LANES]); // read through pointers
 
 /// Room for `n` values.
 pub fn lines(n: usize) -> Vec<Line> {
-    vec![Line([0.0; LANES]); n.div_ceil(LANES)]
+    vec![Line::default(); n.div_ceil(LANES)]
 }
 
 pub trait Weight: Copy {
@@ -506,53 +506,50 @@ unsafe fn sums<W: Weight, M: Machine>(
     }
 }
 
-/// The nearest bfloat16 of the `n` values at `x`, in `scratch`.
-#[cfg(target_arch = "x86_64")]
+/// Vectors, one after another, and their nearest bfloat16 for a matrix that rounds().
+#[derive(Clone, Copy)]
+pub struct Vectors {
+    pub plain: *const f32,
+    pub rounded: *const u16,
+}
+
+/// Writes the nearest bfloat16 of the `n` values at `x` to `to`.
 #[inline(always)]
-unsafe fn rounded(x: *const f32, n: usize, scratch: &mut Vec<Line>) -> *const u16 {
-    let needed = n.div_ceil(2 * LANES);
-    if scratch.len() < needed {
-        scratch.resize(needed, Line([0.0; LANES]));
-    }
-    let to = scratch.as_mut_ptr().cast::<u16>();
+pub unsafe fn round(x: *const f32, n: usize, to: *mut u16) {
     for i in 0..n {
         unsafe { *to.add(i) = to_bf16(*x.add(i)) };
     }
-    to
 }
 
 impl Matrix {
-    /// Gives `to` the products of the outputs in `range` and the `n` vectors at `x`, one after another. `scratch` is for
-    /// the vectors in another form.
+    /// Whether an `M` multiplies vectors rounded to bfloat16 with this matrix.
+    #[inline(always)]
+    pub fn rounds<M: Machine>(&self) -> bool {
+        M::DOTS && self.n_in.is_multiple_of(2 * LANES) && !matches!(self.weights, Weights::F32(_))
+    }
+
+    /// Gives `to` the products of the outputs in `range` and `n` vectors.
     ///
     /// # Safety
     /// The matrix and the vectors are there, and the processor is an `M`.
     #[inline(always)]
-    pub unsafe fn times<M: Machine>(
-        &self,
-        x: *const f32,
-        n: usize,
-        range: Range<usize>,
-        scratch: &mut Vec<Line>,
-        to: &mut impl Give,
-    ) {
-        let n_in = self.n_in;
+    pub unsafe fn times<M: Machine>(&self, x: Vectors, n: usize, range: Range<usize>, to: &mut impl Give) {
+        let (n_in, Vectors { plain, rounded }) = (self.n_in, x);
         unsafe {
             #[cfg(target_arch = "x86_64")]
-            if M::DOTS && n_in.is_multiple_of(2 * LANES) && !matches!(self.weights, Weights::F32(_)) {
-                let x = rounded(x, n * n_in, scratch);
+            if self.rounds::<M>() {
                 return match self.weights {
-                    Weights::Bf16(w) => products::<PairSums<_>>(w, x, n_in, n, range, to),
+                    Weights::Bf16(w) => products::<PairSums<_>>(w, rounded, n_in, n, range, to),
                     Weights::I8(w, scales) => {
-                        products::<PairSums<_>>(w, x, n_in, n, range, &mut Scaled { to, scales });
+                        products::<PairSums<_>>(w, rounded, n_in, n, range, &mut Scaled { to, scales });
                     }
                     Weights::F32(_) => unreachable!(),
                 };
             }
             match self.weights {
-                Weights::F32(w) => sums::<_, M>(w, x, n_in, n, range, to),
-                Weights::Bf16(w) => sums::<_, M>(w, x, n_in, n, range, to),
-                Weights::I8(w, scales) => sums::<_, M>(w, x, n_in, n, range, &mut Scaled { to, scales }),
+                Weights::F32(w) => sums::<_, M>(w, plain, n_in, n, range, to),
+                Weights::Bf16(w) => sums::<_, M>(w, plain, n_in, n, range, to),
+                Weights::I8(w, scales) => sums::<_, M>(w, plain, n_in, n, range, &mut Scaled { to, scales }),
             }
         }
     }
