@@ -1,10 +1,10 @@
 """
-The forward pass over a few tokens on a CPU: a step of decoding, or a short prompt.
+The forward pass on a CPU: a step of decoding, or prompts.
 
 A step reads every weight once, and the memory sets its pace; the hundreds of small operations of the model's own
 forward pass would take as long again. So the extension does all of it in one call (rustbpe/src/decoder.rs), from the
-weights as they lie in torch's tensors, with activations in float32. A row's logits are the same to the bit whatever
-rows are beside it.
+weights as they lie in torch's tensors, with activations in float32. Prompts take the same way: a row's logits are the
+same to the bit whatever rows are beside it, and in whatever pieces its prompt came.
 """
 
 import contextlib
@@ -55,10 +55,6 @@ class CPUDecoder:
             weight = whole
         self.kept += [weight, scales]
         return name(weight.dtype), weight.data_ptr(), *weight.shape, 0 if scales is None else scales.data_ptr()
-
-    def is_quick(self, n):
-        """Whether it is quicker with `n` tokens than the model (measured on two cores of Zen 5)."""
-        return n <= (512 if self.model.lm_head.weight.dtype == torch.float32 else 128)
 
     def __call__(self, tokens, cache, logits=True):
         """

@@ -353,12 +353,12 @@ class Engine:
 
     def fill(self, tokens, cache):
         """Let `tokens`, a list of any length for each row, join `cache`."""
-        if self.decoder and self.decoder.is_quick(sum(map(len, tokens))):
+        if self.decoder:
             return self.decoder(tokens, cache, logits=False)
         n, lengths = max(map(len, tokens)), [have + len(new) for have, new in zip(cache.lengths, tokens, strict=True)]
         # causal attention: what is padded on the right changes nothing before it
         ids = torch.tensor([ids + [0] * (n - len(ids)) for ids in tokens], device=self.model.get_device())
-        with self.precision(), torch_threads(self.decoder.threads) if self.decoder else contextlib.nullcontext():
+        with self.precision():
             self.model.hidden(ids, cache, fill_only=True)
         cache.lengths = lengths
 

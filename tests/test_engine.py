@@ -170,16 +170,14 @@ def test_the_cpu_decoder_gives_the_models_logits(n_kv_head, n_embd, dtype, toler
     prompts = [random_ids(1, n)[0].tolist() for n in (9, 20, 14)]
     expected = [model(torch.tensor([prompt]), last_only=True)[0, -1] for prompt in prompts]
     engine = Engine(model, ByteTokenizer())
-    for is_quick in (lambda n: True, lambda n: False):  # prompts by the decoder, by the model
-        engine.decoder.is_quick = is_quick
-        for rows in ([0], [0, 1, 2], [1, 1]):  # alone, of unequal lengths, of equal ones
-            cache = engine.prefill([prompts[i][:-1] for i in rows])
-            logits = engine.forward([prompts[i][-1] for i in rows], cache)
-            torch.testing.assert_close(logits, torch.stack([expected[i] for i in rows]), atol=tolerance, rtol=0)
-        cache = engine.prefill([prompt[:-3] for prompt in prompts])
-        engine.fill([prompt[-3:-1] for prompt in prompts], cache)  # a chunk, behind rows of unequal lengths
-        logits = engine.forward([prompt[-1] for prompt in prompts], cache)
-        torch.testing.assert_close(logits, torch.stack(expected), atol=tolerance, rtol=0)
+    for rows in ([0], [0, 1, 2], [1, 1]):  # alone, of unequal lengths, of equal ones
+        cache = engine.prefill([prompts[i][:-1] for i in rows])
+        logits = engine.forward([prompts[i][-1] for i in rows], cache)
+        torch.testing.assert_close(logits, torch.stack([expected[i] for i in rows]), atol=tolerance, rtol=0)
+    cache = engine.prefill([prompt[:-3] for prompt in prompts])
+    engine.fill([prompt[-3:-1] for prompt in prompts], cache)  # a chunk, behind rows of unequal lengths
+    logits = engine.forward([prompt[-1] for prompt in prompts], cache)
+    torch.testing.assert_close(logits, torch.stack(expected), atol=tolerance, rtol=0)
     again = model(torch.tensor([prompts[0]]), last_only=True)[0, -1]  # its weights are views now
     torch.testing.assert_close(again, expected[0], atol=0, rtol=0)
 
@@ -207,7 +205,7 @@ def test_int8_stays_close_and_the_model_follows():
     cache = KVCache(3, rows=1)
     decoder(ids[:, :-1].tolist(), cache, logits=False)
     logits = decoder(ids[:, -1:].tolist(), cache)[0]
-    torch.testing.assert_close(logits, model(ids)[0, -1], atol=0.03, rtol=0)  # what fills long prompts, too
+    torch.testing.assert_close(logits, model(ids)[0, -1], atol=0.03, rtol=0)  # which score() uses
     off = (logits - full(ids)[0, -1]).abs().max()
     assert 0 < off < 0.5, off
 
@@ -246,11 +244,12 @@ def test_greedy_tokens_are_those_of_transformers_generate():
         assert rows[request] == expected.tolist()
 
 
-def test_two_hundred_requests_say_the_same_alone_and_together():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_hundred_requests_say_the_same_alone_and_together(dtype):
     rng = random.Random(5)
-    engine = Engine(decoder_model(torch.float32), Plain(), prefix_tokens=2000)
+    engine = Engine(decoder_model(dtype), Plain(), prefix_tokens=2000)
     requests = [
-        Request(random_ids(1, rng.randint(1, 60), seed=i)[0].tolist(), 24, rng.choice([0, 0.8]), top_k=20, seed=i)
+        Request(random_ids(1, rng.randint(1, 240), seed=i)[0].tolist(), 24, rng.choice([0, 0.8]), top_k=20, seed=i)
         for i in range(200)
     ]
     together = {row.request: row.tokens for row in engine.generate_many(requests, max_rows=24)}

@@ -89,7 +89,8 @@ def main(argv=None):
         some = [task[i] for i in range(max(1, args.problems // 10))]
         seconds["transformers"] = transformers_seconds(model, engine, some, args.num_samples, args.max_new_tokens)
     differ = sum(a != b for a, b in zip(*verdicts.values(), strict=True))
-    print(f"{args.task}, {args.problems} problems of {args.num_samples} answers, temperature {args.temperature}, {torch.get_num_threads()} threads\n")
+    answers = f"{args.num_samples} answers at temperature {args.temperature}"
+    print(f"{args.task}, {args.problems} problems of {answers}, {torch.get_num_threads()} threads\n")
     print("| who | ms a problem | batch is quicker by |\n|---|---|---|")
     for name, value in seconds.items():
         print(f"| {name} | {1000 * value:.1f} | {value / seconds['batch']:.2f} |")

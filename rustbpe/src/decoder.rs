@@ -1,4 +1,4 @@
-//! The model's forward pass over a few tokens on a CPU: a step of decoding, or a short prompt.
+//! The model's forward pass on a CPU: a step of decoding, or prompts.
 //!
 //! A step reads every weight once, and the memory sets its pace. It is a list of stages (a product with a matrix, the
 //! attention of a layer, ...), each cut into chunks; a thread takes the next chunk of the stage, and goes on to the
@@ -8,14 +8,16 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-#[cfg(target_arch = "x86_64")]
-use crate::matmul::Dots;
 use crate::matmul::{
-    Any, Fuses, Give, Kept, LANES, Line, Machine, Matrix, Vectors, add_scaled, by_lanes, exp, fetch_start, lines, round,
+    Any, Fuses, Give, Kept, LANES, Line, Machine, Matrix, Vectors, add_each, by_lanes, exp, fetch_start, lines, round,
 };
+#[cfg(target_arch = "x86_64")]
+use crate::matmul::{Dots, Wide};
 
 const CHUNK: usize = 1 << 18; // weights of a matrix, at most
 const THREAD: usize = 1 << 26; // multiplications that keep one busy for about a millisecond: fewer are not shared out
+const SPAN: usize = 8; // tokens of a row that attend together
+const BLOCK: usize = 32; // values that stay near the processor while a span attends to them
 const SPINS: usize = 1 << 12; // looks at a stage before giving the core away
 
 /// The matrices of a layer; queries, keys and values come from one.
@@ -97,16 +99,17 @@ enum Work {
     Project { matrix: Matrix, outputs: usize, from: *const f32, to: *mut f32, then: Then },
     /// A token's queries and keys rotated and normed; its keys and values go to the cache.
     Turn { layer: usize },
-    /// What the heads of a token that share keys and values attend to.
+    /// What the heads that share keys and values attend to, of a span of tokens.
     Attend { layer: usize },
 }
 
 /// What a thread needs to attend.
 #[derive(Default)]
 struct Scratch {
-    scores: Vec<f32>,
-    scales: Vec<f32>,
+    queries: Vec<Line>,
     rounded: Vec<Line>,
+    scales: Vec<f32>,
+    scores: Vec<f32>,
 }
 
 struct Stage {
@@ -119,6 +122,7 @@ struct Stage {
 struct Step {
     decoder: Arc<Decoder>,
     tokens: Vec<Token>,
+    spans: Vec<Range<usize>>, // of tokens of one row
     cache: Cache,
     rotary: Rotary,
     stages: Vec<Stage>,
@@ -182,6 +186,7 @@ impl Decoder {
             [self.embedding.n_in, self.layers[0].qkv.n_out, self.layers[0].proj.n_in, self.layers[0].up.n_out]
                 .map(|width| lines(n * width));
         let [x, qkv, y, up] = activations.each_mut().map(|lines| lines.as_mut_ptr().cast::<f32>());
+        let spans = spans(&tokens);
         let widest = self.layers[0].up.n_out.max(self.layers[0].qkv.n_out);
         let (mut rounded, mut scales) = (lines((n * widest).div_ceil(2)), lines(n));
         let (rounded, scales) = (rounded.as_mut_ptr().cast(), scales.as_mut_ptr().cast());
@@ -201,7 +206,7 @@ impl Decoder {
             if layer + 1 == self.layers.len() && logits.is_none() {
                 break; // all keys and values are there
             }
-            add((Work::Attend { layer }, n * self.n_kv_head));
+            add((Work::Attend { layer }, spans.len() * self.n_kv_head));
             project(*proj, y, false, x, Then::Add).map(&mut add);
             project(*w_up, x, true, up, Then::SquaredRelu).map(&mut add);
             project(*down, up, false, x, Then::Add).map(&mut add);
@@ -209,7 +214,8 @@ impl Decoder {
         if let Some(logits) = logits {
             project(self.head, x, true, logits, Then::Cap).map(&mut add);
         }
-        let step = Arc::new(Step { decoder: self.clone(), tokens, cache, rotary, stages, x, qkv, y, rounded, scales });
+        let step =
+            Arc::new(Step { decoder: self.clone(), tokens, spans, cache, rotary, stages, x, qkv, y, rounded, scales });
         for _ in 1..threads {
             // One that comes late finds nothing left, and touches nothing.
             let step = step.clone();
@@ -217,6 +223,18 @@ impl Decoder {
         }
         unsafe { step.run() };
     }
+}
+
+/// Neighbours of one row, SPAN at most.
+fn spans(tokens: &[Token]) -> Vec<Range<usize>> {
+    let mut spans: Vec<Range<usize>> = Vec::new();
+    for (n, token) in tokens.iter().enumerate() {
+        match spans.last_mut() {
+            Some(span) if tokens[span.start].row == token.row && span.len() < SPAN => span.end = n + 1,
+            _ => spans.push(n..n + 1),
+        }
+    }
+    spans
 }
 
 /// How many outputs a chunk of a product has: so many that every thread gets as many chunks.
@@ -236,7 +254,7 @@ impl Step {
             }
             #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
             unsafe fn avx512(step: &Step) {
-                unsafe { step.run_as::<Fuses>() }
+                unsafe { step.run_as::<Wide>() }
             }
             #[target_feature(enable = "avx2,fma")]
             unsafe fn avx2(step: &Step) {
@@ -380,42 +398,55 @@ impl Step {
     #[inline(always)]
     unsafe fn attend<M: Machine, K: Kept>(&self, cache: *const K, layer: usize, chunk: usize, scratch: &mut Scratch) {
         let Decoder { n_head, n_kv_head, head_dim: d, .. } = *self.decoder;
-        let (n, kv, group) = (chunk / n_kv_head, chunk % n_kv_head, n_head / n_kv_head);
-        let Token { row, position, .. } = self.tokens[n];
-        let columns = position + 1;
-        let Scratch { scores, scales, rounded } = scratch;
-        scores.resize(group * columns, 0.0);
-        scales.resize(group, 1.0 / (d as f32).sqrt());
-        rounded.resize((group * d).div_ceil(2 * LANES), Line::default());
+        let (span, kv, group) = (self.spans[chunk / n_kv_head].clone(), chunk % n_kv_head, n_head / n_kv_head);
+        let columns_of = |n: usize| self.tokens[n].position + 1;
+        let (n, columns) = (span.len() * group, columns_of(span.end - 1));
+        let Scratch { queries, rounded, scales, scores } = scratch;
+        for lines in [&mut *queries, &mut *rounded] {
+            lines.resize((n * d).div_ceil(LANES), Line::default());
+        }
+        scales.resize(n, 1.0 / (d as f32).sqrt());
+        scores.resize(n * columns, 0.0);
         unsafe {
-            let queries = self.qkv.add((n * (n_head + 2 * n_kv_head) + kv * group) * d);
+            let row = self.tokens[span.start].row;
             let [keys, values] = [0, 1].map(|which| cache.add(self.first(layer, which, row, kv)));
             fetch_start(values, columns * d * size_of::<K>());
             let keys = Matrix { weights: K::weights(keys), n_out: columns, n_in: d };
-            let rounded = rounded.as_mut_ptr().cast();
-            if keys.rounds::<M>() {
-                round(queries, group * d, rounded);
+            let (queries, rounded) = (queries.as_mut_ptr().cast::<f32>(), rounded.as_mut_ptr().cast::<u16>());
+            for (i, n) in span.clone().enumerate() {
+                let (from, at) = (self.qkv.add((n * (n_head + 2 * n_kv_head) + kv * group) * d), i * group * d);
+                if keys.rounds::<M>() {
+                    round(from, group * d, rounded.add(at));
+                } else {
+                    from.copy_to_nonoverlapping(queries.add(at), group * d);
+                }
             }
             let mut to =
                 Outputs { to: scores.as_mut_ptr(), width: columns, scales: scales.as_ptr(), then: Then::Store };
-            keys.times::<M>(Vectors { plain: queries, rounded }, group, 0..columns, &mut to);
-            for (q, scores) in scores.chunks_exact_mut(columns).enumerate() {
+            keys.times::<M>(Vectors { plain: queries, rounded }, n, 0..columns, &mut to);
+
+            let y = |i: usize| {
+                let at = (span.start + i / group) * n_head + kv * group + i % group;
+                std::slice::from_raw_parts_mut(self.y.add(at * d), d)
+            };
+            for (i, scores) in scores.chunks_exact_mut(columns).enumerate() {
+                let scores = &mut scores[..columns_of(span.start + i / group)];
                 let most =
                     by_lanes(scores, f32::MIN, |a, b| if b > a { b } else { a }).into_iter().fold(f32::MIN, f32::max);
                 for score in scores.iter_mut() {
                     *score = exp::<M>(*score - most);
                 }
                 let sum: f32 = by_lanes(scores, 0.0, |a, b| a + b).iter().sum();
-                let y = std::slice::from_raw_parts_mut(self.y.add((n * n_head + kv * group + q) * d), d);
-                y.fill(0.0);
                 scores.iter_mut().for_each(|score| *score /= sum);
-                let values = std::slice::from_raw_parts(values, columns * d);
-                let whole = columns - columns % 4;
-                for j in (0..whole).step_by(4) {
-                    add_scaled::<M, K, 4>(y, &values[j * d..], &scores[j..]);
-                }
-                for j in whole..columns {
-                    add_scaled::<M, K, 1>(y, &values[j * d..], &scores[j..]);
+                y(i).fill(0.0);
+            }
+            let values = std::slice::from_raw_parts(values, columns * d);
+            for (block, values) in values.chunks(BLOCK * d).enumerate() {
+                for (i, scores) in scores.chunks_exact(columns).enumerate() {
+                    let end = columns_of(span.start + i / group).min((block + 1) * BLOCK);
+                    if let Some(scores) = scores.get(block * BLOCK..end) {
+                        add_each::<M, K, 4>(y(i), values, scores);
+                    }
                 }
             }
         }

@@ -1,4 +1,4 @@
-//! Products of a few float32 vectors with a large matrix, at the speed with which the memory gives the matrix away.
+//! Products of float32 vectors with a large matrix: of a few at the speed with which the memory gives the matrix away.
 //!
 //! The sums of a product are kept in the same order however many vectors there are: on a given machine, a vector's
 //! result does not depend on its company.
@@ -11,35 +11,35 @@ use std::ops::Range;
 pub const LANES: usize = 16;
 const LINE: usize = 64; // bytes that are fetched together
 const AHEAD: usize = 4096; // bytes, at least
-const TOGETHER: usize = 16; // vectors that stay near the processor while the rows go by
+const TOGETHER: usize = 18; // vectors that stay near the processor while the rows go by
 
 /// What the processor can do.
 pub trait Machine {
     /// Multiply and add in one.
     const FUSES: bool;
+    /// Hold a block of 6 by 4 sums of LANES in its registers.
+    const WIDE: bool;
     /// Multiply and add pairs of bfloat16: vectors are rounded to it where the weights are not float32.
     const DOTS: bool;
 }
 
-pub struct Any;
-impl Machine for Any {
-    const FUSES: bool = false;
-    const DOTS: bool = false;
+macro_rules! machine {
+    ($name:ident, $fuses:literal, $wide:literal, $dots:literal) => {
+        pub struct $name;
+        impl Machine for $name {
+            const FUSES: bool = $fuses;
+            const WIDE: bool = $wide;
+            const DOTS: bool = $dots;
+        }
+    };
 }
 
-pub struct Fuses;
-impl Machine for Fuses {
-    const FUSES: bool = true;
-    const DOTS: bool = false;
-}
-
+machine!(Any, false, false, false);
+machine!(Fuses, true, false, false);
 #[cfg(target_arch = "x86_64")]
-pub struct Dots;
+machine!(Wide, true, true, false);
 #[cfg(target_arch = "x86_64")]
-impl Machine for Dots {
-    const FUSES: bool = true;
-    const DOTS: bool = true;
-}
+machine!(Dots, true, true, true);
 
 /// A matrix (n_out, n_in), row by row, in memory that outlives it.
 #[derive(Clone, Copy)]
@@ -153,25 +153,39 @@ pub fn exp<M: Machine>(x: f32) -> f32 {
 /// Adds the first `N` of `vectors`, which are as long as `to` and lie one after another, each times its factor.
 #[inline(always)]
 #[allow(clippy::needless_range_loop)]
-pub fn add_scaled<M: Machine, W: Weight, const N: usize>(to: &mut [f32], vectors: &[W], factors: &[f32]) {
+fn add_scaled<M: Machine, W: Weight, const N: usize>(to: &mut [f32], vectors: &[W], factors: &[f32]) {
     let width = to.len();
     let factors: [f32; N] = std::array::from_fn(|n| factors[n]);
     assert!(vectors.len() >= N * width);
     let (whole, rest) = to.as_chunks_mut::<LANES>();
     for (i, to) in whole.iter_mut().enumerate() {
+        let mut sums = *to;
         for n in 0..N {
             let vector = unsafe { vectors.as_ptr().add(n * width + i * LANES) };
             prefetch(vector, AHEAD);
             let vector = unsafe { lanes(vector) };
             for lane in 0..LANES {
-                to[lane] = fused::<M>(factors[n], vector[lane], to[lane]);
+                sums[lane] = fused::<M>(factors[n], vector[lane], sums[lane]);
             }
         }
+        *to = sums;
     }
     for (i, to) in (LANES * whole.len()..).zip(rest) {
         for n in 0..N {
             *to = fused::<M>(factors[n], vectors[n * width + i].value(), *to);
         }
+    }
+}
+
+/// Adds as many of `vectors` as there are factors, each times its own, `N` at a time; they are added in their order.
+#[inline(always)]
+pub fn add_each<M: Machine, W: Weight, const N: usize>(to: &mut [f32], vectors: &[W], factors: &[f32]) {
+    let (width, whole) = (to.len(), factors.len() - factors.len() % N);
+    for n in (0..whole).step_by(N) {
+        add_scaled::<M, W, N>(to, &vectors[n * width..], &factors[n..]);
+    }
+    for n in whole..factors.len() {
+        add_scaled::<M, W, 1>(to, &vectors[n * width..], &factors[n..]);
     }
 }
 
@@ -267,6 +281,8 @@ trait Way {
     type Value;
     /// Whether a single vector takes the rows one by one: memory is read fastest as one stream.
     const ALONE: bool;
+    /// Whether registers hold a block of 6 by 4 sums, else 2 by 2.
+    const WIDE: bool;
 
     /// Products of `V` vectors with `O` rows.
     unsafe fn block<const V: usize, const O: usize>(
@@ -283,6 +299,7 @@ impl<W: Weight, M: Machine> Way for Sums<W, M> {
     type Weight = W;
     type Value = f32;
     const ALONE: bool = false;
+    const WIDE: bool = M::WIDE;
 
     #[inline(always)]
     #[allow(clippy::needless_range_loop)]
@@ -340,6 +357,7 @@ impl<W: Pairs> Way for PairSums<W> {
     type Weight = W;
     type Value = u16;
     const ALONE: bool = true;
+    const WIDE: bool = true;
 
     #[inline(always)]
     #[allow(clippy::needless_range_loop)]
@@ -365,9 +383,12 @@ impl<W: Pairs> Way for PairSums<W> {
                 for v in 0..V {
                     parts[v] = quarters([sums[v][0], sums[v][1], sums[v][2], sums[v][3]]);
                 }
-                if V == 4 {
+                if V >= 4 {
                     let four = by_halves_of_four([parts[0], parts[1], parts[2], parts[3]]);
                     _mm512_storeu_ps(found.as_mut_ptr().cast(), four);
+                    for v in 4..V {
+                        _mm_storeu_ps(found[v].as_mut_ptr(), by_halves(parts[v]));
+                    }
                 } else {
                     for v in 0..V {
                         _mm_storeu_ps(found[v].as_mut_ptr(), by_halves(parts[v]));
@@ -444,7 +465,7 @@ unsafe fn product<W: Weight>(w: *const W, x: *const f32, n_in: usize) -> f32 {
     total(sums)
 }
 
-/// Gives `to` the products of `n` vectors and the rows in `range`, four by four where it can be.
+/// Gives `to` the products of `n` vectors and the rows in `range`, block by block.
 #[inline(always)]
 unsafe fn products<P: Way>(
     w: *const P::Weight,
@@ -468,8 +489,10 @@ unsafe fn products<P: Way>(
                 while v < $end {
                     match $end - v {
                         1 => vectors!(1),
+                        _ if !P::WIDE => vectors!(2),
                         2 | 3 => vectors!(2),
-                        _ => vectors!(4),
+                        4 | 5 | 8 => vectors!(4),
+                        _ => vectors!(6),
                     }
                 }
             }
@@ -480,10 +503,15 @@ unsafe fn products<P: Way>(
         rows!(1, range, 0, 1);
         return;
     }
-    let whole = range.end - range.len() % 4;
-    for first in (0..n).step_by(TOGETHER) {
-        let end = n.min(first + TOGETHER);
-        rows!(4, range.start..whole, first, end);
+    let whole = range.end - range.len() % if P::WIDE { 4 } else { 2 };
+    let together = if n_in > 1536 { 6 } else { TOGETHER };
+    for first in (0..n).step_by(together) {
+        let end = n.min(first + together);
+        if P::WIDE {
+            rows!(4, range.start..whole, first, end);
+        } else {
+            rows!(2, range.start..whole, first, end);
+        }
         rows!(1, whole..range.end, first, end);
     }
 }
