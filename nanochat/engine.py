@@ -181,10 +181,14 @@ class Prefill:
 
 
 class DecodeLoop:
-    """Continuous batching: submit() requests at any time, step() gives every row in the batch one more token."""
+    """
+    Continuous batching: submit() requests at any time, step() gives every row in the batch one more token.
 
-    def __init__(self, engine, max_rows):
-        self.engine, self.max_rows = engine, max_rows
+    Prompts join once `gather` of the `max_rows` are free: a few together are quicker than one by one, but later.
+    """
+
+    def __init__(self, engine, max_rows, gather=1):
+        self.engine, self.max_rows, self.gather = engine, max_rows, gather
         self.waiting = deque()  # groups of rows that share one prompt and join together
         self.joining, self.prefill = [], None  # groups whose prompts are being prefilled
         self.rows = []  # rows in the batch, in the cache's order
@@ -249,6 +253,8 @@ class DecodeLoop:
         """Prefill waiting prompts, each once, and copy them to the rows of their group."""
         if not self.joining:
             longest, free = 0, self.max_rows - len(self.rows)
+            if self.rows and free < self.gather:
+                return
             while self.waiting and len(self.waiting[0]) <= free:
                 longest = max(longest, len(self.waiting[0][0].request.tokens))
                 if self.joining and longest * (len(self.joining) + 1) > PREFILL_TOKENS:
@@ -431,7 +437,7 @@ class Engine:
 
     def generate_many(self, requests, max_rows=64):
         """Yield the finished rows of many requests, as they finish, from one batch of up to `max_rows` rows."""
-        loop = DecodeLoop(self, max_rows)
+        loop = DecodeLoop(self, max_rows, gather=max_rows // 8)
         for request in requests:
             loop.submit(request)
         while loop.busy:

@@ -1,11 +1,11 @@
 """
-Scoring by what a model writes: all problems in one batch, one problem at a time, and transformers' generate.
+Scoring by what a model writes: all problems in one batch, or one at a time by our decoder, torch and transformers.
 
     python -m dev.bench.bench_chat_eval -i sft --task=PocketSums --problems=200 --num_samples=4
 
 Every problem has `num_samples` answers; those of the first two are the same at any temperature, and their verdicts are
-compared. transformers answers a tenth of the problems, one at a time, greedily, without a calculator. Prints
-milliseconds per problem.
+compared. The others answer a tenth of the problems: torch with the model's own forward pass and a KV cache, and
+transformers' generate, greedily and without a calculator. Prints milliseconds per problem.
 """
 
 import time
@@ -22,10 +22,10 @@ from nanochat.text_stream import visible_text
 from tasks.mixtures import find_task
 
 
-def one_at_a_time(task, engine, args):
+def one_at_a_time(task, engine, args, problems=None):
     """[[verdict of each answer]] of the first problems, the answers of each in a batch of their own."""
     verdicts = []
-    for i in range(args.problems):
+    for i in range(problems or args.problems):
         problem = task[i]
         prompt = engine.tokenizer.render_for_completion(problem)
         settings = {"temperature": args.temperature, "top_k": 50, "seed": 42 + i, "max_tokens": args.max_new_tokens}
@@ -85,9 +85,17 @@ def main(argv=None):
             verdicts[name] = answer(task, engine, args)
             taken = (time.perf_counter() - start) / args.problems
             seconds[name] = min(taken, seconds.get(name, taken))
+    few = max(1, args.problems // 10)
+    by_torch = Engine(model, tokenizer, compute)
+    by_torch.decoder = None
+    start = time.perf_counter()
+    one_at_a_time(task, by_torch, args, few)
+    seconds["one at a time, torch"] = (time.perf_counter() - start) / few
     with torch.inference_mode():
-        some = [task[i] for i in range(max(1, args.problems // 10))]
-        seconds["transformers"] = transformers_seconds(model, engine, some, args.num_samples, args.max_new_tokens)
+        some = [task[i] for i in range(few)]
+        seconds["one at a time, transformers"] = transformers_seconds(
+            model, engine, some, args.num_samples, args.max_new_tokens
+        )
     differ = sum(a != b for a, b in zip(*verdicts.values(), strict=True))
     answers = f"{args.num_samples} answers at temperature {args.temperature}"
     print(f"{args.task}, {args.problems} problems of {answers}, {torch.get_num_threads()} threads\n")
