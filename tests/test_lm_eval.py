@@ -1,0 +1,156 @@
+"""Verdicts on single examples against lm-evaluation-harness, which reads the exported folder and tasks of the same items."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from nanochat.chat_eval import evaluate_task
+from nanochat.common import Compute
+from nanochat.core_data import CoreTask
+from nanochat.core_eval import evaluate_core, scored_rows
+from nanochat.engine import Engine
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.hf import export
+from nanochat.tokenizer import get_tokenizer
+from tasks.common import Task, render_mc
+
+pytestmark = pytest.mark.slow
+CPU = Compute(torch.device("cpu"), torch.float32)
+WORDS = "the cat dog sat on a mat sun is red blue and then it was all gone".split()
+
+
+def words(rng, least, most):
+    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(least, most)))
+
+
+class Letters(Task):
+    eval_type = "categorical"
+
+    def num_examples(self):
+        return 40
+
+    def get_example(self, index):
+        rng = random.Random(index)
+        choices, letters = [words(rng, 1, 4) for _ in range(4)], tuple("ABCD")
+        question = render_mc(words(rng, 3, 30) + "?", letters, choices)
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": rng.choice(letters)}]
+        return {"messages": messages, "letters": letters}
+
+    def evaluate(self, problem, answer):
+        return answer == problem["messages"][-1]["content"]
+
+
+@pytest.fixture
+def model(base):
+    """A model with weights large enough for it to prefer things, and its tokenizer."""
+    tokenizer = get_tokenizer()
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(256, tokenizer.get_vocab_size(), n_layer=2, n_head=4, n_kv_head=2, n_embd=64))
+    model.init_weights("cpu")
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model.requires_grad_(False), tokenizer
+
+
+@pytest.fixture
+def harness(model, tmp_path, monkeypatch):
+    """harness(items, settings): what lm-evaluation-harness says, [[(log-likelihood, greedy) of each choice]]."""
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    export(*model, tmp_path / "hf")
+    lm = HFLM(pretrained=str(tmp_path / "hf"), device="cpu", dtype="float32", batch_size=7)
+
+    def harness(items, chat=False, **settings):
+        path = tmp_path / f"{settings['output_type']}.jsonl"
+        path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+        task = {
+            "task": "items",
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(path)}, "cache_dir": str(tmp_path / "cache")},
+            "test_split": "test",
+            "target_delimiter": "",
+            "metric_list": [{"metric": "acc"}],
+            **settings,
+        }
+        found = lm_eval.simple_evaluate(
+            lm,
+            tasks=[task],
+            task_manager=TaskManager(include_defaults=False),  # it would read thousands of files
+            apply_chat_template=chat,
+            bootstrap_iters=0,
+        )
+        samples = sorted(found["samples"]["items"], key=lambda sample: sample["doc_id"])
+        assert len(samples) == len(items)
+        return [[tuple(response[0]) for response in sample["resps"]] for sample in samples]
+
+    return harness
+
+
+CHOICES = {"output_type": "multiple_choice", "doc_to_text": "{{context}}", "doc_to_choice": "{{choices}}"}
+CHOICES["doc_to_target"] = 0
+
+
+def likeliest(numbers):
+    return max(range(len(numbers)), key=numbers.__getitem__)
+
+
+def test_letters_are_those_of_the_harness(model, harness):
+    task = Letters()
+    records = evaluate_task(task, Engine(*model, CPU)).records
+    questions = [record["messages"][0]["content"] for record in records]
+    items = [{"context": question, "choices": list("ABCD")} for question in questions]
+    theirs = ["ABCD"[likeliest([ll for ll, _ in choices])] for choices in harness(items, chat=True, **CHOICES)]
+    assert [record["answers"][0] for record in records] == theirs
+    assert len(set(theirs)) > 1
+
+
+@pytest.mark.parametrize("shots", [0, 3])
+def test_choices_of_core_are_those_of_the_harness(model, harness, shots):
+    rng = random.Random(shots)
+    starts = ["cat", "dog", "sun", "mat"]  # no two options begin with the same token
+    rows = [
+        {"query": words(rng, 1, 12), "choices": [f"{start} {words(rng, 0, 3)}".strip() for start in starts]}
+        | {"gold": rng.randrange(4)}
+        for _ in range(30)
+    ]
+    task = CoreTask("t", "multiple_choice", shots, " ", 0.25, rows)
+    result = evaluate_core(*model, CPU, tasks=[task])
+    examples, tokenizer = task.examples(), model[1]
+    items, lengths = [], []
+    for i, example in enumerate(examples):
+        prompts = task.prompts(examples, i)
+        context = prompts[0][: -len(example["choices"][0]) - 1]
+        items.append({"context": "<|bos|>" + context, "choices": [prompt[len(context) :] for prompt in prompts]})
+        encoded = [tokenizer.encode(prompt, tokenizer.get_bos_token_id()) for prompt in prompts]
+        lengths.append([len(row) - start for row, start in scored_rows("multiple_choice", encoded)])
+    theirs = [
+        [-ll / n for (ll, _), n in zip(choices, counts, strict=True)]
+        for choices, counts in zip(harness(items, **CHOICES), lengths, strict=True)
+    ]
+    records = result.records["t"]
+    for record, losses in zip(records, theirs, strict=True):
+        assert record["losses"] == pytest.approx(losses, abs=1e-3)
+    assert [record["chosen"] for record in records] == [likeliest([-loss for loss in losses]) for losses in theirs]
+    assert len({record["chosen"] for record in records}) > 1
+
+
+def test_continuations_of_core_are_those_of_the_harness(model, harness):
+    """Half of them are what the model itself goes on with."""
+    gpt, tokenizer = model
+    rows = []
+    for i in range(30):
+        context = words(random.Random(i), 2, 12)
+        ids = tokenizer.encode(context, tokenizer.get_bos_token_id())
+        own = tokenizer.decode(list(gpt.generate(ids, 2, temperature=0)))
+        rows.append({"context": context, "continuation": own if i % 2 else words(random.Random(i), 1, 2)})
+    task = CoreTask("t", "language_modeling", 0, "", 0.0, rows)
+    records = evaluate_core(gpt, tokenizer, CPU, tasks=[task]).records["t"]
+    items = [{"context": "<|bos|>" + row["context"], "choices": [row["continuation"]]} for row in task.examples()]
+    theirs = [greedy for ((_, greedy),) in harness(items, **CHOICES)]
+    assert [record["correct"] for record in records] == theirs
+    assert 0 < sum(theirs) < len(theirs)
