@@ -1,4 +1,4 @@
-"""Verdicts on single examples against lm-evaluation-harness: it reads the exported folder, and tasks of the same items."""
+"""Verdicts on single examples against lm-evaluation-harness, which reads the exported folder and the same items."""
 
 import json
 import random
