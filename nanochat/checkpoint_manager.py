@@ -159,13 +159,22 @@ def find_checkpoint(folder, step=None):
         if problems:
             print0(f"warning: {'; '.join(problems)}; taking step {s} instead", file=sys.stderr)
         return steps[s], meta
-    raise UserError(f"no good checkpoint in {folder}" + (f": {'; '.join(problems)}" if problems else ""))
+    if problems:
+        raise UserError(f"no good checkpoint in {folder}: {'; '.join(problems)}")
+    others = [path.name for path in _tags(folder.parent)]
+    there = f"; there are checkpoints of {', '.join(others)}" if others else ""
+    raise UserError(f"no checkpoint in {folder}{there}")
+
+
+def _tags(root):
+    """Folders of models in a stage's folder that have checkpoints."""
+    return sorted(path for path in root.iterdir() if _step_dirs(path)) if root.is_dir() else []
 
 
 def find_model_tag(source):
     """The tag when none is given: the deepest d<depth>, else the one saved last. Raises UserError without any."""
     root = base_dir() / FOLDERS[source]
-    tags = [p for p in root.iterdir() if _step_dirs(p)] if root.is_dir() else []
+    tags = _tags(root)
     if not tags:
         raise UserError(f"no {source} checkpoint in {root}; make one with `python -m scripts.{MAKERS[source]}`")
     depths = {int(m[1]): p for p in tags if (m := re.fullmatch(r"d(\d+)", p.name))}

@@ -26,6 +26,7 @@ check "shell syntax" bash -n speedrun.sh run1000.sh dev/*.sh tests/run.sh .ci/ru
 cd rustbpe || exit 1
 check "cargo fmt" cargo fmt --check
 check "cargo clippy" cargo clippy --quiet --all-targets -- -D warnings
+check "cargo clippy, extension" cargo clippy --quiet --lib --features python -- -D warnings
 check "cargo test" cargo test --quiet
 cd ..
 echo

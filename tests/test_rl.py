@@ -296,7 +296,7 @@ def test_mistakes_are_told(after_sft, run_main):
         "--top_k=50": "another distribution",
         "--temperature=0.7": "another distribution",
         "--examples_per_step=0": "expected at least 1",
-        "--model_tag=d99": "no good checkpoint",
+        "--model_tag=d99": "d99; there are checkpoints of d",
     }.items():
         with pytest.raises(UserError, match=message):
             run_main("scripts.chat_rl", *FLAGS, flag)

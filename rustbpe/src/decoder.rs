@@ -8,11 +8,10 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::matmul::{
-    Any, Fuses, Give, Kept, LANES, Line, Machine, Matrix, Vectors, add_each, by_lanes, exp, fetch_start, lines, round,
-};
+use crate::lanes::{Any, Fuses, LANES, Line, Machine, add_each, by_lanes, exp, fetch_start, lines, round};
 #[cfg(target_arch = "x86_64")]
-use crate::matmul::{Dots, Wide};
+use crate::lanes::{Dots, Wide};
+use crate::matmul::{Give, Kept, Matrix, Vectors};
 
 const CHUNK: usize = 1 << 18; // weights of a matrix, at most
 const THREAD: usize = 1 << 26; // multiplications that keep one busy for about a millisecond: fewer are not shared out
@@ -93,7 +92,7 @@ enum Then {
 enum Work {
     /// A token's embedding, normed.
     Embed,
-    /// Makes the vector of a token at `from` ready for a product, of which it is to be normed or as it is.
+    /// The vector of a token at `from`, which counts as normed or as it is, made ready for a product.
     Ready { matrix: Matrix, from: *const f32, normed: bool },
     /// Products of the vectors made ready.
     Project { matrix: Matrix, outputs: usize, from: *const f32, to: *mut f32, then: Then },
@@ -182,14 +181,13 @@ impl Decoder {
         let n = tokens.len();
         let weights: usize = self.layers.iter().map(Layer::weights).sum();
         let threads = if n * weights < THREAD { 1 } else { threads };
-        let mut activations =
-            [self.embedding.n_in, self.layers[0].qkv.n_out, self.layers[0].proj.n_in, self.layers[0].up.n_out]
-                .map(|width| lines(n * width));
+        let Layer { qkv, proj, up, .. } = &self.layers[0];
+        let widths = [self.embedding.n_in, qkv.n_out, proj.n_in, up.n_out];
+        let mut activations = widths.map(|width| lines(n * width));
         let [x, qkv, y, up] = activations.each_mut().map(|lines| lines.as_mut_ptr().cast::<f32>());
-        let spans = spans(&tokens);
-        let widest = self.layers[0].up.n_out.max(self.layers[0].qkv.n_out);
-        let (mut rounded, mut scales) = (lines((n * widest).div_ceil(2)), lines(n));
+        let (mut rounded, mut scales) = (lines((n * widths.into_iter().fold(0, usize::max)).div_ceil(2)), lines(n));
         let (rounded, scales) = (rounded.as_mut_ptr().cast(), scales.as_mut_ptr().cast());
+        let spans = spans(&tokens);
         let mut stages = Vec::new();
         let mut add = |(work, chunks)| {
             stages.push(Stage { work, chunks, next: AtomicUsize::new(0), done: AtomicUsize::new(0) });
@@ -201,18 +199,18 @@ impl Decoder {
         };
         add((Work::Embed, n));
         for (layer, Layer { qkv: w_qkv, proj, up: w_up, down }) in self.layers.iter().enumerate() {
-            project(*w_qkv, x, true, qkv, Then::Store).map(&mut add);
+            project(*w_qkv, x, true, qkv, Then::Store).into_iter().for_each(&mut add);
             add((Work::Turn { layer }, n));
             if layer + 1 == self.layers.len() && logits.is_none() {
                 break; // all keys and values are there
             }
             add((Work::Attend { layer }, spans.len() * self.n_kv_head));
-            project(*proj, y, false, x, Then::Add).map(&mut add);
-            project(*w_up, x, true, up, Then::SquaredRelu).map(&mut add);
-            project(*down, up, false, x, Then::Add).map(&mut add);
+            project(*proj, y, false, x, Then::Add).into_iter().for_each(&mut add);
+            project(*w_up, x, true, up, Then::SquaredRelu).into_iter().for_each(&mut add);
+            project(*down, up, false, x, Then::Add).into_iter().for_each(&mut add);
         }
         if let Some(logits) = logits {
-            project(self.head, x, true, logits, Then::Cap).map(&mut add);
+            project(self.head, x, true, logits, Then::Cap).into_iter().for_each(&mut add);
         }
         let step =
             Arc::new(Step { decoder: self.clone(), tokens, spans, cache, rotary, stages, x, qkv, y, rounded, scales });
@@ -445,7 +443,7 @@ impl Step {
                 for (i, scores) in scores.chunks_exact(columns).enumerate() {
                     let end = columns_of(span.start + i / group).min((block + 1) * BLOCK);
                     if let Some(scores) = scores.get(block * BLOCK..end) {
-                        add_each::<M, K, 4>(y(i), values, scores);
+                        add_each::<M, K>(y(i), values, scores);
                     }
                 }
             }

@@ -23,6 +23,9 @@ mod error;
 mod key;
 #[cfg(feature = "python")]
 #[allow(unsafe_code)]
+mod lanes;
+#[cfg(feature = "python")]
+#[allow(unsafe_code)]
 mod matmul;
 #[cfg(feature = "python")]
 mod sampler;

@@ -1,6 +1,6 @@
 //! Drawing tokens from logits.
 
-use crate::matmul::{Any, exp};
+use crate::lanes::{Any, exp};
 
 /// How tokens are drawn; see Request in nanochat/engine.py.
 pub struct Sampler {
