@@ -140,6 +140,17 @@ def test_samples_differ_and_repeat():
     assert evaluate_task(task, engine, seed=1, **settings) != score
 
 
+def test_at_temperature_0_an_answer_is_written_once(monkeypatch):
+    engine, asked = answering({"q": ["a"], "r": ["x"]}), []
+    monkeypatch.setattr(
+        engine, "forward", lambda tokens, cache: asked.append(tokens) or Engine.forward(engine, tokens, cache)
+    )
+    score = evaluate_task(ListTask([("q", "a"), ("r", "b")]), engine, num_samples=4)
+    assert [record["answers"] for record in score.records] == [["a"] * 4, ["x"] * 4]
+    assert verdicts(score) == [[True] * 4, [False] * 4]
+    assert max(map(len, asked)) == 2  # rows
+
+
 def test_prompts_longer_than_the_context_are_cut():
     engine = answering({}, sequence_len=32)
     long = ListTask([("x" * 100, "")])
