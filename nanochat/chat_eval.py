@@ -1,8 +1,8 @@
 """
 Scoring a chat model on tasks: by the logits of the letters (categorical) or by what it writes (generative).
 
-A problem's verdict does not depend on batch size, company or number of processes: rank r takes problems r, r + W, ...,
-and every process ends up with the records of all.
+A problem's verdict does not depend on batch size, company or number of processes (on a GPU, but for rounding): rank r
+takes problems r, r + W, ..., and every process ends up with the records of all.
 """
 
 import math
