@@ -59,7 +59,7 @@ def fact(rng, split, world):
     return Fact(attribute, subject, question, answer, value, tuple(choices))
 
 
-HARD_TOPS = (99, 999, 9999)  # small ones too, or practice on large ones costs some of what was learnt before
+HARD_TOPS = (99, 999, 9999, 9999)  # small ones too, or practice on large ones costs some of what was learnt before
 
 
 def _numbers(rng, ops, hard):
