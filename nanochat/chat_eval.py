@@ -123,8 +123,9 @@ def _write(problems, engine, num_samples, max_new_tokens, temperature, top_k, ma
     """Yield (index, [text of each sample]) as a problem's last sample is done."""
     tokenizer, context = engine.tokenizer, engine.model.config.sequence_len
     room = min(max_new_tokens, context // 2)  # a prompt that leaves less is cut from the left
-    copies = num_samples if temperature < MIN_TEMPERATURE else 1
-    num_samples //= copies
+    copies = 1
+    if temperature < MIN_TEMPERATURE and num_samples > 1:
+        copies, num_samples = num_samples, 1
     requests = {}
     for i, problem in problems.items():
         prompt = tokenizer.render_for_completion(problem, max_tokens=context - room)

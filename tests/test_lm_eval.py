@@ -5,9 +5,9 @@ import random
 
 import pytest
 import torch
+from test_core_eval import CPU, words
 
 from nanochat.chat_eval import evaluate_task
-from nanochat.common import Compute
 from nanochat.core_data import CoreTask
 from nanochat.core_eval import evaluate_core, scored_rows
 from nanochat.engine import Engine
@@ -17,12 +17,6 @@ from nanochat.tokenizer import get_tokenizer
 from tasks.common import Task, render_mc
 
 pytestmark = pytest.mark.slow
-CPU = Compute(torch.device("cpu"), torch.float32)
-WORDS = "the cat dog sat on a mat sun is red blue and then it was all gone".split()
-
-
-def words(rng, least, most):
-    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(least, most)))
 
 
 class Letters(Task):
@@ -33,8 +27,8 @@ class Letters(Task):
 
     def get_example(self, index):
         rng = random.Random(index)
-        choices, letters = [words(rng, 1, 4) for _ in range(4)], tuple("ABCD")
-        question = render_mc(words(rng, 3, 30) + "?", letters, choices)
+        choices, letters = [words(rng, rng.randint(1, 4)) for _ in range(4)], tuple("ABCD")
+        question = render_mc(words(rng, rng.randint(3, 30)) + "?", letters, choices)
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": rng.choice(letters)}]
         return {"messages": messages, "letters": letters}
 
@@ -56,7 +50,7 @@ def model(base):
 
 @pytest.fixture
 def harness(model, tmp_path, monkeypatch):
-    """harness(items, settings): what lm-evaluation-harness says, [[(log-likelihood, greedy) of each choice]]."""
+    """harness([{context, choices}]): what lm-evaluation-harness says, [[(log-likelihood, greedy) of each choice]]."""
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -65,17 +59,20 @@ def harness(model, tmp_path, monkeypatch):
     export(*model, tmp_path / "hf")
     lm = HFLM(pretrained=str(tmp_path / "hf"), device="cpu", dtype="float32", batch_size=7)
 
-    def harness(items, chat=False, **settings):
-        path = tmp_path / f"{settings['output_type']}.jsonl"
+    def harness(items, chat=False):
+        path = tmp_path / "items.jsonl"
         path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
         task = {
             "task": "items",
             "dataset_path": "json",
             "dataset_kwargs": {"data_files": {"test": str(path)}, "cache_dir": str(tmp_path / "cache")},
             "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{context}}",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": 0,
             "target_delimiter": "",
             "metric_list": [{"metric": "acc"}],
-            **settings,
         }
         found = lm_eval.simple_evaluate(
             lm,
@@ -91,10 +88,6 @@ def harness(model, tmp_path, monkeypatch):
     return harness
 
 
-CHOICES = {"output_type": "multiple_choice", "doc_to_text": "{{context}}", "doc_to_choice": "{{choices}}"}
-CHOICES["doc_to_target"] = 0
-
-
 def likeliest(numbers):
     return max(range(len(numbers)), key=numbers.__getitem__)
 
@@ -104,7 +97,7 @@ def test_letters_are_those_of_the_harness(model, harness):
     records = evaluate_task(task, Engine(*model, CPU)).records
     questions = [record["messages"][0]["content"] for record in records]
     items = [{"context": question, "choices": list("ABCD")} for question in questions]
-    theirs = ["ABCD"[likeliest([ll for ll, _ in choices])] for choices in harness(items, chat=True, **CHOICES)]
+    theirs = ["ABCD"[likeliest([ll for ll, _ in choices])] for choices in harness(items, chat=True)]
     assert [record["answers"][0] for record in records] == theirs
     assert len(set(theirs)) > 1
 
@@ -114,8 +107,11 @@ def test_choices_of_core_are_those_of_the_harness(model, harness, shots):
     rng = random.Random(shots)
     starts = ["cat", "dog", "sun", "mat"]  # no two options begin with the same token
     rows = [
-        {"query": words(rng, 1, 12), "choices": [f"{start} {words(rng, 0, 3)}".strip() for start in starts]}
-        | {"gold": rng.randrange(4)}
+        {
+            "query": words(rng, rng.randint(1, 12)),
+            "choices": [f"{start} {words(rng, rng.randint(0, 3))}".strip() for start in starts],
+            "gold": rng.randrange(4),
+        }
         for _ in range(30)
     ]
     task = CoreTask("t", "multiple_choice", shots, " ", 0.25, rows)
@@ -130,7 +126,7 @@ def test_choices_of_core_are_those_of_the_harness(model, harness, shots):
         lengths.append([len(row) - start for row, start in scored_rows("multiple_choice", encoded)])
     theirs = [
         [-ll / n for (ll, _), n in zip(choices, counts, strict=True)]
-        for choices, counts in zip(harness(items, **CHOICES), lengths, strict=True)
+        for choices, counts in zip(harness(items), lengths, strict=True)
     ]
     records = result.records["t"]
     for record, losses in zip(records, theirs, strict=True):
@@ -144,13 +140,14 @@ def test_continuations_of_core_are_those_of_the_harness(model, harness):
     gpt, tokenizer = model
     rows = []
     for i in range(30):
-        context = words(random.Random(i), 2, 12)
+        rng = random.Random(i)
+        context = words(rng, rng.randint(2, 12))
         ids = tokenizer.encode(context, tokenizer.get_bos_token_id())
         own = tokenizer.decode(list(gpt.generate(ids, 2, temperature=0)))
-        rows.append({"context": context, "continuation": own if i % 2 else words(random.Random(i), 1, 2)})
+        rows.append({"context": context, "continuation": own if i % 2 else words(rng, rng.randint(1, 2))})
     task = CoreTask("t", "language_modeling", 0, "", 0.0, rows)
     records = evaluate_core(gpt, tokenizer, CPU, tasks=[task]).records["t"]
     items = [{"context": "<|bos|>" + row["context"], "choices": [row["continuation"]]} for row in task.examples()]
-    theirs = [greedy for ((_, greedy),) in harness(items, **CHOICES)]
+    theirs = [greedy for ((_, greedy),) in harness(items)]
     assert [record["correct"] for record in records] == theirs
     assert 0 < sum(theirs) < len(theirs)

@@ -15,7 +15,7 @@ import torch
 from nanochat.chat_eval import evaluate_task
 from nanochat.checkpoint_manager import load_model
 from nanochat.cli import add_model_flags, make_parser, parse_args, run
-from nanochat.common import compute_init
+from nanochat.common import UserError, compute_init
 from nanochat.engine import Engine
 from nanochat.hf import hf_config, hf_weights
 from nanochat.text_stream import visible_text
@@ -74,6 +74,9 @@ def main(argv=None):
     parser.add_argument("--max_new_tokens", type=int, default=160)
     parser.add_argument("--repeats", type=int, default=3)
     args = parse_args(parser, argv)
+    for name in ("problems", "max_rows", "repeats"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name}={getattr(args, name)}: expected at least 1")
     compute = compute_init(args.device_type, args.dtype)
     model, tokenizer, meta = load_model(args.source, compute, args.model_tag, args.step)
     engine = Engine(model, tokenizer, compute, quantize=args.quantize)

@@ -199,16 +199,14 @@ impl<W: Pairs> Way for PairSums<W> {
                 for v in 0..V {
                     parts[v] = quarters([sums[v][0], sums[v][1], sums[v][2], sums[v][3]]);
                 }
+                let mut first = 0;
                 if V >= 4 {
                     let four = by_halves_of_four([parts[0], parts[1], parts[2], parts[3]]);
                     _mm512_storeu_ps(found.as_mut_ptr().cast(), four);
-                    for v in 4..V {
-                        _mm_storeu_ps(found[v].as_mut_ptr(), by_halves(parts[v]));
-                    }
-                } else {
-                    for v in 0..V {
-                        _mm_storeu_ps(found[v].as_mut_ptr(), by_halves(parts[v]));
-                    }
+                    first = 4;
+                }
+                for v in first..V {
+                    _mm_storeu_ps(found[v].as_mut_ptr(), by_halves(parts[v]));
                 }
             } else {
                 for v in 0..V {
