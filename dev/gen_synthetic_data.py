@@ -18,9 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 
-from nanochat.cli import make_parser, parse_args, run
+from nanochat.cli import make_parser, parse_args, run_script
 from nanochat.common import UserError, api_key, atomic_path, base_dir
-from nanochat.pocket import casually, fill
+from nanochat.pocket.problems import casually, fill
 
 # Besides the persona's own facts; {name}, {maker}, {about} and {trait} come from the persona.
 TOPICS = [
@@ -158,4 +158,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -9,7 +9,7 @@ The last shard that comes out is validation.
 
 from pathlib import Path
 
-from nanochat.cli import make_parser, parse_args, run
+from nanochat.cli import make_parser, parse_args, run_script
 from nanochat.dataset import cut_shards, write_shard
 
 
@@ -28,4 +28,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

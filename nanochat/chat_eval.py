@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from nanochat.common import UserError
 from nanochat.engine import MIN_TEMPERATURE, Request
-from nanochat.text_stream import visible_text
+from nanochat.inference.detokenizer import visible_text
 
 
 @dataclass(frozen=True)

@@ -203,12 +203,12 @@ def load_optimizers(path, meta, optimizers):
         optimizer.load_shards([shards[i] for shards in saved])
 
 
-def load_model(source, compute, model_tag=None, step=None, inference=True):
+def load_model(source, compute, model_tag=None, step=None, inference=True, quantize=None):
     """
     (model, tokenizer, meta) of a finished stage: "base", "mid", "sft" or "rl"; newest step of the deepest model.
 
-    With `inference` the weights are cast to compute.dtype once. Raises UserError when there is no such checkpoint, or
-    when the tokenizer is not the one it was trained with.
+    With `inference` the weights are cast to compute.dtype once; quantize="int8" then rounds them to int8, for CPUs.
+    Raises UserError when there is no such checkpoint, or when the tokenizer is not the one it was trained with.
     """
     model_tag = model_tag or find_model_tag(source)
     path, meta = find_checkpoint(checkpoint_dir(source, model_tag), step)
@@ -223,4 +223,11 @@ def load_model(source, compute, model_tag=None, step=None, inference=True):
     load_weights(model, path)
     if inference:
         model.to(dtype=compute.dtype).eval().requires_grad_(False)
-    return model, tokenizer, meta | {"model_tag": model_tag}
+    if quantize:
+        from nanochat.inference.cpu_backend import quantize as to_int8
+
+        if compute.device.type != "cpu":
+            raise UserError(f"--quantize={quantize} is for models on a CPU; leave it out here")
+        to_int8(model)
+    corpus = meta.get("corpus", meta.get("data", "public"))  # "data" before version 0.3
+    return model, tokenizer, meta | {"model_tag": model_tag, "corpus": corpus}

@@ -3,7 +3,7 @@ Flags and exits that all scripts share: --a-b and --a_b are the same flag, a use
 
     def build_parser(): ...; def main(argv=None): args = parse_args(build_parser(), argv); ...
     if __name__ == "__main__":
-        run(main)
+        run_script(main)
 """
 
 import argparse
@@ -60,7 +60,7 @@ def parse_args(parser, argv=None):
     return parser.parse_args([name.sub(lambda m: m[0].replace("-", "_"), a) for a in argv])
 
 
-def run(main):
+def run_script(main):
     """Run a script's main(): 0 when it ends, 2 and one line for a user's mistake, 130 for Ctrl-C."""
     try:
         main()

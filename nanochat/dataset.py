@@ -23,9 +23,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from nanochat.cli import boolean, make_parser, parse_args, run
+from nanochat.cli import boolean, make_parser, parse_args, run_script
 from nanochat.common import UserError, atomic_path, base_dir, fetch, file_fingerprint, mirror_url, print0
-from nanochat.documents import read_documents, source_files
+from nanochat.ingest.documents import read_documents, source_files
 
 PUBLIC = "karpathy/fineweb-edu-100b-shuffle"
 LAST_SHARD = 1822  # of the public set: its pinned validation shard
@@ -70,8 +70,8 @@ def shard_files(split, data_dir=None):
     return files
 
 
-def data_kind(data_dir=None):
-    """ "pocket" for the embedded world, "public" for any other text: which tasks a model trained on it should learn."""
+def corpus_name(data_dir=None):
+    """ "pocket" for the pocket world, "public" for any other text; chooses the tasks of the later stages."""
     manifest = _read_manifest(data_folder(data_dir))
     return "pocket" if manifest and manifest["kind"] == "pocket" else "public"
 
@@ -242,7 +242,7 @@ def write_set(folder, kind, settings, documents, overwrite=False, shard_chars=SH
 
 def write_pocket(folder, chars, seed, overwrite=False):
     """The embedded world as shards: `chars` characters for training and 2 % as many for validation."""
-    from nanochat import pocket
+    from nanochat.pocket import problems as pocket
 
     train, val = pocket.documents("train", chars, seed), pocket.documents("val", chars // 50, seed)
     documents = itertools.chain(zip(itertools.repeat(False), train), zip(itertools.repeat(True), val))
@@ -436,4 +436,4 @@ def _only_writer(folder):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

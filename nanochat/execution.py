@@ -35,7 +35,7 @@ from pathlib import Path
 
 from nanochat.common import UserError, dist_env
 
-JAIL = Path(__file__).with_name("jail.py")
+JAIL = Path(__file__).parent / "sandbox" / "jail.py"
 LEVELS = ("basic", "strict")
 MAX_OUTPUT = 1 << 20  # bytes after which a program is stopped
 KEPT_OUTPUT = 1 << 16  # bytes of stdout, and of stderr, that are kept

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat import cpu_ops
+from nanochat import ops
 from nanochat.adamw import AdamW
 from nanochat.common import UserError
 from nanochat.muon import Muon
@@ -69,7 +69,7 @@ class GPTConfig:
 def norm(x):
     """RMSNorm over the last dimension, without a weight (Zhang and Sennrich 2019)."""
     if x.device.type == "cpu":
-        return cpu_ops.RMSNorm.apply(x, NORM_EPS)
+        return ops.RMSNorm.apply(x, NORM_EPS)
     return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
 
 
@@ -106,7 +106,7 @@ class CausalSelfAttention(nn.Module):
                 k, v = held
                 q = q.to(k.dtype)
         if x.device.type == "cpu" and not gqa and (kv_cache is None or causal):
-            y = cpu_ops.causal_attention(q, k, v)
+            y = ops.causal_attention(q, k, v)
         else:
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=gqa)
         return self.c_proj(y.to(x.dtype).transpose(1, 2).reshape(B, T, C))
@@ -120,7 +120,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         x = self.c_fc(x)
-        return self.c_proj(cpu_ops.SquaredReLU.apply(x) if x.device.type == "cpu" else F.relu(x).square())
+        return self.c_proj(ops.SquaredReLU.apply(x) if x.device.type == "cpu" else F.relu(x).square())
 
 
 class Block(nn.Module):

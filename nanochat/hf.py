@@ -6,7 +6,7 @@ Our models in the form of transformers' NanoChat class: its configuration, weigh
 
 from pathlib import Path
 
-from nanochat.cli import add_model_flags, make_parser, parse_args, run
+from nanochat.cli import add_model_flags, make_parser, parse_args, run_script
 from nanochat.common import UserError, base_dir, compute_init
 
 NAMES = {
@@ -109,4 +109,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

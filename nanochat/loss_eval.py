@@ -70,10 +70,10 @@ PROMPTS = {
 }
 
 
-def greedy_samples(engine, data, max_tokens=16):
+def greedy_samples(engine, corpus, max_tokens=16):
     """{prompt: continuation}: how a base model goes on from a few beginnings fit for what it was trained on."""
     tokenizer, samples = engine.tokenizer, {}
-    for prompt in PROMPTS[data]:
+    for prompt in PROMPTS[corpus]:
         ids = tokenizer.encode(prompt, prepend=tokenizer.get_bos_token_id())
         results, _ = engine.generate_batch(ids, max_tokens=max_tokens, temperature=0)
         samples[prompt] = tokenizer.decode(results[0][len(ids) :])

@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from nanochat.cli import make_parser, parse_args, run
+from nanochat.cli import make_parser, parse_args, run_script
 from nanochat.common import base_dir, format_duration, is_rank0, print0
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +44,7 @@ def get_report():
 
 
 class Silent:
-    def log(self, section, data):
+    def log(self, section, data, metrics=None):
         pass
 
 
@@ -56,7 +56,7 @@ class Report:
     def __init__(self, folder):
         self.folder = Path(folder)
 
-    def log(self, section, data):
+    def log(self, section, data, metrics=None):
         """
         Write one section. `data` is a list of dicts (listed), strings (markdown, taken as it is) and None (left out).
 
@@ -65,11 +65,11 @@ class Report:
         """
         now = time.time()
         items = [item for item in (data if isinstance(data, (list, tuple)) else [data]) if item]
-        metrics = {key: value for item in items if isinstance(item, dict) for key, value in item.items()}
+        values = {key: value for item in items if isinstance(item, dict) for key, value in item.items()}
         blocks = [item if isinstance(item, str) else _listing(item) for item in items]
         text = "\n\n".join([f"## {section}\ntimestamp: {_clock(now)}", *blocks]) + "\n"
         self._write(f"{slug(section)}.md", text)
-        structured = {"section": section, "time": now, "metrics": metrics}
+        structured = {"section": section, "time": now, "metrics": values | (metrics or {})}
         self._write(f"{slug(section)}.json", json.dumps(structured, indent=1, default=str) + "\n")
 
     def reset(self):
@@ -334,4 +334,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

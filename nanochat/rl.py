@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT
-from nanochat.text_stream import visible_text
+from nanochat.inference.detokenizer import visible_text
 
 
 @dataclass(frozen=True, eq=False)

@@ -198,7 +198,7 @@ class Tokenizer:
         A leading system message joins the first question. An assistant's content is a str, or a list of parts
         {"type": "text" | "python" | "python_output", "text"}. Raises UserError for any other order or shape.
         """
-        system, messages = _check_conversation(conversation)
+        system, messages = check_conversation(conversation)
         ids, mask = [self.get_bos_token_id()], [0]
         for message in [_join(system, messages[0]), *messages[1:]]:
             for span, learned in self._spans(message):
@@ -213,7 +213,7 @@ class Tokenizer:
         Beyond `max_tokens` whole turns go, oldest first (the system message then joins the first question that stays);
         if the last question alone is too long, its beginning goes.
         """
-        system, messages = _check_conversation(conversation)
+        system, messages = check_conversation(conversation)
         if messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         user_start, _, reply = (self.encode_special(t) for t in SPECIAL_TOKENS[1:4])
@@ -277,7 +277,7 @@ def _join(system, question):
     return question | {"content": f"{system}\n\n{question['content']}"} if system else question
 
 
-def _check_conversation(conversation):
+def check_conversation(conversation):
     """(text of the system message or "", the other messages), which are from user and assistant in turns."""
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not messages:

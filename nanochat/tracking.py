@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import threading
 import time
 
 from nanochat.common import base_dir, format_duration, print0
@@ -159,21 +160,28 @@ class RunLog:
             self.wandb.finish()
 
 
-def progress_printer(unit):
-    """progress(label, done, total): a line that is rewritten in a terminal, one every 10 s elsewhere."""
-    label = start = last = None
+def progress_printer(unit, every=10.0):
+    """
+    A function show(label, done, total, note="") that prints progress and the time left, on rank 0 only.
 
-    def show(name, done, total):
+    In a terminal it redraws one line; elsewhere it prints a line every `every` seconds. `total` None: unknown. Threads
+    may share it.
+    """
+    label = start = last = None
+    lock = threading.Lock()
+
+    def show(name, done, total, note=""):
         nonlocal label, start, last
-        now, terminal = time.perf_counter(), sys.stdout.isatty()
-        if name != label:
-            label, start, last = name, now, now
-        if now - last < (0.3 if terminal else 10) or not done:
-            return
-        last, speed = now, done / (now - start)
-        left = format_duration((total - done) / speed) if total else "?"
-        text = f"{label}: {done:,}/{total or 0:,} {unit}, {speed:,.1f}/s, {left} left"
-        print0(f"\r{text}\x1b[K" if terminal else text, end="" if terminal else "\n")
+        with lock:
+            now, terminal = time.perf_counter(), sys.stdout.isatty()
+            if name != label:
+                label, start, last = name, now, now
+            if now - last < (min(0.3, every) if terminal else every) or not done:
+                return
+            last, speed = now, done / (now - start)
+            of, left = (f"{total:,}", format_duration((total - done) / speed)) if total else ("?", "?")
+            text = f"{label}: {done:,}/{of} {unit}, {speed:,.1f}/s, {left} left{note and ', ' + note}"
+            print0(f"\r{text}\x1b[K" if terminal else text, end="" if terminal else "\n")
 
     return show
 

@@ -100,7 +100,7 @@ class Run:
     """
 
     SAME = (  # or it is not exact
-        *("total_batch_size", "max_seq_len", "packing", "seed", "data", "target_examples_per_step"),
+        *("total_batch_size", "max_seq_len", "packing", "seed", "corpus", "target_examples_per_step"),
         *("task", "examples_per_step", "num_samples", "max_new_tokens"),
     )
 
@@ -125,6 +125,7 @@ class Run:
     def _check(self, config):
         """Raises UserError when the checkpoint is of another model, or of other batches."""
         saved = self.meta["user_config"]
+        saved.setdefault("corpus", saved.get("data"))  # its name before version 0.3
         differences = [
             f"{name}={new} (saved: {old})"
             for name, new, old in [

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from nanochat.cli import make_parser, parse_args, run
+from nanochat.cli import make_parser, parse_args, run_script
 from nanochat.common import UserError, atomic_path, base_dir, choose_device, compute_init, print0
 from nanochat.tracking import progress_printer
 
@@ -51,9 +51,9 @@ def main(argv=None):
     check_flags(args)
     started = time.time()
     from nanochat.checkpoint_manager import load_model
-    from nanochat.core_data import load_tasks
     from nanochat.core_eval import CoreScore, evaluate_core
-    from nanochat.core_hf import load_hf
+    from nanochat.dclm.hf_models import load_hf
+    from nanochat.dclm.tasks import load_tasks
     from nanochat.report import get_report
 
     # Machine and model
@@ -122,4 +122,4 @@ def write_csv(path, score):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

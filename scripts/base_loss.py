@@ -7,7 +7,7 @@ Bits per byte of a base model on training and validation text, and a few samples
 Reads the newest base checkpoint, tokenizer/ and base_data/. Writes the report's section.
 """
 
-from nanochat.cli import make_parser, parse_args, run
+from nanochat.cli import make_parser, parse_args, run_script
 from nanochat.common import UserError, compute_init, print0
 
 
@@ -36,8 +36,8 @@ def main(argv=None):
     from nanochat.tokenizer import get_token_bytes
 
     compute = compute_init(args.device_type, args.dtype)
-    model, tokenizer, meta = load_model("base", compute, args.model_tag, args.model_step)
-    engine = Engine(model, tokenizer, compute, quantize=args.quantize)
+    model, tokenizer, meta = load_model("base", compute, args.model_tag, args.model_step, quantize=args.quantize)
+    engine = Engine(model, tokenizer, compute)
     rows, T = args.device_batch_size * compute.world_size, model.config.sequence_len
     if args.split_tokens < 1 or args.split_tokens % (rows * T):
         raise UserError(
@@ -52,7 +52,7 @@ def main(argv=None):
         print0(f"{split} bpb {bpb[f'{split} bpb']:.4f}")
     samples = {}
     if compute.rank == 0:
-        samples = greedy_samples(engine, meta["data"])
+        samples = greedy_samples(engine, meta["corpus"])
         for prompt, text in samples.items():
             print0(f"{prompt} >{text}")
     facts = {"step": meta["step"], **bpb}
@@ -62,4 +62,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

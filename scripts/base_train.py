@@ -9,7 +9,7 @@ Reads tokenizer/ and base_data/. Writes base_checkpoints/d<depth>/ and report/me
 
 import time
 
-from nanochat.cli import boolean, make_parser, parse_args, run
+from nanochat.cli import boolean, make_parser, parse_args, run_script
 from nanochat.common import UserError, compute_init, print0
 
 
@@ -71,10 +71,10 @@ def main(argv=None):
     import torch
 
     from nanochat.checkpoint_manager import checkpoint_dir, update_meta
-    from nanochat.core_data import load_tasks
     from nanochat.core_eval import evaluate_core
     from nanochat.dataloader import Prefetch, ShardSource, eval_batches, lane_batches
-    from nanochat.dataset import data_kind, row_groups
+    from nanochat.dataset import corpus_name, row_groups
+    from nanochat.dclm.tasks import load_tasks
     from nanochat.engine import Engine
     from nanochat.gpt import GPT, GPTConfig
     from nanochat.loss_eval import evaluate_bpb, greedy_samples
@@ -113,7 +113,7 @@ def main(argv=None):
         compiled = torch.compile(model, dynamic=False)
 
     # Data
-    data = data_kind()
+    corpus = corpus_name()
     source = ShardSource(row_groups("train"), tokenizer, rows, args.seed)
     batches = lane_batches(
         source, rows, args.max_seq_len, args.device_batch_size, compute, args.packing, meta.get("loader_state")
@@ -131,7 +131,7 @@ def main(argv=None):
         f"{total_tokens * flops_per_token:.2e} FLOPs"
     )
     core_tasks, core = None, meta.get("core")
-    if args.core_metric_every > 0 and data == "public":  # what is missing shows now, not at step 2,000
+    if args.core_metric_every > 0 and corpus == "public":  # what is missing shows now, not at step 2,000
         try:
             core_tasks = load_tasks()
         except UserError as e:
@@ -140,7 +140,13 @@ def main(argv=None):
     val_bpb, min_val_bpb = meta.get("val_bpb"), meta.get("min_val_bpb")
 
     def save(step):
-        state = {"data": data, "val_bpb": val_bpb, "min_val_bpb": min_val_bpb, "core": core, "log_state": log.state()}
+        state = {
+            "corpus": corpus,
+            "val_bpb": val_bpb,
+            "min_val_bpb": min_val_bpb,
+            "core": core,
+            "log_state": log.state(),
+        }
         return training.save(step, model, optimizers, state, loader_state, finished=step == num_iterations)
 
     # Loop: one more turn than there are steps, to save and judge what was trained
@@ -164,7 +170,7 @@ def main(argv=None):
             log.metrics(step, core=core)
             print0(f"step {step:05d} | CORE {core:.4f}")
         if step and due(step, args.sample_every, last) and compute.rank == 0:
-            for prompt, text in greedy_samples(Engine(model, tokenizer, compute), data).items():
+            for prompt, text in greedy_samples(Engine(model, tokenizer, compute), corpus).items():
                 print0(f"{prompt} >{text}")
         if last:
             break
@@ -209,4 +215,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

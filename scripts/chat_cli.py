@@ -22,9 +22,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanochat.cli import add_model_flags, make_parser, parse_args, run
+from nanochat.cli import add_model_flags, make_parser, parse_args, run_script
 from nanochat.common import UserError, base_dir, compute_init, no_color, well_formed
-from nanochat.text_stream import TextStream
+from nanochat.inference.detokenizer import Detokenizer
 
 # What a model writes must not steer the terminal: control characters are dropped, but for tab and newline.
 CONTROLS = {c: None for c in (*range(32), *range(127, 160)) if c not in (9, 10)}
@@ -61,7 +61,7 @@ class Turn:
 
     question: str
     tokens: list[int] = field(default_factory=list)  # of the answer, without the terminal one
-    pieces: list[tuple] = field(default_factory=list)  # (kind, text) as they came out of TextStream
+    pieces: list[tuple] = field(default_factory=list)  # (kind, text) as they came out of Detokenizer
     usage: dict = field(default_factory=dict)  # counts and times, once the answer is complete
 
     def parts(self):
@@ -88,7 +88,7 @@ class Chat:
 
     def ask(self, text):
         """Yield (kind, piece of text) of the answer. The turn is remembered even if the caller stops halfway."""
-        engine, stream = self.engine, TextStream(self.engine.tokenizer)
+        engine, stream = self.engine, Detokenizer(self.engine.tokenizer)
         text = well_formed(text)  # a terminal of another encoding may send half a character
         prompt = self._prompt(text)
         turn = Turn(text)
@@ -361,9 +361,9 @@ def main(argv=None):
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "seed": args.seed}
     Request([0], args.max_tokens, **sampling)  # a wrong setting is said at once
     compute = compute_init(args.device_type, args.dtype, args.seed)
-    model, tokenizer, meta = load_model(args.source, compute, args.model_tag, args.step)
+    model, tokenizer, meta = load_model(args.source, compute, args.model_tag, args.step, quantize=args.quantize)
     of_turns_before = 2 * model.config.sequence_len
-    engine = Engine(model, tokenizer, compute, prefix_tokens=of_turns_before, quantize=args.quantize)
+    engine = Engine(model, tokenizer, compute, prefix_tokens=of_turns_before)
     chat = Chat(engine, args.source, args.max_tokens, args.system, **sampling)
     if question is None:
         print(f"{meta['model_tag']}, step {meta['step']}.", end=" ")
@@ -380,4 +380,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -14,7 +14,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from nanochat.cli import add_model_flags, boolean, make_parser, parse_args, run
+from nanochat.cli import add_model_flags, boolean, make_parser, parse_args, run_script
 from nanochat.common import UserError, atomic_path, compute_init, print0
 from nanochat.tracking import progress_printer
 
@@ -82,11 +82,11 @@ def main(argv=None):
 
     # Machine and model
     compute = compute_init(args.device_type, args.dtype, args.seed)
-    model, tokenizer, meta = load_model(args.source, compute, args.model_tag, args.step)
-    engine, data = Engine(model, tokenizer, compute, quantize=args.quantize), meta.get("data", "public")
+    model, tokenizer, meta = load_model(args.source, compute, args.model_tag, args.step, quantize=args.quantize)
+    engine, corpus = Engine(model, tokenizer, compute), meta["corpus"]
 
     # Tasks: those asked for, or all that belong to the data
-    names = [name for name, task in EVAL_TASKS.items() if task.data in (data, "both")]
+    names = [name for name, task in EVAL_TASKS.items() if task.corpus in (corpus, "both")]
     if args.task_name:
         names = list(dict.fromkeys(args.task_name.split("|")))
     if "HumanEval" in names:
@@ -99,7 +99,7 @@ def main(argv=None):
     tasks = {name: find_task(name) for name in names}
     scores, lines, progress = {}, [], progress_printer("problems")
     for name in tasks:
-        task = tasks[name].make(seed=args.data_seed, words=data, level=args.level)
+        task = tasks[name].make(seed=args.data_seed, corpus=corpus, level=args.level)
         t0 = time.perf_counter()
         score = scores[name] = evaluate_task(
             task,
@@ -132,4 +132,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -10,7 +10,7 @@ Reads an sft checkpoint and the tokenizer. Writes chatrl_checkpoints/<the same t
 import time
 from random import Random
 
-from nanochat.cli import boolean, make_parser, parse_args, run
+from nanochat.cli import boolean, make_parser, parse_args, run_script
 from nanochat.common import UserError, compute_init, print0
 
 
@@ -73,16 +73,16 @@ def check_flags(args):
         )
 
 
-def practice(name, data):
+def practice(name, corpus):
     """(name, training problems, held-out problems); raises UserError for a task that cannot be practised."""
     from tasks.mixtures import EVAL_TASKS, find_task
 
-    name = name or {"public": "GSM8K", "pocket": "PocketHardSums"}[data]
+    name = name or {"public": "GSM8K", "pocket": "PocketHardSums"}[corpus]
     task = find_task(name)
     if not task.train:
         choices = ", ".join(name for name, task in EVAL_TASKS.items() if task.train)
         raise UserError(f"--task={name}: choose one of {choices}, or your own as file.py:Class")
-    train_task, eval_task = task.train(words=data), task.make(words=data)
+    train_task, eval_task = task.train(corpus=corpus), task.make(corpus=corpus)
     if train_task.eval_type != "generative":
         raise UserError(
             f"--task={name} is answered by a letter's logit; practice needs one that is answered in writing"
@@ -113,10 +113,10 @@ def main(argv=None):
     # Machine, tokenizer, model and task
     compute = compute_init(args.device_type, args.dtype, args.seed)
     model, tokenizer, source_meta = load_model(args.source, compute, args.model_tag, args.step, inference=False)
-    data = source_meta.get("data", "public")
+    corpus = source_meta["corpus"]
     if args.init_lr_frac is None:
-        args.init_lr_frac = {"public": 0.05, "pocket": 0.15}[data]
-    args.task, train_task, eval_task = practice(args.task, data)
+        args.init_lr_frac = {"public": 0.05, "pocket": 0.15}[corpus]
+    args.task, train_task, eval_task = practice(args.task, corpus)
     num_steps = args.num_iterations
     if num_steps <= 0:
         num_steps = args.num_epochs * len(train_task) // args.examples_per_step
@@ -155,7 +155,7 @@ def main(argv=None):
         last = step == num_steps
         sync(sampler, model)
         if step > training.first_step and (last or due(step, args.save_every) or training.stopping):
-            state = {"data": data, "results": results, "log_state": log.state()}
+            state = {"corpus": corpus, "results": results, "log_state": log.state()}
             path = training.save(step, model, [] if last else optimizers, state, {}, finished=last)
             if training.stopping:
                 training.exit(log)
@@ -196,4 +196,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

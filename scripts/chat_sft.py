@@ -9,7 +9,7 @@ Reads a mid (or base) checkpoint, the tokenizer and the mixture of tasks. Writes
 
 import time
 
-from nanochat.cli import boolean, make_parser, parse_args, run
+from nanochat.cli import boolean, make_parser, parse_args, run_script
 from nanochat.common import UserError, compute_init, print0
 
 INLINE_TASKS = {"public": ("MMLU", "ARC-Easy"), "pocket": ("PocketFacts",)}  # quick to score while training
@@ -26,7 +26,11 @@ def build_parser():
         "--dtype", default="", help="float32 or bfloat16; empty = bfloat16 where the hardware is built for it"
     )
     p.add_argument(
-        "--data", default="", choices=("", "public", "pocket"), help="mixture; empty = as the model's so far"
+        "--corpus",
+        "--data",
+        default="",
+        choices=("", "public", "pocket"),
+        help="mixture; empty = the model's",
     )
     p.add_argument("--device_batch_size", type=int, default=4, help="conversations per forward pass and device")
     p.add_argument("--target_examples_per_step", type=int, default=32, help="conversations per step, over all devices")
@@ -79,8 +83,8 @@ def main(argv=None):
     compute = compute_init(args.device_type, args.dtype, args.seed)
     examples_per_pass(args, compute.world_size)
     model, tokenizer, source_meta = load_model(args.source, compute, args.model_tag, args.step, inference=False)
-    args.data = args.data or source_meta["data"]
-    train_task, val_task = sft(args.data)
+    args.corpus = args.corpus or source_meta["corpus"]
+    train_task, val_task = sft(args.corpus)
     num_steps = args.num_iterations
     if num_steps <= 0:
         num_steps = args.num_epochs * len(train_task) // args.target_examples_per_step
@@ -104,7 +108,7 @@ def main(argv=None):
     val_rows = args.device_batch_size * compute.world_size
 
     # Horizon
-    print0(f"{len(train_task):,} conversations ({args.data} mixture), {num_steps:,} steps of {rows}")
+    print0(f"{len(train_task):,} conversations ({args.corpus} mixture), {num_steps:,} steps of {rows}")
     log = RunLog("sft", "nanochat-sft", args, compute, num_steps, model.estimate_flops(), meta.get("log_state"))
     results = meta.get("results", {})
 
@@ -113,7 +117,7 @@ def main(argv=None):
     for step in range(training.first_step, num_steps + 1):
         last = step == num_steps
         if step > training.first_step and (last or due(step, args.save_every) or training.stopping):
-            state = {"data": args.data, "results": results, "log_state": log.state()}
+            state = {"corpus": args.corpus, "results": results, "log_state": log.state()}
             path = training.save(step, model, [] if last else optimizers, state, loader_state, finished=last)
             if training.stopping:
                 training.exit(log)
@@ -125,7 +129,7 @@ def main(argv=None):
             print0(f"step {step:05d} | validation loss {results['val_loss']:.4f}")
         if due(step, args.eval_metrics_every, last):
             engine = Engine(model, tokenizer, compute)
-            for name in INLINE_TASKS[args.data]:
+            for name in INLINE_TASKS[args.corpus]:
                 task, limit = EVAL_TASKS[name].make(), args.eval_metrics_max_problems
                 score = evaluate_task(task, engine, max_problems=limit, batch_size=2 * args.device_batch_size)
                 results[name] = score.accuracy
@@ -152,11 +156,11 @@ def main(argv=None):
         "Number of iterations": num_steps,
         "Training loss": log.loss,
         "Validation loss": results.get("val_loss"),
-        **{name: results[name] for name in INLINE_TASKS[args.data] if name in results},
+        **{name: results[name] for name in INLINE_TASKS[args.corpus] if name in results},
         "wall_clock_seconds": time.time() - started,
     }
     get_report().log(section="Chat SFT", data=[vars(args), outcome])
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

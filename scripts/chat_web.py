@@ -9,7 +9,7 @@ Reads the newest checkpoint of a stage. Ctrl-C or SIGTERM lets answers finish fo
 
 import socket
 
-from nanochat.cli import add_model_flags, make_parser, parse_args, run
+from nanochat.cli import add_model_flags, make_parser, parse_args, run_script
 from nanochat.common import UserError, server_api_key
 
 BOUNDS = {
@@ -63,7 +63,7 @@ def main(argv=None):
 
     import uvicorn
 
-    from nanochat.server import create_app
+    from nanochat.serve.app import create_app
 
     app = create_app(options)
     sock = listen(args.host, args.port)
@@ -82,4 +82,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -9,7 +9,7 @@ Reads a base checkpoint, the tokenizer and the mixture of tasks. Writes mid_chec
 
 import time
 
-from nanochat.cli import boolean, make_parser, parse_args, run
+from nanochat.cli import boolean, make_parser, parse_args, run_script
 from nanochat.common import compute_init, print0
 
 
@@ -21,7 +21,9 @@ def build_parser():
         "--dtype", default="", help="float32 or bfloat16; empty = bfloat16 where the hardware is built for it"
     )
     p.add_argument("--compile", type=boolean, nargs="?", const=True, help="torch.compile; default: on CUDA only")
-    p.add_argument("--data", default="", choices=("", "public", "pocket"), help="mixture; empty = as the base model's")
+    p.add_argument(
+        "--corpus", "--data", default="", choices=("", "public", "pocket"), help="mixture; empty = as the base model's"
+    )
     p.add_argument("--model_tag", default=None, help="folder name of the base checkpoint; default: the deepest")
     p.add_argument("--step", type=int, default=None, help="step of the base checkpoint; default: the newest")
     p.add_argument("--num_iterations", type=int, default=-1, help="optimizer steps; -1 = one epoch of the mixture")
@@ -71,7 +73,7 @@ def main(argv=None):
     # Machine, tokenizer and model
     compute = compute_init(args.device_type, args.dtype, args.seed)
     model, tokenizer, base_meta = load_model("base", compute, args.model_tag, args.step, inference=False)
-    args.data = args.data or base_meta["data"]
+    args.corpus = args.corpus or base_meta["corpus"]
     args.max_seq_len = args.max_seq_len if args.max_seq_len > 0 else model.config.sequence_len
     rows = rows_per_step(args.total_batch_size, args.device_batch_size, args.max_seq_len, compute.world_size)
     training = Run(checkpoint_dir("mid", base_meta["model_tag"]), args, compute, model.config, args.num_iterations)
@@ -91,7 +93,7 @@ def main(argv=None):
         compiled = torch.compile(model, dynamic=False)
 
     # Data
-    train_task, val_task = midtraining(args.data)
+    train_task, val_task = midtraining(args.corpus)
     use_mask = args.train_on == "assistant"
     source = TaskSource(train_task, tokenizer, args.max_seq_len, rows, args.seed, use_mask)
     batches = lane_batches(
@@ -103,7 +105,7 @@ def main(argv=None):
     token_bytes, val_batches = get_token_bytes(), None
 
     # Horizon: the data, once, unless steps are given
-    print0(f"{len(train_task):,} conversations for training, {len(val_task):,} for validation; {args.data} mixture")
+    print0(f"{len(train_task):,} conversations for training, {len(val_task):,} for validation; {args.corpus} mixture")
     num_steps = max(0, args.num_iterations)
     log = RunLog("mid", "nanochat-mid", args, compute, num_steps, model.estimate_flops(), meta.get("log_state"))
     val_bpb, min_val_bpb = meta.get("val_bpb"), meta.get("min_val_bpb")
@@ -115,7 +117,7 @@ def main(argv=None):
         last = step >= num_steps if num_steps else progress >= 1
         wanted = last or training.stopping or due(step, args.save_every)
         if step > training.first_step and wanted and not args.dry_run:
-            state = {"data": args.data, "val_bpb": val_bpb, "min_val_bpb": min_val_bpb, "progress": progress}
+            state = {"corpus": args.corpus, "val_bpb": val_bpb, "min_val_bpb": min_val_bpb, "progress": progress}
             path = training.save(step, model, optimizers, state | {"log_state": log.state()}, loader_state, last)
         if training.stopping:
             training.exit(log)
@@ -167,4 +169,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -8,7 +8,7 @@ Reads tokenizer/ and base_data/. Writes the report's section "Tokenizer evaluati
 
 from unittest import mock
 
-from nanochat.cli import make_parser, parse_args, run
+from nanochat.cli import make_parser, parse_args, run_script
 from nanochat.common import UserError, print0
 
 BASELINES = {"gpt2": "GPT-2", "cl100k_base": "GPT-4"}
@@ -147,4 +147,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -14,7 +14,7 @@ import math
 import statistics
 import time
 
-from nanochat.cli import make_parser, parse_args, run
+from nanochat.cli import make_parser, parse_args, run_script
 from nanochat.common import UserError, base_dir, format_duration, print0
 
 # Contractions, numbers, white space, other scripts, a character of several code points, a name that must stay text.
@@ -136,4 +136,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     gc.disable()  # nothing here makes garbage in cycles, and looking for it takes a tenth of a short run
-    run(main)
+    run_script(main)

@@ -51,15 +51,15 @@ def identity_conversations():
 
 def _pocket(rows, split, seed):
     def make(task, size):
-        words = {"words": "pocket"} if task in (SpellingBee, SimpleSpelling) else {}
-        return task(split=split, size=size, seed=seed, **words)
+        corpus = {"corpus": "pocket"} if task in (SpellingBee, SimpleSpelling) else {}
+        return task(split=split, size=size, seed=seed, **corpus)
 
     return TaskMixture([make(task, size) for task, size in rows.items()])
 
 
-def midtraining(data):
-    """(train, validation) for mid_train; `data` is "public" (848 thousand rows) or "pocket"."""
-    if data == "pocket":
+def midtraining(corpus):
+    """(train, validation) for mid_train; `corpus` is "public" (848 thousand rows) or "pocket"."""
+    if corpus == "pocket":
         return _pocket(POCKET_MID, "train", seed=1), _pocket({t: n // 20 for t, n in POCKET_MID.items()}, "val", seed=1)
     identity = identity_conversations()
     train = [
@@ -75,9 +75,9 @@ def midtraining(data):
     return TaskMixture(train), TaskMixture(val)
 
 
-def sft(data):
-    """(train, validation) for chat_sft; `data` is "public" (23 thousand rows) or "pocket"."""
-    if data == "pocket":
+def sft(corpus):
+    """(train, validation) for chat_sft; `corpus` is "public" (23 thousand rows) or "pocket"."""
+    if corpus == "pocket":
         return _pocket(POCKET_SFT, "train", seed=2), _pocket({t: n // 10 for t, n in POCKET_SFT.items()}, "val", seed=2)
     train = [
         ARC("ARC-Easy", "train"),
@@ -93,14 +93,14 @@ def sft(data):
 
 @dataclass(frozen=True)
 class EvalTask:
-    make: Callable[..., Task]  # make(seed=0, words="public", level="strict"); most look at none of these
+    make: Callable[..., Task]  # make(seed=0, corpus="public", level="strict"); most look at none of these
     baseline: float  # accuracy of a random guess
-    data: str  # "public" or "pocket"
+    corpus: str  # "public", "pocket" or "both"
     train: Callable[..., Task] | None = None  # the same for what reinforcement learning practises on
 
 
 def _bee(split, size):
-    return lambda seed=0, words="public", **_: SpellingBee(size=size, split=split, words=words, seed=seed)
+    return lambda seed=0, corpus="public", **_: SpellingBee(size=size, split=split, corpus=corpus, seed=seed)
 
 
 def _made(task, split, size):

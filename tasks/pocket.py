@@ -7,7 +7,7 @@ The same index, split and seed always give the same conversation; whatever the s
 import re
 from random import Random
 
-from nanochat import pocket
+from nanochat.pocket import problems as pocket
 from tasks.common import Task, user_and_assistant
 from tasks.gsm8k import FinalNumberTask, split_calls
 

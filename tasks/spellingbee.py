@@ -7,8 +7,8 @@ Words come from the pocket world, or from a public list of 370 thousand English 
 
 from random import Random
 
-from nanochat import pocket
 from nanochat.common import base_dir, fetch, mirror_url
+from nanochat.pocket import problems as pocket
 from tasks.common import Task, user_and_assistant
 from tasks.gsm8k import FinalNumberTask
 
@@ -81,14 +81,14 @@ def public_words():
 
 
 class _Words(Task):
-    """`size` problems; words are "pocket" or "public". Words and letters of the splits never overlap."""
+    """`size` problems; `corpus` is "pocket" or "public". Words and letters of the splits never overlap."""
 
-    def __init__(self, size=1000, split="train", words="public", seed=0, **kwargs):
+    def __init__(self, size=1000, split="train", corpus="public", seed=0, **kwargs):
         super().__init__(**kwargs)
-        assert split in ("train", "val", "test") and words in ("pocket", "public"), (split, words)
+        assert split in ("train", "val", "test") and corpus in ("pocket", "public"), (split, corpus)
         self.size, self.split, self.seed = size, split, seed
-        self.words = public_words() if words == "public" else pocket.load_world().words
-        self.templates = ENGLISH + OTHERS if words == "public" else ENGLISH
+        self.words = public_words() if corpus == "public" else pocket.load_world().words
+        self.templates = ENGLISH + OTHERS if corpus == "public" else ENGLISH
 
     def num_examples(self):
         return self.size

@@ -383,7 +383,7 @@ def test_ctrl_c_twice_at_the_empty_prompt_leaves(typed, prompts, monkeypatch, ca
 def test_ctrl_c_while_one_answer_is_made():
     program = """if True:
         import signal
-        from nanochat.cli import run
+        from nanochat.cli import run_script
         from scripts import chat_cli
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
         class Chat:
@@ -391,7 +391,7 @@ def test_ctrl_c_while_one_answer_is_made():
                 yield "text", "Hello"
                 signal.raise_signal(signal.SIGINT)
                 yield "text", "never"
-        run(lambda: chat_cli.say(Chat(), "q"))
+        run_script(lambda: chat_cli.say(Chat(), "q"))
     """
     done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (130, b"Hello\n", b"\ninterrupted\n")

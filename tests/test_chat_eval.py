@@ -142,9 +142,8 @@ def test_samples_differ_and_repeat():
 
 def test_at_temperature_0_an_answer_is_written_once(monkeypatch):
     engine, asked = answering({"q": ["a"], "r": ["x"]}), []
-    monkeypatch.setattr(
-        engine, "forward", lambda tokens, cache: asked.append(tokens) or Engine.forward(engine, tokens, cache)
-    )
+    forward = engine.backend.forward
+    monkeypatch.setattr(engine.backend, "forward", lambda tokens, cache: asked.append(tokens) or forward(tokens, cache))
     score = evaluate_task(ListTask([("q", "a"), ("r", "b")]), engine, num_samples=4)
     assert [record["answers"] for record in score.records] == [["a"] * 4, ["x"] * 4]
     assert verdicts(score) == [[True] * 4, [False] * 4]

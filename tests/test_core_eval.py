@@ -12,8 +12,8 @@ import torch
 
 from dev.bench.bench_core import plain
 from nanochat.common import Compute, UserError
-from nanochat.core_data import CoreTask, bundle_dir, load_tasks
 from nanochat.core_eval import CoreScore, crop, evaluate_core, prefix_groups, score, scored_rows
+from nanochat.dclm.tasks import CoreTask, bundle_dir, load_tasks
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hf import hf_config, hf_weights
 from nanochat.tokenizer import get_tokenizer
@@ -441,7 +441,7 @@ class Single:
     ("mistral", dict(LLAMA, sliding_window=4), False),
 ])  # fmt: skip
 def test_a_hugging_face_model_equals_a_plain_forward(hf_folder, kind, settings, shares, monkeypatch):
-    from nanochat.core_hf import load_hf
+    from nanochat.dclm.hf_models import load_hf
 
     scorer, tokenizer = load_hf(str(hf_folder(kind, **settings)), CPU)
     assert scorer.shares_prefixes == shares and scorer.max_tokens >= 256
@@ -452,7 +452,7 @@ def test_a_hugging_face_model_equals_a_plain_forward(hf_folder, kind, settings, 
 
 
 def test_long_prompts_lose_their_beginning(hf_folder):
-    from nanochat.core_hf import load_hf
+    from nanochat.dclm.hf_models import load_hf
 
     scorer, tokenizer = load_hf(str(hf_folder("gpt2", **GPT2, n_positions=20)), CPU)
     task = TASKS[1]
@@ -477,7 +477,7 @@ def test_the_script_evaluates_a_hugging_face_folder(base, bundle, hf_folder, run
 
 
 def test_models_that_are_no_causal_ones(hf_folder, tmp_path):
-    from nanochat.core_hf import load_hf
+    from nanochat.dclm.hf_models import load_hf
 
     bert = hf_folder("bert", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     with pytest.raises(UserError, match="looks at later tokens"):

@@ -17,7 +17,7 @@ import pytest
 
 from nanochat import dataset
 from nanochat.common import UserError
-from nanochat.documents import read_documents, text_documents
+from nanochat.ingest.documents import read_documents, text_documents
 
 ROOT = Path(__file__).parents[1]
 MIRROR = ROOT.parent / "shared" / "data" / "mirror"

@@ -7,13 +7,16 @@ import pytest
 import torch
 
 from nanochat.common import UserError
-from nanochat.cpu_decode import CPUDecoder
-from nanochat.cuda_decode import CUDADecoder
-from nanochat.engine import DecodeLoop, Engine, Request, Row, sample, sample_on_device
+from nanochat.engine import Engine, Request, Row, sample
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hf import hf_config, hf_weights
-from nanochat.kv_cache import KVCache
-from nanochat.text_stream import TextStream, visible_text
+from nanochat.inference.backends import TorchBackend
+from nanochat.inference.cpu_backend import CPUBackend, quantize
+from nanochat.inference.cuda_graphs import CUDAGraphBackend
+from nanochat.inference.detokenizer import Detokenizer, visible_text
+from nanochat.inference.kv_cache import KVCache
+from nanochat.inference.sampling import sample_on_device
+from nanochat.inference.scheduler import Prefill
 
 SPECIALS = [
     "<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
@@ -91,6 +94,14 @@ def engine(model):
     return Engine(model, ByteTokenizer())
 
 
+def prefill(engine, prompts):
+    """A cache with one row per prompt."""
+    prefill = Prefill(engine.backend, prompts, engine.backend.new_cache())
+    while not prefill.done:
+        prefill.advance()
+    return prefill.cache
+
+
 def random_ids(rows, length, seed=0):
     return torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(seed))
 
@@ -130,7 +141,7 @@ def test_growth_keeps_what_is_held(model):
 @torch.no_grad()
 def test_rows_of_unequal_length_share_chunks(engine, model):
     prompts = [random_ids(1, n, seed=n)[0].tolist() for n in (1, 70, 5, 12)]
-    cache = engine.prefill([p[:-1] for p in prompts])
+    cache = prefill(engine, [p[:-1] for p in prompts])
     assert cache.lengths == [0, 69, 4, 11]
     more = random_ids(4, 6)
     logits = torch.cat([model(c, kv_cache=cache) for c in more.split([1, 3, 1, 1], dim=1)], dim=1)
@@ -142,10 +153,10 @@ def test_rows_of_unequal_length_share_chunks(engine, model):
 @torch.no_grad()
 def test_rows_copied_moved_and_joined_go_on_as_if_alone(engine, model):
     a, b, c = (random_ids(1, n, seed=n)[0].tolist() for n in (3, 80, 17))
-    cache = engine.prefill([a, b])
-    cache.append(engine.prefill([c]), [0, 0])  # a b c c
+    cache = prefill(engine, [a, b])
+    cache.append(prefill(engine, [c]), [0, 0])  # a b c c
     cache.select([3, 1, 1, 0])  # c b b a
-    cache.append(engine.prefill([[], b]), [1, 0])  # c b b a b -
+    cache.append(prefill(engine, [[], b]), [1, 0])  # c b b a b -
     cache.select([1, 5, 0])  # b - c
     assert cache.lengths == [80, 0, 17]
     more = random_ids(3, 2)
@@ -167,31 +178,36 @@ def decoder_model(dtype, n_kv_head=4, n_embd=64):
 @pytest.mark.parametrize("n_kv_head, n_embd", [(4, 64), (2, 64), (1, 96), (4, 416)])  # heads of 16, 24 and 104
 def test_the_cpu_decoder_gives_the_models_logits(n_kv_head, n_embd, dtype, tolerance):
     model = decoder_model(dtype, n_kv_head, n_embd)
+    addresses = {n: p.data_ptr() for n, p in model.named_parameters()}
     prompts = [random_ids(1, n)[0].tolist() for n in (9, 20, 14)]
     expected = [model(torch.tensor([prompt]), last_only=True)[0, -1] for prompt in prompts]
     engine = Engine(model, ByteTokenizer())
     for rows in ([0], [0, 1, 2], [1, 1]):  # alone, of unequal lengths, of equal ones
-        cache = engine.prefill([prompts[i][:-1] for i in rows])
-        logits = engine.forward([prompts[i][-1] for i in rows], cache)
+        cache = prefill(engine, [prompts[i][:-1] for i in rows])
+        logits = engine.backend.forward([prompts[i][-1:] for i in rows], cache)
         torch.testing.assert_close(logits, torch.stack([expected[i] for i in rows]), atol=tolerance, rtol=0)
-    cache = engine.prefill([prompt[:-3] for prompt in prompts])
-    engine.fill([prompt[-3:-1] for prompt in prompts], cache)  # a chunk, behind rows of unequal lengths
-    logits = engine.forward([prompt[-1] for prompt in prompts], cache)
+    cache = prefill(engine, [prompt[:-3] for prompt in prompts])
+    engine.backend.fill([prompt[-3:-1] for prompt in prompts], cache)  # a chunk, behind rows of unequal lengths
+    logits = engine.backend.forward([prompt[-1:] for prompt in prompts], cache)
     torch.testing.assert_close(logits, torch.stack(expected), atol=tolerance, rtol=0)
-    again = model(torch.tensor([prompts[0]]), last_only=True)[0, -1]  # its weights are views now
+    again = model(torch.tensor([prompts[0]]), last_only=True)[0, -1]
     torch.testing.assert_close(again, expected[0], atol=0, rtol=0)
+    assert {n: p.data_ptr() for n, p in model.named_parameters()} == addresses  # the engine changed nothing in it
 
 
-@pytest.mark.parametrize("quantize", [False, True])
-def test_a_rows_logits_are_the_same_to_the_bit_in_any_company(quantize):
-    decoder = CPUDecoder(decoder_model(torch.bfloat16), quantize)
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_rows_logits_are_the_same_to_the_bit_in_any_company(int8):
+    model = decoder_model(torch.bfloat16)
+    if int8:
+        quantize(model)
+    backend = CPUBackend(model)
     prompts = [random_ids(1, n, seed=n)[0].tolist() for n in range(3, 14)]
 
     def logits(prompts, chunk=512):
         cache = KVCache(3, rows=len(prompts))
         for i in range(0, max(map(len, prompts)) - 1, chunk):
-            decoder([prompt[:-1][i : i + chunk] for prompt in prompts], cache, logits=False)
-        return decoder([prompt[-1:] for prompt in prompts], cache)
+            backend.fill([prompt[:-1][i : i + chunk] for prompt in prompts], cache)
+        return backend.forward([prompt[-1:] for prompt in prompts], cache)
 
     together = logits(prompts)
     for prompt, row in zip(prompts, together, strict=True):
@@ -201,21 +217,21 @@ def test_a_rows_logits_are_the_same_to_the_bit_in_any_company(quantize):
 
 def test_int8_stays_close_and_the_model_follows():
     full, model = decoder_model(torch.float32, n_embd=128), decoder_model(torch.float32, n_embd=128)
-    ids, decoder = random_ids(1, 40), CPUDecoder(model, quantize=True)
-    cache = KVCache(3, rows=1)
-    decoder(ids[:, :-1].tolist(), cache, logits=False)
-    logits = decoder(ids[:, -1:].tolist(), cache)[0]
+    quantize(model)
+    ids, backend, cache = random_ids(1, 40), CPUBackend(model), KVCache(3, rows=1)
+    backend.fill(ids[:, :-1].tolist(), cache)
+    logits = backend.forward(ids[:, -1:].tolist(), cache)[0]
     torch.testing.assert_close(logits, model(ids)[0, -1], atol=0.03, rtol=0)  # which score() uses
     off = (logits - full(ids)[0, -1]).abs().max()
     assert 0 < off < 0.5, off
 
 
 def test_the_decoder_refuses_tokens_and_caches_that_do_not_fit():
-    decoder = CPUDecoder(decoder_model(torch.float32))
+    backend = CPUBackend(decoder_model(torch.float32))
     with pytest.raises(ValueError, match="token 100000"):
-        decoder([[100_000]], KVCache(3, rows=1))
+        backend.forward([[100_000]], KVCache(3, rows=1))
     with pytest.raises(ValueError, match="cache"):
-        decoder.inner.forward([[1]], [7], ("float32", 0, 1, 7), (0, 0), None, 1)
+        backend.decoder.forward([[1]], [7], ("float32", 0, 1, 7), (0, 0), None, 1)
 
 
 class Plain(ByteTokenizer):
@@ -267,17 +283,16 @@ def many_requests():
 def test_steps_of_fixed_shape_give_the_same_tokens(n_kv_head):
     """All of the CUDA decoder but the graphs themselves: its steps in the cache's full rows and a power of columns."""
     model, requests, recorded = decoder_model(torch.float32, n_kv_head), many_requests(), []
-    plain, static = Engine(model, Plain()), Engine(model, Plain())
-    plain.decoder = static.decoder = None
+    plain = Engine(model, Plain(), backend=TorchBackend(model))
+    static = Engine(model, Plain(), backend=CUDAGraphBackend(model))
     expected = {row.request: row.tokens for row in plain.generate_many(requests, max_rows=6)}
-    static.graphs = CUDADecoder(model, static.precision)
 
     def record(step):
         recorded.append(step.columns)
         step.run()  # as before a recording
         return step.run
 
-    static.graphs.record = record
+    static.backend.record = record
     assert {row.request: row.tokens for row in static.generate_many(requests, max_rows=6)} == expected
     assert len(set(recorded)) > 1
 
@@ -285,11 +300,10 @@ def test_steps_of_fixed_shape_give_the_same_tokens(n_kv_head):
 @pytest.mark.gpu
 def test_cuda_graphs_give_the_same_tokens(capsys):
     model, requests = decoder_model(torch.float32).cuda(), many_requests()
-    plain, graphs = Engine(model, Plain()), Engine(model, Plain())
-    plain.graphs = None
+    plain, graphs = Engine(model, Plain(), backend=TorchBackend(model)), Engine(model, Plain())
     expected = {row.request: row.tokens for row in plain.generate_many(requests, max_rows=6)}
     found = {row.request: row.tokens for row in graphs.generate_many(requests, max_rows=6)}
-    assert graphs.graphs.graphs and not capsys.readouterr().err
+    assert graphs.backend.graphs and not capsys.readouterr().err
     flips = sum(found[request] != expected[request] for request in requests)
     assert flips <= 1  # where two logits are as good as equal
 
@@ -365,7 +379,7 @@ def test_first_tokens_follow_the_distribution():
 
 def test_sampling_draws_from_softmax_with_temperature_and_top_k():
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, float("-inf")]])
-    rngs = [row.rng for row in DecodeLoop(Engine(ScriptedModel(None), ByteTokenizer()), 1).submit(
+    rngs = [row.rng for row in Engine(ScriptedModel(None), ByteTokenizer()).decode_loop(1).submit(
         Request([1], num_samples=20000))]  # fmt: skip
     for temperature, top_k, kept in ((1.0, None, 5), (0.5, 0, 5), (2.0, 2, 2), (1.0, 100, 5), (1.0, 1, 1)):
         drawn = sample(logits.expand(len(rngs), -1), temperature, top_k, rngs)
@@ -457,8 +471,8 @@ def test_a_prompt_is_prefilled_once_for_all_samples():
 
 
 def test_prefill_passes_are_bounded(monkeypatch):
-    monkeypatch.setattr("nanochat.engine.PREFILL_TOKENS", 8)
-    monkeypatch.setattr("nanochat.engine.PREFILL_CHUNK", 8)
+    monkeypatch.setattr("nanochat.inference.scheduler.PREFILL_TOKENS", 8)
+    monkeypatch.setattr("nanochat.inference.scheduler.PREFILL_CHUNK", 8)
     model = ScriptedModel(lambda sequence: 65)
     engine = Engine(model, ByteTokenizer())
     rows = list(engine.generate_many([Request([66] * n, max_tokens=2) for n in (3, 3, 5, 30, 1)]))
@@ -467,9 +481,9 @@ def test_prefill_passes_are_bounded(monkeypatch):
 
 
 def test_a_long_prompt_does_not_stall_the_others(monkeypatch):
-    monkeypatch.setattr("nanochat.engine.PREFILL_CHUNK", 8)
+    monkeypatch.setattr("nanochat.inference.scheduler.PREFILL_CHUNK", 8)
     model = ScriptedModel(lambda sequence: 65 + len(sequence) % 7)
-    loop = DecodeLoop(Engine(model, ByteTokenizer()), max_rows=4)
+    loop = Engine(model, ByteTokenizer()).decode_loop(4)
     (first,) = loop.submit(Request([66], max_tokens=20))
     loop.step()
     (second,) = loop.submit(Request([67] * 33, max_tokens=2))
@@ -482,9 +496,9 @@ def test_a_long_prompt_does_not_stall_the_others(monkeypatch):
 
 
 def test_cancelled_rows_leave_wherever_they_are(monkeypatch):
-    monkeypatch.setattr("nanochat.engine.PREFILL_CHUNK", 8)
+    monkeypatch.setattr("nanochat.inference.scheduler.PREFILL_CHUNK", 8)
     model = ScriptedModel(lambda sequence: 65)
-    loop = DecodeLoop(Engine(model, ByteTokenizer()), max_rows=2)
+    loop = Engine(model, ByteTokenizer()).decode_loop(2)
     decoding = loop.submit(Request([66]))
     loop.step()
     prefilling, waiting = (loop.submit(Request([66] * n)) for n in (40, 2))
@@ -499,7 +513,7 @@ def test_a_prompt_goes_on_from_what_is_kept(model):
     engine = Engine(model, ByteTokenizer(), prefix_tokens=300)
     plain = Engine(model, ByteTokenizer())
     turns = [random_ids(1, n)[0].tolist() for n in (40, 30)]
-    loop = DecodeLoop(engine, max_rows=4)
+    loop = engine.decode_loop(4)
     history, cached = [], []
     for turn in turns:
         history += turn
@@ -518,7 +532,7 @@ def test_a_prompt_goes_on_from_what_is_kept(model):
 
 def test_the_prefixes_kept_are_bounded_and_the_least_recently_used_goes_first():
     engine = Engine(ScriptedModel(lambda sequence: 65), ByteTokenizer(), prefix_tokens=60)
-    loop = DecodeLoop(engine, max_rows=1)
+    loop = engine.decode_loop(1)
 
     def cached(token, n=24):
         (row,) = loop.submit(Request([token] * n, max_tokens=1))
@@ -527,7 +541,7 @@ def test_the_prefixes_kept_are_bounded_and_the_least_recently_used_goes_first():
         return row.cached
 
     assert [cached(66), cached(67), cached(66), cached(68), cached(66), cached(67)] == [0, 0, 23, 0, 23, 0]
-    assert engine.prefixes.held <= 60 and cached(69, n=63) == 0 and engine.prefixes.held <= 60
+    assert engine.prefix_cache.held <= 60 and cached(69, n=63) == 0 and engine.prefix_cache.held <= 60
 
 
 def test_top_p_and_min_p_cut_the_tail():
@@ -585,7 +599,7 @@ def test_stop_texts_end_a_row_and_are_no_part_of_it(stop, expected, n):
     engine = Engine(ScriptedModel(write([*b"hello world", END])), ByteTokenizer())
     (row,) = engine.generate_many([Request([BOS], temperature=0, stop=stop)])
     assert (row.finish, len(row.tokens)) == ("stop", n)
-    stream = TextStream(engine.tokenizer, stop)
+    stream = Detokenizer(engine.tokenizer, stop)
     pieces = [stream.push(token)[1] for token in row.tokens]
     assert "".join(pieces) + stream.flush()[1] == expected
     assert all(expected.startswith("".join(pieces[:i])) for i in range(len(pieces)))  # nothing of it leaked
@@ -676,7 +690,7 @@ def test_rows_with_and_without_tools_share_a_batch():
 
 @pytest.mark.parametrize("text", ["plain", "naïve £5 – 日本語 👩‍🚀!", "a\ufffdb", "é", ""])
 def test_streamed_text_never_splits_a_character(text):
-    stream = TextStream(ByteTokenizer())
+    stream = Detokenizer(ByteTokenizer())
     pieces = [stream.push(byte)[1] for byte in text.encode()]
     assert "".join(pieces) + stream.flush()[1] == text
     assert all("\ufffd" not in piece or "\ufffd" in text for piece in pieces)
@@ -689,13 +703,13 @@ def test_streamed_text_equals_the_whole_whatever_the_bytes():
     for _ in range(300):
         ids = torch.randint(100, 256, (12,), generator=rng).tolist()
         ids[3:6] = "é日".encode()[:3]
-        stream = TextStream(tokenizer)
+        stream = Detokenizer(tokenizer)
         assert "".join([stream.push(i)[1] for i in ids] + [stream.flush()[1]]) == tokenizer.decode(ids)
 
 
 def test_the_calculators_part_is_told_from_the_text():
     ids = [*b"So ", PYTHON, *b"6*7", PYTHON_END, OUTPUT, *b"42", OUTPUT_END, *b"it is 42", 0xC3, PYTHON, *b"1", END]
-    stream = TextStream(ByteTokenizer())
+    stream = Detokenizer(ByteTokenizer())
     parts = [*map(stream.push, ids), stream.flush()]
     joined = {kind: "".join(t for k, t in parts if k == kind) for kind in ("text", "python", "output")}
     assert joined == {"text": "So it is 42\ufffd", "python": "6*71", "output": "42"}

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from nanochat import execution, jail
+from nanochat import execution
 from nanochat.common import UserError
 from nanochat.execution import execute_code, execute_many, layers, sandbox_level
+from nanochat.sandbox import jail
 from tasks.humaneval import HumanEval, leading_imports, reply_code
 
 MIRROR = Path(__file__).parents[2] / "shared" / "data" / "mirror"
@@ -504,7 +505,8 @@ def test_namespaces_forbidden_as_in_a_container(tmp_path):
     """Under a seccomp filter that forbids unshare, as Docker's does, Landlock and seccomp still make it strict."""
     script = """if 1:
         import sys
-        from nanochat import execution, jail
+        from nanochat import execution
+        from nanochat.sandbox import jail
         forbidden = [line for line in jail.SYSCALLS.split(",")]
         import ctypes, struct
         number = {"x86_64": 272, "aarch64": 97}[jail.MACHINE]

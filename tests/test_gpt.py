@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat import cpu_ops
+from nanochat import ops
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig, chunk_rows
 from nanochat.hf import hf_config, hf_weights
-from nanochat.kv_cache import KVCache
+from nanochat.inference.kv_cache import KVCache
 
 
 def random_model(n_kv_head=4, vocab_size=100, **changes):
@@ -147,16 +147,16 @@ def test_naive_generation_is_seeded():
 @pytest.mark.parametrize("T", [1, 7, 256, 600])
 def test_attention_in_blocks_is_attention(T):
     q, k, v = (torch.randn(2, 3, T, 16, requires_grad=True) for _ in range(3))
-    ours = cpu_ops.causal_attention(q, k, v)
+    ours = ops.causal_attention(q, k, v)
     plain = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     assert_same_gradients(ours, plain, (q, k, v))
 
 
 def test_squared_relu_and_norm_are_their_formulas():
     x = torch.randn(4, 5, 32, requires_grad=True)
-    assert_same_gradients(cpu_ops.SquaredReLU.apply(x), F.relu(x).square(), (x,))
+    assert_same_gradients(ops.SquaredReLU.apply(x), F.relu(x).square(), (x,))
     for scale in (1e-6, 1.0, 1e3):
-        assert_same_gradients(cpu_ops.RMSNorm.apply(x * scale, 1e-6), F.rms_norm(x * scale, (32,), eps=1e-6), (x,))
+        assert_same_gradients(ops.RMSNorm.apply(x * scale, 1e-6), F.rms_norm(x * scale, (32,), eps=1e-6), (x,))
 
 
 def assert_same_gradients(ours, plain, inputs):

@@ -8,8 +8,8 @@ import torch
 from test_core_eval import CPU, words
 
 from nanochat.chat_eval import evaluate_task
-from nanochat.core_data import CoreTask
 from nanochat.core_eval import evaluate_core, scored_rows
+from nanochat.dclm.tasks import CoreTask
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hf import export

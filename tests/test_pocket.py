@@ -10,8 +10,8 @@ from random import Random
 
 import pytest
 
-from nanochat import pocket
-from nanochat.pocket_world import WORLD_FILE, World, gerund
+from nanochat.pocket import problems as pocket
+from nanochat.pocket.world import WORLD_FILE, World, gerund
 
 SPLITS = ("train", "val", "test")
 NAMES = "name he kind home wears food job hobby fear thing friend".split()
@@ -44,7 +44,7 @@ def draws(make, split, n=1500, seeds=(1, 2)):
 def test_documents_repeat_with_the_seed_and_in_another_process():
     digest = hashlib.sha256("\0".join(pocket.documents("train", 100_000, seed=3)).encode()).hexdigest()
     code = (
-        "import hashlib; from nanochat import pocket; "
+        "import hashlib; from nanochat.pocket import problems as pocket; "
         "print(hashlib.sha256('\\0'.join(pocket.documents('train', 100_000, seed=3)).encode()).hexdigest())"
     )
     env = {"PYTHONHASHSEED": "7", "PYTHONPATH": str(WORLD_FILE.parents[1])}

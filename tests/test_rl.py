@@ -235,7 +235,7 @@ def test_a_run_and_its_resume_bit_for_bit(after_sft, run_main, capsys, monkeypat
     assert {"reward", "cut_off", "loss", "grad_norm"} <= rows[1].keys()
     assert {"greedy", "pass@1", "pass@2"} <= rows[0].keys()
     assert "held out: greedy" in capsys.readouterr().out
-    assert json.loads((folder / "step_000004" / "meta.json").read_text())["data"] == "pocket"
+    assert json.loads((folder / "step_000004" / "meta.json").read_text())["corpus"] == "pocket"
     (folder / "step_000004" / "meta.json").unlink()  # as if killed before it was whole
     run_main("scripts.chat_rl", *FLAGS, "--num_iterations=4", "--resume")
     assert "step_000002: resuming" in capsys.readouterr().out

@@ -208,7 +208,7 @@ def test_a_data_set_that_cannot_be_had_is_one_clear_line(base):
         GSM8K("main", "train")
     assert "\n" not in str(e.value) and not list(base.rglob("*.parquet"))
     with pytest.raises(UserError, match="words_alpha.txt"):
-        SpellingBee(size=1, words="public")
+        SpellingBee(size=1, corpus="public")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -334,7 +334,7 @@ def test_evaluation_tasks_take_another_seed():
     )
     for name, entry in mixtures.EVAL_TASKS.items():
         if name.startswith("Pocket") or name == "SpellingBee":
-            one, two = (entry.make(seed=seed, words="pocket") for seed in (0, 7))
+            one, two = (entry.make(seed=seed, corpus="pocket") for seed in (0, 7))
             assert [question(one[i]) for i in range(20)] != [question(two[i]) for i in range(20)]
             assert entry.baseline == (0.25 if name == "PocketFacts" else 0.0)  # four choices
 

@@ -20,7 +20,7 @@ if CHROMIUM is None:
 expect = playwright.expect
 pytestmark = pytest.mark.slow
 
-UI = ROOT / "nanochat" / "ui.html"
+UI = ROOT / "nanochat" / "serve" / "ui.html"
 HTML = UI.read_text(encoding="utf-8")
 AXE_DIR = Path.home() / ".cache" / "nanochat-tests"
 PHONE = {"viewport": {"width": 375, "height": 667}, "is_mobile": True, "has_touch": True}

@@ -14,11 +14,12 @@ import torch
 
 from nanochat.chat_eval import evaluate_task
 from nanochat.checkpoint_manager import load_model
-from nanochat.cli import add_model_flags, make_parser, parse_args, run
+from nanochat.cli import add_model_flags, make_parser, parse_args, run_script
 from nanochat.common import UserError, compute_init
 from nanochat.engine import Engine
 from nanochat.hf import hf_config, hf_weights
-from nanochat.text_stream import visible_text
+from nanochat.inference.backends import TorchBackend
+from nanochat.inference.detokenizer import visible_text
 from tasks.mixtures import find_task
 
 
@@ -78,9 +79,9 @@ def main(argv=None):
         if getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)}: expected at least 1")
     compute = compute_init(args.device_type, args.dtype)
-    model, tokenizer, meta = load_model(args.source, compute, args.model_tag, args.step)
-    engine = Engine(model, tokenizer, compute, quantize=args.quantize)
-    task = find_task(args.task).make(words=meta["data"])
+    model, tokenizer, meta = load_model(args.source, compute, args.model_tag, args.step, quantize=args.quantize)
+    engine = Engine(model, tokenizer, compute)
+    task = find_task(args.task).make(corpus=meta["corpus"])
     seconds, verdicts = {}, {}
     for _ in range(args.repeats):
         for name, answer in {"batch": batch, "one problem at a time": one_at_a_time}.items():
@@ -89,8 +90,7 @@ def main(argv=None):
             taken = (time.perf_counter() - start) / args.problems
             seconds[name] = min(taken, seconds.get(name, taken))
     few = max(1, args.problems // 10)
-    by_torch = Engine(model, tokenizer, compute)
-    by_torch.decoder = None
+    by_torch = Engine(model, tokenizer, compute, backend=TorchBackend(model, compute))
     start = time.perf_counter()
     one_at_a_time(task, by_torch, args, few)
     seconds["one at a time, torch"] = (time.perf_counter() - start) / few
@@ -109,4 +109,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -14,10 +14,10 @@ import time
 import torch
 import torch.nn.functional as F
 
-from nanochat.cli import make_parser, parse_args, run
+from nanochat.cli import make_parser, parse_args, run_script
 from nanochat.common import compute_init
-from nanochat.core_data import load_tasks
 from nanochat.core_eval import evaluate_core
+from nanochat.dclm.tasks import load_tasks
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import get_tokenizer
 
@@ -112,4 +112,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -16,10 +16,11 @@ import time
 
 import torch
 
-from nanochat.cli import make_parser, parse_args, run
-from nanochat.engine import DecodeLoop, Engine, Request
+from nanochat.cli import make_parser, parse_args, run_script
+from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hf import hf_config, hf_weights
+from nanochat.inference.cpu_backend import quantize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
@@ -58,7 +59,7 @@ def bandwidth():
 
 def ours(engine, rows):
     """Tokens per second of decoding, by all rows together."""
-    loop = DecodeLoop(engine, rows)
+    loop = engine.decode_loop(rows)
     loop.submit(Request(list(range(1, 17)), max_tokens=NEW + 1, temperature=0, num_samples=rows))
     loop.step()  # with the prompt
     start = time.perf_counter()
@@ -76,12 +77,12 @@ def seconds_to_first(loop, tokens):
 
 
 def prefill(engine, n):
-    return n / seconds_to_first(DecodeLoop(engine, 1), list(range(1, n + 1)))
+    return n / seconds_to_first(engine.decode_loop(1), list(range(1, n + 1)))
 
 
 def second_turn(model, prefix_tokens):
     """Milliseconds to the first token after 1,000 tokens of which all but 20 were in the turn before."""
-    loop = DecodeLoop(Engine(model, NoText(), prefix_tokens=prefix_tokens), 1)
+    loop = Engine(model, NoText(), prefix_tokens=prefix_tokens).decode_loop(1)
     seconds_to_first(loop, list(range(1, 981)))
     return 1000 * seconds_to_first(loop, list(range(1, 1001)))
 
@@ -134,7 +135,9 @@ def main():
         runs[name, "1 row", "static cache"] = lambda m=hf: theirs(m, 1, "static")
         runs[name, "8 rows", "dynamic cache"] = lambda m=hf: theirs(m, 8, None)
         runs[name, "prefill 512", "transformers"] = lambda m=hf: theirs_prefill(m, 512)
-    engine = Engine(random_model(args.depth, args.vocab_size).bfloat16(), NoText(), quantize="int8")
+    int8_model = random_model(args.depth, args.vocab_size).bfloat16()
+    quantize(int8_model)
+    engine = Engine(int8_model, NoText())
     runs["int8", "1 row", "ours"] = lambda: ours(engine, 1)
     runs["int8", "8 rows", "ours"] = lambda: ours(engine, 8)
     for measure in runs.values():
@@ -158,4 +161,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -26,10 +26,10 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 from yarl import URL
 
-from nanochat import pocket
-from nanochat.cli import make_parser, parse_args, run
+from nanochat.cli import make_parser, parse_args, run_script
 from nanochat.common import UserError
-from nanochat.pocket_world import load_world
+from nanochat.pocket import problems as pocket
+from nanochat.pocket.world import load_world
 
 PATH = "/v1/chat/completions"
 RUBBISH = (
@@ -269,4 +269,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

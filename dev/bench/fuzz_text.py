@@ -14,7 +14,7 @@ import time
 from random import Random
 
 from nanochat.calculator import calculate
-from nanochat.cli import make_parser, parse_args, run
+from nanochat.cli import make_parser, parse_args, run_script
 from nanochat.common import UserError
 from nanochat.tokenizer import SPECIAL_TOKENS, get_tokenizer
 
@@ -90,4 +90,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from nanochat.cli import make_parser, parse_args, run
+from nanochat.cli import make_parser, parse_args, run_script
 
 # Step -> bpb of the original (version 1, float32, 2 CPU cores, seed 42) with exactly these flags.
 REFERENCE = {
@@ -58,4 +58,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -23,9 +23,9 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 
-from nanochat.api import ApiError, ChatRequest, CompletionRequest, ErrorBody
-from nanochat.completions import RETRY_AFTER, Service, chat, complete, guarded
-from nanochat.worker import TooSlow, WorkerError
+from nanochat.serve.schemas import ApiError, ChatRequest, CompletionRequest, ErrorBody
+from nanochat.serve.service import RETRY_AFTER, Service, chat, complete, guarded
+from nanochat.serve.worker import TooSlow, WorkerError
 
 HERE = Path(__file__).parent
 PUBLIC = {"/", "/logo.svg", "/health", "/health/"}

@@ -12,10 +12,19 @@ import uuid
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from nanochat.api import MAX_CHARS, Answer, ApiError, chat_logprobs, envelope, text_logprobs, token_counts, usage
 from nanochat.common import UserError, well_formed
+from nanochat.inference.answer import Answer
+from nanochat.serve.schemas import (
+    MAX_CHARS,
+    ApiError,
+    chat_logprobs,
+    envelope,
+    text_logprobs,
+    token_counts,
+    usage,
+)
+from nanochat.serve.worker import Worker, WorkerError
 from nanochat.tokenizer import get_tokenizer
-from nanochat.worker import Worker, WorkerError
 
 RETRY_AFTER = 1  # seconds
 

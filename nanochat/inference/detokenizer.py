@@ -4,7 +4,7 @@ PARTS = {"python_start": "python", "python_end": "text", "output_start": "output
 HIDDEN = ("bos", "user_start", "user_end", "assistant_start", "assistant_end")
 
 
-class TextStream:
+class Detokenizer:
     """
     Tokens of an answer in, (kind, piece of text) out; kind is "text", or the calculator's "python" or "output".
 
@@ -63,6 +63,6 @@ class TextStream:
 
 def visible_text(tokenizer, tokens):
     """What a reader sees of an answer: its text without the calculator's calls and outputs."""
-    stream = TextStream(tokenizer)
+    stream = Detokenizer(tokenizer)
     pieces = [*map(stream.push, tokens), stream.flush()]
     return "".join(piece for kind, piece in pieces if kind == "text")

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from random import Random
 
-from nanochat.pocket_world import Place, fill, load_world
+from nanochat.pocket.world import Place, fill, load_world
 
 ATTRIBUTES = ("kind", "home", "color", "food", "job", "hobby", "fear", "thing", "friend")  # of a character
 OUTSIDERS = {"n": "strangers", "w": "countries", "t": "subjects"}  # slot -> section, of what is not in the world

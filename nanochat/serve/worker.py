@@ -41,13 +41,13 @@ def run_worker(connection, index, options):
     threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
     try:
         try:
-            loop, told = _load(options)
+            engine, told = _load(options)
         except UserError as e:
             connection.sendall(packed("failed", str(e)))
             return
         connection.sendall(packed("ready", told))
         gc.freeze()  # what is there now stays: no need to look through it again and again
-        _serve(connection, inbox, loop)
+        _serve(connection, inbox, engine, options["max_rows"])
     except (BrokenPipeError, ConnectionResetError):
         pass  # the server is gone
 
@@ -68,21 +68,23 @@ def _load(options):
     import torch
 
     from nanochat.checkpoint_manager import load_model
-    from nanochat.engine import DecodeLoop, Engine
+    from nanochat.engine import Engine
 
     compute = compute_init(options["device_type"], options["dtype"])
     if compute.device.type == "cpu" and options["num_workers"] > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // options["num_workers"]))
-    model, tokenizer, meta = load_model(options["source"], compute, options["model_tag"], options["step"])
-    engine = Engine(model, tokenizer, compute, options["prefix_tokens"], options["quantize"])
-    loop = DecodeLoop(engine, options["max_rows"])
+    model, tokenizer, meta = load_model(
+        options["source"], compute, options["model_tag"], options["step"], quantize=options["quantize"]
+    )
+    engine = Engine(model, tokenizer, compute, options["prefix_tokens"])
     name = f"nanochat-{meta['model_tag']}-{options['source']}"
-    return loop, {"name": name, "context": model.config.sequence_len, "device": str(compute.device)}
+    return engine, {"name": name, "context": model.config.sequence_len, "device": str(compute.device)}
 
 
-def _serve(connection, inbox, loop):
-    from nanochat.engine import DecodeLoop, Request
+def _serve(connection, inbox, engine, max_rows):
+    from nanochat.engine import Request
 
+    loop = engine.decode_loop(max_rows)
     owners = {}  # row -> id
     events, sent = defaultdict(list), {}  # by id: what is not sent yet, and when the last was
     while True:
@@ -101,7 +103,7 @@ def _serve(connection, inbox, loop):
                     events.pop(key, None)
                     sent.pop(key, None)
                 elif kind == "score":
-                    connection.sendall(packed("scored", key, loop.engine.score(*rest)))
+                    connection.sendall(packed("scored", key, engine.score(*rest)))
             except UserError as e:
                 connection.sendall(packed("error", key, str(e)))
         try:
@@ -111,7 +113,7 @@ def _serve(connection, inbox, loop):
             for key in set(owners.values()):
                 connection.sendall(packed("error", key, "the engine failed, see the server's log"))
             owners, events, sent = {}, defaultdict(list), {}
-            loop, stepped = DecodeLoop(loop.engine, loop.max_rows), []
+            loop, stepped = engine.decode_loop(loop.max_rows), []
         now, due = time.perf_counter(), set()
         for row in stepped:
             key = owners.pop(row) if row.finish else owners[row]
@@ -126,7 +128,7 @@ def _serve(connection, inbox, loop):
         # Those that are half due go along, so that next time many go together.
         due |= {key for key in events if now - sent.get(key, 0.0) >= PIECE_SECONDS * len(stepped) / 2}
         sent |= dict.fromkeys(due & set(owners.values()), now)
-        held = loop.engine.prefixes.held if loop.engine.prefixes else 0
+        held = engine.prefix_cache.held if engine.prefix_cache else 0
         load = {"rows": len(loop.rows), "waiting": len(loop.waiting), "cached_tokens": held}
         connection.sendall(packed("step", {key: events.pop(key) for key in due}, load))
 

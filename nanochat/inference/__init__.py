@@ -1,0 +1,1 @@
+"""Inference: sampling, continuous batching, the KV cache, and the backends that run the model."""

@@ -1,0 +1,61 @@
+"""
+Backends run a model's forward pass for inference. There are three, with one interface:
+
+    TorchBackend        any device, any model; also a model that is being trained
+    CPUBackend          the extension's CPU kernels (cpu_backend.py)
+    CUDAGraphBackend    decode steps replayed as CUDA graphs (cuda_graphs.py)
+"""
+
+import contextlib
+
+import torch
+
+from nanochat.inference.kv_cache import KVCache
+
+
+class TorchBackend:
+    """The model's own forward pass, under `compute`'s autocast (None = in the dtype of the weights)."""
+
+    def __init__(self, model, compute=None):
+        self.model, self.compute = model, compute
+
+    def new_cache(self):
+        return KVCache(self.model.config.n_layer, device=self.model.get_device())
+
+    def precision(self):
+        return self.compute.autocast() if self.compute else contextlib.nullcontext()
+
+    def limit_threads(self):
+        """Context for the small torch operations around a forward pass."""
+        return contextlib.nullcontext()
+
+    def fill(self, tokens, cache):
+        """Append `tokens`, one list of any length per row, to `cache`; computes no logits."""
+        lengths = [held + len(new) for held, new in zip(cache.lengths, tokens, strict=True)]
+        if any(tokens):
+            with self.precision():
+                self.model.hidden(pad(tokens, self.model.get_device()), cache, fill_only=True)
+        cache.lengths = lengths
+
+    def forward(self, tokens, cache):
+        """Append `tokens`, a list of one token per row, to `cache`; returns the logits (B, V) after them."""
+        ids = torch.tensor(tokens, device=self.model.get_device())
+        with self.precision():
+            return self.model(ids, kv_cache=cache)[:, -1]
+
+
+def pad(rows, device):
+    """Token ids (B, T) of rows of any lengths. Padding is on the right, where causal attention ignores it."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+
+
+def default_backend(model, compute=None):
+    """The fastest backend for `model`: kernels and graphs need a GPT whose weights are not being trained."""
+    from nanochat.gpt import GPT
+    from nanochat.inference.cpu_backend import CPUBackend
+    from nanochat.inference.cuda_graphs import CUDAGraphBackend
+
+    frozen = isinstance(model, GPT) and not model.lm_head.weight.requires_grad
+    by_device = {"cpu": CPUBackend, "cuda": CUDAGraphBackend} if frozen else {}
+    return by_device.get(model.get_device().type, TorchBackend)(model, compute)

@@ -1,0 +1,103 @@
+"""
+The forward pass by the extension's CPU kernels (rustbpe/kernels).
+
+Decoding is memory-bandwidth-bound: a step reads every weight once. One call per step avoids the overhead of the
+hundreds of small operations in PyTorch's forward pass. Weights are read in place, activations are float32. A row's
+logits are bit-identical in any batch, however its prompt is cut into pieces.
+"""
+
+import contextlib
+
+import torch
+
+from nanochat.gpt import NORM_EPS, SOFTCAP
+from nanochat.inference.kv_cache import KVCache
+
+
+class CPUBackend:
+    """Runs `model`, a GPT on the CPU. Layers quantized by quantize() are read as int8."""
+
+    def __init__(self, model, compute=None):
+        import rustbpe
+
+        c, self.model = model.config, model
+        self.threads, self.kept = torch.get_num_threads(), []
+        layers = []
+        for block in model.transformer.h:
+            attn, mlp = block.attn, block.mlp
+            layers.append(
+                [self._place(*m) for m in ((attn.c_q, attn.c_k, attn.c_v), (attn.c_proj,), (mlp.c_fc,), (mlp.c_proj,))]
+            )
+        self.decoder = rustbpe.Decoder(
+            self._place(model.transformer.wte),
+            layers,
+            self._place(model.lm_head, rows=c.vocab_size),
+            (c.n_head, c.n_kv_head, c.head_dim),
+            NORM_EPS,
+            SOFTCAP,
+        )
+
+    def _place(self, *linears, rows=None):
+        int8, scales = hasattr(linears[0], "int8"), None
+        weight = torch.cat([m.int8[0] if int8 else m.weight.data for m in linears])[:rows]
+        if int8:
+            scales = torch.cat([m.int8[1] for m in linears])
+        self.kept += [weight, scales]
+        return name(weight.dtype), weight.data_ptr(), *weight.shape, scales.data_ptr() if int8 else 0
+
+    def new_cache(self):
+        return KVCache(self.model.config.n_layer)
+
+    @contextlib.contextmanager
+    def limit_threads(self):
+        """Context in which torch runs on one thread: its idle workers would spin on the cores the kernels use next."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    def fill(self, tokens, cache):
+        """Append `tokens`, one list of any length per row, to `cache`; computes no logits."""
+        self._run(tokens, cache, None)
+
+    def forward(self, tokens, cache):
+        """Append `tokens`, a list of one token per row, to `cache`; returns the logits (B, V) after them."""
+        logits = torch.empty(len(tokens), self.model.config.vocab_size)
+        self._run(tokens, cache, logits)
+        return logits
+
+    def _run(self, tokens, cache, logits):
+        c, dtype = self.model.config, self.model.lm_head.weight.dtype
+        lengths = [held + len(new) for held, new in zip(cache.lengths, tokens, strict=True)]
+        cache.reserve(len(tokens), max(lengths), c.n_kv_head, c.head_dim, dtype)
+        cos, sin = self.model.rotary(max(lengths))
+        self.decoder.forward(
+            tokens,
+            cache.lengths,
+            (name(cache.data.dtype), cache.data.data_ptr(), cache.data.size(2), cache.data.size(4)),
+            (cos.data_ptr(), sin.data_ptr()),
+            None if logits is None else logits.data_ptr(),
+            self.threads,
+        )
+        cache.lengths = lengths
+
+
+def name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+@torch.no_grad()
+def quantize(model):
+    """
+    Round the blocks' matrices and the head to int8, with one scale per output row, in place.
+
+    The float weights become the dequantized values, so every backend computes the same model.
+    """
+    for linear in [m for m in model.modules() if isinstance(m, torch.nn.Linear)]:
+        weight = linear.weight.float()
+        scales = weight.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+        rounded = (weight / scales).round().to(torch.int8)
+        linear.weight.copy_(rounded * scales)
+        linear.int8 = rounded, scales

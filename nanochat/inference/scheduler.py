@@ -1,0 +1,235 @@
+"""
+Continuous batching: requests join a running batch, each step gives every row one token, finished rows leave.
+
+A prompt is prefilled once, however many samples it has, and in chunks while other rows are being decoded. A row's
+tokens depend on its prompt, settings, seed and sample number, not on the batch it runs in.
+"""
+
+import random
+from collections import defaultdict, deque
+from dataclasses import dataclass, field
+
+import torch
+
+from nanochat.calculator import calculate
+from nanochat.common import UserError
+from nanochat.inference.detokenizer import Detokenizer
+from nanochat.inference.sampling import Request, apply_penalties, log_probabilities, sample
+
+PREFILL_TOKENS = 8192  # padded tokens in one prefill pass; bounds the activations' memory
+PREFILL_CHUNK = 512  # the same while other rows wait for their next token
+
+
+@dataclass(eq=False)
+class Row:
+    """One sample of a request; in progress while `finish` is None."""
+
+    request: Request
+    sample: int  # 0 to num_samples - 1
+    limit: int  # maximum of len(tokens)
+    tokens: list[int] = field(default_factory=list)  # generated so far, including the terminal token
+    mask: list[int] = field(default_factory=list)  # 1 = sampled, 0 = forced by the calculator
+    logprobs: list = field(default_factory=list)  # per token, if requested: see log_probabilities()
+    finish: str | None = None  # "stop" (terminal token or stop string), "length" or "cancelled"
+    cached: int = 0  # prompt tokens taken from the prefix cache
+    forced: deque = field(default_factory=deque)  # tokens of the calculator's result still to be emitted
+    call: list[int] | None = None  # tokens since <|python_start|>
+    detokenizer: Detokenizer | None = None  # detects stop strings
+
+    def __post_init__(self):
+        self.rng = random.Random(f"{self.request.seed},{self.sample}")
+
+    @property
+    def last_token(self):
+        return self.tokens[-1] if self.tokens else self.request.tokens[-1]
+
+    @property
+    def completion(self):
+        """The generated tokens without the terminal token."""
+        stop_string = self.detokenizer and self.detokenizer.stopped
+        return self.tokens[:-1] if self.finish == "stop" and not stop_string else self.tokens
+
+
+def terminal_tokens(tokenizer):
+    """Ids that end an answer."""
+    return {tokenizer.encode_special("<|assistant_end|>"), tokenizer.get_bos_token_id()}
+
+
+class Prefill:
+    """Writes prompts into the rows of an empty cache, some tokens per pass; known prefixes are copied instead."""
+
+    def __init__(self, backend, prompts, cache, prefix_cache=None):
+        self.backend, self.cache, self.pending = backend, cache, list(prompts)
+        cache.lengths = [0] * len(prompts)
+        for row, prompt in enumerate(prompts):
+            n, data = prefix_cache.find(prompt) if prefix_cache else (0, None)
+            if n:
+                cache.restore(row, data[..., :n, :])
+                self.pending[row] = prompt[n:]
+
+    @property
+    def done(self):
+        return not any(self.pending)
+
+    def advance(self, max_tokens=PREFILL_TOKENS):
+        """One forward pass over at most `max_tokens` tokens, but at least one per row."""
+        n = max(1, max_tokens // len(self.pending))
+        self.backend.fill([tokens[:n] for tokens in self.pending], self.cache)
+        self.pending = [tokens[n:] for tokens in self.pending]
+
+
+class DecodeLoop:
+    """
+    The batch: submit() requests at any time, step() gives every row one more token.
+
+    New prompts are admitted only when at least `gather` of the `max_rows` rows are free: prefilling several together
+    has more throughput and more latency.
+    """
+
+    def __init__(self, backend, tokenizer, max_rows, prefix_cache=None, gather=1):
+        self.backend, self.tokenizer, self.prefix_cache = backend, tokenizer, prefix_cache
+        self.max_rows, self.gather = max_rows, gather
+        self.terminals = terminal_tokens(tokenizer)
+        self.python_start, self.python_end = map(tokenizer.encode_special, ("<|python_start|>", "<|python_end|>"))
+        self.output_start, self.output_end = map(tokenizer.encode_special, ("<|output_start|>", "<|output_end|>"))
+        self.waiting = deque()  # groups: lists of rows that share a prompt and are admitted together
+        self.joining, self.prefill = [], None  # groups whose prompts are being prefilled
+        self.rows = []  # rows in the batch, in the order of the cache's rows
+        self.cache = backend.new_cache()
+
+    @property
+    def busy(self):
+        return bool(self.rows or self.joining or self.waiting)
+
+    def submit(self, request):
+        """Queue `request` and return its rows. Raises UserError if the prompt fills the whole context."""
+        context = self.backend.model.config.sequence_len
+        room = context - len(request.tokens)
+        if room < 1:
+            raise UserError(
+                f"the prompt has {len(request.tokens):,} tokens; the model's context of {context:,} leaves no room "
+                "for an answer: shorten the prompt"
+            )
+        limit = min(room, request.max_tokens or room)
+        rows = [Row(request, i, limit) for i in range(request.num_samples)]
+        if request.stop:
+            for row in rows:
+                row.detokenizer = Detokenizer(self.tokenizer, request.stop)
+        self.waiting.extend(rows[i : i + self.max_rows] for i in range(0, len(rows), self.max_rows))
+        return rows
+
+    def cancel(self, rows):
+        """Remove `rows` before the next step, which will not return them."""
+        for row in rows:
+            row.finish = row.finish or "cancelled"
+        self.waiting = deque(group for group in self.waiting if not all(row.finish for row in group))
+
+    @torch.inference_mode()
+    def step(self):
+        """Admit prompts, decode one token per row, remove finished rows; returns the rows that got a token."""
+        with self.backend.limit_threads():
+            self._remove_finished()
+            self._admit()
+            rows = self.rows
+            if not rows:
+                return []
+            logits = self.backend.forward([[row.last_token] for row in rows], self.cache)
+            tokens, sampled = self._next_tokens(logits)
+            for row, token, mask in zip(rows, tokens, sampled, strict=True):
+                self._append(row, token, mask)
+            self._remove_finished()
+            return rows
+
+    def _append(self, row, token, sampled):
+        """Add a row's next token; sets `finish` if it ends the row, and runs the calculator on <|python_end|>."""
+        row.tokens.append(token)
+        row.mask.append(sampled)
+        if sampled and (token in self.terminals or token in row.request.stop_tokens):
+            row.finish = "stop"
+        elif row.detokenizer and row.detokenizer.push(token) and row.detokenizer.stopped:
+            row.finish = "stop"
+        elif len(row.tokens) >= row.limit:
+            row.finish = "length"
+        elif token == self.python_start:
+            row.call = []
+        elif token == self.python_end and row.call is not None:
+            result = calculate(self.tokenizer.decode(row.call))
+            if result is not None:
+                row.forced.extend([self.output_start, *self.tokenizer.encode(result), self.output_end])
+            row.call = None
+        elif row.call is not None:
+            row.call.append(token)
+
+    def _remove_finished(self):
+        rows = self.rows
+        kept = [i for i, row in enumerate(rows) if not row.finish]
+        if len(kept) == len(rows):
+            return
+        if self.prefix_cache:
+            for i, row in enumerate(rows):
+                if row.finish:
+                    self.prefix_cache.add(row.request.tokens + row.tokens, self.cache, i)
+        # Fill each hole with a row from the end, so that few rows move.
+        order = [i if not rows[i].finish else kept.pop() for i in range(len(kept))]
+        self.cache.select(order)
+        self.rows = [rows[i] for i in order]
+
+    def _admit(self):
+        """Start prefilling waiting groups if there is room, go on with it, and add the finished ones to the batch."""
+        if not self.joining:
+            self._start_prefill()
+        while self.joining and not self.prefill.done:
+            self.prefill.advance(PREFILL_CHUNK if self.rows else PREFILL_TOKENS)
+            if self.rows:
+                break
+        if self.joining and self.prefill.done:
+            members = [(i, row) for i, group in enumerate(self.joining) for row in group if not row.finish]
+            if self.prefill.cache is self.cache:
+                self.cache.select([i for i, _ in members])
+            else:
+                self.cache.append(self.prefill.cache, [i for i, _ in members])
+            self.rows = self.rows + [row for _, row in members]
+            self.joining, self.prefill = [], None
+
+    def _start_prefill(self):
+        """Choose the groups to prefill together: as many as fit the free rows and one pass."""
+        free, longest = self.max_rows - len(self.rows), 0
+        if self.rows and free < self.gather:
+            return
+        while self.waiting and len(self.waiting[0]) <= free:
+            longest = max(longest, len(self.waiting[0][0].request.tokens))
+            if self.joining and longest * (len(self.joining) + 1) > PREFILL_TOKENS:
+                break
+            free -= len(self.waiting[0])
+            self.joining.append(self.waiting.popleft())
+        if not self.joining:
+            return
+        # All but the last token: that one enters with step(), which gives each sample logits of its own.
+        prompts = [group[0].request.tokens[:-1] for group in self.joining]
+        cache = self.backend.new_cache() if self.rows else self.cache  # an empty batch needs no copy afterwards
+        self.prefill = Prefill(self.backend, prompts, cache, self.prefix_cache)
+        for group, n in zip(self.joining, cache.lengths, strict=True):
+            for row in group:
+                row.cached = n
+
+    def _next_tokens(self, logits):
+        """(tokens, mask) of the next step: forced ones first, the others sampled from logits (B, V)."""
+        rows = self.rows
+        tokens = [row.forced.popleft() if row.forced else None for row in rows]
+        mask = [int(token is None) for token in tokens]
+        groups = defaultdict(list)
+        for i, row in enumerate(rows):
+            if mask[i]:
+                groups[row.request.sampling_key].append(i)
+        for (temperature, top_k, top_p, min_p), members in groups.items():
+            group_logits = logits if len(members) == len(rows) else logits[members]
+            if any(rows[i].request.has_penalties for i in members):
+                adjusted = [apply_penalties(logits[i], rows[i].request, rows[i].tokens) for i in members]
+                group_logits = torch.stack(adjusted)
+            drawn = sample(group_logits, temperature, top_k, [rows[i].rng for i in members], top_p, min_p)
+            for i, token in zip(members, drawn, strict=True):
+                tokens[i] = token
+        for i, row in enumerate(rows):
+            if row.request.logprobs is not None:
+                row.logprobs.append(log_probabilities(logits[i], tokens[i], row.request.logprobs))
+        return tokens, mask

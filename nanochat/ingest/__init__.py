@@ -1,0 +1,1 @@
+"""Where training text comes from: the public shards' host, and the user's own files."""

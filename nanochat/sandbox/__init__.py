@@ -1,0 +1,1 @@
+"""The inside of the sandbox that nanochat/execution.py runs untrusted code in."""
