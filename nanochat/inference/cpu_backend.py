@@ -39,9 +39,13 @@ class CPUBackend:
 
     def _place(self, *linears, rows=None):
         int8, scales = hasattr(linears[0], "int8"), None
-        weight = torch.cat([m.int8[0] if int8 else m.weight.data for m in linears])[:rows]
+        parts = [m.int8[0] if int8 else m.weight.data for m in linears]
+        weight = torch.cat(parts) if len(parts) > 1 else parts[0][:rows]
         if int8:
             scales = torch.cat([m.int8[1] for m in linears])
+        elif len(parts) > 1:
+            for m, view in zip(linears, weight.split([len(part) for part in parts]), strict=True):
+                m.weight.data = view  # until the extension takes q, k and v apart
         self.kept += [weight, scales]
         return name(weight.dtype), weight.data_ptr(), *weight.shape, scales.data_ptr() if int8 else 0
 
