@@ -1,10 +1,10 @@
 """
-Documents -> batches of tokens, the same batches on any number of processes and after any number of restarts.
+Documents to batches of token ids. The batches do not depend on the number of processes or on restarts.
 
-The global batch has one lane per row. A source numbers its documents in blocks; every epoch puts the blocks in a
-seeded order, and block u of that order belongs to lane u mod lanes. A lane reads its blocks one after the other and
-cuts them into rows, so its whole position is three integers: epoch, block, and tokens (or packed rows) used of it.
-Ranks own equal runs of lanes. Reading and tokenizing run ahead of training on a background thread.
+The global batch has one lane per row. A source groups its documents into blocks. Every epoch has a seeded order of the
+blocks, and block u of that order belongs to lane u mod num_lanes. A lane reads its blocks in turn and cuts them into
+rows, so its position is three integers: epoch, block, and the tokens (or packed rows) used of that block. Each rank
+owns a contiguous range of lanes. Reading and tokenizing run ahead of training on a background thread.
 """
 
 import bisect
@@ -19,156 +19,149 @@ import torch
 from nanochat.common import UserError
 from nanochat.dataset import read_row_group
 
-BLOCK_DOCS = 128  # documents per block, fewer when the data is small, so that every lane has some
-CACHED_ROW_GROUPS = 32  # decoded and kept: lanes advance together, so their blocks lie close to each other
-PACKINGS = ("stream", "bos")
+SHARD_BLOCK = 128  # documents per block
+TASK_BLOCK = 16  # conversations per block
+CACHED_ROW_GROUPS = 32  # decoded row groups kept in memory: the lanes' current blocks are close to each other
 
 
 @dataclass
 class Batch:
-    """What one optimizer step trains on, on this rank."""
+    """One optimizer step's data on this rank."""
 
-    micro_batches: (
-        list  # of (inputs, targets), each (rows, T) on the device; int32 ids and int64 ids, -1 = not trained on
-    )
-    progress: float  # epochs' worth of blocks begun by this rank's lanes, 0 at the start
-    state: dict  # lane -> [epoch, block, used]; resumes this rank's lanes right after this batch
+    # [(inputs, targets)], each (rows, T): int32 ids, and int64 ids with -1 = not trained on
+    micro_batches: list
+    progress: float  # epochs started by this rank's lanes, on average; fractional, 0 at the start
+    state: dict  # resumes the loader right after this batch; for lanes: lane -> [epoch, block, used]
 
 
-class ShardSource:
-    """The documents of parquet shards, tokenized with a leading bos. Block: up to 128 neighbours of one row group."""
+class Source:
+    """Documents in blocks: `groups` is a list of lists of blocks, and every epoch shuffles the groups."""
 
-    def __init__(self, row_groups, tokenizer, lanes, seed=42, threads=4):
-        """`row_groups`: (path, index in the file, number of documents), as dataset.row_groups() lists them."""
-        self.tokenizer, self.seed, self.threads = tokenizer, seed, threads
-        docs = sum(rows for _, _, rows in row_groups)
-        if not docs:
-            raise UserError("the shards hold no documents; make them anew with `python -m nanochat.dataset`")
-        size = min(BLOCK_DOCS, max(1, docs // (4 * lanes)))
-        self.groups = [
-            [(path, i, lo, min(lo + size, rows)) for lo in range(0, rows, size)] for path, i, rows in row_groups
-        ]
-        self.num_blocks = sum(map(len, self.groups))
+    def __init__(self, groups, seed):
+        self.groups, self.seed = groups, seed
+        self.blocks = [block for group in groups for block in group]  # in file order
         self.order = functools.lru_cache(maxsize=4)(self.order)
-        self.row_group = functools.lru_cache(maxsize=CACHED_ROW_GROUPS)(read_row_group)
-
-    def in_file_order(self):
-        return [block for group in self.groups for block in group]
 
     def order(self, epoch):
-        """The blocks in this epoch's order: row groups shuffled, the blocks of one kept together."""
+        """All blocks in the order of this epoch. Blocks of one group stay together."""
         shuffled = np.random.default_rng((self.seed, epoch)).permutation(len(self.groups))
         return [block for g in shuffled for block in self.groups[g]]
 
-    def read(self, block):
-        """Token ids of the block's documents, one list each; and the same again: every token is a target."""
-        path, group, lo, hi = block
-        texts = self.row_group(path, group)[lo:hi]
-        bos = self.tokenizer.get_bos_token_id()
-        docs = self.tokenizer.encode(texts, prepend=bos, num_threads=self.threads)
-        return docs, docs
 
+class ShardSource(Source):
+    """Documents of parquet shards, tokenized after a bos token. A block is part of a row group, a group all of it."""
 
-class TaskSource:
-    """The conversations of a Task, rendered; with `use_mask` only what the assistant says is trained on."""
-
-    BLOCK = 16
-
-    def __init__(self, task, tokenizer, max_tokens, lanes, seed=42, use_mask=False):
-        self.task, self.tokenizer, self.max_tokens, self.seed = task, tokenizer, max_tokens, seed
-        self.use_mask = use_mask
-        size = min(self.BLOCK, max(1, len(task) // (4 * lanes)))
-        self.blocks = [range(lo, min(lo + size, len(task))) for lo in range(0, len(task), size)]
-        self.num_blocks = len(self.blocks)
-        self.order = functools.lru_cache(maxsize=4)(self.order)
-
-    def in_file_order(self):
-        return self.blocks
-
-    def order(self, epoch):
-        return [self.blocks[b] for b in np.random.default_rng((self.seed, epoch)).permutation(self.num_blocks)]
+    def __init__(self, row_groups, tokenizer, num_lanes, seed=42):
+        """`row_groups` is the result of dataset.row_groups(): [(path, index in the file, number of documents)]."""
+        self.tokenizer = tokenizer
+        self.row_group = functools.lru_cache(maxsize=CACHED_ROW_GROUPS)(read_row_group)
+        num_docs = sum(rows for _, _, rows in row_groups)
+        if not num_docs:
+            raise UserError("the shards contain no documents; create them again with `python -m nanochat.dataset`")
+        ranges = [(path, i, _block_ranges(rows, SHARD_BLOCK, num_docs, num_lanes)) for path, i, rows in row_groups]
+        super().__init__([[(path, i, block) for block in blocks] for path, i, blocks in ranges], seed)
 
     def read(self, block):
-        """Token ids of the block's conversations, one list each; and as targets, -1 = not trained on."""
+        """(ids, targets) of the documents in a block, each a list of lists; all tokens are trained on."""
+        path, group, docs = block
+        texts = self.row_group(path, group)[docs.start : docs.stop]
+        # Only four threads, because other ranks on the machine tokenize at the same time.
+        ids = self.tokenizer.encode(texts, prepend=self.tokenizer.get_bos_token_id(), num_threads=4)
+        return ids, ids
+
+
+class TaskSource(Source):
+    """Rendered conversations of a Task. A group is one block. `use_mask`: train on the assistant's tokens only."""
+
+    def __init__(self, task, tokenizer, max_tokens, num_lanes, seed=42, use_mask=False):
+        self.task, self.tokenizer, self.max_tokens, self.use_mask = task, tokenizer, max_tokens, use_mask
+        super().__init__([[block] for block in _block_ranges(len(task), TASK_BLOCK, len(task), num_lanes)], seed)
+
+    def read(self, block):
+        """(ids, targets) of the conversations in a block, each a list of sequences; target -1 = not trained on."""
         rendered = [self.tokenizer.render_conversation(self.task[i], self.max_tokens) for i in block]
-        tokens = [ids for ids, _ in rendered]
-        return tokens, [np.where(mask, ids, -1) for ids, mask in rendered] if self.use_mask else tokens
+        ids = [ids for ids, _ in rendered]
+        return ids, [np.where(mask, ids, -1) for ids, mask in rendered] if self.use_mask else ids
+
+
+def _block_ranges(n, block_size, total, num_lanes):
+    """Ranges that cut 0..n into blocks of `block_size`, or smaller if `total` documents give a lane fewer than 4."""
+    size = min(block_size, max(1, total // (4 * num_lanes)))
+    return [range(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 class Lane:
-    """One endless sequence of rows of T + 1 tokens (inputs and, one to the right, targets)."""
+    """One endless sequence of rows, each of T inputs and T targets, the targets one token later."""
 
-    def __init__(self, source, lane, lanes, T, packing, state):
-        self.source, self.lane, self.lanes, self.T, self.packing = source, lane, lanes, T, packing
+    def __init__(self, source, index, num_lanes, T, packing, state):
+        self.source, self.index, self.num_lanes, self.T, self.packed = source, index, num_lanes, T, packing == "bos"
         self.epoch, self.block, self.used = state or (0, 0, 0)
-        self.data = None  # the block's tokens, or its packed rows: (tokens, targets)
+        self._data = None
 
     def blocks(self, epoch):
-        """This lane's share of an epoch; where there are fewer blocks than lanes, lanes share them, shifted."""
+        """This lane's blocks of an epoch. If there are fewer blocks than lanes, several lanes read the same block."""
         order = self.source.order(epoch)
-        return order[self.lane :: self.lanes] or [order[(self.lane + epoch) % len(order)]]
+        return order[self.index :: self.num_lanes] or [order[(self.index + epoch) % len(order)]]
 
     def state(self):
         return [self.epoch, self.block, self.used]
 
     def progress(self):
-        """Epochs begun, as a fraction: 2.5 is half-way through the third."""
+        """Number of epochs started, as a fraction: 2.5 is halfway through the third."""
         return self.epoch + self.block / len(self.blocks(self.epoch))
 
-    def _load(self):
-        tokens, targets = self.source.read(self.blocks(self.epoch)[self.block])
-        if self.packing == "bos":
-            self.data = pack_best_fit(tokens, targets, self.T)
-        else:
-            self.data = _concatenate(tokens), _concatenate(targets)
+    def next_row(self):
+        """(inputs, targets), each (T,) int32."""
+        return self._packed_row() if self.packed else self._stream_row()
 
-    def _advance(self):
-        self.block, self.used, self.data = self.block + 1, 0, None
+    def data(self):
+        """(ids, targets) of the current block: two streams of tokens, or two arrays of packed rows (N, T + 1)."""
+        if self._data is None:
+            ids, targets = self.source.read(self.blocks(self.epoch)[self.block])
+            self._data = pack_best_fit(ids, targets, self.T) if self.packed else (_concat(ids), _concat(targets))
+        return self._data
+
+    def _next_block(self):
+        self.block, self.used, self._data = self.block + 1, 0, None
         if self.block == len(self.blocks(self.epoch)):
             self.epoch, self.block = self.epoch + 1, 0
 
-    def next_row(self):
-        """Inputs and targets, each (T,) int32."""
-        return self._next_packed() if self.packing == "bos" else self._next_streamed()
+    def _packed_row(self):
+        while self.used == len(self.data()[0]):
+            self._next_block()
+        ids, targets = (rows[self.used] for rows in self.data())
+        self.used += 1
+        return ids[:-1], targets[1:]
 
-    def _next_packed(self):
-        while True:
-            if self.data is None:
-                self._load()
-            if self.used < len(self.data[0]):
-                row = self.data[0][self.used, :-1], self.data[1][self.used, 1:]
-                self.used += 1
-                return row
-            self._advance()
-
-    def _next_streamed(self):
-        """Rows follow each other in the token stream; the last target of one is the first input of the next."""
+    def _stream_row(self):
+        """Consecutive rows of the token stream: the last target of a row is the first input of the next."""
         parts, missing = [], self.T + 1
         while missing:
-            if self.data is None:
-                self._load()
-            tokens, targets = (d[self.used : self.used + missing] for d in self.data)
-            parts.append((tokens, targets))
-            missing -= len(tokens)
-            # the row's last token starts the next row: it stays unused, unless it is the last of its block, where
-            # it would have to be read again from a block that is done with; there the next row starts one later
-            self.used += len(tokens) if missing or self.used + len(tokens) == len(self.data[0]) else len(tokens) - 1
-            if self.used == len(self.data[0]):
-                self._advance()
-        tokens, targets = (np.concatenate(p) for p in zip(*parts, strict=True))
-        return tokens[:-1], targets[1:]
+            ids, targets = (stream[self.used : self.used + missing] for stream in self.data())
+            parts.append((ids, targets))
+            missing -= len(ids)
+            self.used += len(ids)
+            if self.used == len(self.data()[0]):
+                # A last token that ends a row is not read again: the next row starts with the next block.
+                self._next_block()
+            elif not missing:
+                self.used -= 1  # the row's last token is the first input of the next row
+        ids, targets = (np.concatenate(p) for p in zip(*parts, strict=True))
+        return ids[:-1], targets[1:]
 
 
-def _concatenate(docs):
+def _concat(docs):
     return np.concatenate([np.asarray(d, dtype=np.int32) for d in docs])
 
 
 def pack_best_fit(docs, targets, T):
     """
-    Rows (N, T + 1) of whole documents, each row starting at one: always the longest document that still fits; when
-    none fits, the shortest is cropped to fill the row and its rest dropped. The last row is padded (targets -1).
+    Pack documents into rows (N, T + 1): returns (ids, targets), int32.
+
+    Every row starts with the beginning of a document and is filled with the longest document that still fits. If none
+    fits, the shortest one is cropped and its rest is dropped. The last row is padded, with targets -1.
     """
-    waiting = sorted((len(d), i) for i, d in enumerate(docs))
+    waiting = sorted((len(doc), i) for i, doc in enumerate(docs))
     rows, row_targets = [], []
     while waiting:
         row, row_target = [], []
@@ -186,61 +179,57 @@ def pack_best_fit(docs, targets, T):
 
 def lane_batches(source, rows, T, device_batch_size, compute, packing="stream", states=None):
     """
-    Endless Batches on CPU: this rank's share of the rows x T tokens of each step, `device_batch_size` rows at a time.
+    Endless Batches on the CPU, `rows` x T tokens per step over all ranks, in micro batches of `device_batch_size` rows.
 
-    `states`: lane -> [epoch, block, used] of all lanes, to go on exactly where a run was. Raises UserError when these
-    are of another number of lanes.
+    packing "stream" cuts rows from a stream of tokens; "bos" starts every row with a document (pack_best_fit). `states`
+    (lane -> [epoch, block, used] of all lanes) resumes a run exactly. Raises UserError for another number of lanes.
     """
-    own = rows // compute.world_size
-    assert own * compute.world_size == rows and own % device_batch_size == 0
+    own_rows = rows // compute.world_size
+    assert own_rows * compute.world_size == rows and own_rows % device_batch_size == 0
     if states and len(states) != rows:
-        raise UserError(f"the checkpoint's data has {len(states)} lanes, this run {rows} rows a step; keep both equal")
-    first = compute.rank * own
-    lanes = [Lane(source, n, rows, T, packing, states and states[str(n)]) for n in range(first, first + own)]
+        raise UserError(f"the checkpoint has {len(states)} data lanes, this run {rows} rows per step; keep them equal")
+    own_lanes = range(compute.rank * own_rows, (compute.rank + 1) * own_rows)
+    lanes = [Lane(source, i, rows, T, packing, states and states[str(i)]) for i in own_lanes]
     while True:
         x, y = (torch.from_numpy(np.stack(half)) for half in zip(*(lane.next_row() for lane in lanes), strict=True))
         micro_batches = list(zip(x.split(device_batch_size), y.long().split(device_batch_size), strict=True))
-        progress = sum(lane.progress() for lane in lanes) / own
-        yield Batch(micro_batches, progress, {str(lane.lane): lane.state() for lane in lanes})
+        progress = sum(lane.progress() for lane in lanes) / own_rows
+        yield Batch(micro_batches, progress, {str(lane.index): lane.state() for lane in lanes})
 
 
 def conversation_batches(task, tokenizer, rows, T, device_batch_size, compute, seed=42, states=None):
     """
-    Endless Batches on CPU of one conversation per row, cut at T tokens; only what the assistant says is trained on.
+    Endless Batches on the CPU with one conversation per row, truncated to T inputs; trains on the assistant's tokens.
 
-    Each epoch is a seeded order of `task`. A step's rows come by length, padded to the longest of their micro-batch.
+    Each epoch is a seeded permutation of `task`. A rank sorts its rows of a step by length and pads each micro batch to
+    its longest row. `states` is the state of the batch to resume after.
     """
-    own = rows // compute.world_size
+    own_rows = rows // compute.world_size
     pad = tokenizer.encode_special("<|assistant_end|>")
-    taken = states["examples"] if states else 0
+    pad_rows = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    used = states["examples"] if states else 0
     while True:
-        first = taken + compute.rank * own
-        rendered = [
-            tokenizer.render_conversation(task[_shuffled(seed, n // len(task), len(task))[n % len(task)]], T + 1)
-            for n in range(first, first + own)
-        ]
-        rendered.sort(key=lambda row: len(row[0]))
+        first = used + compute.rank * own_rows
+        own = (divmod(n, len(task)) for n in range(first, first + own_rows))
+        examples = [task[_permutation(seed, epoch, len(task))[i]] for epoch, i in own]
+        rendered = sorted((tokenizer.render_conversation(e, T + 1) for e in examples), key=lambda row: len(row[0]))
         micro_batches = []
-        for first in range(0, own, device_batch_size):
-            part = rendered[first : first + device_batch_size]
-            width = max(2, len(part[-1][0]))
-            x = torch.full((len(part), width), pad, dtype=torch.int32)
-            y = torch.full((len(part), width), -1)
-            for i, (ids, mask) in enumerate(part):
-                x[i, : len(ids)] = torch.tensor(ids)
-                y[i, : len(ids)] = torch.tensor(ids).where(torch.tensor(mask) > 0, -1)
+        for start in range(0, own_rows, device_batch_size):
+            part = [torch.tensor(row) for row in rendered[start : start + device_batch_size]]  # each (2, length)
+            x = pad_rows([ids for ids, _ in part], padding_value=pad).int()
+            y = pad_rows([ids.where(mask > 0, -1) for ids, mask in part], padding_value=-1)
             micro_batches.append((x[:, :-1].contiguous(), y[:, 1:].contiguous()))
-        taken += rows
-        yield Batch(micro_batches, taken / len(task), {"examples": taken})
+        used += rows
+        yield Batch(micro_batches, used / len(task), {"examples": used})
 
 
 @functools.lru_cache(maxsize=2)
-def _shuffled(seed, epoch, n):
+def _permutation(seed, epoch, n):
     return np.random.default_rng((seed, epoch)).permutation(n).tolist()
 
 
 class Prefetch:
-    """Iterator over `batches` that makes the next ones on a background thread and hands them over on the device."""
+    """Iterator that computes the next `ahead` batches on a background thread and returns them on `device`."""
 
     def __init__(self, batches, device, ahead=2):
         self.device = device
@@ -255,10 +244,11 @@ class Prefetch:
                     batch.micro_batches = [(x.pin_memory(), y.pin_memory()) for x, y in batch.micro_batches]
                 if not self._put(batch):
                     return
-        except BaseException as e:  # handed to the training thread, which raises it
+        except BaseException as e:  # __next__ raises it in the training thread
             self._put(e)
 
     def _put(self, item):
+        """Queue an item as soon as there is room; False if close() was called first."""
         while not self.stopped.is_set():
             try:
                 self.ready.put(item, timeout=0.1)
@@ -279,30 +269,32 @@ class Prefetch:
         return batch
 
     def close(self):
-        """Stop reading ahead."""
+        """Stop the background thread."""
         self.stopped.set()
         self.thread.join()
 
 
 def eval_batches(source, rows, T, steps, compute):
     """
-    The first steps x rows x T tokens of a source in its natural order, as this rank's list of (inputs, targets) on CPU.
+    The first steps x rows x T tokens of a source in file order: this rank's list of (inputs, targets) on the CPU.
 
-    Rows are cut from one stream, as the reference does, whatever the world size; ranks take equal runs of rows.
+    The tokens are one stream, cut into rows, whatever the world size; each rank takes a contiguous range of rows.
+    Small data gives fewer steps. Raises UserError if it is too small for one step.
     """
-    own = rows // compute.world_size
-    tokens, targets, have = [], [], 0
-    for block in source.in_file_order():
-        for stream, docs in zip((tokens, targets), source.read(block), strict=True):
-            stream.extend(docs)
-        have = sum(map(len, tokens))
-        if have > steps * rows * T:
+    own_rows = rows // compute.world_size
+    ids, targets, total = [], [], 0
+    for block in source.blocks:
+        block_ids, block_targets = source.read(block)
+        ids += block_ids
+        targets += block_targets
+        total += sum(map(len, block_ids))
+        if total > steps * rows * T:
             break
-    whole = min(steps, (have - 1) // (rows * T))  # small data: as many steps as there are
-    if not whole:
-        raise UserError(f"the evaluation data has {have:,} tokens, one step needs {rows * T:,}; use fewer rows")
-    n = whole * rows * T
-    x = torch.from_numpy(_concatenate(tokens)[:n].reshape(whole, rows, T))
-    y = torch.from_numpy(_concatenate(targets)[1 : n + 1].reshape(whole, rows, T)).long()
-    mine = slice(compute.rank * own, (compute.rank + 1) * own)
-    return list(zip(x[:, mine], y[:, mine], strict=True))
+    whole_steps = min(steps, (total - 1) // (rows * T))
+    if whole_steps < 1:
+        raise UserError(f"the evaluation data has {total:,} tokens, one step needs {rows * T:,}; use fewer rows")
+    n = whole_steps * rows * T
+    x = torch.from_numpy(_concat(ids)[:n].reshape(whole_steps, rows, T))
+    y = torch.from_numpy(_concat(targets)[1 : n + 1].reshape(whole_steps, rows, T)).long()
+    own = slice(compute.rank * own_rows, (compute.rank + 1) * own_rows)
+    return list(zip(x[:, own], y[:, own], strict=True))

@@ -1,20 +1,19 @@
 """
-Text to token ids and back, and conversations to ids with a loss mask.
+The tokenizer: text to token ids and back, and conversations to ids with a loss mask.
 
-Byte-level BPE in the manner of GPT-4: our Rust crate (rustbpe) learns the merges and encodes with them; tiktoken
-encodes with the tokenizers of others. Nine special tokens follow the merges. They come only from rendering
-conversations and from `encode_special`: text is always encoded as plain text, so a user who types <|assistant_start|>
-gets those letters and never the token.
+Byte-level BPE as in GPT-4. Our Rust extension (rustbpe) learns the merges and encodes with them; tiktoken encodes with
+third-party vocabularies. Nine special tokens follow the merges. Only `encode_special` and the rendering of
+conversations produce them: `encode` treats its input as plain text, so a user who types <|assistant_start|> cannot
+inject the token.
 
-Files: tokenizer.json (pattern, special tokens, checksums), ranks.tiktoken (tiktoken's own format: on each line a
-token's bytes in base64 and its rank) and token_bytes.pt (int32 tensor (V,): bytes of each token, 0 for special ones).
+Files: tokenizer.json (pattern, special tokens, checksums), ranks.tiktoken (tiktoken's format: one line per token with
+its bytes in base64 and its rank), token_bytes.pt (int32 tensor (V,): number of bytes of each token, 0 if special).
 """
 
 import base64
 import contextlib
 import hashlib
 import io
-import itertools
 import json
 import struct
 import zipfile
@@ -29,28 +28,28 @@ SPECIAL_TOKENS = (
     "<|user_end|>",
     "<|assistant_start|>",
     "<|assistant_end|>",
-    "<|python_start|>",  # the assistant calls a tool
+    "<|python_start|>",  # the assistant calls the calculator
     "<|python_end|>",
-    "<|output_start|>",  # the tool answers
+    "<|output_start|>",  # the calculator's result
     "<|output_end|>",
 )
 
-# GPT-4's pattern, but digits go in groups of one or two instead of up to three.
+# GPT-4's pattern, except that digits are grouped by at most two instead of three.
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 
-# Parts of an assistant's message: the special tokens before and after, and 1 if the model shall learn to write them.
+# Types of the parts of an assistant's message: (token before, token after, loss mask).
 PARTS = {
     "text": (None, None, 1),
     "python": ("<|python_start|>", "<|python_end|>", 1),
     "python_output": ("<|output_start|>", "<|output_end|>", 0),
 }
-TRAIN = "train one with `python -m scripts.tok_train`"
+TRAIN_HINT = "train one with `python -m scripts.tok_train`"
 
 
 class Tokenizer:
-    """Mergeable ranks (bytes -> id), a split pattern, and special tokens (name -> id) after the ranks."""
+    """A BPE tokenizer: mergeable ranks (bytes -> id), a split pattern, and special tokens (name -> id)."""
 
     def __init__(self, pattern, ranks, special_tokens, bos="<|bos|>"):
         import rustbpe
@@ -60,40 +59,33 @@ class Tokenizer:
         self.tokens |= {i: name.encode() for name, i in special_tokens.items()}
         try:
             bpe = rustbpe.Tokenizer.from_tokens(sorted(ranks, key=ranks.get), pattern)
-            self.encode_text, self.encode_texts = bpe.encode, bpe.encode_batch
-        except ValueError:  # GPT-2 and its heirs number the bytes in another order
+            self.encode_ordinary, self.encode_ordinary_batch = bpe.encode, bpe.encode_batch
+        except ValueError:  # rustbpe needs byte b to have rank b; GPT-2's vocabulary has another order
             import tiktoken
 
             bpe = tiktoken.Encoding("other", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
-            self.encode_text, self.encode_texts = bpe.encode_ordinary, bpe.encode_ordinary_batch
+            self.encode_ordinary, self.encode_ordinary_batch = bpe.encode_ordinary, bpe.encode_ordinary_batch
 
     @classmethod
-    def train_from_iterator(cls, iterator, vocab_size, progress=None, max_chars=None):
+    def train_from_iterator(cls, iterator, vocab_size, progress=None, max_chars=None, arrow=False):
         """
-        Learn `vocab_size` tokens, special ones included, from an iterator of str; fewer if its text has no more pairs.
+        Tokenizer of `vocab_size` tokens, including the special ones, trained on an iterator of str.
 
-        `progress(phase, done, total)` is called now and then: phase "counting", with the bytes done and None, or
-        "merging", with the merges done and wanted. Of each text, only the first `max_chars` characters are read.
+        The vocabulary is smaller if the text runs out of pairs to merge. Only the first `max_chars` characters of each
+        text are used. With `arrow` the iterator yields pyarrow string arrays, which are read without creating Python
+        strings. `progress(phase, done, total)` is called repeatedly: phase "counting" with bytes and None, then phase
+        "merging" with merges.
         """
-        return cls._train("train_from_iterator", iterator, vocab_size, progress, max_chars)
-
-    @classmethod
-    def train_from_arrow(cls, batches, vocab_size, progress=None, max_chars=None):
-        """The same from an iterator of pyarrow string arrays: no Python string is made of a text."""
-        return cls._train("train_from_arrow", batches, vocab_size, progress, max_chars)
-
-    @classmethod
-    def _train(cls, method, texts, vocab_size, progress, max_chars):
         import rustbpe
 
-        needed = 256 + len(SPECIAL_TOKENS)
-        if vocab_size < needed:
-            raise UserError(f"vocab_size={vocab_size} is too small: the 256 bytes and the special tokens need {needed}")
+        n_special = len(SPECIAL_TOKENS)
+        if vocab_size < 256 + n_special:
+            raise UserError(f"vocab_size={vocab_size} is too small: 256 bytes + special tokens = {256 + n_special}")
         if vocab_size >= 2**32:
             raise UserError(f"vocab_size={vocab_size} is too large: ids have 32 bits")
         trainer = rustbpe.Tokenizer()
-        n = vocab_size - len(SPECIAL_TOKENS)
-        getattr(trainer, method)(texts, n, pattern=SPLIT_PATTERN, progress=progress, max_chars=max_chars)
+        train = trainer.train_from_arrow if arrow else trainer.train_from_iterator
+        train(iterator, vocab_size - n_special, pattern=SPLIT_PATTERN, progress=progress, max_chars=max_chars)
         tokens = trainer.get_mergeable_ranks()
         ranks = dict(tokens)
         assert len(ranks) == len(tokens), "two tokens have the same bytes"
@@ -101,7 +93,7 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, name):
-        """One of tiktoken's tokenizers, such as "gpt2" or "cl100k_base"; tiktoken downloads those it has not cached."""
+        """tiktoken's tokenizer `name`, such as "gpt2" or "cl100k_base"; tiktoken downloads it unless it is cached."""
         import tiktoken
 
         if name not in tiktoken.list_encoding_names():
@@ -111,26 +103,21 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, directory):
-        """The tokenizer that `save` wrote. Raises UserError when there is none, or it is damaged."""
+        """Load the tokenizer that `save` wrote. Raises UserError if a file is missing or damaged."""
         config = _read_config(directory)
         lines = _read_file(directory, "ranks.tiktoken", config).splitlines()
         ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
         return cls(config["pattern"], ranks, config["special_tokens"], config["bos"])
 
     def save(self, directory):
-        """Write the three files; what was there before is replaced only when all of them are written."""
+        """Write the three files. Existing ones are replaced only after all three have been written to disk."""
         lines = [b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in self.ranks.items()]
-        files = {"ranks.tiktoken": b"".join(lines), "token_bytes.pt": _int_tensor(self.count_bytes())}
-        config = {
-            "vocab_size": self.get_vocab_size(),
-            "pattern": self.pattern,
-            "special_tokens": self.special_tokens,
-            "bos": self.bos,
-            "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
-        }
+        files = {"ranks.tiktoken": b"".join(lines), "token_bytes.pt": _torch_file(self.count_bytes())}
+        config = {"vocab_size": self.get_vocab_size(), "pattern": self.pattern, "special_tokens": self.special_tokens}
+        config |= {"bos": self.bos, "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}}
         files["tokenizer.json"] = json.dumps(config, indent=2).encode() + b"\n"
         with contextlib.ExitStack() as stack:
-            for name, data in reversed(files.items()):  # entered last, replaced first: tokenizer.json closes the set
+            for name, data in reversed(files.items()):  # files are replaced in reverse order of this loop
                 stack.enter_context(atomic_path(Path(directory) / name)).write_bytes(data)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -146,43 +133,41 @@ class Tokenizer:
         return self.encode_special(self.bos)
 
     def encode_special(self, name):
-        """The id of a special token, by its name."""
+        """Id of the special token `name`."""
         if name not in self.special_tokens:
-            raise ValueError(f"{name!r} is not a special token; there are {', '.join(self.special_tokens)}")
+            raise ValueError(f"{name!r} is not a special token; expected one of {', '.join(self.special_tokens)}")
         return self.special_tokens[name]
 
     def id_to_token(self, token):
-        """One token as text; half a character becomes U+FFFD."""
+        """Text of one token; incomplete UTF-8 becomes U+FFFD."""
         return self.decode([token])
 
     def count_bytes(self):
-        """Bytes of each token, by id; 0 for special tokens, and for ids that are not in use."""
-        counts = [0] * self.get_vocab_size()
-        for token, rank in self.ranks.items():
-            counts[rank] = len(token)
-        return counts
+        """Number of bytes of each token, a list indexed by id; 0 for special tokens and unused ids."""
+        sizes = {rank: len(token) for token, rank in self.ranks.items()}
+        return [sizes.get(i, 0) for i in range(self.get_vocab_size())]
 
     # -----------------------------------------------------------------------------------------------------------------
     # Text
 
     def encode(self, text, prepend=None, append=None, num_threads=8):
         """
-        Ids of a str, or a list of such for a list of str, which is encoded on `num_threads` threads.
+        Ids of a str, or a list of ids for each str of a list, which is encoded on `num_threads` threads.
 
-        `prepend` and `append` are special tokens, by id or name.
+        `prepend` and `append` are special tokens, given by id or name.
         """
         head, tail = (
             [] if t is None else [self.encode_special(t) if isinstance(t, str) else t] for t in (prepend, append)
         )
         if isinstance(text, str):
-            return head + self.encode_text(text) + tail
-        rows = self.encode_texts(text, num_threads=num_threads)
+            return head + self.encode_ordinary(text) + tail
+        rows = self.encode_ordinary_batch(text, num_threads=num_threads)
         return [head + row + tail for row in rows] if head or tail else rows
 
     __call__ = encode
 
     def decode(self, ids):
-        """Text of `ids`, special tokens by name; bytes that are no UTF-8 become U+FFFD."""
+        """Text of `ids`. Special tokens appear by name; invalid UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids):
@@ -193,74 +178,79 @@ class Tokenizer:
 
     def render_conversation(self, conversation, max_tokens=2048):
         """
-        (ids, mask) of {"messages": [{"role", "content"}, ...]}, cut to `max_tokens`; mask 1: the model shall write it.
+        (ids, mask) of a conversation {"messages": [{"role", "content"}, ...]}, truncated to `max_tokens`.
 
-        A leading system message joins the first question. An assistant's content is a str, or a list of parts
-        {"type": "text" | "python" | "python_output", "text"}. Raises UserError for any other order or shape.
+        The mask is 1 for the tokens that the model is trained to generate. A leading system message is prepended to
+        the first user message. An assistant's content is a str or a list of parts {"type", "text"} with a type of
+        PARTS. Raises UserError for a malformed conversation.
         """
         system, messages = check_conversation(conversation)
         ids, mask = [self.get_bos_token_id()], [0]
-        for message in [_join(system, messages[0]), *messages[1:]]:
-            for span, learned in self._spans(message):
-                ids += span
-                mask += [learned] * len(span)
+        for message in [_add_system(system, messages[0]), *messages[1:]]:
+            message_ids, message_mask = self._render_message(message)
+            ids += message_ids
+            mask += message_mask
         return ids[:max_tokens], mask[:max_tokens]
 
     def render_for_completion(self, conversation, max_tokens=None):
         """
-        Ids that prompt for the assistant's next message; if the last message is the assistant's, it is left out.
+        Prompt ids for the assistant's next message. A final assistant message in the conversation is ignored.
 
-        Beyond `max_tokens` whole turns go, oldest first (the system message then joins the first question that stays);
-        if the last question alone is too long, its beginning goes.
+        A prompt of more than `max_tokens` loses whole turns, oldest first, but keeps the system message. If the last
+        user message alone is too long, its beginning is cut off.
         """
         system, messages = check_conversation(conversation)
         if messages[-1]["role"] == "assistant":
             messages = messages[:-1]
-        user_start, _, reply = (self.encode_special(t) for t in SPECIAL_TOKENS[1:4])
-        bos = self.get_bos_token_id()
-        rendered = [list(itertools.chain(*(span for span, _ in self._spans(m)))) for m in messages]
+        bos, user_start, _, assistant_start = map(self.encode_special, SPECIAL_TOKENS[:4])
+        rendered = [self._render_message(message)[0] for message in messages]
 
-        def prompt(oldest):
-            ((question, _),) = self._spans(_join(system, messages[oldest]))
-            return [bos, *question, *itertools.chain(*rendered[oldest + 1 :]), reply]
+        def prompt(first):
+            """The prompt that starts with the user message messages[first]."""
+            question, _ = self._render_message(_add_system(system, messages[first]))
+            return [bos, *question, *(i for ids in rendered[first + 1 :] for i in ids), assistant_start]
 
         ids = prompt(0)
         if max_tokens is None or len(ids) <= max_tokens:
             return ids
-        turns = range(2, len(messages), 2)
-        first = bisect_left(turns, True, key=lambda oldest: len(prompt(oldest)) <= max_tokens)
-        if first < len(turns):
-            return prompt(turns[first])
+        starts = range(2, len(messages), 2)
+        n = bisect_left(starts, True, key=lambda first: len(prompt(first)) <= max_tokens)
+        if n < len(starts):
+            return prompt(starts[n])
         if max_tokens < 8:
             raise UserError(f"max_tokens={max_tokens} leaves no room for a prompt; give at least 8")
         _, *question, _ = prompt(len(messages) - 1)
-        return [bos, user_start, *question[3 - max_tokens :], reply]
+        return [bos, user_start, *question[3 - max_tokens :], assistant_start]
 
     def visualize_tokenization(self, ids, mask):
-        """Tokens between bars for a terminal: green is what the model learns to write, red what it only reads."""
+        """The tokens for a terminal, separated by bars: green where the mask is 1, else red."""
         return "|".join(f"\033[{32 if m else 31}m{self.id_to_token(t)}\033[0m" for t, m in zip(ids, mask, strict=True))
 
-    def _spans(self, message):
-        """[(ids, learned)] of one message: `learned` is 1 for what the model shall write, else 0."""
+    def _render_message(self, message):
+        """(ids, mask) of one message."""
         content = message["content"]
         if message["role"] == "user":
-            return [(self.encode(content, "<|user_start|>", "<|user_end|>"), 0)]
-        spans = [([self.encode_special("<|assistant_start|>")], 0)]
+            ids = self.encode(content, "<|user_start|>", "<|user_end|>")
+            return ids, [0] * len(ids)
+        ids, mask = [self.encode_special("<|assistant_start|>")], [0]
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            spans.append((self.encode(part["text"], *PARTS[part["type"]][:2]), PARTS[part["type"]][2]))
-        return [*spans, ([self.encode_special("<|assistant_end|>")], 1)]
+            before, after, learned = PARTS[part["type"]]
+            part_ids = self.encode(part["text"], before, after)
+            ids += part_ids
+            mask += [learned] * len(part_ids)
+        return [*ids, self.encode_special("<|assistant_end|>")], [*mask, 1]
 
 
 RustBPETokenizer = Tokenizer  # the name in older scripts
 
 
 def get_tokenizer():
-    """The tokenizer of this base directory."""
+    """The trained tokenizer, from tokenizer/ in the base directory."""
     return Tokenizer.from_directory(base_dir() / "tokenizer")
 
 
 def get_token_bytes(device="cpu"):
-    """int32 tensor (V,): bytes of each token, 0 for special ones."""
+    """int32 tensor (V,): number of bytes of each token, 0 for special tokens."""
     import torch
 
     directory = base_dir() / "tokenizer"
@@ -268,105 +258,87 @@ def get_token_bytes(device="cpu"):
     return torch.load(io.BytesIO(data), weights_only=True, map_location=device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What comes from outside
-
-
-def _join(system, question):
-    """The question with the system message before it, a blank line between."""
-    return question | {"content": f"{system}\n\n{question['content']}"} if system else question
-
-
 def check_conversation(conversation):
-    """(text of the system message or "", the other messages), which are from user and assistant in turns."""
+    """
+    Check a conversation {"messages": [...]} and return (text of the system message or "", the other messages).
+
+    Roles must alternate user, assistant, ..., after at most one system message. Raises UserError with the number of
+    the first wrong message, what it has, and what was expected.
+    """
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not messages:
-        raise UserError(
-            f'a conversation is {{"messages": [...]}} with one message or more, not {str(conversation)[:80]}'
-        )
-    system = isinstance(messages[0], dict) and messages[0].get("role") == "system"
+        raise UserError(f'expected {{"messages": [...]}} with at least one message, got {repr(conversation)[:80]}')
+    n_system = int(isinstance(messages[0], dict) and messages[0].get("role") == "system")
     for i, message in enumerate(messages):
+        role = ("user", "assistant")[(i - n_system) % 2] if i >= n_system else "system"
         where = f"message {i + 1} of {len(messages)}"
         if not isinstance(message, dict):
-            raise UserError(f"{where} is {str(message)[:80]!r}, expected an object with role and content")
-        expected = "system" if system and i == 0 else ("user", "assistant")[(i - system) % 2]
-        if message.get("role") != expected:
-            raise UserError(
-                f"{where} has the role {message.get('role')!r}, expected {expected!r}: "
-                "user and assistant take turns, after at most one system message"
-            )
+            raise UserError(f"{where} is {repr(message)[:80]}, expected an object with role {role!r} and content")
+        if message.get("role") != role:
+            rule = "user and assistant alternate, after at most one system message"
+            raise UserError(f"{where} has the role {repr(message.get('role'))[:80]}, expected {role!r}: {rule}")
         content = message.get("content")
-        if not isinstance(content, str) and not (expected == "assistant" and _are_parts(content)):
-            or_parts = (
-                f", or a list of {{type, text}} with a type of {', '.join(PARTS)}" if expected == "assistant" else ""
-            )
-            raise UserError(f"{where} ({expected}) has the content {str(content)[:80]!r}, expected text{or_parts}")
-    if len(messages) == system:
-        raise UserError("the conversation ends after its system message, expected one from 'user'")
-    return (messages[0]["content"], messages[1:]) if system else ("", messages)
+        if not isinstance(content, str) and not (role == "assistant" and _is_parts(content)):
+            parts = f", or a list of {{type, text}} with a type of {', '.join(PARTS)}" if role == "assistant" else ""
+            raise UserError(f"{where} ({role}) has the content {repr(content)[:80]}, expected a string{parts}")
+    if len(messages) == n_system:
+        raise UserError("the conversation ends after its system message, expected a message with role 'user'")
+    return messages[0]["content"] if n_system else "", messages[n_system:]
 
 
-def _are_parts(content):
+def _is_parts(content):
+    """Whether `content` is a list of {"type": one of PARTS, "text": str}."""
     return isinstance(content, list) and all(
-        isinstance(p, dict) and p.get("type") in PARTS and isinstance(p.get("text"), str) for p in content
+        isinstance(p, dict) and p.get("type") in [*PARTS] and isinstance(p.get("text"), str) for p in content
     )
 
 
-def _int_tensor(numbers):
+def _add_system(system, message):
+    """The user message with the system text and a blank line before its own text."""
+    return message | {"content": f"{system}\n\n{message['content']}"} if system else message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def _torch_file(numbers):
     """
-    What torch.save writes of an int32 tensor: a zip of a pickle and the numbers.
+    The bytes that torch.save would write for an int32 tensor (N,): a zip of a pickle and the raw numbers.
 
-    Written by hand, because importing torch takes longer than training on 100 MB.
+    Written without torch, because importing it takes longer than training on 100 MB of text.
     """
-    n = len(numbers)
-
-    def text(s):
-        return b"X" + struct.pack("<I", len(s)) + s.encode()
-
-    def number(i):
-        return b"J" + struct.pack("<i", i)
-
-    storage = b"(" + text("storage") + b"ctorch\nIntStorage\n" + text("0") + text("cpu") + number(n) + b"tQ"
-    offset, size, strides, grad, hooks = (
-        number(0),
-        number(n) + b"\x85",
-        b"K\1\x85",
-        b"\x89",
-        b"ccollections\nOrderedDict\n)R",
-    )
-    arguments = b"(" + storage + offset + size + strides + grad + hooks + b"t"
-    pickled = b"\x80\2ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"R."
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        parts = {
-            "data.pkl": pickled,
-            "byteorder": b"little",
-            "data/0": struct.pack(f"<{n}i", *numbers),
-            "version": b"3\n",
-        }
-        for name, data in parts.items():
+    n = struct.pack("<i", len(numbers))
+    pickled = (
+        b"\x80\2ctorch._utils\n_rebuild_tensor_v2\n("
+        b"(X\7\0\0\0storagectorch\nIntStorage\nX\1\0\0\0000X\3\0\0\0cpuJ%btQ"  # file data/0 has N numbers
+        b"J\0\0\0\0J%b\x85K\1\x85\x89ccollections\nOrderedDict\n)RtR."  # offset 0, size (N,), stride (1,), no gradient
+    ) % (n, n)
+    storage = struct.pack(f"<{len(numbers)}i", *numbers)
+    files = {"data.pkl": pickled, "byteorder": b"little", "data/0": storage, "version": b"3\n"}
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, data in files.items():
             archive.writestr(zipfile.ZipInfo(f"token_bytes/{name}"), data)
-    return file.getvalue()
+    return buffer.getvalue()
 
 
 def _read_config(directory):
-    """tokenizer.json as a dict."""
+    """Content of tokenizer.json. Raises UserError if it is missing or malformed."""
     path = Path(directory) / "tokenizer.json"
-    if not path.exists():
-        raise UserError(f"no tokenizer at {path}; {TRAIN}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        if config.keys() >= {"vocab_size", "pattern", "special_tokens", "bos", "sha256"}:
-            return config
-    except (ValueError, AttributeError):
-        pass
-    raise UserError(f"{path} is damaged, or no tokenizer of ours; {TRAIN}")
+        return {key: config[key] for key in ("vocab_size", "pattern", "special_tokens", "bos", "sha256")}
+    except FileNotFoundError:
+        raise UserError(f"no tokenizer at {path}; {TRAIN_HINT}") from None
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path} is damaged or not a tokenizer of this project; {TRAIN_HINT}") from e
 
 
 def _read_file(directory, name, config):
-    """The bytes of a file that belongs to the tokenizer, compared with its checksum."""
+    """Content of one of the tokenizer's files. Raises UserError unless its checksum is the one in `config`."""
     path = Path(directory) / name
     data = path.read_bytes() if path.exists() else b""
     if hashlib.sha256(data).hexdigest() != config["sha256"].get(name):
-        raise UserError(f"{path} is {'damaged' if data else 'missing'}; {TRAIN}")
+        raise UserError(f"{path} is {'damaged' if data else 'missing'}; {TRAIN_HINT}")
     return data

@@ -2,30 +2,30 @@
 Train the tokenizer on the training shards.
 
     python -m scripts.tok_train                                            # 65,536 tokens from 10 billion characters
-    python -m scripts.tok_train --max_chars=10000000 --vocab_size=4096     # in seconds
+    python -m scripts.tok_train --max_chars=10000000 --vocab_size=4096     # a few seconds
 
-Reads base_data/. Writes tokenizer/, which stays as it was until the new one is whole.
+Reads base_data/. Writes tokenizer/; an existing tokenizer is replaced only by a complete new one.
 """
 
 import bisect
 import gc
 import itertools
 import math
-import statistics
 import time
 
 from nanochat.cli import make_parser, parse_args, run_script
 from nanochat.common import UserError, base_dir, format_duration, print0
+from nanochat.tracking import progress_printer
 
-# Contractions, numbers, white space, other scripts, a character of several code points, a name that must stay text.
-SAMPLE = (
+# Round-trip check: contractions, numbers, white space, other scripts, a multi-code-point emoji, a special token's name.
+ROUND_TRIP_TEXT = (
     "Hello, world! It's 1234567 o'clock,\r\n\tisn't it?   \u00a0안녕하세요 漢字 ½ é e\u0301 "
     "\U0001f468\u200d\U0001f469\u200d\U0001f467 <|bos|>\n\n "
 )
 
 
 def count(text):
-    """argparse type: a whole number, also written as 10e9."""
+    """argparse type: an integer, also written as 10e9."""
     number = float(text)
     if not number.is_integer():
         raise ValueError
@@ -34,53 +34,34 @@ def count(text):
 
 def build_parser():
     parser = make_parser("scripts.tok_train", __doc__)
-    parser.add_argument("--max_chars", type=count, default=10_000_000_000, help="stop reading after so many characters")
-    parser.add_argument("--doc_cap", type=count, default=10_000, help="characters read of each document at most")
-    parser.add_argument("--vocab_size", type=count, default=65_536, help="tokens, the special ones included")
+    parser.add_argument("--max_chars", type=count, default=10_000_000_000, help="maximum characters of training text")
+    parser.add_argument("--doc_cap", type=count, default=10_000, help="maximum characters read from each document")
+    parser.add_argument("--vocab_size", type=count, default=65_536, help="number of tokens, including special tokens")
     return parser
-
-
-class Progress:
-    """Prints a line now and then: what is done, and how long the rest will take."""
-
-    def __init__(self, name, bound="", every=2.0):
-        self.name, self.bound, self.every = name, bound, every
-        self.start = self.last = None
-
-    def __call__(self, share, text):
-        now = time.time()
-        if self.start is None:
-            self.start = self.last = now
-        if now - self.last >= self.every:
-            left = format_duration((now - self.start) * (1 - share) / share)
-            print0(f"{self.name}: {share:4.0%} | {text} | {self.bound}{left} left")
-            self.last = now
 
 
 def read_texts(max_chars, doc_cap, totals):
     """
-    Yield the training documents as pyarrow string arrays, until there are `max_chars` characters, of which each
-    document gives `doc_cap` at most; counts what it read in `totals`.
+    Yield the training documents as pyarrow string arrays until they have `max_chars` characters.
+
+    At most `doc_cap` characters of a document count. Adds to totals["documents"] and totals["characters"].
     """
     import pyarrow.compute as pc
 
     from nanochat.dataset import read_column, row_groups
 
-    groups = row_groups("train")
-    progress = Progress("reading and counting")
-    progress(0, "")
-    for i, (path, index, _) in enumerate(groups):
+    groups, show_progress = row_groups("train"), progress_printer("characters", every=2.0)
+    for i, (path, index, _) in enumerate(groups, 1):
         texts = read_column(path, index).drop_null()
         lengths = (min(n, doc_cap) for n in pc.utf8_length(texts).to_pylist())
         ends = list(itertools.accumulate(lengths, initial=totals["characters"]))
-        wanted = min(bisect.bisect_left(ends, max_chars), len(texts))  # the document that reaches max_chars is the last
-        yield texts[:wanted]
-        totals["documents"] += wanted
-        totals["characters"] = ends[wanted]
-        if ends[wanted] >= max_chars:
+        n = min(bisect.bisect_left(ends, max_chars), len(texts))  # the document that reaches max_chars is the last
+        yield texts[:n]
+        totals.update(documents=totals["documents"] + n, characters=ends[n])
+        if ends[n] >= max_chars:
             return
-        share = max((i + 1) / len(groups), totals["characters"] / max_chars)
-        progress(share, f"{totals['documents']:,} documents, {totals['characters']:,} characters")
+        expected = min(max_chars, ends[n] * len(groups) // i)
+        show_progress("reading and counting", ends[n], expected, f"{totals['documents']:,} documents")
 
 
 def main(argv=None):
@@ -93,47 +74,36 @@ def main(argv=None):
 
     # Train
     print0(f"training a tokenizer of {args.vocab_size:,} tokens on at most {args.max_chars:,} characters")
-    start = time.time()
-    totals = {"documents": 0, "characters": 0}
-    merging = Progress("merging", bound="at most ")  # the later merges are the quicker ones
+    start, totals, show_progress = time.time(), {"documents": 0, "characters": 0}, progress_printer("merges", every=2.0)
 
-    def tell(phase, done, total):
-        if phase == "merging":
-            merging(done / max(total, 1), f"{done:,} of {total:,} merges")
+    def progress(phase, done, total):
+        if phase == "merging":  # read_texts shows the progress of counting
+            show_progress(phase, done, total)
 
     texts = read_texts(args.max_chars, args.doc_cap, totals)
-    tokenizer = Tokenizer.train_from_arrow(texts, args.vocab_size, tell, max_chars=args.doc_cap)
+    tokenizer = Tokenizer.train_from_iterator(texts, args.vocab_size, progress, max_chars=args.doc_cap, arrow=True)
     train_time = time.time() - start
     vocab_size = tokenizer.get_vocab_size()
     print0(f"trained on {totals['characters']:,} characters in {format_duration(train_time)}")
     if vocab_size < args.vocab_size:
-        print0(
-            f"warning: the text has no more pairs to merge; the vocabulary is {vocab_size:,}, not {args.vocab_size:,}"
-        )
+        print0(f"warning: no more pairs to merge; the vocabulary has {vocab_size:,} tokens, not {args.vocab_size:,}")
 
-    # Save and check
-    directory = base_dir() / "tokenizer"
-    assert tokenizer.decode(tokenizer.encode(SAMPLE)) == SAMPLE
-    tokenizer.save(directory)
-    print0(f"saved {vocab_size:,} tokens to {directory}")
+    # Save
+    assert tokenizer.decode(tokenizer.encode(ROUND_TRIP_TEXT)) == ROUND_TRIP_TEXT
+    tokenizer.save(base_dir() / "tokenizer")
+    print0(f"saved {vocab_size:,} tokens to {base_dir() / 'tokenizer'}")
 
     # Report
     token_bytes = [n for n in tokenizer.count_bytes() if n]
-    mean = statistics.fmean(token_bytes)
-    results = {
-        "train_time": train_time,
-        "wall_clock_seconds": time.time() - start,
-        "vocab_size": vocab_size,
-        "num_special_tokens": len(tokenizer.get_special_tokens()),
-        **totals,
-        "token_bytes_min": min(token_bytes),
-        "token_bytes_max": max(token_bytes),
-        "token_bytes_mean": mean,
-        "token_bytes_std": math.sqrt(sum((n - mean) ** 2 for n in token_bytes) / (len(token_bytes) - 1)),
-    }
+    mean = sum(token_bytes) / len(token_bytes)
+    std = math.sqrt(sum((n - mean) ** 2 for n in token_bytes) / (len(token_bytes) - 1))
+    results = {"train_time": train_time, "wall_clock_seconds": time.time() - start, "vocab_size": vocab_size}
+    results |= {"num_special_tokens": len(tokenizer.get_special_tokens()), **totals}
+    results |= {"token_bytes_min": min(token_bytes), "token_bytes_max": max(token_bytes)}
+    results |= {"token_bytes_mean": mean, "token_bytes_std": std}
     get_report().log(section="Tokenizer training", data=[vars(args), results])
 
 
 if __name__ == "__main__":
-    gc.disable()  # nothing here makes garbage in cycles, and looking for it takes a tenth of a short run
+    gc.disable()  # training creates no reference cycles, and collection takes a tenth of a short run
     run_script(main)

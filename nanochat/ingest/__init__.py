@@ -1,1 +1,1 @@
-"""Where training text comes from: the public shards' host, and the user's own files."""
+"""Sources of training text: the download of the public corpus and the user's own files; writing shards."""

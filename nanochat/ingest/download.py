@@ -1,0 +1,108 @@
+"""
+Downloads the public corpus: FineWeb-Edu in parquet shards, from Hugging Face or the mirror NANOCHAT_HUB_URL.
+"""
+
+import bisect
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+
+from nanochat.common import UserError, fetch, mirror_url, print0
+from nanochat.tracking import progress_printer
+
+PUBLIC = "karpathy/fineweb-edu-100b-shuffle"
+LAST_SHARD = 1822  # of the full corpus: the validation shard
+MAX_FAILURES = 3  # more failed shards than this stop a download: the host is down or the disk is full
+
+
+def shard_names(count, last):
+    """File names of the last shard, which is downloaded first because every set needs it, and of the first `count`."""
+    return [f"shard_{index:05d}.parquet" for index in (last, *range(min(count, last)))]
+
+
+def find_last_shard():
+    """Index of the host's last shard: LAST_SHARD, or found by bisection on a mirror with fewer shards."""
+    print0(f"looking for the last shard at {mirror_url('hub')}")
+    if not _is_missing(LAST_SHARD):
+        return LAST_SHARD
+    last = bisect.bisect_left(range(LAST_SHARD), True, key=_is_missing) - 1
+    if last < 1:
+        raise UserError(f"{last + 1} shards at {_url('')}, expected at least 2 (training, validation); check the URL")
+    return last
+
+
+def fetch_shards(folder, names, check, num_workers=4):
+    """
+    Download shards to `folder` in parallel; returns {name: check(path)}.
+
+    `check` raises UserError for a damaged file. Complete files of an earlier attempt are kept and partial ones resumed.
+    Raises UserError with the names of the shards that are still missing.
+    """
+    print0(f"downloading {len(names)} shards to {folder}")
+    checked, failed, show = {}, [], progress_printer("MB")
+    started = dict.fromkeys(names)  # name -> (bytes received, bytes in all), or None before the first block
+
+    def progress(name, received, size):
+        started[name] = received, size or received
+        known = [pair for pair in started.values() if pair]
+        received_mb, known_mb = (sum(column) / 1e6 for column in zip(*known, strict=True))
+        expected_mb = known_mb / len(known) * len(names)  # the other shards have about the same size
+        show("downloading", int(received_mb), int(expected_mb), f"{len(checked)} of {len(names)} shards")
+
+    pool = ThreadPoolExecutor(num_workers)
+    jobs = {pool.submit(_fetch_shard, folder / name, check, partial(progress, name)): name for name in names}
+    try:
+        for job in as_completed(jobs):
+            try:
+                checked[jobs[job]] = job.result()
+            except (UserError, OSError) as e:
+                failed.append(f"{jobs[job]}: {e}")
+                if len(failed) > MAX_FAILURES:
+                    break
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    if failed:
+        hint = "run `python -m nanochat.dataset` with the same flags again"
+        missing = len(names) - len(checked)
+        raise UserError(f"{missing} of {len(names)} shards are missing ({'; '.join(failed)}); {hint}")
+    print0(f"downloaded {len(names)} shards")
+    return checked
+
+
+def _fetch_shard(path, check, progress):
+    """check(path) of a shard, which is downloaded if it does not exist, and downloaded again if damaged, once."""
+    for _ in range(2):  # a resumed download may have started from another host's file
+        if not path.exists():
+            fetch(_url(path.name), path, progress=progress)
+        try:
+            return check(path)
+        except UserError as e:
+            error = e
+            path.unlink()
+    raise error
+
+
+def _url(name):
+    return f"{mirror_url('hub')}/{PUBLIC}/resolve/main/{name}"
+
+
+def _is_missing(index):
+    """Whether the host lacks the shard `index`. Raises UserError if the host does not answer."""
+    import urllib.request
+
+    url = _url(f"shard_{index:05d}.parquet")
+    if "://" not in url:
+        return not Path(url).is_file()
+    for wait in (2, 4, 8, 16, 0):  # seconds before the next attempt
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=30).close()
+            return False
+        except OSError as e:  # includes HTTPError
+            error, code = e, getattr(e, "code", 500)
+            if code == 404:
+                return True
+            if code < 500 and code != 429:
+                break
+            time.sleep(wait)
+    raise UserError(f"cannot reach {url} ({error}); `python -m nanochat.dataset --pocket` works without a network")

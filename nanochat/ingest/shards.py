@@ -1,0 +1,65 @@
+"""Writes documents as parquet shards in the format of the public corpus: column `text`, row groups of 1,024, zstd."""
+
+import random
+
+from nanochat.common import UserError, atomic_path, file_fingerprint, print0
+
+SHARD_CHARS = 250_000_000  # minimum size of a shard in characters, about 100 MB compressed
+ROW_GROUP = 1024  # documents per row group, the unit of reading
+MIN_VAL_DOCS = 8  # minimum number of validation documents
+
+
+def cut_shards(documents, shard_chars=SHARD_CHARS):
+    """Yield lists of documents: whole row groups with at least `shard_chars` characters; the last list has the rest."""
+    shard, chars = [], 0
+    for text in documents:
+        shard.append(text)
+        chars += len(text)
+        if chars >= shard_chars and len(shard) % ROW_GROUP == 0:
+            yield shard
+            shard, chars = [], 0
+    if shard:
+        yield shard
+
+
+def write_shard(path, documents):
+    """Write a list of str as one shard, atomically; returns its manifest entry {"bytes", "sha256"}."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    options = dict(use_dictionary=False, write_statistics=False, compression="zstd", compression_level=3)
+    with atomic_path(path) as draft:
+        pq.write_table(pa.table({"text": pa.array(documents, pa.string())}), draft, row_group_size=ROW_GROUP, **options)
+    return file_fingerprint(path)
+
+
+def write_shards(folder, documents, seed, shard_chars=SHARD_CHARS):
+    """
+    Write an iterable of (is_validation, text): training shards, then one validation shard. Returns {name: entry}.
+
+    Holds one training shard and all validation documents in memory. Documents are shuffled within their shard; the
+    loader shuffles the row groups of all shards.
+    """
+    rng, val, shards = random.Random(seed), [], {}
+
+    def train_documents():
+        for is_val, text in documents:
+            if is_val:
+                val.append(text)
+            else:
+                yield text
+
+    def add_shard(texts, purpose):
+        name = f"shard_{len(shards):05d}.parquet"
+        shards[name] = write_shard(folder / name, texts)
+        print0(f"{name}: {len(texts):,} documents, {sum(map(len, texts)):,} characters for {purpose}")
+
+    for shard in cut_shards(train_documents(), shard_chars):
+        rng.shuffle(shard)
+        while len(val) < MIN_VAL_DOCS and len(val) + 1 < len(shard):  # the share of a small corpus can be less
+            val.append(shard.pop())
+        add_shard(shard, "training")
+    if not shards or not val:
+        raise UserError(f"too little text for {folder}: training and validation need at least one document each")
+    add_shard(val, f"validation; all shards are in {folder}")
+    return shards
