@@ -1,4 +1,4 @@
-"""A base directory with a little text of the pocket world and a small tokenizer, made once a session."""
+"""Fixtures: a base directory with a small pocket corpus and tokenizer, made once per session; running scripts."""
 
 import importlib
 import os
@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# Models this small only lose by threads, and a hundredfold on a busy machine; set before torch is imported.
+# Threads slow such small models down, up to 100 times on a busy machine. Must be set before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")
 def pocket_base(tmp_path_factory):
-    """Path of a base dir with base_data/ (200,000 characters) and tokenizer/ (600 tokens); not to be written to."""
+    """Path of a base directory with base_data/ (200,000 characters) and tokenizer/ (600 tokens). Read-only."""
     from nanochat import dataset
     from scripts import tok_train
 
@@ -29,7 +29,7 @@ def pocket_base(tmp_path_factory):
 
 @pytest.fixture
 def base(pocket_base, tmp_path, monkeypatch):
-    """A base dir of one's own with the same text and tokenizer; NANOCHAT_BASE_DIR points at it."""
+    """A new base directory that links to the text and tokenizer of pocket_base; NANOCHAT_BASE_DIR points at it."""
     for name in ("base_data", "tokenizer"):
         (tmp_path / name).symlink_to(pocket_base / name)
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
@@ -39,7 +39,7 @@ def base(pocket_base, tmp_path, monkeypatch):
 
 @pytest.fixture
 def run_script(base):
-    """run_script("scripts.base_train", "--depth=2", ranks=2) -> CompletedProcess; in processes of its own."""
+    """run_script("scripts.base_train", "--depth=2", ranks=2) runs a script in new processes -> CompletedProcess."""
 
     def run_script(module, *flags, ranks=1, check=True):
         command = [sys.executable, "-m"]
@@ -57,7 +57,7 @@ def run_script(base):
 
 @pytest.fixture
 def run_main(base):
-    """run_main("scripts.base_train", "--depth=2"): the script's main() in this process, which is quicker."""
+    """run_main("scripts.base_train", "--depth=2") calls the script's main() in this process, which is faster."""
 
     def run_main(module, *flags):
         importlib.import_module(module).main(list(map(str, flags)))

@@ -1,4 +1,4 @@
-"""The stream of tokens: what is in it, that it does not depend on the world size, and that it resumes exactly."""
+"""Batches: their content, their independence of the world size, and exact resume."""
 
 import itertools
 
@@ -49,7 +49,7 @@ def test_same_batches_on_any_number_of_processes(base, packing, world_size):
 
 
 @pytest.mark.parametrize("packing", ["stream", "bos"])
-def test_resumes_to_the_token_on_other_processes(base, packing):
+def test_resume_is_exact_with_another_world_size(base, packing):
     whole = take(60, packing)  # more than an epoch of some lanes
     states = {lane: p for r in range(2) for lane, p in take(35, packing, r, 2)[-1].state.items()}
     rest = take(25, packing, states=states)
@@ -59,7 +59,7 @@ def test_resumes_to_the_token_on_other_processes(base, packing):
 
 
 def test_an_epoch_holds_every_document_once(base):
-    """Lane 0 of 1 sees all text; its first epoch's tokens are those of all documents, in the epoch's order."""
+    """With a single lane, the tokens of an epoch are those of all documents, in the order of that epoch."""
     tokenizer = get_tokenizer()
     source = ShardSource(row_groups("train"), tokenizer, 1)
     docs = [text for path, i, _ in row_groups("train") for text in read_row_group(path, i)]
@@ -72,20 +72,20 @@ def test_an_epoch_holds_every_document_once(base):
     for batch in itertools.islice(lane_batches(source, 1, T, 1, cpu()), len(stream) // T - 2):
         inputs, targets = rows_of(batch)[0].numpy()
         if not np.array_equal(inputs, stream[at : at + T]):
-            at += 1  # the row before ended with its block, whose last token was only a target
+            at += 1  # the previous row ended a block, whose last token is only a target
         np.testing.assert_array_equal(inputs, stream[at : at + T])
         np.testing.assert_array_equal(targets, stream[at + 1 : at + T + 1])
         at += T
 
 
-def test_few_documents_feed_many_lanes(base):
+def test_fewer_documents_than_lanes(base):
     source = ShardSource(row_groups("val"), get_tokenizer(), 4096)
     lanes = 4096
     batch = next(lane_batches(source, lanes, 8, lanes, cpu()))
     assert batch.micro_batches[0][0].shape == (lanes, 8)
 
 
-def test_states_of_other_lanes_are_refused(base):
+def test_a_state_with_another_number_of_lanes_is_a_user_error(base):
     with pytest.raises(UserError, match="lanes"):
         take(1, states={"0": [0, 0, 0]})
 
@@ -93,7 +93,7 @@ def test_states_of_other_lanes_are_refused(base):
 def test_best_fit_packing_by_hand():
     docs = [[9, 1, 1], [9, 2, 2, 2, 2], [9, 3], [9, 4, 4, 4]]
     rows, targets = pack_best_fit(docs, docs, T=5)
-    # 5 of 6, and nothing fits into 1: the shortest, cropped; then 4 of 6, and nothing fits into 2: what is left
+    # Row 1: the longest document (5 tokens), then the shortest, cropped to 1. Row 2: 4 tokens, then the rest, cropped.
     assert rows.tolist() == [[9, 2, 2, 2, 2, 9], [9, 4, 4, 4, 9, 1]]
     assert targets.tolist() == rows.tolist()
 
@@ -122,7 +122,7 @@ class Talk(Task):
         }
 
 
-def test_conversations_are_masked_padded_and_shared_out(base):
+def test_conversations_are_masked_padded_and_split_over_ranks(base):
     tokenizer, task = get_tokenizer(), Talk()
     one = list(itertools.islice(conversation_batches(task, tokenizer, 4, 40, 4, cpu()), 8))
     halves = [list(itertools.islice(conversation_batches(task, tokenizer, 4, 40, 1, cpu(r, 2)), 8)) for r in range(2)]
@@ -144,7 +144,7 @@ def test_conversations_are_masked_padded_and_shared_out(base):
         seen += [tokenizer.decode(ids) for ids, _ in rows]
         assert not any(tokenizer.encode_special("<|user_start|>") in targets for _, targets in rows)
     prompts = [text.split("<|user_end|>")[0] for text in seen]
-    assert len(set(prompts[:24])) == 23  # an epoch is every conversation once, then the next begins
+    assert len(set(prompts[:24])) == 23  # an epoch has every conversation once
     assert one[5].state == {"examples": 24}
     resumed = next(conversation_batches(task, tokenizer, 4, 40, 4, cpu(), states={"examples": 24}))
     assert torch.equal(resumed.micro_batches[0][0], one[6].micro_batches[0][0])
@@ -159,7 +159,7 @@ def test_task_source_masks_only_when_asked(base):
         assert ((x == user).any(), (y == user).any()) == (True, not use_mask)
 
 
-def test_evaluation_reads_the_text_from_the_start(base):
+def test_evaluation_reads_the_text_in_file_order(base):
     tokenizer = get_tokenizer()
     source = ShardSource(row_groups("val"), tokenizer, 4)
     one = eval_batches(source, 4, T, 3, cpu())
@@ -173,12 +173,11 @@ def test_evaluation_reads_the_text_from_the_start(base):
         assert torch.equal(x, torch.cat([two[r][step][0] for r in range(2)]))
 
 
-def test_prefetch_hands_over_errors_and_stops():
+def test_prefetch_raises_the_threads_errors_and_stops():
     def broken():
-        yield from take_none
+        yield from ()
         raise UserError("shard_00001.parquet is damaged")
 
-    take_none = []
     loader = Prefetch(broken(), torch.device("cpu"))
     with pytest.raises(UserError, match="damaged"):
         next(loader)

@@ -1,4 +1,4 @@
-"""Shards: downloads from a host that fails in every way, own files, the pocket world, and what readers are told."""
+"""Shards: downloads from an unreliable host, own files, the pocket corpus, and the errors that readers get."""
 
 import functools
 import hashlib
@@ -17,6 +17,7 @@ import pytest
 
 from nanochat import dataset
 from nanochat.common import UserError
+from nanochat.ingest import download, shards
 from nanochat.ingest.documents import read_documents, text_documents
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +27,7 @@ MIRROR = ROOT.parent / "shared" / "data" / "mirror"
 @pytest.fixture(autouse=True)
 def base(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # of retries
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # retries do not wait
     return tmp_path / "base" / "base_data"
 
 
@@ -38,7 +39,7 @@ def make_documents(count, seed=0, words=30):
 
 
 class Host:
-    """Serves a folder; `faults` maps a file name to what happens next: "cut", "cut chunk", "close" or a status."""
+    """Serves a folder. faults[file name] lists faults of the next requests: "cut", "cut chunk", "close" or a status."""
 
     def __init__(self, root):
         self.root, self.faults, self.requests = root, {}, []
@@ -85,9 +86,9 @@ class Host:
 @pytest.fixture
 def host(tmp_path, monkeypatch):
     """A mirror with five shards."""
-    folder = tmp_path / "www" / dataset.PUBLIC / "resolve" / "main"
+    folder = tmp_path / "www" / download.PUBLIC / "resolve" / "main"
     for i in range(5):
-        dataset.write_shard(folder / f"shard_{i:05d}.parquet", make_documents(1500, seed=i))
+        shards.write_shard(folder / f"shard_{i:05d}.parquet", make_documents(1500, seed=i))
     host = Host(tmp_path / "www")
     host.folder = folder
     monkeypatch.setenv("NANOCHAT_HUB_URL", host.url)
@@ -106,7 +107,7 @@ def test_download_survives_cut_connections_and_server_errors(host, base):
         "shard_00001.parquet": [500, 429],
         "shard_00002.parquet": ["close", "cut chunk"],
     }
-    assert dataset.find_last_shard() == 4
+    assert download.find_last_shard() == 4
     host.faults["shard_00000.parquet"] = ["cut"]
     dataset.main(["-n", "3", "-w", "2"])
     assert names(dataset.list_parquet_files()) == ["00000", "00001", "00002", "00004"]
@@ -121,25 +122,25 @@ def test_download_survives_cut_connections_and_server_errors(host, base):
     assert not [p for p in base.iterdir() if p.suffix in (".part", ".tmp")]
 
 
-def test_the_hosts_last_shard_is_validation_whatever_was_asked_for(host, monkeypatch):
+def test_the_hosts_last_shard_is_validation_for_any_number_of_shards(host, monkeypatch):
     dataset.main(["-n", "2"])
     assert names(dataset.shard_files("train")) == ["00000", "00001"]
     assert names(dataset.shard_files("val")) == ["00004"]
     dataset.main(["-n", "100"])
     assert names(dataset.shard_files("train")) == ["00000", "00001", "00002", "00003"]
     assert names(dataset.shard_files("val")) == ["00004"]
-    monkeypatch.setattr(dataset, "LAST_SHARD", 4)  # a host that has the pinned one: found with one question
+    monkeypatch.setattr(download, "LAST_SHARD", 4)  # a host with the full corpus needs one request
     host.requests.clear()
-    assert dataset.find_last_shard() == 4 and len(host.requests) == 1
+    assert download.find_last_shard() == 4 and len(host.requests) == 1
 
 
-def test_a_mirror_folder_serves_like_a_host(host, monkeypatch):
+def test_a_mirror_can_be_a_local_folder(host, monkeypatch):
     monkeypatch.setenv("NANOCHAT_HUB_URL", str(host.root))
     dataset.main(["-n", "1"])
     assert names(dataset.list_parquet_files()) == ["00000", "00004"] and not host.requests
 
 
-def test_good_shards_are_kept_without_network_and_cut_ones_fetched_again(host, base):
+def test_complete_shards_need_no_network_and_truncated_ones_are_downloaded_again(host, base):
     dataset.main(["-n", "3"])
     host.requests.clear()
     dataset.main(["-n", "3"])
@@ -153,7 +154,7 @@ def test_good_shards_are_kept_without_network_and_cut_ones_fetched_again(host, b
     assert cut.read_bytes() == (host.folder / cut.name).read_bytes()
 
 
-def test_a_failed_download_names_the_shards_and_leaves_no_set(host, base):
+def test_a_failed_download_names_the_shards_and_writes_no_manifest(host, base):
     (host.folder / "shard_00001.parquet").write_bytes(b"not parquet")
     host.faults["shard_00002.parquet"] = ["cut"] * 5
     with pytest.raises(UserError) as error:
@@ -162,7 +163,7 @@ def test_a_failed_download_names_the_shards_and_leaves_no_set(host, base):
     assert "shard_00001.parquet is damaged" in str(error.value) and "cannot fetch" in str(error.value)
     with pytest.raises(UserError, match="no finished shards"):
         dataset.list_parquet_files()
-    dataset.write_shard(host.folder / "shard_00001.parquet", make_documents(1500))
+    shards.write_shard(host.folder / "shard_00001.parquet", make_documents(1500))
     host.faults.clear()
     host.requests.clear()
     dataset.main(["-n", "3"])
@@ -171,7 +172,7 @@ def test_a_failed_download_names_the_shards_and_leaves_no_set(host, base):
     assert sorted(host.gets()) == [("shard_00001.parquet", None), ("shard_00002.parquet", f"bytes={half}-")]
 
 
-def test_readers_see_a_growing_set_only_when_it_is_whole(host, base):
+def test_readers_see_new_shards_only_after_all_are_downloaded(host, base):
     dataset.main(["-n", "1"])
     (host.folder / "shard_00002.parquet").write_bytes(b"not parquet")
     with pytest.raises(UserError):
@@ -180,7 +181,7 @@ def test_readers_see_a_growing_set_only_when_it_is_whole(host, base):
     assert names(dataset.list_parquet_files()) == ["00000", "00004"]
 
 
-def test_no_host_is_one_line(monkeypatch, host):
+def test_an_unreachable_host_is_a_user_error(monkeypatch, host):
     host.server.shutdown()
     host.server.server_close()
     with pytest.raises(UserError, match="cannot reach .*--pocket"):
@@ -198,12 +199,12 @@ def test_verify_finds_a_flipped_byte(host, base):
         dataset.main(["--verify"])
 
 
-def test_shards_are_written_as_the_public_ones_are(tmp_path):
+def test_shards_have_the_format_of_the_public_ones(tmp_path):
     documents = make_documents(3000)
-    shards = list(dataset.cut_shards(documents, shard_chars=sum(map(len, documents[:1500]))))
-    assert [len(shard) for shard in shards] == [2048, 952]  # enough characters, then up to a whole row group
-    assert sum(shards, []) == documents
-    dataset.write_shard(tmp_path / "a.parquet", shards[0])
+    parts = list(shards.cut_shards(documents, shard_chars=sum(map(len, documents[:1500]))))
+    assert [len(part) for part in parts] == [2048, 952]  # 1,500 documents, rounded up to a whole row group
+    assert sum(parts, []) == documents
+    shards.write_shard(tmp_path / "a.parquet", parts[0])
     file = pq.ParquetFile(tmp_path / "a.parquet")
     column = file.metadata.row_group(0).column(0)
     assert file.num_row_groups == 2 and file.metadata.row_group(1).num_rows == 1024
@@ -241,7 +242,7 @@ def test_own_files_of_every_kind_become_shards(tmp_path):
     train, val = all_documents("train"), all_documents("val")
     expected = ["plain text\n", "# märkdown\n", "line one", "half ? pair", "from parquet", *make_documents(500) * 2]
     assert sorted(train + val) == sorted(expected)
-    assert not set(train) & set(val)  # every line stands twice, and both stay on one side
+    assert not set(train) & set(val)  # every line occurs twice, both times in the same split
     assert 50 <= len(val) <= 150
     assert train != [text for text in expected if text in set(train)]  # shuffled
     again = tmp_path / "again"
@@ -249,10 +250,10 @@ def test_own_files_of_every_kind_become_shards(tmp_path):
     assert (again / "shard_00000.parquet").read_bytes() == dataset.shard_files("train")[0].read_bytes()
 
 
-def test_a_small_set_still_has_some_validation(tmp_path):
+def test_a_small_set_has_a_minimum_of_validation_documents(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in make_documents(40)))
     dataset.main(["--from-files", str(tmp_path / "a.jsonl")])
-    assert len(all_documents("val")) == dataset.MIN_VAL_DOCS and len(all_documents("train")) == 32
+    assert len(all_documents("val")) == shards.MIN_VAL_DOCS and len(all_documents("train")) == 32
     (tmp_path / "one.txt").write_text("one document")
     with pytest.raises(UserError, match="too little text"):
         dataset.main(["--from-files", str(tmp_path / "one.txt"), "--overwrite"])
@@ -283,7 +284,7 @@ def test_text_is_cut_without_loss(tmp_path, unit):
         ("a.docx", b"", "no txt, md, jsonl or parquet"),
     ],
 )
-def test_own_files_that_cannot_be_read_are_named(tmp_path, base, name, content, message):
+def test_unreadable_own_files_are_named_in_the_error(tmp_path, base, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
         dataset.main(["--from-files", str(tmp_path / name)])
@@ -291,13 +292,13 @@ def test_own_files_that_cannot_be_read_are_named(tmp_path, base, name, content, 
     assert not list(base.glob("*.parquet"))
 
 
-def test_a_parquet_without_text_says_what_it_has(tmp_path):
+def test_the_error_for_a_parquet_file_without_text_lists_its_columns(tmp_path):
     pq.write_table(pa.table({"content": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="no column `text`, only content"):
         list(read_documents(tmp_path / "a.parquet"))
 
 
-def test_other_shards_are_replaced_only_on_request(host, base, tmp_path):
+def test_other_shards_are_replaced_only_with_overwrite(host, base, tmp_path):
     dataset.main(["-n", "1"])
     before = {path: path.read_bytes() for path in dataset.list_parquet_files()}
     for other in (["--pocket", "--chars=20000"], ["--from-files", str(ROOT / "LICENSE").replace("LICENSE", "tests")]):
@@ -305,15 +306,15 @@ def test_other_shards_are_replaced_only_on_request(host, base, tmp_path):
             dataset.main(other)
     assert {path: path.read_bytes() for path in dataset.list_parquet_files()} == before
     (base / "manifest.json").unlink()
-    assert len(dataset.list_parquet_files()) == 2  # without a manifest, all there is
+    assert len(dataset.list_parquet_files()) == 2  # without a manifest, all parquet files
     with pytest.raises(UserError, match="unknown origin"):
         dataset.main(["-n", "1"])
     dataset.main(["--pocket", "--chars=20000", "--overwrite"])
     assert names(dataset.list_parquet_files()) == ["00000", "00001"]
 
 
-def test_an_interrupted_set_is_not_taken_for_whole(base):
-    def killed():
+def test_an_interrupted_set_is_not_readable(base):
+    def interrupted():
         for number, text in enumerate(make_documents(5000)):
             yield number % 50 == 0, text
             if number == 3000:
@@ -321,17 +322,17 @@ def test_an_interrupted_set_is_not_taken_for_whole(base):
 
     arguments = dict(kind="own files", settings={"seed": 1}, shard_chars=1000)
     with pytest.raises(KeyboardInterrupt):
-        dataset.write_set(base, documents=killed(), **arguments)
+        dataset.write_set(base, documents=interrupted(), **arguments)
     assert len(list(base.glob("*.parquet"))) == 2
     with pytest.raises(UserError, match="no finished shards"):
         dataset.list_parquet_files()
-    whole = [(number % 50 == 0, text) for number, text in enumerate(make_documents(1500))]
-    dataset.write_set(base, documents=whole, **arguments)
+    documents = [(number % 50 == 0, text) for number, text in enumerate(make_documents(1500))]
+    dataset.write_set(base, documents=documents, **arguments)
     assert len(dataset.list_parquet_files()) == 3 and len(all_documents("val")) == 30
-    assert sorted(all_documents("train") + all_documents("val")) == sorted(text for _, text in whole)
+    assert sorted(all_documents("train") + all_documents("val")) == sorted(text for _, text in documents)
 
 
-def test_pocket_shards_are_reproducible_and_apart(tmp_path, capsys):
+def test_pocket_shards_are_reproducible_and_the_splits_disjoint(tmp_path, capsys):
     dataset.main(["--pocket", "--chars=200_000"])
     train, val = all_documents("train"), all_documents("val")
     assert 204_000 <= sum(map(len, train + val)) < 210_000 and 4_000 <= sum(map(len, val)) < 10_000
@@ -356,12 +357,12 @@ def test_missing_shards_name_the_commands(base):
     with pytest.raises(UserError, match=r"no shards in .*-n 8.*--pocket.*--from_files"):
         dataset.shard_files("train")
     base.mkdir(parents=True)
-    dataset.write_shard(base / "only.parquet", ["text"])
+    shards.write_shard(base / "only.parquet", ["text"])
     with pytest.raises(UserError, match="one shard only"):
         dataset.shard_files("train")
     (base / "shard.parquet").write_bytes((base / "only.parquet").read_bytes()[:-20])
     with pytest.raises(UserError, match=r"shard.parquet is damaged .*delete it and run") as error:
-        dataset.shard_files("val")
+        dataset.row_groups("val")
     assert "\n" not in str(error.value)
 
 

@@ -1,4 +1,4 @@
-"""The Tokenizer class, its files and the rendering of conversations; tok_train and tok_eval on a small corpus."""
+"""The Tokenizer class, its files, the rendering of conversations, and tok_train and tok_eval on a small corpus."""
 
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from nanochat.tokenizer import (
     SPLIT_PATTERN,
     RustBPETokenizer,
     Tokenizer,
+    check_conversation,
     get_token_bytes,
     get_tokenizer,
 )
@@ -53,10 +54,11 @@ def test_special_tokens_follow_the_merges_in_order(tokenizer):
 
 def test_encoding_equals_tiktoken_and_round_trips(tokenizer):
     oracle = tiktoken.Encoding("o", pat_str=SPLIT_PATTERN, mergeable_ranks=tokenizer.ranks, special_tokens={})
-    for text in [*TEXTS, "", " \r\n\t  x", "<|bos|><|user_start|>", "\U0001f468\u200d\U0001f469", tok_train.SAMPLE]:
+    others = ["", " \r\n\t  x", "<|bos|><|user_start|>", "\U0001f468\u200d\U0001f469", tok_train.ROUND_TRIP_TEXT]
+    for text in TEXTS + others:
         ids = tokenizer.encode(text)
         assert ids == oracle.encode_ordinary(text) == tokenizer(text)
-        assert max(ids, default=0) < 311  # no special token comes out of text
+        assert max(ids, default=0) < 311  # text never becomes a special token
         assert tokenizer.decode(ids) == text
         assert tokenizer.decode_bytes(ids) == text.encode()
 
@@ -72,7 +74,7 @@ def test_prepend_and_append_take_ids_and_names(tokenizer):
     assert tokenizer.encode(["cat", "mat"], num_threads=2) == [cat, mat]
 
 
-def test_half_a_character_decodes_to_the_replacement_character(tokenizer):
+def test_incomplete_utf8_decodes_to_the_replacement_character(tokenizer):
     assert tokenizer.id_to_token(0xC3) == "\ufffd"
     assert tokenizer.id_to_token(311) == "<|bos|>"
 
@@ -83,13 +85,13 @@ def test_a_vocabulary_that_is_too_small_is_refused(vocab_size):
         Tokenizer.train_from_iterator(iter(TEXTS), vocab_size)
 
 
-def test_the_smallest_vocabulary_and_one_that_the_text_cannot_fill():
+def test_the_smallest_vocabulary_and_a_vocabulary_too_large_for_the_text():
     assert Tokenizer.train_from_iterator(iter(TEXTS), 265).get_vocab_size() == 265
     small = Tokenizer.train_from_iterator(iter(["ab"]), 1000)
     assert small.get_vocab_size() == 257 + 9 and small.encode_special("<|bos|>") == 257
 
 
-def test_a_name_that_tiktoken_does_not_know():
+def test_an_unknown_tiktoken_name_is_a_user_error():
     with pytest.raises(UserError, match="no tokenizer 'gpt9'; tiktoken has .*gpt2"):
         Tokenizer.from_pretrained("gpt9")
 
@@ -98,7 +100,7 @@ def test_a_name_that_tiktoken_does_not_know():
 # Files
 
 
-def test_a_saved_tokenizer_is_the_same_one(tokenizer, base):
+def test_save_and_load_round_trip(tokenizer, base):
     tokenizer.save(base / "tokenizer")
     loaded = get_tokenizer()
     assert isinstance(loaded, RustBPETokenizer)
@@ -116,7 +118,8 @@ def test_the_ranks_file_is_in_tiktokens_format(tokenizer, base, monkeypatch):
     from tiktoken.load import load_tiktoken_bpe
 
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
-    monkeypatch.setattr("tiktoken.load.read_file", lambda path: Path(path).read_bytes())  # older ones want `blobfile`
+    # Older versions of tiktoken read local files with the package `blobfile`.
+    monkeypatch.setattr("tiktoken.load.read_file", lambda path: Path(path).read_bytes())
     tokenizer.save(base)
     assert load_tiktoken_bpe(str(base / "ranks.tiktoken")) == tokenizer.ranks
 
@@ -125,7 +128,7 @@ def test_token_bytes_count_raw_bytes(tokenizer, base):
     tokenizer.save(base / "tokenizer")
     counts = get_token_bytes("cpu")
     assert counts.dtype == torch.int32 and counts.shape == (320,)
-    assert counts[:256].tolist() == [1] * 256  # also those that are no UTF-8 by themselves
+    assert counts[:256].tolist() == [1] * 256  # also bytes that are not UTF-8 on their own
     assert counts[311:].tolist() == [0] * 9
     for text in TEXTS:
         assert counts[tokenizer.encode(text, prepend="<|bos|>")].sum() == len(text.encode())
@@ -141,7 +144,7 @@ def test_a_missing_tokenizer_names_the_command(base):
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "ranks.tiktoken", "token_bytes.pt"])
 @pytest.mark.parametrize("damage", ["cut", "gone", "other"])
-def test_a_damaged_file_is_named(tokenizer, base, name, damage):
+def test_a_damaged_file_is_named_in_the_error(tokenizer, base, name, damage):
     tokenizer.save(base / "tokenizer")
     path = base / "tokenizer" / name
     data = path.read_bytes()
@@ -216,7 +219,7 @@ def test_a_conversation_with_a_tool_call(tokenizer):
         *[("<|assistant_start|>", 0), ("Yes.", 1), ("<|assistant_end|>", 1)],
     )
     assert tokenizer.render_conversation(conversation, max_tokens=20) == (rendered[0][:20], rendered[1][:20])
-    assert conversation["messages"][1]["content"] == "12 + 30?"  # the caller's data stays as it is
+    assert conversation["messages"][1]["content"] == "12 + 30?"  # the argument is not modified
 
 
 def test_special_strings_in_messages_stay_text(tokenizer):
@@ -231,25 +234,31 @@ def test_special_strings_in_messages_stay_text(tokenizer):
 @pytest.mark.parametrize(
     "conversation, message",
     [
-        (chat(), "one message or more"),
-        ([user("a")], "a conversation is"),
+        (chat(), "at least one message, got"),
+        ([user("a")], r"expected {\"messages\": \[...\]} .*, got \[{'role'"),
         (chat(assistant("a")), "message 1 of 1 has the role 'assistant', expected 'user'"),
         (chat(user("a"), user("b")), "message 2 of 2 has the role 'user', expected 'assistant'"),
         (chat(user("a"), {"role": "system", "content": "b"}), "message 2 of 2 has the role 'system'"),
         (chat({"role": "system", "content": "b"}), "ends after its system message"),
         (chat({"role": "system", "content": "b"}, assistant("a")), "message 2 of 2 .* expected 'user'"),
         (chat(user("a"), "b"), "message 2 of 2 is 'b', expected an object"),
-        (chat(user(3)), "message 1 of 1 .* has the content '3', expected text"),
+        (chat(user(3)), "message 1 of 1 .* has the content 3, expected a string$"),
         (chat(user([{"type": "text", "text": "a"}])), r"message 1 of 1 \(user\) has the content"),
         (chat(user("a"), assistant([{"type": "image", "text": "b"}])), "message 2 of 2 .* type of text, python"),
-        (chat(user("a"), {"role": "assistant"}), "message 2 of 2 .* has the content 'None'"),
+        (chat(user("a"), {"role": "assistant"}), "message 2 of 2 .* has the content None, expected a string, or"),
     ],
 )
-def test_conversations_of_another_shape_are_refused(tokenizer, conversation, message):
-    for render in (tokenizer.render_conversation, tokenizer.render_for_completion):
+def test_malformed_conversations_are_user_errors(tokenizer, conversation, message):
+    for check in (check_conversation, tokenizer.render_conversation, tokenizer.render_for_completion):
         with pytest.raises(UserError, match=message) as error:
-            render(conversation)
+            check(conversation)
         one_line(error)
+
+
+def test_check_conversation_separates_the_system_message():
+    system, messages = {"role": "system", "content": "Hi."}, [user("a"), assistant("b")]
+    assert check_conversation(chat(system, *messages)) == ("Hi.", messages)
+    assert check_conversation(chat(*messages)) == ("", messages)
 
 
 def test_a_prompt_ends_with_assistant_start(tokenizer):
@@ -262,14 +271,14 @@ def test_a_prompt_ends_with_assistant_start(tokenizer):
     assert tokenizer.render_for_completion(chat(system, user("Why?"), assistant("Because."))) == prompt
 
 
-def test_a_prompt_is_the_start_of_the_conversation_that_follows(tokenizer):
+def test_a_prompt_is_a_prefix_of_the_rendered_conversation(tokenizer):
     conversation = chat(user("a"), assistant("b"), user("c"), assistant("d"))
     prompt = tokenizer.render_for_completion(conversation)
     ids, mask = tokenizer.render_conversation(conversation)
     assert ids[: len(prompt)] == prompt and mask[len(prompt) :] == [1] * (len(ids) - len(prompt))
 
 
-def test_a_long_prompt_loses_its_oldest_turns_and_keeps_the_system_message(tokenizer):
+def test_truncation_drops_the_oldest_turns_and_keeps_the_system_message(tokenizer):
     system = {"role": "system", "content": "Be kind."}
     turns = [user("one"), assistant("1"), user("two"), assistant("2"), user("three")]
     full = tokenizer.render_for_completion(chat(system, *turns))
@@ -281,7 +290,7 @@ def test_a_long_prompt_loses_its_oldest_turns_and_keeps_the_system_message(token
 
 
 @pytest.mark.parametrize("max_tokens", [8, 50, 2048])
-def test_a_question_that_is_too_long_keeps_its_end(tokenizer, max_tokens):
+def test_truncation_of_a_single_long_question_keeps_its_end(tokenizer, max_tokens):
     question = "12 + 30? " * 2000 + "What is it?"
     ids = tokenizer.render_for_completion(chat(user("a"), assistant("b"), user(question)), max_tokens)
     tail = tokenizer.encode(question)[-(max_tokens - 4) :]
@@ -328,7 +337,7 @@ def test_tok_train_and_tok_eval(shards, capsys, monkeypatch):
     assert "| news | 579 |" in capsys.readouterr().out
 
 
-def test_tok_train_reads_the_training_split_up_to_its_limits(shards):
+def test_tok_train_reads_the_training_split_up_to_max_chars(shards):
     def read(max_chars, doc_cap):
         return [text for array in tok_train.read_texts(max_chars, doc_cap, totals) for text in array.to_pylist()]
 
@@ -350,7 +359,7 @@ def test_tok_train_reads_the_training_split_up_to_its_limits(shards):
         (["--doc_cap=-1"], "--doc_cap=-1: give 1 or more"),
     ],
 )
-def test_tok_train_leaves_the_old_tokenizer_on_a_mistake(shards, tokenizer, flags, message):
+def test_tok_train_keeps_the_old_tokenizer_on_a_user_error(shards, tokenizer, flags, message):
     tokenizer.save(shards / "tokenizer")
     with pytest.raises(UserError, match=message):
         tok_train.main(flags)
@@ -372,7 +381,7 @@ def test_tok_train_without_shards_names_the_command(base):
 
 
 @pytest.mark.parametrize("value", ["inf", "nan", "1.5", "many"])
-def test_a_count_that_is_none(value, capsys):
+def test_counts_must_be_integers(value, capsys):
     with pytest.raises(SystemExit) as stop:
         tok_train.main([f"--max_chars={value}"])
     assert stop.value.code == 2 and value in capsys.readouterr().err
