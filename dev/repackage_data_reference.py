@@ -1,23 +1,24 @@
 """
-How the public shards are made: FineWeb-Edu, shuffled once, cut into parquet files of about 100 MB.
+Make the public shards: FineWeb-Edu, shuffled once and cut into parquet files of about 100 MB.
 
-    python -m dev.repackage_data_reference --out_dir=shards          # about 1 TB of disk and a day
+    python -m dev.repackage_data_reference --out_dir=shards          # needs about 1 TB of disk and a day
 
-For reference: `python -m nanochat.dataset` downloads the result, or from a folder like it that NANOCHAT_HUB_URL names.
-The last shard that comes out is validation.
+Kept for reference: `python -m nanochat.dataset` downloads the finished shards. The last shard is the validation split.
 """
 
 from pathlib import Path
 
 from nanochat.cli import make_parser, parse_args, run_script
-from nanochat.dataset import cut_shards, write_shard
+from nanochat.ingest.shards import cut_shards, write_shard
 
 
 def main(argv=None):
     parser = make_parser("dev.repackage_data_reference", __doc__)
-    parser.add_argument("--out_dir", default="shards", help="folder of the shards")
-    parser.add_argument("--dataset", default="HuggingFaceFW/fineweb-edu", help="on the hub, with a column text")
-    parser.add_argument("--config", default="sample-100BT", help="configuration of the dataset")
+    parser.add_argument("--out_dir", default="shards", help="folder to write the shards to")
+    parser.add_argument(
+        "--dataset", default="HuggingFaceFW/fineweb-edu", help="data set on the Hugging Face hub with a column `text`"
+    )
+    parser.add_argument("--config", default="sample-100BT", help="configuration of the data set")
     args = parse_args(parser, argv)
     from datasets import load_dataset
 
