@@ -85,7 +85,11 @@ class TaskSource(Source):
 
 
 def _block_ranges(n, block_size, total, num_lanes):
-    """Ranges that cut 0..n into blocks of `block_size`, or smaller if `total` documents give a lane fewer than 4."""
+    """
+    The numbers 0 to n - 1 in ranges of `block_size`, the last one shorter.
+
+    If `total` documents give fewer than 4 such blocks per lane, the blocks are smaller.
+    """
     size = min(block_size, max(1, total // (4 * num_lanes)))
     return [range(start, min(start + size, n)) for start in range(0, n, size)]
 
@@ -102,9 +106,6 @@ class Lane:
         """This lane's blocks of an epoch. If there are fewer blocks than lanes, several lanes read the same block."""
         order = self.source.order(epoch)
         return order[self.index :: self.num_lanes] or [order[(self.index + epoch) % len(order)]]
-
-    def state(self):
-        return [self.epoch, self.block, self.used]
 
     def progress(self):
         """Number of epochs started, as a fraction: 2.5 is halfway through the third."""
@@ -194,7 +195,8 @@ def lane_batches(source, rows, T, device_batch_size, compute, packing="stream", 
         x, y = (torch.from_numpy(np.stack(half)) for half in zip(*(lane.next_row() for lane in lanes), strict=True))
         micro_batches = list(zip(x.split(device_batch_size), y.long().split(device_batch_size), strict=True))
         progress = sum(lane.progress() for lane in lanes) / own_rows
-        yield Batch(micro_batches, progress, {str(lane.index): lane.state() for lane in lanes})
+        state = {str(lane.index): [lane.epoch, lane.block, lane.used] for lane in lanes}
+        yield Batch(micro_batches, progress, state)
 
 
 def conversation_batches(task, tokenizer, rows, T, device_batch_size, compute, seed=42, states=None):
@@ -264,8 +266,7 @@ class Prefetch:
         batch = self.ready.get()
         if isinstance(batch, BaseException):
             raise batch
-        to = functools.partial(torch.Tensor.to, device=self.device, non_blocking=True)
-        batch.micro_batches = [(to(x), to(y)) for x, y in batch.micro_batches]
+        batch.micro_batches = [[t.to(self.device, non_blocking=True) for t in pair] for pair in batch.micro_batches]
         return batch
 
     def close(self):

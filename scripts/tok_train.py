@@ -58,10 +58,10 @@ def read_texts(max_chars, doc_cap, totals):
         n = min(bisect.bisect_left(ends, max_chars), len(texts))  # the document that reaches max_chars is the last
         yield texts[:n]
         totals.update(documents=totals["documents"] + n, characters=ends[n])
-        if ends[n] >= max_chars:
-            return
         expected = min(max_chars, ends[n] * len(groups) // i)
         show_progress("reading and counting", ends[n], expected, f"{totals['documents']:,} documents")
+        if ends[n] >= max_chars:
+            return
 
 
 def main(argv=None):

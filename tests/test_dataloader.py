@@ -93,7 +93,7 @@ def test_a_state_with_another_number_of_lanes_is_a_user_error(base):
 def test_best_fit_packing_by_hand():
     docs = [[9, 1, 1], [9, 2, 2, 2, 2], [9, 3], [9, 4, 4, 4]]
     rows, targets = pack_best_fit(docs, docs, T=5)
-    # Row 1: the longest document (5 tokens), then the shortest, cropped to 1. Row 2: 4 tokens, then the rest, cropped.
+    # Row 1: the longest document, then the shortest, cropped to 1 token. Row 2: 4 tokens, then the last one, cropped.
     assert rows.tolist() == [[9, 2, 2, 2, 2, 9], [9, 4, 4, 4, 9, 1]]
     assert targets.tolist() == rows.tolist()
 

@@ -1,6 +1,4 @@
-"""
-Downloads the public corpus: FineWeb-Edu in parquet shards, from Hugging Face or the mirror NANOCHAT_HUB_URL.
-"""
+"""Downloads the public corpus: parquet shards of FineWeb-Edu from Hugging Face or the mirror NANOCHAT_HUB_URL."""
 
 import bisect
 import time
@@ -17,7 +15,7 @@ MAX_FAILURES = 3  # more failed shards than this stop a download: the host is do
 
 
 def shard_names(count, last):
-    """File names of the last shard, which is downloaded first because every set needs it, and of the first `count`."""
+    """File names of the last shard and of the first `count`. The last comes first: no set is usable without it."""
     return [f"shard_{index:05d}.parquet" for index in (last, *range(min(count, last)))]
 
 
@@ -48,7 +46,7 @@ def fetch_shards(folder, names, check, num_workers=4):
         known = [pair for pair in started.values() if pair]
         received_mb, known_mb = (sum(column) / 1e6 for column in zip(*known, strict=True))
         expected_mb = known_mb / len(known) * len(names)  # the other shards have about the same size
-        show("downloading", int(received_mb), int(expected_mb), f"{len(checked)} of {len(names)} shards")
+        show("downloading", round(received_mb), round(expected_mb), f"{len(checked)} of {len(names)} shards")
 
     pool = ThreadPoolExecutor(num_workers)
     jobs = {pool.submit(_fetch_shard, folder / name, check, partial(progress, name)): name for name in names}
@@ -71,8 +69,8 @@ def fetch_shards(folder, names, check, num_workers=4):
 
 
 def _fetch_shard(path, check, progress):
-    """check(path) of a shard, which is downloaded if it does not exist, and downloaded again if damaged, once."""
-    for _ in range(2):  # a resumed download may have started from another host's file
+    """Download the shard `path` unless it exists; returns check(path). A damaged file is downloaded again, once."""
+    for _ in range(2):  # a resumed download is damaged if its beginning came from another host
         if not path.exists():
             fetch(_url(path.name), path, progress=progress)
         try:

@@ -56,7 +56,7 @@ def write_shards(folder, documents, seed, shard_chars=SHARD_CHARS):
 
     for shard in cut_shards(train_documents(), shard_chars):
         rng.shuffle(shard)
-        while len(val) < MIN_VAL_DOCS and len(val) + 1 < len(shard):  # the share of a small corpus can be less
+        while len(val) < MIN_VAL_DOCS and len(val) + 1 < len(shard):  # too few in a small set
             val.append(shard.pop())
         add_shard(shard, "training")
     if not shards or not val:
