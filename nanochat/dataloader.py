@@ -2,7 +2,7 @@
 Documents to batches of token ids. The batches do not depend on the number of processes or on restarts.
 
 The global batch has one lane per row. A source groups its documents into blocks. Every epoch has a seeded order of the
-blocks, and block u of that order belongs to lane u mod num_lanes. A lane reads its blocks in turn and cuts them into
+blocks, and block u of that order belongs to lane u mod lanes. A lane reads its blocks in turn and cuts them into
 rows, so its position is three integers: epoch, block, and the tokens (or packed rows) used of that block. Each rank
 owns a contiguous range of lanes. Reading and tokenizing run ahead of training on a background thread.
 """
@@ -51,14 +51,14 @@ class Source:
 class ShardSource(Source):
     """Documents of parquet shards, tokenized after a bos token. A block is part of a row group, a group all of it."""
 
-    def __init__(self, row_groups, tokenizer, num_lanes, seed=42):
+    def __init__(self, row_groups, tokenizer, lanes, seed=42):
         """`row_groups` is the result of dataset.row_groups(): [(path, index in the file, number of documents)]."""
         self.tokenizer = tokenizer
         self.row_group = functools.lru_cache(maxsize=CACHED_ROW_GROUPS)(read_row_group)
         num_docs = sum(rows for _, _, rows in row_groups)
         if not num_docs:
             raise UserError("the shards contain no documents; create them again with `python -m nanochat.dataset`")
-        ranges = [(path, i, _block_ranges(rows, SHARD_BLOCK, num_docs, num_lanes)) for path, i, rows in row_groups]
+        ranges = [(path, i, _block_ranges(rows, SHARD_BLOCK, num_docs, lanes)) for path, i, rows in row_groups]
         super().__init__([[(path, i, block) for block in blocks] for path, i, blocks in ranges], seed)
 
     def read(self, block):
@@ -73,9 +73,9 @@ class ShardSource(Source):
 class TaskSource(Source):
     """Rendered conversations of a Task. A group is one block. `use_mask`: train on the assistant's tokens only."""
 
-    def __init__(self, task, tokenizer, max_tokens, num_lanes, seed=42, use_mask=False):
+    def __init__(self, task, tokenizer, max_tokens, lanes, seed=42, use_mask=False):
         self.task, self.tokenizer, self.max_tokens, self.use_mask = task, tokenizer, max_tokens, use_mask
-        super().__init__([[block] for block in _block_ranges(len(task), TASK_BLOCK, len(task), num_lanes)], seed)
+        super().__init__([[block] for block in _block_ranges(len(task), TASK_BLOCK, len(task), lanes)], seed)
 
     def read(self, block):
         """(ids, targets) of the conversations in a block, each a list of sequences; target -1 = not trained on."""
@@ -84,28 +84,28 @@ class TaskSource(Source):
         return ids, [np.where(mask, ids, -1) for ids, mask in rendered] if self.use_mask else ids
 
 
-def _block_ranges(n, block_size, total, num_lanes):
+def _block_ranges(n, block_size, total, lanes):
     """
     The numbers 0 to n - 1 in ranges of `block_size`, the last one shorter.
 
     If `total` documents give fewer than 4 such blocks per lane, the blocks are smaller.
     """
-    size = min(block_size, max(1, total // (4 * num_lanes)))
+    size = min(block_size, max(1, total // (4 * lanes)))
     return [range(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 class Lane:
     """One endless sequence of rows, each of T inputs and T targets, the targets one token later."""
 
-    def __init__(self, source, index, num_lanes, T, packing, state):
-        self.source, self.index, self.num_lanes, self.T, self.packed = source, index, num_lanes, T, packing == "bos"
+    def __init__(self, source, index, lanes, T, packing, state):
+        self.source, self.index, self.lanes, self.T, self.packed = source, index, lanes, T, packing == "bos"
         self.epoch, self.block, self.used = state or (0, 0, 0)
         self._data = None
 
     def blocks(self, epoch):
         """This lane's blocks of an epoch. If there are fewer blocks than lanes, several lanes read the same block."""
         order = self.source.order(epoch)
-        return order[self.index :: self.num_lanes] or [order[(self.index + epoch) % len(order)]]
+        return order[self.index :: self.lanes] or [order[(self.index + epoch) % len(order)]]
 
     def progress(self):
         """Number of epochs started, as a fraction: 2.5 is halfway through the third."""
