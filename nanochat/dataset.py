@@ -6,9 +6,9 @@ Parquet shards of training text: their format, the manifest, and the command tha
     python -m nanochat.dataset --from-files books/      # own txt, md, jsonl ("text") and parquet (`text`)
     python -m nanochat.dataset --verify                 # compare every shard with its sha256
 
-Writes base_data/: shards with one column `text`, of which the last is the validation split, and manifest.json. The
-manifest is written after its shards and readers open only the shards it lists, so a set can grow while a run reads it.
-A folder without a manifest is read as all its parquet files. Repeating a command resumes or repairs its set.
+Writes base_data/: a set of shards with one column `text`, the last of which is the validation split, and manifest.json.
+The manifest is written after the shards, and readers open only the shards it lists, so a set can grow while a run reads
+it. In a folder without a manifest, all parquet files are shards. Repeating a command resumes or repairs its set.
 """
 
 import contextlib

@@ -287,7 +287,7 @@ def check_conversation(conversation):
 
 
 def _is_parts(content):
-    """Whether `content` is a list of {"type": one of PARTS, "text": str}."""
+    """Whether `content`, any JSON value, is a list of {"type": one of PARTS, "text": str}."""
     return isinstance(content, list) and all(
         isinstance(p, dict) and p.get("type") in [*PARTS] and isinstance(p.get("text"), str) for p in content
     )

@@ -154,7 +154,7 @@ def test_complete_shards_need_no_network_and_truncated_ones_are_downloaded_again
     assert cut.read_bytes() == (host.folder / cut.name).read_bytes()
 
 
-def test_a_failed_download_names_the_shards_and_writes_no_manifest(host, base):
+def test_a_failed_download_names_the_shards_and_leaves_no_finished_set(host, base):
     (host.folder / "shard_00001.parquet").write_bytes(b"not parquet")
     host.faults["shard_00002.parquet"] = ["cut"] * 5
     with pytest.raises(UserError) as error:

@@ -54,7 +54,7 @@ def test_special_tokens_follow_the_merges_in_order(tokenizer):
 
 def test_encoding_equals_tiktoken_and_round_trips(tokenizer):
     oracle = tiktoken.Encoding("o", pat_str=SPLIT_PATTERN, mergeable_ranks=tokenizer.ranks, special_tokens={})
-    others = ["", " \r\n\t  x", "<|bos|><|user_start|>", "\U0001f468\u200d\U0001f469", tok_train.ROUND_TRIP_TEXT]
+    others = ["", " \r\n\t  x", "<|bos|><|user_start|>", "\U0001f468\u200d\U0001f469", tok_train.SAMPLE]
     for text in TEXTS + others:
         ids = tokenizer.encode(text)
         assert ids == oracle.encode_ordinary(text) == tokenizer(text)
@@ -245,6 +245,7 @@ def test_special_strings_in_messages_stay_text(tokenizer):
         (chat(user(3)), "message 1 of 1 .* has the content 3, expected a string$"),
         (chat(user([{"type": "text", "text": "a"}])), r"message 1 of 1 \(user\) has the content"),
         (chat(user("a"), assistant([{"type": "image", "text": "b"}])), "message 2 of 2 .* type of text, python"),
+        (chat(user("a"), assistant([{"type": ["text"], "text": "b"}])), "message 2 of 2 .* type of text, python"),
         (chat(user("a"), {"role": "assistant"}), "message 2 of 2 .* has the content None, expected a string, or"),
     ],
 )
