@@ -243,7 +243,7 @@ class Prefetch:
     """Iterator over `batches` that makes the next ones on a background thread and hands them over on the device."""
 
     def __init__(self, batches, device, ahead=2):
-        self.device = device
+        self.device, self.state = device, {}  # state: resumes after the last batch that was handed over
         self.ready, self.stopped = queue.Queue(maxsize=ahead), threading.Event()
         self.thread = threading.Thread(target=self._produce, args=(batches,), daemon=True, name="dataloader")
         self.thread.start()
@@ -276,6 +276,7 @@ class Prefetch:
             raise batch
         to = functools.partial(torch.Tensor.to, device=self.device, non_blocking=True)
         batch.micro_batches = [(to(x), to(y)) for x, y in batch.micro_batches]
+        self.state = batch.state
         return batch
 
     def close(self):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanochat.common import UserError
-from nanochat.engine import Engine, Request, Row, sample
+from nanochat.engine import Engine, Request, sample
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hf import hf_config, hf_weights
 from nanochat.inference.backends import TorchBackend
@@ -15,7 +15,7 @@ from nanochat.inference.cpu_backend import CPUBackend, quantize
 from nanochat.inference.cuda_graphs import CUDAGraphBackend
 from nanochat.inference.detokenizer import Detokenizer, visible_text
 from nanochat.inference.kv_cache import KVCache
-from nanochat.inference.sampling import sample_on_device
+from nanochat.inference.sampling import apply_penalties, sample_on_device
 from nanochat.inference.scheduler import Prefill
 
 SPECIALS = [
@@ -561,11 +561,11 @@ def test_top_p_and_min_p_cut_the_tail():
 
 def test_penalties_and_biases_change_the_logits_of_one_row_only():
     logits = torch.tensor([1.0, 2.0, -1.0, 0.5])
-    row = Row(Request([0], repetition_penalty=2.0), 0, 9, tokens=[2, 2])
-    assert row.adjust(logits).tolist() == [0.5, 2.0, -2.0, 0.5]
-    row = Row(Request([0], frequency_penalty=0.5, presence_penalty=0.25), 0, 9, tokens=[2, 2, 3])
-    assert row.adjust(logits).tolist() == [1.0, 2.0, -2.25, -0.25]
-    assert Row(Request([0], logit_bias={1: -100, 3: 4.0}), 0, 9).adjust(logits).tolist() == [1.0, -98.0, -1.0, 4.5]
+    request = Request([0], repetition_penalty=2.0)
+    assert apply_penalties(logits, request, [2, 2]).tolist() == [0.5, 2.0, -2.0, 0.5]
+    request = Request([0], frequency_penalty=0.5, presence_penalty=0.25)
+    assert apply_penalties(logits, request, [2, 2, 3]).tolist() == [1.0, 2.0, -2.25, -0.25]
+    assert apply_penalties(logits, Request([0], logit_bias={1: -100, 3: 4.0}), []).tolist() == [1.0, -98.0, -1.0, 4.5]
     assert logits.tolist() == [1.0, 2.0, -1.0, 0.5]
     engine = Engine(ScriptedModel(lambda sequence: 65), ByteTokenizer())
     requests = [Request([66], max_tokens=2, temperature=0, logit_bias=bias) for bias in (None, {65: -200, 70: 5.0})]
@@ -625,7 +625,7 @@ def test_stop_tokens_end_a_row():
         (dict(tokens=[1], top_p=0), "top_p=0"),
         (dict(tokens=[1], min_p=1.5), "min_p=1.5"),
         (dict(tokens=[1], repetition_penalty=0), "repetition_penalty=0"),
-        (dict(tokens=[1], stop=("",)), "stop text is empty"),
+        (dict(tokens=[1], stop=("",)), "stop string is empty"),
     ],
 )
 def test_what_cannot_be_generated_is_said(request_, message):
