@@ -23,7 +23,8 @@ import torch.nn.functional as F
 
 from nanochat.dclm.tasks import load_tasks
 from nanochat.gpt import GPT
-from nanochat.inference.kv_cache import KVCache, shared
+from nanochat.inference.kv_cache import KVCache
+from nanochat.inference.kv_cache import common_prefix_length as shared
 from nanochat.ops import chunk_rows
 
 WINDOW = 256  # examples tokenized at a time

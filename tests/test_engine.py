@@ -541,7 +541,7 @@ def test_the_prefixes_kept_are_bounded_and_the_least_recently_used_goes_first():
         return row.cached
 
     assert [cached(66), cached(67), cached(66), cached(68), cached(66), cached(67)] == [0, 0, 23, 0, 23, 0]
-    assert engine.prefix_cache.held <= 60 and cached(69, n=63) == 0 and engine.prefix_cache.held <= 60
+    assert engine.prefix_cache.num_tokens <= 60 and cached(69, n=63) == 0 and engine.prefix_cache.num_tokens <= 60
 
 
 def test_top_p_and_min_p_cut_the_tail():
