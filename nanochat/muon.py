@@ -8,7 +8,7 @@ COEFFICIENTS = (
     3.4445,
     -4.7750,
     2.0315,
-)  # of the quintic iteration, chosen for the steepest slope at 0, so that five steps suffice
+)  # of the quintic: steepest slope at 0, so five steps suffice
 
 
 def orthogonalize(g, steps=5, dtype=torch.bfloat16):

@@ -2,7 +2,7 @@
 
 
 def lr_multiplier(progress, warmup_ratio=0.0, warmdown_ratio=0.2, final_lr_frac=0.0):
-    """Rise linearly to 1 over the first `warmup_ratio`, hold, fall to `final_lr_frac` over the last `warmdown_ratio`."""
+    """Linear rise to 1 over the first `warmup_ratio`, then 1, then linear fall to `final_lr_frac` at the end."""
     progress = min(max(progress, 0.0), 1.0)
     if progress < warmup_ratio:
         return progress / warmup_ratio

@@ -27,7 +27,7 @@ class KVCache:
         return max(self.lengths) + T
 
     def begin(self, T):
-        """Positions (B or 1, T) of the next T tokens, and the bool attention mask (B or 1, 1, T, S), None if trivial."""
+        """Positions (B, T) of the next T tokens, and the attention mask: bool (B or 1, 1, T, S), or None if trivial."""
         lengths = torch.tensor(self.lengths, device=self.device)
         self.positions = lengths[:, None] + torch.arange(T, device=self.device)
         self.rows = torch.arange(len(self.lengths), device=self.device)[:, None]
@@ -69,7 +69,7 @@ class KVCache:
         self.lengths[row] = n
 
     def select(self, rows):
-        """Keep only `rows`, in this order; a row may be named more than once. Rows that keep their place cost nothing."""
+        """Keep only `rows`, in this order; a row may be named more than once. Unmoved rows cost nothing."""
         moves = [(to, source) for to, source in enumerate(rows) if to != source]
         lengths = [self.lengths[r] for r in rows]
         S = max((lengths[to] for to, _ in moves), default=0)
@@ -98,7 +98,7 @@ class KVCache:
 
 class PrefixCache:
     """
-    Keys and values of finished rows, reused by prompts that begin with the same tokens, e.g. a conversation's next turn.
+    Keys and values of finished rows, reused by prompts that begin with the same tokens: a conversation's next turn.
 
     Holds at most `max_tokens` tokens; the least recently used row is evicted first.
     """
