@@ -38,7 +38,7 @@ def main(argv=None):
     args = parse_args(build_parser(), argv)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # the terminal's encoding may lack characters
+            stream.reconfigure(errors="replace")  # the terminal's encoding may lack some characters
     question = read_question(args.prompt)
     if question is None:
         if args.json:

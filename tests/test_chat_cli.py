@@ -12,10 +12,11 @@ from types import SimpleNamespace
 import pytest
 import test_chat_eval
 from conftest import ROOT
-from test_engine import BOS, END, PYTHON, PYTHON_END, ByteTokenizer, ScriptedModel
+from test_engine import BOS, END, OUTPUT, OUTPUT_END, PYTHON, PYTHON_END, ByteTokenizer, ScriptedModel
 
 from nanochat.common import UserError
 from nanochat.engine import Engine
+from nanochat.inference.answer import Answer
 from nanochat.terminal import console, repl
 from nanochat.terminal.session import Chat
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, get_tokenizer
@@ -142,6 +143,23 @@ def test_report_has_text_tool_steps_and_token_counts():
     list(short.ask("q"))
     assert short.report()["finish_reason"] == "length"
     assert short.report()["tool_steps"] == [{"type": "calculator", "expression": "6*", "result": None}]
+
+
+def test_tool_steps_agree_with_the_message_parts():
+    tokens = [*b"So ", PYTHON, *b"6*7", PYTHON_END, OUTPUT, *b"42", OUTPUT_END, PYTHON, *b"1+", 0xC3]
+    answer = Answer(ByteTokenizer())
+    deltas = [answer.push(token, None, "length" if i == len(tokens) else None) for i, token in enumerate(tokens, 1)]
+    first = {"type": "calculator", "expression": "6*7", "result": "42", "position": 3}
+    second = {
+        "type": "calculator",
+        "expression": "1+\ufffd",
+        "result": None,
+        "position": 3,
+    }  # cut off inside a character
+    assert [step for delta in deltas for step in delta.get("tool_steps", [])] == answer.steps == [first, second]
+    parts = [("text", "So "), ("python", "6*7"), ("python_output", "42"), ("python", "1+\ufffd")]
+    assert answer.parts == [{"type": part, "text": text} for part, text in parts]
+    assert answer.text == "".join(delta.get("content", "") for delta in deltas) == "So "
 
 
 @pytest.mark.parametrize(

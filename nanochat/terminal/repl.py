@@ -1,5 +1,5 @@
 """
-Commands:
+Interactive chat. Commands:
 
 /clear           start a new conversation
 /regenerate      replace the last answer by a new one
