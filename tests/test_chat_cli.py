@@ -150,12 +150,7 @@ def test_tool_steps_agree_with_the_message_parts():
     answer = Answer(ByteTokenizer())
     deltas = [answer.push(token, None, "length" if i == len(tokens) else None) for i, token in enumerate(tokens, 1)]
     first = {"type": "calculator", "expression": "6*7", "result": "42", "position": 3}
-    second = {
-        "type": "calculator",
-        "expression": "1+\ufffd",
-        "result": None,
-        "position": 3,
-    }  # cut off inside a character
+    second = first | {"expression": "1+\ufffd", "result": None}  # the answer ends within a character
     assert [step for delta in deltas for step in delta.get("tool_steps", [])] == answer.steps == [first, second]
     parts = [("text", "So "), ("python", "6*7"), ("python_output", "42"), ("python", "1+\ufffd")]
     assert answer.parts == [{"type": part, "text": text} for part, text in parts]

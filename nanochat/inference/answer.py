@@ -9,9 +9,9 @@ class Answer:
     """
     One answer to a request, complete when `finish` is set (see Row.finish).
 
-    `pieces` has one (part type, text) per token, see Detokenizer. `steps` are the calculator's calls; the `position` of
-    a step is the number of characters of text before it. `logprobs` has (token, log-probabilities) for each token of
-    the text, without those behind a stop string.
+    `pieces` has one (part type, text) per token, see Detokenizer. `steps` are the calculator's calls; the position of a
+    step is the number of characters of `text` before it. `logprobs` has (token, log-probabilities) for each token of
+    the text before a stop string.
     """
 
     def __init__(self, tokenizer, index=0, stop=(), stop_tokens=()):
