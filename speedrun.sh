@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# From raw text to a chat model, in one command:
+# Trains a chat model from raw text:
 #
 #     bash speedrun.sh
 #
-# Sets up its own environment, picks what this machine can train (TIER=pocket|laptop|single|speedrun overrides that),
-# and at the end says how to chat. Run again, it goes on where it was stopped. What it makes is in NANOCHAT_BASE_DIR
+# Creates its own environment, picks a tier for this machine (override with TIER=pocket|laptop|single|speedrun), and
+# finally prints how to chat. Run it again to continue where it stopped. All outputs are in NANOCHAT_BASE_DIR
 # (~/.cache/nanochat). WANDB_RUN=<name> logs to wandb.
 
 set -euo pipefail
@@ -15,13 +15,13 @@ export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 mkdir -p "$NANOCHAT_BASE_DIR"
 run=--run=${WANDB_RUN:-dummy}
 
-# No GPU and no network: the embedded world, in about a quarter of an hour on two cores.
+# No GPU, no network: trains on the pocket world, in about a quarter of an hour on two cores.
 pocket() {
     local size="--max_seq_len=512 --device_batch_size=8 --eval_tokens=65536 --save_every=50 --keep=2"
     local tasks="PocketSums|PocketHardSums|PocketFacts|PocketIdentity|SpellingBee"
     stage "report: machine and time" 5 report/header.md python -m nanochat.report reset
-    stage "text of the pocket world" 5 base_data/manifest.json python -m nanochat.dataset --pocket --chars=14000000
-    # A small vocabulary: words fall into few, common pieces, and copying those is learnt soon.
+    stage "corpus: pocket world" 5 base_data/manifest.json python -m nanochat.dataset --pocket --chars=14000000
+    # With a small vocabulary, words consist of a few common tokens, which the model soon learns to copy.
     stage "tokenizer" 10 tokenizer python -m scripts.tok_train --vocab_size=1024
     stage "tokenizer evaluation" 5 report/tokenizer-evaluation.md python -m scripts.tok_eval
     stage "base pretraining" 240 base_checkpoints/d4 python -m scripts.base_train "$run" --resume=1 --depth=4 $size \
@@ -36,16 +36,17 @@ pocket() {
         -a "$tasks|PocketStories" -x 128
     stage "supervised finetuning" 110 chatsft_checkpoints/d4 python -m scripts.chat_sft "$run" --resume=1 \
         --device_batch_size=8 --init_lr_frac=0.3 --eval_steps=32 --eval_metrics_every=-1 --save_every=50 --keep=2
-    stage "final evaluation" 20 report/chat-evaluation-sft.md python -m scripts.chat_eval -i sft \
+    stage "SFT evaluation" 20 report/chat-evaluation-sft.md python -m scripts.chat_eval -i sft \
         -a "$tasks|PocketStories" -x 256
     stage "reinforcement learning" 120 chatrl_checkpoints/d4 python -m scripts.chat_rl "$run" --resume=1 \
         --num_iterations=60 --eval_every=20 --eval_examples=128 --save_every=20 --keep=2
-    stage "evaluation after it" 20 report/chat-evaluation-rl.md python -m scripts.chat_eval -i rl \
+    stage "RL evaluation" 20 report/chat-evaluation-rl.md python -m scripts.chat_eval -i rl \
         -a "$tasks|PocketStories" -x 256
     stage "report" 5 report/report.md python -m nanochat.report generate
 }
 
-# Shards: 20 tokens a parameter, 4.8 characters a token, 250 million characters a shard. Hours are of pretraining.
+# Number of shards: 20 tokens per parameter, 4.8 characters per token, 250 million characters per shard. `hours` is the
+# expected time of pretraining.
 laptop() { depth=8 context=1024 batch=8 vocab=32768 shards=22 hours=7 && public; }
 single() { depth=12 context=2048 batch=16 vocab=32768 shards=52 hours=10 && public; }
 speedrun() {
@@ -54,15 +55,15 @@ speedrun() {
     depth=20 context=2048 batch=32 vocab=65536 shards=240 hours=3 && public
 }
 
-# A GPU, or eight, and public text. While the tokenizer trains on the first shards, the others arrive.
+# One GPU or eight, public corpus. The tokenizer trains on the first shards while the others download.
 public() {
     local launch=${launch:-python}
     stage "report: machine and time" 10 report/header.md python -m nanochat.report reset
-    stage "the first shards" 120 base_data/manifest.json python -m nanochat.dataset -n 8
+    stage "corpus: first shards" 120 base_data/manifest.json python -m nanochat.dataset -n 8
     stage "tokenizer" 180 tokenizer downloading "$shards" \
         python -m scripts.tok_train --max_chars=2000000000 --vocab_size="$vocab"
     stage "tokenizer evaluation" 20 report/tokenizer-evaluation.md python -m scripts.tok_eval
-    stage "the other shards" $((shards * 5)) base_data/manifest.json python -m nanochat.dataset -n "$shards"
+    stage "corpus: other shards" $((shards * 5)) base_data/manifest.json python -m nanochat.dataset -n "$shards"
     stage "base pretraining" $((hours * 3600)) "base_checkpoints/d$depth" $launch -m scripts.base_train "$run" \
         --resume=1 --depth="$depth" --max_seq_len="$context" --device_batch_size="$batch" --save_every=500 --keep=2
     stage "base loss" 120 report/base-model-loss.md $launch -m scripts.base_loss --device_batch_size="$batch"
@@ -71,12 +72,12 @@ public() {
         --resume=1 --max_seq_len="$context" --device_batch_size="$batch" --save_every=500 --keep=2
     stage "midtraining evaluation" 900 report/chat-evaluation-mid.md $launch -m scripts.chat_eval -i mid
     stage "supervised finetuning" 900 "chatsft_checkpoints/d$depth" $launch -m scripts.chat_sft "$run" --resume=1
-    stage "final evaluation" 900 report/chat-evaluation-sft.md $launch -m scripts.chat_eval -i sft
+    stage "SFT evaluation" 900 report/chat-evaluation-sft.md $launch -m scripts.chat_eval -i sft
     stage "report" 10 report/report.md python -m nanochat.report generate
 }
 
 gpu_mib=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null || true)
-gpus=$(grep -c '[0-9]' <<<"$gpu_mib" || true) # one line a GPU, and none without a driver
+gpus=$(grep -c '[0-9]' <<<"$gpu_mib" || true) # one line per GPU; empty without a driver
 smallest=$(sort -n <<<"${gpu_mib:-0}" | head -1)
 if ((gpus >= 8 && smallest > 75000)); then
     fits=speedrun
@@ -92,15 +93,15 @@ case $tier in
 pocket | laptop | single | speedrun) ;;
 *) die "TIER=$tier: choose pocket, laptop, single or speedrun" ;;
 esac
-echo "tier $tier: $gpus GPUs of $smallest MiB and $(getconf _NPROCESSORS_ONLN) CPU cores are fit for $fits" \
-    "(TIER=pocket|laptop|single|speedrun chooses another)"
+echo "tier $tier: $gpus GPUs with $smallest MiB and $(getconf _NPROCESSORS_ONLN) CPU cores suffice for $fits" \
+    "(override with TIER=pocket|laptop|single|speedrun)"
 
 set_up
 $tier
 run_stages
 cat <<END
 
-Done: the report is in report.md, everything else in $NANOCHAT_BASE_DIR. Talk to the model:
+Done. The report is report.md; all other outputs are in $NANOCHAT_BASE_DIR. To chat with the model:
 
     cd $PWD
     source .venv/bin/activate

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every stage on public text on a CPU, as small as it goes: bash dev/runcpu.sh
-# It shows that all parts work together; the model is a toy (speedrun.sh's pocket tier is worth talking to).
+# Runs every stage on the public corpus on a CPU, with the smallest sizes: bash dev/runcpu.sh
+# This only tests that all parts work together. For a useful model on a CPU, use the pocket tier of speedrun.sh.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -12,7 +12,7 @@ run=--run=${WANDB_RUN:-dummy}
 size="--max_seq_len=1024 --device_batch_size=1 --total_batch_size=1024 --eval_tokens=4096"
 
 stage "report: machine and time" 5 report/header.md python -m nanochat.report reset
-stage "text" 60 base_data/manifest.json python -m nanochat.dataset -n 4
+stage "corpus" 60 base_data/manifest.json python -m nanochat.dataset -n 4
 stage "tokenizer" 300 tokenizer python -m scripts.tok_train --max_chars=1000000000
 stage "tokenizer evaluation" 20 report/tokenizer-evaluation.md python -m scripts.tok_eval
 stage "base pretraining" 120 base_checkpoints/d4 python -m scripts.base_train "$run" --resume=1 --depth=4 $size \
@@ -28,4 +28,4 @@ stage "report" 5 report/report.md python -m nanochat.report generate
 
 set_up
 run_stages
-echo "Done. Talk to it: source .venv/bin/activate; NANOCHAT_BASE_DIR=$NANOCHAT_BASE_DIR python -m scripts.chat_cli"
+echo "Done. To chat: source .venv/bin/activate; NANOCHAT_BASE_DIR=$NANOCHAT_BASE_DIR python -m scripts.chat_cli"

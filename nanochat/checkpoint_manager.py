@@ -1,11 +1,11 @@
 """
-Checkpoints that appear whole or not at all, are verified when read, and resume on any number of processes.
+Checkpoints: written atomically, verified when read, resumable on any number of processes.
 
     <base dir>/base_checkpoints/d20/step_021400/   model.safetensors  optim_rank0.pt ...  meta.json
                                                    (likewise mid_checkpoints, chatsft_checkpoints, chatrl_checkpoints)
 
-A checkpoint is written into step_XXXXXX.tmp, synced and renamed. meta.json holds whatever resumes the run, and size and
-sha256 of every other file. Reading verifies these and falls back to the newest step that is good, saying so.
+A checkpoint is written to step_XXXXXX.tmp, synced and renamed. meta.json holds the state that resumes the run, and
+size and sha256 of the other files. Reading verifies them and falls back, with a warning, to the newest good step.
 """
 
 import itertools
@@ -31,7 +31,7 @@ FOLDERS = {
     "sft": "chatsft_checkpoints",
     "rl": "chatrl_checkpoints",
 }
-MAKERS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}
+SCRIPTS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}
 
 
 def checkpoint_dir(source, model_tag):
@@ -39,7 +39,7 @@ def checkpoint_dir(source, model_tag):
 
 
 def _step_dirs(folder):
-    """{step: path} of the finished checkpoints in `folder`."""
+    """{step: path} of the complete checkpoints in `folder`."""
     if not folder.is_dir():
         return {}
     names = {p: re.fullmatch(r"step_(\d+)", p.name) for p in folder.iterdir()}
@@ -51,11 +51,11 @@ def has_checkpoints(folder):
 
 
 def set_aside(folder):
-    """Rename a folder of an earlier run to <folder>.old1, .old2, ...: a new one takes its place, nothing is lost."""
+    """If `folder` holds an earlier run, rename it to <folder>.old1, .old2, ..."""
     if has_checkpoints(folder):
         n = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}.old{n}").exists())
         folder.rename(folder.with_name(f"{folder.name}.old{n}"))
-        print0(f"{folder} held an earlier run: now {folder.name}.old{n}")
+        print0(f"{folder} held an earlier run, renamed to {folder.name}.old{n}")
 
 
 def _sync(path):
@@ -68,10 +68,9 @@ def _sync(path):
 
 def save_checkpoint(folder, step, model, optimizers, meta, compute, keep=0):
     """
-    Write step_<step> into `folder`; called by all ranks. `meta` is JSON-able; model_config, step and files are added.
+    Write `folder`/step_<step> and return its path. All ranks call it; each writes its shard of the optimizer state.
 
-    Every rank writes its shard of the optimizers' state. Of all checkpoints the newest `keep` are kept, 0 = all.
-    Returns the new one's path.
+    `meta`: JSON-able; step, model_config and checksums are added. Only the newest `keep` checkpoints stay, 0 = all.
     """
     final, draft = folder / f"step_{step:06d}", folder / f"step_{step:06d}.tmp"
     if compute.rank == 0:
@@ -108,7 +107,7 @@ def save_checkpoint(folder, step, model, optimizers, meta, compute, keep=0):
 
 
 def update_meta(path, compute, **values):
-    """Add what became known after the checkpoint was saved, such as its validation loss."""
+    """Add `values` to a saved checkpoint's meta.json, e.g. its validation loss."""
     if compute.rank == 0:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         with atomic_path(path / "meta.json") as draft:
@@ -121,7 +120,7 @@ def _barrier(compute):
 
 
 def _read_meta(path):
-    """The checkpoint's meta.json, after checking every file against it. Raises UserError naming what is wrong."""
+    """meta.json as a dict, after verifying all files. Raises UserError naming the damaged or missing one."""
     try:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         files, _ = meta["files"], meta["model_config"]
@@ -139,15 +138,15 @@ def _read_meta(path):
 
 def find_checkpoint(folder, step=None):
     """
-    (path, meta) of the checkpoint of `step`, or of the newest that is whole, with a warning for each one passed over.
+    (path, meta) of the checkpoint of `step`; by default the newest good one, with a warning if newer ones are damaged.
 
-    Raises UserError when there is none; a step that was asked for is never replaced by another.
+    Raises UserError if there is none, or if the requested `step` is missing or damaged.
     """
     steps = _step_dirs(folder)
     if step is not None:
         if step not in steps:
-            have = ", ".join(map(str, sorted(steps))) or "none"
-            raise UserError(f"no checkpoint of step {step} in {folder} (there: {have})")
+            available = ", ".join(map(str, sorted(steps))) or "none"
+            raise UserError(f"no checkpoint of step {step} in {folder} (available: {available})")
         return steps[step], _read_meta(steps[step])
     problems = []
     for s in sorted(steps, reverse=True):
@@ -157,7 +156,7 @@ def find_checkpoint(folder, step=None):
             problems.append(str(e))
             continue
         if problems:
-            print0(f"warning: {'; '.join(problems)}; taking step {s} instead", file=sys.stderr)
+            print0(f"warning: {'; '.join(problems)}; using step {s} instead", file=sys.stderr)
         return steps[s], meta
     if problems:
         raise UserError(f"no good checkpoint in {folder}: {'; '.join(problems)}")
@@ -167,22 +166,22 @@ def find_checkpoint(folder, step=None):
 
 
 def _tags(root):
-    """Folders of models in a stage's folder that have checkpoints."""
+    """A stage's model folders that contain checkpoints."""
     return sorted(path for path in root.iterdir() if _step_dirs(path)) if root.is_dir() else []
 
 
 def find_model_tag(source):
-    """The tag when none is given: the deepest d<depth>, else the one saved last. Raises UserError without any."""
+    """The default model tag: the deepest d<depth>, else the last saved. Raises UserError if there is none."""
     root = base_dir() / FOLDERS[source]
     tags = _tags(root)
     if not tags:
-        raise UserError(f"no {source} checkpoint in {root}; make one with `python -m scripts.{MAKERS[source]}`")
+        raise UserError(f"no {source} checkpoint in {root}; make one with `python -m scripts.{SCRIPTS[source]}`")
     depths = {int(m[1]): p for p in tags if (m := re.fullmatch(r"d(\d+)", p.name))}
     return (depths[max(depths)] if depths else max(tags, key=lambda p: p.stat().st_mtime)).name
 
 
 def load_weights(model, path):
-    """Copy a verified checkpoint's weights into `model`."""
+    """Load a verified checkpoint's weights into `model`."""
     weights = load_file(path / "model.safetensors", device=str(model.get_device()))
     expected = {n: tuple(p.shape) for n, p in model.named_parameters()}
     if {n: tuple(w.shape) for n, w in weights.items()} != expected:
@@ -191,10 +190,10 @@ def load_weights(model, path):
 
 
 def load_optimizers(path, meta, optimizers):
-    """Give each optimizer its state back, saved by any number of ranks. Raises UserError when none was saved."""
+    """Load the optimizers' state, saved by any number of ranks. Raises UserError if the checkpoint has none."""
     names = [f"optim_rank{r}.pt" for r in range(meta["world_size"])]
     if any(n not in meta["files"] for n in names):
-        raise UserError(f"{path} holds no optimizer state; a run cannot resume from it")
+        raise UserError(f"{path} has no optimizer state, so a run cannot resume from it")
     try:
         saved = [torch.load(path / n, map_location="cpu", weights_only=True) for n in names]
     except (RuntimeError, pickle.UnpicklingError, EOFError) as e:
@@ -205,10 +204,11 @@ def load_optimizers(path, meta, optimizers):
 
 def load_model(source, compute, model_tag=None, step=None, inference=True, quantize=None):
     """
-    (model, tokenizer, meta) of a finished stage: "base", "mid", "sft" or "rl"; newest step of the deepest model.
+    (model, tokenizer, meta) of the stage `source`: "base", "mid", "sft" or "rl"; by default the deepest model's newest
+    step.
 
-    With `inference` the weights are cast to compute.dtype once; quantize="int8" then rounds them to int8, for CPUs.
-    Raises UserError when there is no such checkpoint, or when the tokenizer is not the one it was trained with.
+    `inference` casts the weights to compute.dtype and freezes them; quantize="int8" also rounds them, for the CPU
+    backend. Raises UserError if there is no such checkpoint, or if the tokenizer's size does not fit the model's.
     """
     model_tag = model_tag or find_model_tag(source)
     path, meta = find_checkpoint(checkpoint_dir(source, model_tag), step)

@@ -1,5 +1,5 @@
 """
-Flags and exits that all scripts share: --a-b and --a_b are the same flag, a user's mistake is one line, exit code 2.
+Command lines: flags that scripts share, --a-b and --a_b as the same flag, and one line and exit code 2 for mistakes.
 
     def build_parser(): ...; def main(argv=None): args = parse_args(build_parser(), argv); ...
     if __name__ == "__main__":
@@ -16,14 +16,14 @@ from nanochat.common import UserError, compute_cleanup, is_rank0
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        """One line, and where to read more, instead of argparse's page of usage."""
+        """Print one line and where to read more, instead of argparse's usage."""
         if is_rank0():
             print(f"error: {message}; see python -m {self.prog} --help", file=sys.stderr)
         sys.exit(2)
 
 
 def make_parser(module, doc):
-    """A parser for the script `module` ("scripts.base_train") whose --help opens with the script's own docstring."""
+    """A parser for the script `module` ("scripts.base_train"), whose --help begins with the script's docstring."""
     return _Parser(
         prog=module,
         description=doc.strip(),
@@ -32,17 +32,38 @@ def make_parser(module, doc):
     )
 
 
-def add_model_flags(parser, source=None):
-    """Flags that say which model is run, and how; `source` is the stage when none is given, None = it must be given."""
+def add_machine_flags(parser, short=None):
     add = parser.add_argument
-    said = f" (default {source})" if source else ""
+    add("--device_type", default="", help="cuda, mps or cpu (default: the first that is available)")
+    add(*short or (), "--dtype", default="", help="float32 or bfloat16 (default: bfloat16 where the hardware has it)")
+
+
+def add_model_flags(parser, source=None):
+    """Flags that choose the model to load, and how to run it; `source`: the default stage, None = required."""
+    add, default = parser.add_argument, f" (default {source})" if source else ""
     stages = ["base", "mid", "sft", "rl"]
-    add("-i", "--source", choices=stages, default=source, required=not source, help=f"stage of the model{said}")
+    add("-i", "--source", choices=stages, default=source, required=not source, help=f"stage of the model{default}")
     add("-g", "--model_tag", help="model to load, e.g. d20 (default: the deepest)")
     add("-s", "--step", type=int, help="step to load (default: the newest)")
-    add("--device_type", default="", help="cuda, mps or cpu (default: the first one there is)")
-    add("-d", "--dtype", default="", help="float32 or bfloat16 (default: what the device multiplies natively)")
-    add("--quantize", choices=["int8"], help="on a CPU, weights in 8 bits: half of bfloat16's time for an answer")
+    add_machine_flags(parser, short=["-d"])
+    add("--quantize", choices=["int8"], help="on a CPU: int8 weights, which halve bfloat16's time per answer")
+
+
+def add_run_flags(parser, device_batch_size, save_every=-1):
+    """Flags of all training stages, with the stage's defaults."""
+    add, flag = parser.add_argument, dict(type=boolean, nargs="?", const=True, default=False)
+    add("--run", default="dummy", help='wandb run name; "dummy" = no wandb')
+    add_machine_flags(parser)
+    add("--device_batch_size", type=int, default=device_batch_size, help="rows per forward pass and device")
+    add("--embedding_lr", type=float, default=0.2, help="AdamW, embedding")
+    add("--unembedding_lr", type=float, default=0.004, help="AdamW, head")
+    add("--matrix_lr", type=float, default=0.02, help="Muon, the blocks' matrices")
+    add("--weight_decay", type=float, default=0.0, help="AdamW, embedding and head")
+    add("--seed", type=int, default=42, help="of weights, data order and sampling")
+    add("--resume", **flag, help="continue from the newest good checkpoint")
+    add("--resume_from_step", type=int, default=-1, help="continue from this checkpoint; -1 = start anew")
+    add("--save_every", type=int, default=save_every, help="steps between checkpoints; -1 = only at the end")
+    add("--keep", type=int, default=0, help="number of newest checkpoints to keep; 0 = all")
 
 
 def boolean(text):
@@ -54,24 +75,24 @@ def boolean(text):
 
 
 def parse_args(parser, argv=None):
-    """Parse; only a flag's name is touched (dashes become underscores), never its value."""
+    """Parse; dashes in a flag's name become underscores, its value is left alone."""
     argv = sys.argv[1:] if argv is None else argv
     name = re.compile(r"(?<=^--)\w[\w-]*")
     return parser.parse_args([name.sub(lambda m: m[0].replace("-", "_"), a) for a in argv])
 
 
 def run_script(main):
-    """Run a script's main(): 0 when it ends, 2 and one line for a user's mistake, 130 for Ctrl-C."""
+    """Run main() and exit: 0 on success, 2 and one line for a user's mistake, 130 for Ctrl-C."""
     try:
         main()
         compute_cleanup()
-    except SystemExit as e:  # --help, a wrong flag, or a run that was asked to stop
+    except SystemExit as e:  # --help, a wrong flag, or a run stopped by a signal
         _exit(e.code or 0)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.stderr.flush()
         _exit(2)
-    except BrokenPipeError:  # `... | head` closed our output
+    except BrokenPipeError:  # `... | head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _exit(1)
     except KeyboardInterrupt:
@@ -80,7 +101,7 @@ def run_script(main):
 
 
 def _exit(code):
-    """End now: a rank that failed must not wait in a collective, nor a thread of the loader keep the process alive."""
+    """Exit at once: a failed rank must not wait in a collective, and loader threads must not keep it alive."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,8 +1,7 @@
 """
-What every part needs from the machine: where files live, which device and dtype to use, the process group,
-printing once, and fetching a file without ever leaving half of one behind.
+The machine: base directory, device and dtype, process group, printing on rank 0, atomic files and downloads.
 
-This is the only module that reads environment variables; the README lists them.
+Only this module reads environment variables; the README lists them.
 """
 
 import contextlib
@@ -23,11 +22,11 @@ GITHUB_URL = "https://raw.githubusercontent.com"  # <base>/<owner>/<repository>/
 
 
 class UserError(ValueError):
-    """A mistake the user can mend (flag, file, environment): its one line says what was given and what to do."""
+    """A mistake the user can correct (flag, file, environment). One line: what was given, what to do."""
 
 
 def base_dir():
-    """The folder that holds everything a run makes; created on first use."""
+    """The folder of all artifacts, NANOCHAT_BASE_DIR or ~/.cache/nanochat; created if missing."""
     path = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -44,17 +43,17 @@ def mirror_url(host):
 
 
 def api_key():
-    """The key for the endpoint that writes synthetic data; "" without one (a local server needs none)."""
+    """API key for generating synthetic data; "" if unset (a local server needs none)."""
     return os.environ.get("OPENAI_API_KEY", "")
 
 
 def server_api_key():
-    """What chat_web wants of its clients unless --api_key says; None = nothing."""
+    """Default of chat_web --api_key; None = no authentication."""
     return os.environ.get("NANOCHAT_API_KEY") or None
 
 
 def no_color():
-    """Whether the user wants plain text in terminals (no-color.org)."""
+    """Whether terminal output should have no colors (no-color.org)."""
     return bool(os.environ.get("NO_COLOR"))
 
 
@@ -64,22 +63,23 @@ def no_color():
 
 @dataclass(frozen=True)
 class Compute:
-    """The machine, decided once per run and passed down."""
+    """Device, precision and rank: decided once per process and passed down."""
 
-    device: "torch.device"  # noqa: F821 (torch is imported where it is used, so that --help is instant)
-    dtype: "torch.dtype"  # noqa: F821 of activations and matmuls; master weights stay float32
+    # torch is imported inside functions, so that --help is instant.
+    device: "torch.device"  # noqa: F821
+    dtype: "torch.dtype"  # noqa: F821 of activations and matmuls; master weights are float32
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
 
     def autocast(self):
-        """Context in which matmuls run in `dtype`; does nothing for float32."""
+        """Autocast context for `dtype`; a no-op for float32."""
         import torch
 
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def synchronize(self):
-        """Wait for the device, so that a clock read afterwards is honest."""
+        """Wait for the device to finish, so that timings are correct."""
         import torch
 
         if self.device.type == "cuda":
@@ -89,7 +89,7 @@ class Compute:
 
 
 def dist_env():
-    """(rank, local_rank, world_size) as torchrun sets them; (0, 0, 1) for a plain run."""
+    """(rank, local_rank, world_size) from torchrun's environment; (0, 0, 1) without it."""
     return tuple(int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 
 
@@ -98,13 +98,13 @@ def is_rank0():
 
 
 def print0(*args, **kwargs):
-    """print(), on rank 0 only, and at once, so that a log file is always up to date."""
+    """print() on rank 0 only, flushed."""
     if is_rank0():
         print(*args, **kwargs, flush=True)
 
 
 def choose_device(device_type=""):
-    """`device_type` if given and present, else the first of cuda, mps, cpu. Raises UserError for one not here."""
+    """`device_type`, or if empty the first available of cuda, mps, cpu. Raises UserError if it is not available."""
     import torch
 
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -112,13 +112,13 @@ def choose_device(device_type=""):
         raise UserError(f"--device_type={device_type}: choose one of {', '.join(present)}")
     if device_type and not present[device_type]:
         raise UserError(
-            f"--device_type={device_type}: no such device on this machine; leave the flag out to detect one"
+            f"--device_type={device_type}: not available on this machine; leave the flag out to detect a device"
         )
     return device_type or next(d for d, here in present.items() if here)
 
 
 def choose_dtype(device_type, dtype=""):
-    """`dtype` ("float32" or "bfloat16") if given, else bfloat16 where the hardware multiplies it natively."""
+    """torch dtype for `dtype` ("float32" or "bfloat16"); if empty, bfloat16 where the hardware supports it natively."""
     import torch
 
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -129,14 +129,14 @@ def choose_dtype(device_type, dtype=""):
         return names[dtype]
     if device_type == "cuda":
         native = torch.cuda.get_device_capability() >= (8, 0)
-    else:  # measured on Zen 5 (AVX512-BF16), 2026-11: bfloat16 matmuls are 4 times as fast as float32 ones
-        can = torch.cpu.get_capabilities() if device_type == "cpu" else {}
-        native = can.get("avx512_bf16", False) or can.get("amx_bf16", False)
+    else:  # Zen 5 (AVX512-BF16), 2026-11: bfloat16 matmuls are 4 times as fast as float32
+        capabilities = torch.cpu.get_capabilities() if device_type == "cpu" else {}
+        native = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
     return torch.bfloat16 if native else torch.float32
 
 
 def compute_init(device_type="", dtype="", seed=42):
-    """Seed torch, pick device and dtype, join the process group under torchrun (NCCL on CUDA, else gloo)."""
+    """Seed torch, choose device and dtype, and under torchrun join the process group (NCCL on CUDA, else gloo)."""
     import torch
 
     device_type = choose_device(device_type)
@@ -145,7 +145,7 @@ def compute_init(device_type="", dtype="", seed=42):
     if device_type == "cuda":
         if local_rank >= torch.cuda.device_count():
             have = torch.cuda.device_count()
-            raise UserError(f"{local_rank + 1} GPUs wanted, {have} here; lower --nproc_per_node or --num_gpus")
+            raise UserError(f"{local_rank + 1} GPUs requested, {have} available; lower --nproc_per_node or --num_gpus")
         torch.cuda.manual_seed(seed)
         torch.set_float32_matmul_precision("high")  # tf32
         torch.cuda.set_device(local_rank)
@@ -157,13 +157,13 @@ def compute_init(device_type="", dtype="", seed=42):
 
 
 def compute_cleanup():
-    """Leave the process group, in the one order that does not abort: free tensors, meet at a barrier, destroy."""
+    """Leave the process group: free tensors, wait at a barrier, destroy. Any other order may abort."""
     if "torch" not in sys.modules:
         return
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
-        gc.collect()  # gloo on torch 2.15 now and then aborts at exit while tensors of a collective are alive
+        gc.collect()  # gloo on torch 2.15 may abort at exit while tensors of a collective are alive
         dist.barrier()
         dist.destroy_process_group()
 
@@ -174,7 +174,7 @@ def compute_cleanup():
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """Yield a draft path beside `path` that replaces it only if the block succeeds; the draft is synced to disk."""
+    """Context with a temporary path; if the block succeeds, it is synced to disk and renamed to `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -189,11 +189,11 @@ def atomic_path(path):
 
 def fetch(url, path, attempts=5, timeout=30, progress=None):
     """
-    Copy `url` (http, https, or a path on this machine) to `path`, which appears whole or not at all.
+    Download `url` (http, https, or a local path) to `path`, atomically.
 
-    A download that breaks off is taken up where it stopped (HTTP Range), after waits of 2, 4, 8, 16 seconds; what
-    arrived stays in `<path>.part`, so also the next call goes on from there. `progress(bytes_so_far, bytes_total)`
-    is called along the way. Raises UserError when the file does not exist or cannot be had.
+    An interrupted download is resumed (HTTP Range) after waits of 2, 4, 8, 16 seconds. Partial data stays in
+    `<path>.part`, so a later call resumes too. `progress(bytes_so_far, bytes_total)` is called during the download.
+    Raises UserError if the file does not exist or cannot be fetched.
     """
     import http.client
     import urllib.error
@@ -213,12 +213,12 @@ def fetch(url, path, attempts=5, timeout=30, progress=None):
             os.replace(part, path)
             return path
         except urllib.error.HTTPError as e:
-            if e.code == 416:  # the part is not a prefix of what the host has now
+            if e.code == 416:  # the file on the host has changed
                 part.unlink(missing_ok=True)
             elif e.code < 500 and e.code != 429:
-                raise UserError(f"{url}: the host says {e.code} {e.reason}") from e
+                raise UserError(f"{url}: the host answered {e.code} {e.reason}") from e
             error = e
-        except (OSError, http.client.HTTPException) as e:  # URLError, timeouts, connections reset, answers cut short
+        except (OSError, http.client.HTTPException) as e:  # URLError, timeout, reset, short body
             error = e
         if attempt < attempts:
             time.sleep(2**attempt)
@@ -226,13 +226,13 @@ def fetch(url, path, attempts=5, timeout=30, progress=None):
 
 
 def _fetch_part(url, part, timeout, progress, chunk=1 << 20):
-    """One attempt: append to `part` from where it ends. Raises OSError when the connection breaks early."""
+    """One attempt: append to `part` from its end. Raises OSError if the connection ends early."""
     import urllib.request
 
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=timeout) as response:
-        if response.status != 206:  # the host sends the whole file
+        if response.status != 206:  # the host ignored the range and sends the whole file
             have = 0
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else None
@@ -249,7 +249,7 @@ def _fetch_part(url, part, timeout, progress, chunk=1 << 20):
 
 
 def file_fingerprint(path):
-    """{"bytes", "sha256"} of a file: what a manifest keeps to recognise it by."""
+    """{"bytes": size, "sha256": hex digest} of a file."""
     sha256 = hashlib.sha256()
     with open(path, "rb") as f:
         while block := f.read(1 << 20):
@@ -258,16 +258,16 @@ def file_fingerprint(path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Small things
+# Text
 
 
 def well_formed(text):
-    """`text` with "?" for half characters (lone surrogates), which no encoder takes."""
+    """`text` with lone surrogates, which cannot be encoded, replaced by "?"."""
     return text.encode("utf-8", "replace").decode()
 
 
 def format_duration(seconds):
-    """7 -> "7s", 65 -> "1m05s", 3700 -> "1h01m"; "?" for what is not finite."""
+    """7 -> "7s", 65 -> "1m05s", 3700 -> "1h01m", infinite -> "?"."""
     if not math.isfinite(seconds):
         return "?"
     s = int(seconds + 0.5)

@@ -22,8 +22,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from nanochat.dclm.tasks import load_tasks
-from nanochat.gpt import GPT, chunk_rows
-from nanochat.inference.kv_cache import KVCache, shared
+from nanochat.gpt import GPT
+from nanochat.inference.kv_cache import KVCache
+from nanochat.inference.kv_cache import common_prefix_length as shared
+from nanochat.ops import chunk_rows
 
 WINDOW = 256  # examples tokenized at a time
 PASS_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 16384}  # padded tokens in one forward pass; bounds its memory

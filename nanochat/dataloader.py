@@ -234,7 +234,7 @@ class Prefetch:
     """Iterator that computes the next `ahead` batches on a background thread and returns them on `device`."""
 
     def __init__(self, batches, device, ahead=2):
-        self.device = device
+        self.device, self.state = device, {}  # state resumes the loader after the last batch returned
         self.ready, self.stopped = queue.Queue(maxsize=ahead), threading.Event()
         self.thread = threading.Thread(target=self._produce, args=(batches,), daemon=True, name="dataloader")
         self.thread.start()
@@ -267,6 +267,7 @@ class Prefetch:
         if isinstance(batch, BaseException):
             raise batch
         batch.micro_batches = [[t.to(self.device, non_blocking=True) for t in pair] for pair in batch.micro_batches]
+        self.state = batch.state
         return batch
 
     def close(self):

@@ -1,17 +1,21 @@
-"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum, orthogonalised by Newton-Schulz."""
+"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum orthogonalized by Newton-Schulz."""
 
 import torch
 
 from nanochat.sharded import ShardedOptimizer, Unit
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic: steepest at 0, so five steps suffice
+COEFFICIENTS = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # of the quintic: steepest slope at 0, so five steps suffice
 
 
 def orthogonalize(g, steps=5, dtype=torch.bfloat16):
     """
-    Nearest semi-orthogonal matrices (K, r, c) of `g` (K, r, c), roughly: singular values end up in about 0.7 to 1.2.
+    Approximate nearest semi-orthogonal matrices (K, r, c) to `g` (K, r, c): singular values end up near 0.7 to 1.2.
 
-    The whole stack goes through each product at once. Raises nothing; a zero matrix stays zero.
+    All K matrices go through each product together. A zero matrix stays zero.
     """
     a, b, c = COEFFICIENTS
     x = g.to(dtype)
@@ -26,7 +30,7 @@ def orthogonalize(g, steps=5, dtype=torch.bfloat16):
 
 
 class Muon(ShardedOptimizer):
-    """For the 2-D matrices of the blocks; equal to torch.optim.Muon with weight_decay 0 and adjust_lr_fn "original"."""
+    """For the blocks' 2-D matrices. Equals torch.optim.Muon with weight_decay=0 and adjust_lr_fn="original"."""
 
     def __init__(self, params, lr=0.02, momentum=0.95, nesterov=True, ns_steps=5, ns_dtype=torch.bfloat16):
         super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps})

@@ -1,8 +1,8 @@
-"""Learning rate and momentum as pure functions of progress (0 to 1) or step."""
+"""Learning rate and momentum schedules: pure functions of progress (0 to 1) or of the step."""
 
 
 def lr_multiplier(progress, warmup_ratio=0.0, warmdown_ratio=0.2, final_lr_frac=0.0):
-    """Rise linearly to 1 over the first `warmup_ratio` of the run, hold, fall to `final_lr_frac` over the last part."""
+    """Linear rise to 1 over the first `warmup_ratio`, then 1, then linear fall to `final_lr_frac` at the end."""
     progress = min(max(progress, 0.0), 1.0)
     if progress < warmup_ratio:
         return progress / warmup_ratio
@@ -11,12 +11,12 @@ def lr_multiplier(progress, warmup_ratio=0.0, warmdown_ratio=0.2, final_lr_frac=
 
 
 def muon_momentum(step, warmup_steps=300):
-    """0.85 rising linearly to 0.95 over the first steps: early gradients are soon out of date."""
+    """Rises linearly from 0.85 to 0.95: early in training, old gradients are soon out of date."""
     return 0.85 + 0.10 * min(step / warmup_steps, 1.0)
 
 
 def set_schedule(optimizers, lr_mult, momentum=None):
-    """Write the learning rates, and Muon's momentum if given, into the optimizers' groups."""
+    """Set the learning rates of all groups, and `momentum` of those that have one."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_mult

@@ -1,11 +1,11 @@
 """
-What the two optimizers share: gradients averaged over ranks, and optimizer state cut evenly over them (ZeRO-2,
-Rajbhandari et al. 2020), on one process as well as on many.
+Base class of both optimizers: gradients averaged over ranks, optimizer state sharded over them (ZeRO-2, Rajbhandari
+et al. 2020).
 
-Parameters are grouped into units, and a unit is a stack of rows: single numbers for AdamW, whole matrices for Muon.
-Every rank owns an equal run of a unit's rows (zero-padded to a multiple of the world size): it receives the averaged
-gradient of those rows only (reduce-scatter), computes their update, and all ranks apply all updates (all-gather).
-The state of rank r is therefore the r-th slice of a tensor whose meaning does not depend on the world size.
+Parameters are grouped into units. A unit is a stack of rows: single numbers for AdamW, whole matrices for Muon. Each
+rank owns an equal, contiguous run of a unit's rows, zero-padded to a multiple of the world size. It receives the
+averaged gradient of its rows (reduce-scatter) and computes their update; all ranks apply all updates (all-gather). So
+rank r's state is the r-th slice of a tensor that does not depend on the world size.
 """
 
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 @dataclass
 class Unit:
-    """Parameters updated together; `group` is their entry in param_groups, where the learning rate is read."""
+    """Parameters that are updated together; `group` is their entry in param_groups."""
 
     params: list
     group: dict
@@ -31,7 +31,7 @@ class Unit:
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
-    """Base class: a subclass makes `self.units` and gives update(unit) -> the rows that apply() then subtracts."""
+    """A subclass fills `self.units` and implements update() and apply()."""
 
     def __init__(self, params, defaults):
         super().__init__(params, defaults)
@@ -41,11 +41,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.units = []
 
     def update(self, unit):
-        """The update rows (own_rows, *row_shape) of this rank from `unit.grad` and `unit.state`."""
+        """This rank's update rows (own_rows, *row_shape), from `unit.grad` and `unit.state`."""
         raise NotImplementedError
 
     def apply(self, p, update, group):
-        """Change parameter `p` in place by `update`, its rows reshaped to p's shape."""
+        """Apply `update`, of p's shape, to parameter `p` in place."""
         raise NotImplementedError
 
     def own_rows(self, unit):
@@ -53,7 +53,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def reduce_grads(self):
-        """Start averaging all gradients over the ranks; p.grad may be dropped once step() has run."""
+        """Start averaging the gradients over the ranks. p.grad may be freed after step()."""
         for unit in self.units:
             rows = [
                 (torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1, *unit.row_shape) for p in unit.params
@@ -76,14 +76,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def grad_sq_norm(self):
-        """Sum of squares of this rank's rows of the averaged gradients, 0-d float32: add up over ranks."""
+        """Sum of squares of this rank's averaged gradient rows, 0-d float32; sum over ranks for the global norm."""
         for unit in self.units:
             self._wait(unit)
         return torch.stack([unit.grad.float().pow(2).sum() for unit in self.units]).sum()
 
     @torch.no_grad()
     def step(self, grad_scale=None):
-        """One update; `grad_scale` (number or 0-d tensor) multiplies the averaged gradients first (clipping)."""
+        """One update; `grad_scale` (number or 0-d tensor, for clipping) multiplies the averaged gradients first."""
         if self.units[0].grad is None:
             self.reduce_grads()
         self.steps += 1
@@ -96,11 +96,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if self.world_size == 1:
                 self._apply_all(unit, update)
             else:
-                everyone = update.new_empty(self.own_rows(unit) * self.world_size, *unit.row_shape)
-                gathers.append((unit, everyone, dist.all_gather_into_tensor(everyone, update, async_op=True)))
-        for unit, everyone, work in gathers:
+                gathered = update.new_empty(self.own_rows(unit) * self.world_size, *unit.row_shape)
+                gathers.append((unit, gathered, dist.all_gather_into_tensor(gathered, update, async_op=True)))
+        for unit, gathered, work in gathers:
             work.wait()
-            self._apply_all(unit, everyone)
+            self._apply_all(unit, gathered)
 
     def _apply_all(self, unit, rows):
         sizes = [p.numel() // max(1, torch.Size(unit.row_shape).numel()) for p in unit.params]
@@ -111,17 +111,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
     # State, independent of the world size
 
     def state_shard(self):
-        """This rank's part of the state: {"steps": int, "<unit>.<name>": rows} for load_shards()."""
+        """This rank's shard of the state, for load_shards(): {"steps": int, "<unit>.<name>": rows}."""
         tensors = {f"{i}.{name}": t for i, unit in enumerate(self.units) for name, t in unit.state.items()}
         return {"steps": self.steps, **tensors}
 
     def load_shards(self, shards):
-        """Take up the state saved by any number of ranks: their state_shard()s, in rank order."""
+        """Load state_shard()s saved by any number of ranks, in rank order."""
         self.steps = shards[0]["steps"]
         for i, unit in enumerate(self.units):
             own = self.own_rows(unit)
-            for name, mine in unit.state.items():
+            for name, state in unit.state.items():
                 rows = torch.cat([shard[f"{i}.{name}"] for shard in shards])[: unit.num_rows]
                 rows = rows[self.rank * own : (self.rank + 1) * own]
-                mine.zero_()
-                mine[: rows.size(0)].copy_(rows)
+                state.zero_()
+                state[: rows.size(0)].copy_(rows)

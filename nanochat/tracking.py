@@ -1,4 +1,4 @@
-"""What a run prints and logs: the progress line, report/metrics/<stage>.jsonl, wandb, and the MFU."""
+"""Progress lines, metrics files, wandb, and how fast and how large a run is."""
 
 import json
 import os
@@ -6,9 +6,12 @@ import sys
 import threading
 import time
 
-from nanochat.common import base_dir, format_duration, print0
+import psutil
 
-# Dense bfloat16 FLOP/s of the device (vendors' data sheets); the first name that occurs in the device's name counts.
+from nanochat.common import base_dir, format_duration, print0
+from nanochat.report import get_report
+
+# Dense bfloat16 FLOP/s from the vendors' data sheets; the first key that is part of the device's name counts.
 PEAK_FLOPS = {
     "b300": 2250e12,
     "b200": 2250e12,
@@ -30,12 +33,12 @@ PEAK_FLOPS = {
     "3090": 71e12,
     "mi300": 1307e12,
 }
-UNTIMED_STEPS = 10  # at the start of a run: compilation, caches, clocks
-PRINT_SECONDS = 2.0  # at most one progress line in this time
+UNTIMED_STEPS = 10  # at the start, excluded from speed: compilation, cold caches
+PRINT_SECONDS = 2.0  # minimum time between progress lines
 
 
 def peak_flops(compute):
-    """FLOP/s this rank's device can reach: from the table, or measured with a large matmul where it has no entry."""
+    """Peak FLOP/s of this rank's device: from the table, or else measured with a large matmul."""
     import torch
 
     name = torch.cuda.get_device_name(compute.device).lower() if compute.device.type == "cuda" else ""
@@ -44,7 +47,7 @@ def peak_flops(compute):
             return flops
     n = 4096 if name else 1024
     a = torch.randn(n, n, device=compute.device, dtype=compute.dtype)
-    best, end = float("inf"), time.perf_counter() + 0.5  # the best time, since loading goes on at the same time
+    best, end = float("inf"), time.perf_counter() + 0.5  # the best time: the loader runs beside it
     while (start := time.perf_counter()) < end:
         a @ a
         compute.synchronize()
@@ -52,42 +55,42 @@ def peak_flops(compute):
     return 2 * n**3 / best
 
 
-class RunLog:
+class StageLog:
     """
-    The record of one stage's run; only rank 0 writes.
+    Progress lines, report/metrics/<source>.jsonl and wandb for one training stage; only rank 0 writes.
 
-    `num_steps` steps of `tokens_per_step` tokens (0: not known in advance) at `flops_per_token`. state() goes into
-    the checkpoint, and RunLog(..., state=...) continues the record after a resume, dropping what was logged later.
+    `num_steps` 0: not known in advance. `state`: what state() returned when the checkpoint was saved; the log then
+    continues from there, and drops what was logged later.
     """
 
-    def __init__(self, stage, project, args, compute, num_steps, flops_per_token, state=None):
+    def __init__(self, source, args, compute, num_steps, flops_per_token, state=None):
         self.num_steps, self.flops_per_token, self.compute = num_steps, flops_per_token, compute
         state = state or {"smooth_loss": 0.0, "step_count": 0, "train_seconds": 0.0}
         self.smooth_loss, self.train_seconds = state["smooth_loss"], state["train_seconds"]
         self.first_step = self.step_count = state["step_count"]
         self.timed_tokens, self.timed_seconds = 0, 0.0
-        self.last_printed = 0.0
+        self.last_printed = self.step_started = 0.0
         self.peak = peak_flops(compute) * compute.world_size
         self.file = self.wandb = None
         if compute.rank == 0:
-            path = base_dir() / "report" / "metrics" / f"{stage}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._open(path)
+            self.file = self._open(base_dir() / "report" / "metrics" / f"{source}.jsonl")
             if args.run != "dummy":
                 import wandb
 
+                project = "nanochat" if source == "base" else f"nanochat-{source}"
                 self.wandb = wandb.init(project=project, name=args.run, config=vars(args))
 
     def _open(self, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if self.step_count and path.exists():
             lines = path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step_count]
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        self.file = open(path, "a", encoding="utf-8")
+        return open(path, "a", encoding="utf-8")
 
     def state(self):
-        """What RunLog(state=...) takes."""
+        """JSON-able state for StageLog(state=...)."""
         return {k: getattr(self, k) for k in ("smooth_loss", "step_count", "train_seconds")}
 
     def metrics(self, step, **values):
@@ -98,42 +101,49 @@ class RunLog:
         if self.wandb:
             self.wandb.log({"step": step, **values})
 
+    def validation(self, step, bpb, results):
+        """Log and print a validation; keeps the last and the lowest bits per byte in the dict `results`."""
+        results["val_bpb"] = bpb
+        results["min_val_bpb"] = min(bpb, results["min_val_bpb"] or bpb)
+        self.metrics(step, val_bpb=bpb)
+        print0(f"step {step:05d} | validation bpb {bpb:.4f}")
+
     @property
     def tokens_per_second(self):
         return self.timed_tokens / self.timed_seconds if self.timed_seconds else 0.0
 
     @property
     def mfu(self):
-        """Share of the devices' peak FLOP/s that went into the model, 0 to 1."""
+        """Model FLOPs utilization: share of the devices' peak FLOP/s, 0 to 1."""
         return self.tokens_per_second * self.flops_per_token / self.peak
 
     @property
     def loss(self):
-        """Training loss, smoothed over about ten steps and debiased."""
+        """Training loss, as a debiased moving average over about ten steps."""
         return self.smooth_loss / (1 - 0.9**self.step_count) if self.step_count else float("nan")
 
-    def step(self, step, result, tokens, seconds, lr_mult, progress=None, **more):
+    def start_step(self):
+        self.compute.synchronize()
+        self.step_started = time.perf_counter()
+
+    def end_step(self, step, result, tokens, lr_mult, progress=None, **extra):
         """
-        Record optimizer step `step` (from 0) on `tokens` positions, which took `seconds`; print now and then, `more`
-        numbers by their names too.
+        Log optimizer step `step` (from 0) on `tokens` positions, timed since start_step(); print every few seconds.
+
+        `progress`: share of the stage done, if num_steps is not known. `extra`: more numbers, logged and printed.
         """
+        self.compute.synchronize()
+        seconds = time.perf_counter() - self.step_started
         self.step_count = step + 1
         self.smooth_loss = 0.9 * self.smooth_loss + 0.1 * result.loss
         self.train_seconds += seconds
         if step == self.first_step + UNTIMED_STEPS:
-            self.timed_tokens, self.timed_seconds = 0, 0.0  # forget the first, slow ones
+            self.timed_tokens, self.timed_seconds = 0, 0.0
         self.timed_tokens += tokens
         self.timed_seconds += seconds
         speed = tokens / seconds
-        self.metrics(
-            step,
-            loss=result.loss,
-            grad_norm=result.grad_norm,
-            lr_mult=lr_mult,
-            dt_ms=seconds * 1e3,
-            tokens_per_second=speed,
-            **more,
-        )
+        values = {"loss": result.loss, "grad_norm": result.grad_norm, "lr_mult": lr_mult, "dt_ms": seconds * 1e3}
+        self.metrics(step, **values, tokens_per_second=speed, **extra)
         progress = (step + 1) / self.num_steps if progress is None else progress
         if time.time() - self.last_printed < PRINT_SECONDS and progress < 1:
             return
@@ -143,7 +153,7 @@ class RunLog:
         print0(
             f"step {step + 1:05d}{of} ({min(progress, 1):6.1%})",
             f"loss {self.loss:.4f}",
-            *(f"{name.replace('_', ' ')} {value:.3f}" for name, value in more.items()),
+            *(f"{name.replace('_', ' ')} {value:.3f}" for name, value in extra.items()),
             f"grad norm {result.grad_norm:.3f}",
             f"lr x{lr_mult:.2f}",
             f"{seconds * 1e3:,.0f} ms",
@@ -152,6 +162,20 @@ class RunLog:
             f"{format_duration(self.train_seconds)}, {format_duration(max(0, left))} left",
             sep=" | ",
         )
+
+    def report(self, section, args, facts, **metrics):
+        """Write the stage's section of the report: flags, `facts`, speed and memory; `metrics`: see Report.log()."""
+        speed = {
+            "World size": self.compute.world_size,
+            "Precision": str(self.compute.dtype).removeprefix("torch."),
+            "Training loss": self.loss,
+            "MFU": f"{self.mfu:.2%}",
+            "Tokens per second": self.tokens_per_second,
+            "Training time": f"{self.train_seconds / 60:.2f} minutes",
+            "Peak memory": f"{peak_memory_mib(self.compute):,.0f} MiB",
+        }
+        wall_clock = {"wall_clock_seconds": time.time() - psutil.Process().create_time()}
+        get_report().log(section, [vars(args), facts | speed | wall_clock], metrics | wall_clock)
 
     def close(self):
         if self.file:
@@ -187,7 +211,7 @@ def progress_printer(unit, every=10.0):
 
 
 def peak_memory_mib(compute):
-    """Most memory this process has had: of the GPU where there is one, else resident."""
+    """Peak memory of this process in MiB: allocated on the GPU if it uses one, else resident."""
     if compute.device.type == "cuda":
         import torch
 

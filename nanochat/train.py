@@ -1,5 +1,4 @@
-"""What every stage's loop calls: the geometry of a batch, one optimizer step, when something is due, and
-a run's start, saves and end."""
+"""What every training stage's loop calls: batch geometry, one optimizer step, and the stage's checkpoints."""
 
 import math
 import signal
@@ -9,33 +8,48 @@ import torch
 import torch.distributed as dist
 
 from nanochat.checkpoint_manager import (
+    checkpoint_dir,
     find_checkpoint,
     has_checkpoints,
     load_optimizers,
     load_weights,
     save_checkpoint,
     set_aside,
+    update_meta,
 )
 from nanochat.common import UserError, print0
+from nanochat.dataloader import Prefetch, eval_batches, lane_batches
 
 
-def rows_per_step(total_batch_size, device_batch_size, max_seq_len, world_size):
-    """Rows of the global batch; raises UserError unless every rank gets whole micro-batches."""
-    for name, value in (("total_batch_size", total_batch_size), ("device_batch_size", device_batch_size)):
-        if value < 1:
-            raise UserError(f"--{name}={value}: expected at least 1")
-    per_pass = device_batch_size * max_seq_len * world_size  # tokens in one forward pass over all ranks
-    if total_batch_size % per_pass:
+def rows_per_step(args, world_size):
+    """Rows of the global batch. Raises UserError unless every rank gets whole micro-batches."""
+    for name in ("total_batch_size", "device_batch_size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name}={getattr(args, name)}: expected at least 1")
+    per_pass = args.device_batch_size * args.max_seq_len * world_size  # tokens in one forward pass over all ranks
+    if args.total_batch_size % per_pass:
         raise UserError(
-            f"--total_batch_size={total_batch_size:,} is not a multiple of {per_pass:,} tokens "
-            f"({device_batch_size} rows x {max_seq_len} tokens x {world_size} ranks)"
+            f"--total_batch_size={args.total_batch_size:,} is not a multiple of {per_pass:,} tokens "
+            f"({args.device_batch_size} rows x {args.max_seq_len} tokens x {world_size} ranks)"
         )
-    return total_batch_size // max_seq_len
+    return args.total_batch_size // args.max_seq_len
+
+
+def epoch_steps(args, task, per_step):
+    """Optimizer steps: --num_iterations, else --num_epochs passes over `task`. Raises UserError if there are none."""
+    steps = args.num_iterations if args.num_iterations > 0 else args.num_epochs * len(task) // per_step
+    if steps < 1:
+        raise UserError(f"nothing to train: {len(task)} examples, {per_step} per step")
+    return steps
 
 
 def due(step, every, last=False):
-    """Whether something done every `every` steps (and on the last one) is due; -1 or 0 switches it off, also then."""
+    """Whether something that happens every `every` steps, and on the last one, is due; -1 or 0 = never."""
     return every > 0 and (last or step % every == 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One optimizer step
 
 
 @dataclass(frozen=True)
@@ -43,25 +57,25 @@ class StepResult:
     loss: float  # nats per trained token of the global batch
     grad_norm: float  # of the averaged gradients, before clipping
     tokens: int  # trained tokens (targets other than -1) of the global batch
-    progress: float  # mean over ranks of the progress handed in
-    stop: bool  # some rank was asked to stop
+    progress: float  # mean over ranks of the `progress` argument
+    stop: bool  # some rank received a signal to stop
 
 
 class Diverged(UserError):
-    """The loss or the gradient is not finite; nothing was changed by the step."""
+    """The loss or the gradient is not finite. The step changed nothing."""
 
 
-def train_step(model, optimizers, micro_batches, compute, grad_clip=0.0, progress=0.0, stop=False, left_out=0):
+def train_step(model, optimizers, micro_batches, compute, grad_clip=0.0, progress=0.0, stop=False, skipped_tokens=0):
     """
-    One optimizer step on all ranks' micro-batches of (inputs, targets) or (inputs, targets, tokens' weights).
+    One optimizer step on all ranks' micro-batches: (inputs, targets) or (inputs, targets, token weights).
 
-    The loss is the mean over the trained tokens of the whole global batch, however these are spread over micro-batches
-    and ranks; without any it is 0 and no weight changes. `left_out` are this rank's tokens of weight 0 that the batches
-    lack, since they would cost time and teach nothing. Gradients are clipped by their global norm after averaging
-    (`grad_clip` 0 = off). Raises Diverged instead of stepping when loss or gradient is not finite.
+    The loss is the mean over the trained tokens of the global batch, however they are spread over micro-batches and
+    ranks. Without any trained token it is 0 and no weight changes. `skipped_tokens`: trained tokens of weight 0 that
+    this rank left out of its batches; they count in the mean. Gradients are averaged, then clipped by their global norm
+    (`grad_clip` 0 = off). Raises Diverged, before anything is changed, if loss or gradient is not finite.
     """
     totals = torch.tensor([0.0, progress, float(stop)], device=compute.device)
-    totals[0] = left_out + sum((y >= 0).sum() for _, y, *_ in micro_batches)
+    totals[0] = skipped_tokens + sum((y >= 0).sum() for _, y, *_ in micro_batches)
     if compute.world_size > 1:
         dist.all_reduce(totals)
     scale = compute.world_size / totals[0].clamp(min=1)  # the optimizers average over ranks
@@ -76,110 +90,140 @@ def train_step(model, optimizers, micro_batches, compute, grad_clip=0.0, progres
     sums = torch.stack((loss / compute.world_size, sum(optimizer.grad_sq_norm() for optimizer in optimizers)))
     if compute.world_size > 1:
         dist.all_reduce(sums)
-    loss, grad_norm = sums[0].item(), math.sqrt(max(sums[1].item(), 0.0)) if sums[1].isfinite() else math.nan
+    loss, sq_norm = sums.tolist()
+    grad_norm = math.sqrt(max(sq_norm, 0.0)) if math.isfinite(sq_norm) else math.nan
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise Diverged(
-            f"the loss is {loss} and the gradient norm {grad_norm}: the run diverged; lower the learning rates"
+            f"the run diverged: the loss is {loss} and the gradient norm {grad_norm}; lower the learning rates"
         )
     clip = grad_clip / (grad_norm + 1e-6) if grad_clip else 1.0
     for optimizer in optimizers:
-        if grad_norm:  # else momentum alone would go on moving them
+        if grad_norm:  # with a zero gradient, momentum alone would still move the weights
             optimizer.step(clip if clip < 1 else None)
         optimizer.zero_grad(set_to_none=True)
     tokens, progress, stops = totals.tolist()
     return StepResult(loss, grad_norm, int(tokens), progress / compute.world_size, stops > 0)
 
 
-class Run:
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints of a stage: resumed, saved, and stopped by SIGTERM or Ctrl-C
+
+# Flags that a resumed run must not change, or it would not continue the same run.
+RESUME_INVARIANTS = (
+    *("total_batch_size", "max_seq_len", "packing", "seed", "corpus", "target_examples_per_step"),
+    *("task", "examples_per_step", "num_samples", "max_new_tokens"),
+)
+
+
+class Stage:
     """
-    One stage's run and its place on disk: fresh or resumed, saved, and stopped when SIGTERM or Ctrl-C asks for it.
+    A training stage's run and its checkpoint folder.
 
-    With --resume it goes on from the newest good checkpoint in `folder`, if there is any; with --resume_from_step from
-    that one. A fresh run sets an earlier one in the same folder aside, but only when it has something to save itself.
-    `num_iterations` -1: the stage ends when its data do.
+    --resume continues from the newest good checkpoint, if there is one; --resume_from_step from that one. A fresh run
+    sets an earlier run's folder aside, at its own first save. `num_steps` -1: the stage ends with its data.
     """
 
-    SAME = (  # or it is not exact
-        *("total_batch_size", "max_seq_len", "packing", "seed", "corpus", "target_examples_per_step"),
-        *("task", "examples_per_step", "num_samples", "max_new_tokens"),
-    )
-
-    def __init__(self, folder, args, compute, config, num_iterations):
-        self.folder, self.args, self.compute = folder, args, compute
+    def __init__(self, source, model_tag, args, compute, config, num_steps):
+        self.folder, self.args, self.compute = checkpoint_dir(source, model_tag), args, compute
         self.path, self.meta = None, {}
         if args.resume_from_step >= 0:
-            self.path, self.meta = find_checkpoint(folder, args.resume_from_step)
-        elif args.resume and has_checkpoints(folder):
-            self.path, self.meta = find_checkpoint(folder)
+            self.path, self.meta = find_checkpoint(self.folder, args.resume_from_step)
+        elif args.resume and has_checkpoints(self.folder):
+            self.path, self.meta = find_checkpoint(self.folder)
         self.first_step = self.meta.get("step", 0)
-        self.finished = bool(self.meta.get("finished")) and self.first_step >= num_iterations
+        self.finished = bool(self.meta.get("finished")) and self.first_step >= num_steps
         if self.path:
-            self._check(config)
+            self._check_invariants(config)
             print0(f"{self.path}: " + ("finished already" if self.finished else "resuming from here"))
-        self.stopping = False
-        self.signum = None
+        self.stopping, self.signum = False, None
         if not self.finished:
             for signum in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(signum, self._handle)
+                signal.signal(signum, self._on_signal)
 
-    def _check(self, config):
-        """Raises UserError when the checkpoint is of another model, or of other batches."""
+    def _check_invariants(self, config):
+        """Raises UserError if the checkpoint is of another model, or of other batches."""
         saved = self.meta["user_config"]
         saved.setdefault("corpus", saved.get("data"))  # its name before version 0.3
-        differences = [
-            f"{name}={new} (saved: {old})"
-            for name, new, old in [
-                *((n, v, self.meta["model_config"].get(n)) for n, v in asdict(config).items()),
-                *((n, getattr(self.args, n, None), saved.get(n)) for n in self.SAME),
-            ]
-            if new != old
-        ]
-        if differences:
+        pairs = [(name, value, self.meta["model_config"].get(name)) for name, value in asdict(config).items()]
+        pairs += [(name, getattr(self.args, name, None), saved.get(name)) for name in RESUME_INVARIANTS]
+        if differences := [f"{name}={new} (saved: {old})" for name, new, old in pairs if new != old]:
             raise UserError(
                 f"cannot resume {self.path}, it was made with other settings: {', '.join(differences)}; "
                 "run without --resume to start anew, or with another --model_tag"
             )
 
-    def restore(self, model, optimizers):
-        """Load weights and optimizer state, if resuming; returns the checkpoint's meta, {} for a fresh run."""
+    def setup_optimizers(self, model):
+        """The model's optimizers with the flags' rates. When resuming, also loads their state and the weights."""
+        args = self.args
+        rates = args.unembedding_lr, args.embedding_lr, args.matrix_lr
+        optimizers = model.setup_optimizers(*rates, args.weight_decay, self.compute.dtype)
         if self.path:
             load_weights(model, self.path)
             load_optimizers(self.path, self.meta, optimizers)
-        return self.meta
+        return optimizers
 
-    def save(self, step, model, optimizers, state, loader_state, finished=False):
-        """Checkpoint of `step` with the JSON-able `state` and all ranks' `loader_state`; returns its path."""
-        lanes = [loader_state]
-        if self.compute.world_size > 1:
-            lanes = [None] * self.compute.world_size
-            dist.all_gather_object(lanes, loader_state)
-        if self.path is None and self.compute.rank == 0:
-            set_aside(self.folder)
-        meta = {
-            "user_config": vars(self.args),
-            "finished": finished,
-            **state,
-            "loader_state": {lane: position for part in lanes for lane, position in part.items()},
-        }
-        self.path = save_checkpoint(self.folder, step, model, optimizers, meta, self.compute, self.args.keep)
-        if finished:
+    def compile(self, model):
+        """torch.compile(model) with --compile, by default on CUDA; else the model itself."""
+        compiles = self.args.compile if self.args.compile is not None else self.compute.device.type == "cuda"
+        return torch.compile(model, dynamic=False) if compiles else model
+
+    def training_loader(self, source, rows):
+        """Prefetched Batches of `source` with the flags' geometry, from the checkpoint's position when resuming."""
+        T, rank_rows, states = self.args.max_seq_len, self.args.device_batch_size, self.meta.get("loader_state")
+        batches = lane_batches(source, rows, T, rank_rows, self.compute, self.args.packing, states)
+        return Prefetch(batches, self.compute.device)
+
+    def validation_batches(self, source):
+        """This rank's list of (inputs, targets): --eval_tokens tokens of `source`, over all ranks."""
+        rows, T = self.args.device_batch_size * self.compute.world_size, self.args.max_seq_len
+        return eval_batches(source, rows, T, max(1, self.args.eval_tokens // (rows * T)), self.compute)
+
+    def restored(self, *names):
+        """{name: value saved in the checkpoint's meta.json, None in a fresh run}."""
+        return {name: self.meta.get(name) for name in names}
+
+    def train_step(self, model, optimizers, micro_batches, **settings):
+        """train_step() on this stage's ranks; a signal that one rank received stops all of them after the step."""
+        stop = self.signum is not None
+        result = train_step(model, optimizers, micro_batches, self.compute, stop=stop, **settings)
+        self.stopping = result.stop
+        return result
+
+    def checkpoint(self, step, last, model, optimizers, loader, log, state):
+        """
+        Save if a checkpoint is due after `step` steps, and exit if a signal asked for it. All ranks call it.
+
+        `state`: JSON-able, merged into meta.json, as are the positions of `loader` (a Prefetch, or None).
+        """
+        requested = last or self.stopping or due(step, self.args.save_every)
+        if step > self.first_step and requested and not getattr(self.args, "dry_run", False):
+            lanes = [loader.state if loader else {}]  # {lane: position} of this rank
+            if self.compute.world_size > 1:
+                lanes = [None] * self.compute.world_size
+                dist.all_gather_object(lanes, loader.state if loader else {})
+            if self.path is None and self.compute.rank == 0:
+                set_aside(self.folder)
+            meta = {"user_config": vars(self.args), "finished": last, **state, "log_state": log.state()}
+            meta["loader_state"] = {lane: position for part in lanes for lane, position in part.items()}
+            self.path = save_checkpoint(self.folder, step, model, optimizers, meta, self.compute, self.args.keep)
+        if self.stopping:
+            log.close()
+            print0(f"stopped; saved {self.path}. Go on with the same command and --resume")
+            raise SystemExit(130 if self.signum == signal.SIGINT else 0)  # 130 stops a calling shell script too
+        if last:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        return self.path
 
-    def _handle(self, signum, frame):
+    def close(self, loader, log, **values):
+        """End the loader and the log; add `values`, known only after the last save, to the checkpoint's meta.json."""
+        if loader:
+            loader.close()
+        log.close()
+        if self.path:
+            update_meta(self.path, self.compute, **values)
+
+    def _on_signal(self, signum, frame):
         print0(f"\n{signal.Signals(signum).name}: saving after this step, then exiting; once more exits at once")
         self.signum = signum
         for s in (signal.SIGTERM, signal.SIGINT):
             signal.signal(s, signal.SIG_DFL)
-
-    @property
-    def stop_requested(self):
-        """Whether this rank was asked to stop; train_step() tells the others."""
-        return self.signum is not None
-
-    def exit(self, log):
-        """Leave after the save: 130 after Ctrl-C, so that a calling shell script stops too, else 0."""
-        log.close()
-        print0(f"stopped; saved {self.path}. Go on with the same command and --resume")
-        raise SystemExit(130 if self.signum == signal.SIGINT else 0)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All checks, in the environment they set up themselves: bash tests/run.sh
-# Style and tests of Python and Rust; pytest with the slow tests, without those that need a GPU or the internet.
+# Runs all checks, in an environment that it creates: bash tests/run.sh
+# Lint and tests of Python and Rust. pytest includes the slow tests, but not those that need a GPU or the internet.
 
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -8,13 +8,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 set_up dev
 find_rust
 failed=()
-# For the page's tests; without it they are skipped, and say so.
+# The tests of the chat page need Chromium; without it they are skipped with a message.
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v chromium >/dev/null; then
     echo "installing chromium"
     { apt-get update -q && apt-get install -q -y --no-install-recommends chromium; } >/dev/null 2>&1 || echo "no chromium here"
 fi
 
-check() { # <what> <command...>
+# check <name> <command...>: runs the command and records a failure.
+check() {
     echo
     echo "== $1"
     "${@:2}" || failed+=("$1")

@@ -1,4 +1,4 @@
-"""The terminal chat: on a model that follows a script, and as a user starts it."""
+"""The terminal chat: conversations with a scripted model, and the command line with a tiny checkpoint."""
 
 import contextlib
 import json
@@ -12,27 +12,20 @@ from types import SimpleNamespace
 import pytest
 import test_chat_eval
 from conftest import ROOT
-from test_engine import BOS, END, PYTHON, PYTHON_END, ByteTokenizer, ScriptedModel
+from test_engine import BOS, END, OUTPUT, OUTPUT_END, PYTHON, PYTHON_END, ByteTokenizer, ScriptedModel
 
 from nanochat.common import UserError
 from nanochat.engine import Engine
+from nanochat.inference.answer import Answer
+from nanochat.terminal import console, repl
+from nanochat.terminal.session import Chat
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, get_tokenizer
 from scripts import chat_cli
-from scripts.chat_cli import Chat
 
 checkpoint = test_chat_eval.checkpoint  # a fixture
 SAMPLING = {"temperature": 0, "top_k": None, "seed": 1}
-
-
-TOOL = [
-    *b"So ",
-    PYTHON,
-    *b"6*7",
-    PYTHON_END,
-    *b"????",
-    *b"42\n",
-    END,
-]  # ???? is forced: <|output_start|>42<|output_end|>
+# The four tokens ???? are replaced by the calculator's result: <|output_start|>42<|output_end|>.
+CALL = [*b"So ", PYTHON, *b"6*7", PYTHON_END, *b"????", *b"42\n", END]
 
 
 class ByteChat(ByteTokenizer):
@@ -45,68 +38,68 @@ def chat_with(script, source="sft", max_tokens=16, sequence_len=64, **settings):
     return Chat(engine, source, max_tokens, **SAMPLING | settings)
 
 
-def using_the_tool(sequence):
-    return TOOL[len(sequence) - 2]  # after a question of one letter
+def call_calculator(sequence):
+    return CALL[len(sequence) - 2]  # the prompt has two tokens: <|bos|> and a question of one letter
 
 
-class Turns:
-    """A script that answers every question with `answer`, and notes each prompt."""
+class FixedAnswer:
+    """A script that answers every question with `answer` and records the prompts."""
 
     def __init__(self, answer):
         self.answer, self.prompts = [*answer.encode(), END], []
-        self.written = 0
+        self.position = 0  # in the answer
 
     def __call__(self, sequence):
-        if self.written == 0:
+        if self.position == 0:
             self.prompts.append(sequence)
-        token = self.answer[self.written]
-        self.written = (self.written + 1) % len(self.answer)
+        token = self.answer[self.position]
+        self.position = (self.position + 1) % len(self.answer)
         return token
 
 
-def text_of(pieces):
+def joined_text(pieces):
     return "".join(piece for _, piece in pieces)
 
 
-def test_a_conversation_is_remembered_turn_by_turn():
-    script = Turns("né")
+def test_prompt_contains_earlier_turns():
+    script = FixedAnswer("né")
     chat = chat_with(script)
-    assert text_of(chat.ask("one")) == "né" and text_of(chat.ask("two")) == "né"
+    assert joined_text(chat.ask("one")) == "né" and joined_text(chat.ask("two")) == "né"
     first = [*b"one", *"né".encode(), END]
     assert script.prompts == [[BOS, *b"one"], [BOS, *first, *b"two"]]
 
 
-def test_a_base_model_continues_plain_text_and_remembers_nothing():
-    script = Turns("né")
+def test_base_model_prompt_is_only_the_question():
+    script = FixedAnswer("né")
     chat = chat_with(script, source="base")
     list(chat.ask("one"))
     list(chat.ask("two"))
     assert script.prompts == [[BOS, *b"one"], [BOS, *b"two"]]
 
 
-def test_the_oldest_whole_turns_go_when_the_context_is_full():
-    script = Turns("answer")  # a turn is 4 + 6 + 1 tokens, the context 64, and 16 stay free for the answer
+def test_oldest_turns_are_dropped_when_the_context_is_full():
+    script = FixedAnswer("answer")  # a turn has 4 + 6 + 1 tokens, the context 64; 16 are reserved for the answer
     chat = chat_with(script)
     for i in range(20):
-        assert text_of(chat.ask(f"ask{i % 10}")) == "answer"
+        assert joined_text(chat.ask(f"ask{i % 10}")) == "answer"
     turn = len("ask0answer") + 1
     assert max(map(len, script.prompts)) == 1 + 3 * turn + 4 <= 64 - 16
     assert bytes(script.prompts[-1][1:5]) == b"ask6" and bytes(script.prompts[-1][-4:]) == b"ask9"
 
 
-def test_a_message_that_cannot_fit_is_said_and_changes_nothing():
-    chat = chat_with(Turns("ok"))
+def test_too_long_question_raises_and_leaves_the_conversation_unchanged():
+    chat = chat_with(FixedAnswer("ok"))
     list(chat.ask("one"))
     before = chat.messages()
     with pytest.raises(UserError, match="the message has 200 tokens; the model's context holds 64"):
         list(chat.ask("x" * 200))
-    assert chat.messages() == before and text_of(chat.ask("two")) == "ok"
+    assert chat.messages() == before and joined_text(chat.ask("two")) == "ok"
 
 
-def test_an_answer_cut_off_or_stopped_still_ends_its_turn():
+def test_partial_answers_are_complete_turns_in_the_next_prompt():
     prompts = []
     chat = chat_with(lambda sequence: prompts.append(sequence) or ord("a"), max_tokens=5)
-    assert text_of(chat.ask("one")) == "aaaaa"
+    assert joined_text(chat.ask("one")) == "aaaaa"
     stopped = chat.ask("two")
     next(stopped), next(stopped)
     stopped.close()
@@ -114,8 +107,8 @@ def test_an_answer_cut_off_or_stopped_still_ends_its_turn():
     assert prompts[-1] == [BOS, *b"oneaaaaa", END, *b"twoaa", END, *b"three"]
 
 
-def test_the_system_text_joins_the_first_question_that_the_model_sees():
-    script = Turns("answer")
+def test_system_text_precedes_the_first_question_in_the_prompt():
+    script = FixedAnswer("answer")
     chat = chat_with(script, system="Be brief.")
     for i in range(5):
         list(chat.ask(f"ask{i}"))
@@ -128,28 +121,40 @@ def test_the_system_text_joins_the_first_question_that_the_model_sees():
         chat_with(script, source="base", system="Be brief.")
 
 
-def test_the_prompt_equals_the_tokenizers_rendering_of_the_conversation():
+def test_prompt_equals_the_tokenizers_rendering_of_the_conversation():
     specials = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)}
     tokenizer = Tokenizer(SPLIT_PATTERN, {bytes([i]): i for i in range(256)}, specials)
-    script = Turns("It is blue.")
+    script = FixedAnswer("It is blue.")
     chat = Chat(Engine(ScriptedModel(script, sequence_len=400), tokenizer), "sft", 20, system="Be brief.", **SAMPLING)
     for question in ("What is the sky?", "And <|assistant_end|>?"):
         list(chat.ask(question))
         assert script.prompts[-1] == tokenizer.render_for_completion({"messages": chat.messages()})
 
 
-def test_a_report_counts_what_was_read_and_written():
-    chat = chat_with(using_the_tool, max_tokens=40)
+def test_report_has_text_tool_steps_and_token_counts():
+    chat = chat_with(call_calculator, max_tokens=40)
     list(chat.ask("q"))
     report = chat.report()
     assert report["text"] == "So 42\n" and report["finish_reason"] == "stop"
     assert report["tool_steps"] == [{"type": "calculator", "expression": "6*7", "result": "42"}]
-    assert (report["prompt_tokens"], report["completion_tokens"]) == (2, len(TOOL) - 1)
+    assert (report["prompt_tokens"], report["completion_tokens"]) == (2, len(CALL) - 1)
     assert 0 <= report["first_token_seconds"] <= report["seconds"] and report["tokens_per_second"] > 0
-    short = chat_with(using_the_tool, max_tokens=6)
+    short = chat_with(call_calculator, max_tokens=6)
     list(short.ask("q"))
     assert short.report()["finish_reason"] == "length"
     assert short.report()["tool_steps"] == [{"type": "calculator", "expression": "6*", "result": None}]
+
+
+def test_tool_steps_agree_with_the_message_parts():
+    tokens = [*b"So ", PYTHON, *b"6*7", PYTHON_END, OUTPUT, *b"42", OUTPUT_END, PYTHON, *b"1+", 0xC3]
+    answer = Answer(ByteTokenizer())
+    deltas = [answer.push(token, None, "length" if i == len(tokens) else None) for i, token in enumerate(tokens, 1)]
+    first = {"type": "calculator", "expression": "6*7", "result": "42", "position": 3}
+    second = first | {"expression": "1+\ufffd", "result": None}  # the answer ends within a character
+    assert [step for delta in deltas for step in delta.get("tool_steps", [])] == answer.steps == [first, second]
+    parts = [("text", "So "), ("python", "6*7"), ("python_output", "42"), ("python", "1+\ufffd")]
+    assert answer.parts == [{"type": part, "text": text} for part, text in parts]
+    assert answer.text == "".join(delta.get("content", "") for delta in deltas) == "So "
 
 
 @pytest.mark.parametrize(
@@ -160,13 +165,13 @@ def test_a_report_counts_what_was_read_and_written():
         (False, "", "\x1b[31mSo 42\n\n"),
     ],
 )
-def test_the_terminal_dims_the_calculator_and_drops_control_characters(
+def test_terminal_dims_calculator_calls_and_removes_control_characters(
     monkeypatch, capsys, terminal, no_color, expected
 ):
-    answer = [*b"\x1b[31m", *TOOL]
+    answer = [*b"\x1b[31m", *CALL]
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     monkeypatch.setenv("NO_COLOR", no_color)
-    chat_cli.say(chat_with(lambda sequence: answer[len(sequence) - 2], max_tokens=40), "q")
+    console.print_answer(chat_with(lambda sequence: answer[len(sequence) - 2], max_tokens=40), "q")
     assert capsys.readouterr().out == expected
 
 
@@ -176,9 +181,9 @@ def test_the_terminal_dims_the_calculator_and_drops_control_characters(
 
 @pytest.fixture
 def talk(monkeypatch, capsys, tmp_path):
-    """talk(chat, "hello", KeyboardInterrupt, ...) types these and Ctrl-D; returns what is shown after each of them."""
+    """talk(chat, "hello", KeyboardInterrupt, ...) types the lines, then Ctrl-D; returns the output after each line."""
     monkeypatch.chdir(tmp_path)
-    # Line editing would pull this process's own standard input into the test.
+    # readline would use the real standard input of the test process.
     monkeypatch.setitem(sys.modules, "readline", None)
 
     def talk(chat, *lines, **settings):
@@ -192,13 +197,13 @@ def talk(monkeypatch, capsys, tmp_path):
             raise value
 
         monkeypatch.setattr("builtins.input", type_next)
-        chat_cli.converse(chat, tmp_path / "history", **settings)
+        repl.run_repl(chat, tmp_path / "history", **settings)
         return [*shown[1:], capsys.readouterr().out]
 
     return talk
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program(talk):
+def test_ctrl_c_stops_the_answer_but_not_the_program(talk):
     def script(sequence):
         if bytes(sequence[1:]) == b"goab":
             raise KeyboardInterrupt
@@ -211,18 +216,20 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(talk):
     assert [m["content"] for m in chat.messages()] == ["hi", "ababa"]
 
 
-def test_ctrl_c_twice_in_a_row_leaves(talk):
-    shown = talk(chat_with(Turns("ok")), KeyboardInterrupt, "one", KeyboardInterrupt, KeyboardInterrupt, "not reached")
+def test_ctrl_c_twice_in_a_row_ends_the_conversation(talk):
+    shown = talk(
+        chat_with(FixedAnswer("ok")), KeyboardInterrupt, "one", KeyboardInterrupt, KeyboardInterrupt, "not reached"
+    )
     assert len(shown) == 4 and "ok" in shown[1]
 
 
 @pytest.mark.parametrize("word", ["quit", "EXIT", "/quit", "/exit"])
-def test_words_that_leave(talk, word):
-    assert len(talk(chat_with(Turns("ok")), word, "not reached")) == 1
+def test_words_that_end_the_conversation(talk, word):
+    assert len(talk(chat_with(FixedAnswer("ok")), word, "not reached")) == 1
 
 
 def test_commands(talk):
-    script = Turns("ok")
+    script = FixedAnswer("ok")
     chat = chat_with(script)
     shown = talk(
         chat, "/regenerate", "/save", "one", "/clear", "/system", "/system Be brief.", "/system", "two", "/system -",
@@ -240,15 +247,15 @@ def test_commands(talk):
     assert chat.sampling == {"temperature": 0.5, "top_k": 7, "seed": 1}
 
 
-def test_a_base_model_takes_no_system_text(talk):
-    script = Turns("ok")
+def test_base_model_refuses_system_text(talk):
+    script = FixedAnswer("ok")
     shown = talk(chat_with(script, source="base"), "/system Be brief.", "one", "/regenerate")
     assert "a base model" in shown[0] and [bytes(p[1:]) for p in script.prompts] == [b"one", b"one"]
 
 
-def test_regenerate_asks_again_with_another_seed_and_a_session_repeats(talk):
+def test_regenerate_uses_another_seed_and_sessions_are_reproducible(talk):
     def session(seed):
-        """Every letter is as likely as another."""
+        """All letters have the same probability."""
         prompts = []
 
         def script(sequence):
@@ -266,8 +273,8 @@ def test_regenerate_asks_again_with_another_seed_and_a_session_repeats(talk):
     assert "(cut off after 16 tokens)" in first[0]
 
 
-def test_save_writes_the_conversation_once(talk, tmp_path):
-    chat = chat_with(using_the_tool, max_tokens=40, system="")
+def test_save_writes_the_conversation_and_never_overwrites(talk, tmp_path):
+    chat = chat_with(call_calculator, max_tokens=40, system="")
     shown = talk(chat, "q", "/save a talk.json", "/save a talk.json", "/save", "/save no/such/folder")
     assert shown[1] == "Saved as a talk.json.\n" and "(File exists); choose another name" in shown[2]
     assert "cannot write no/such/folder (No such file" in shown[4]
@@ -278,30 +285,30 @@ def test_save_writes_the_conversation_once(talk, tmp_path):
     assert json.loads(named.read_text()) == {"messages": [{"role": "user", "content": "q"}, answer]}
 
 
-def test_history_belongs_to_its_owner_and_its_failure_is_no_reason_to_die(talk, tmp_path):
+def test_history_is_private_and_its_failure_is_ignored(talk, tmp_path):
     history = tmp_path / "history"
     before = os.umask(0)
     try:
-        talk(chat_with(Turns("ok")), "one", "", "/temp", "two\nlines")
+        talk(chat_with(FixedAnswer("ok")), "one", "", "/temp", "two\nlines")
     finally:
         os.umask(before)
     assert history.read_text() == "one\n/temp\ntwo lines\n" and stat.S_IMODE(history.stat().st_mode) == 0o600
     history.unlink()
     history.mkdir()
-    assert "ok" in talk(chat_with(Turns("ok")), "one")[0]
+    assert "ok" in talk(chat_with(FixedAnswer("ok")), "one")[0]
 
 
-def test_verbose_tells_the_speed_on_standard_error(monkeypatch, tmp_path, capsys):
+def test_verbose_prints_the_speed_on_standard_error(monkeypatch, tmp_path, capsys):
     typed = iter(["hi", "quit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     monkeypatch.setitem(sys.modules, "readline", None)
-    chat_cli.converse(chat_with(Turns("ok")), tmp_path / "history", verbose=True)
+    repl.run_repl(chat_with(FixedAnswer("ok")), tmp_path / "history", verbose=True)
     shown = capsys.readouterr()
     assert shown.err.startswith("[2 tokens, ") and "tokens/s" in shown.err and "tokens/s" not in shown.out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# As a user starts it
+# The command line
 
 FLAGS = ["-m", "8", "-t", "1", "--device-type=cpu", "--dtype=float32"]
 COMMAND = [sys.executable, "-m", "scripts.chat_cli", *FLAGS]
@@ -315,8 +322,8 @@ def start(*flags, **kw):
     return subprocess.run([*COMMAND, *flags], env=environment(), capture_output=True, timeout=120, **kw)
 
 
-def test_one_answer_from_a_flag_equals_one_from_a_pipe(checkpoint):
-    """Only the answer is on standard output, also where there is something to warn of."""
+def test_question_from_flag_and_from_pipe_get_the_same_answer(checkpoint):
+    """Standard output has only the answer; warnings go to standard error."""
     piped = start(input=b"Who are you?\n")
     assert (piped.returncode, piped.stderr) == (0, b"") and piped.stdout.strip()
     newer = checkpoint / "chatsft_checkpoints" / "d1" / "step_000009"
@@ -326,7 +333,7 @@ def test_one_answer_from_a_flag_equals_one_from_a_pipe(checkpoint):
     assert flag.stderr.startswith(b"warning: ") and b"tokens/s" in flag.stderr
 
 
-def test_json_has_the_answer_and_its_counts(checkpoint, monkeypatch, capsys):
+def test_json_has_the_answer_and_token_counts(checkpoint, monkeypatch, capsys):
     flags = [*FLAGS, "-p", "Who are you?"]
     chat_cli.main(flags)
     answer = capsys.readouterr().out
@@ -349,24 +356,24 @@ def test_json_has_the_answer_and_its_counts(checkpoint, monkeypatch, capsys):
         ("", "a file\n", "a file"),
     ],
 )
-def test_what_is_piped_in_comes_before_the_flag(tmp_path, monkeypatch, flag, piped, expected):
+def test_piped_text_comes_before_the_flag(tmp_path, monkeypatch, flag, piped, expected):
     (tmp_path / "piped").write_text(piped)
     with open(tmp_path / "piped") as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
-        assert chat_cli.read_question(flag) == expected
+        assert console.read_question(flag) == expected
 
 
 @pytest.mark.parametrize("flag", [None, "-", " "])
 @pytest.mark.parametrize("closed", [True, False])
-def test_no_question_at_all(monkeypatch, flag, closed):
+def test_empty_question_is_refused(monkeypatch, flag, closed):
     with contextlib.nullcontext() if closed else open(os.devnull) as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
         with pytest.raises(UserError, match="the question is empty"):
-            chat_cli.read_question(flag)
+            console.read_question(flag)
 
 
 @pytest.mark.parametrize("typed, prompts", [("", 2), ("half a line", 3)])
-def test_ctrl_c_twice_at_the_empty_prompt_leaves(typed, prompts, monkeypatch, capsys):
+def test_ctrl_c_twice_at_an_empty_prompt_raises_eof_error(typed, prompts, monkeypatch, capsys):
     lines = iter([typed, "", ""])
 
     def interrupted(prompt):
@@ -376,34 +383,34 @@ def test_ctrl_c_twice_at_the_empty_prompt_leaves(typed, prompts, monkeypatch, ca
 
     monkeypatch.setattr("builtins.input", interrupted)
     with pytest.raises(EOFError):
-        chat_cli.read_line()
+        console.read_line()
     assert len(list(lines)) == 3 - prompts and capsys.readouterr().out.count("once more") == 1
 
 
-def test_ctrl_c_while_one_answer_is_made():
+def test_ctrl_c_during_a_single_answer():
     program = """if True:
         import signal
         from nanochat.cli import run_script
-        from scripts import chat_cli
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+        from nanochat.terminal import console
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
         class Chat:
             def ask(self, text):
                 yield "text", "Hello"
                 signal.raise_signal(signal.SIGINT)
                 yield "text", "never"
-        run_script(lambda: chat_cli.say(Chat(), "q"))
+        run_script(lambda: console.print_answer(Chat(), "q"))
     """
     done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (130, b"Hello\n", b"\ninterrupted\n")
 
 
-def test_a_reader_that_leaves_ends_it_quietly(checkpoint):
+def test_closed_output_pipe_ends_the_program_silently(checkpoint):
     pipe = f"set -o pipefail; {shlex.join(COMMAND)} -m 100 -p Who | true"
     done = subprocess.run(["bash", "-c", pipe], env=environment(), capture_output=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"")
 
 
-def test_a_wrong_flag_is_one_line_and_exit_code_2():
+def test_wrong_flag_prints_one_line_and_exits_with_2():
     done = start("-k", "many", stdin=subprocess.DEVNULL)
     assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (2, b"", 1)
 
@@ -423,19 +430,19 @@ def test_user_errors(checkpoint, flags, message):
         chat_cli.main([*FLAGS, *flags])
 
 
-def test_json_is_for_a_single_answer(monkeypatch):
+def test_json_requires_a_question(monkeypatch):
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     with pytest.raises(UserError, match="--json prints a single answer"):
         chat_cli.main(["--json"])
 
 
-def test_a_pipe_that_nobody_writes_to_does_not_hold_up_a_prompt(monkeypatch, capsys):
-    monkeypatch.setattr(chat_cli, "PIPE_PATIENCE", 0.05)
+def test_silent_pipe_does_not_block_a_prompt(monkeypatch, capsys):
+    monkeypatch.setattr(console, "PIPE_TIMEOUT", 0.05)
     reader, writer = os.pipe()
     with open(reader) as stdin, open(writer, "w") as pipe:
         monkeypatch.setattr(sys, "stdin", stdin)
-        assert chat_cli.read_question("why?") == "why?"
-        assert "nothing comes from standard input" in capsys.readouterr().err
+        assert console.read_question("why?") == "why?"
+        assert "no data on standard input" in capsys.readouterr().err
         pipe.write("a poem")
         pipe.close()
-        assert chat_cli.read_question("why?") == "a poem\n\nwhy?"
+        assert console.read_question("why?") == "a poem\n\nwhy?"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanochat.common import UserError
-from nanochat.engine import Engine, Request, Row, sample
+from nanochat.engine import Engine, Request, sample
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hf import hf_config, hf_weights
 from nanochat.inference.backends import TorchBackend
@@ -15,7 +15,7 @@ from nanochat.inference.cpu_backend import CPUBackend, quantize
 from nanochat.inference.cuda_graphs import CUDAGraphBackend
 from nanochat.inference.detokenizer import Detokenizer, visible_text
 from nanochat.inference.kv_cache import KVCache
-from nanochat.inference.sampling import sample_on_device
+from nanochat.inference.sampling import apply_penalties, sample_on_device
 from nanochat.inference.scheduler import Prefill
 
 SPECIALS = [
@@ -33,7 +33,10 @@ class ByteTokenizer:
         return list(text.encode())
 
     def decode(self, ids):
-        return bytes(ids).decode(errors="replace")
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def decode_bytes(self, ids):
+        return bytes(ids)
 
     def encode_special(self, name):
         return 256 + SPECIALS.index(name)
@@ -541,7 +544,7 @@ def test_the_prefixes_kept_are_bounded_and_the_least_recently_used_goes_first():
         return row.cached
 
     assert [cached(66), cached(67), cached(66), cached(68), cached(66), cached(67)] == [0, 0, 23, 0, 23, 0]
-    assert engine.prefix_cache.held <= 60 and cached(69, n=63) == 0 and engine.prefix_cache.held <= 60
+    assert engine.prefix_cache.num_tokens <= 60 and cached(69, n=63) == 0 and engine.prefix_cache.num_tokens <= 60
 
 
 def test_top_p_and_min_p_cut_the_tail():
@@ -561,11 +564,11 @@ def test_top_p_and_min_p_cut_the_tail():
 
 def test_penalties_and_biases_change_the_logits_of_one_row_only():
     logits = torch.tensor([1.0, 2.0, -1.0, 0.5])
-    row = Row(Request([0], repetition_penalty=2.0), 0, 9, tokens=[2, 2])
-    assert row.adjust(logits).tolist() == [0.5, 2.0, -2.0, 0.5]
-    row = Row(Request([0], frequency_penalty=0.5, presence_penalty=0.25), 0, 9, tokens=[2, 2, 3])
-    assert row.adjust(logits).tolist() == [1.0, 2.0, -2.25, -0.25]
-    assert Row(Request([0], logit_bias={1: -100, 3: 4.0}), 0, 9).adjust(logits).tolist() == [1.0, -98.0, -1.0, 4.5]
+    request = Request([0], repetition_penalty=2.0)
+    assert apply_penalties(logits, request, [2, 2]).tolist() == [0.5, 2.0, -2.0, 0.5]
+    request = Request([0], frequency_penalty=0.5, presence_penalty=0.25)
+    assert apply_penalties(logits, request, [2, 2, 3]).tolist() == [1.0, 2.0, -2.25, -0.25]
+    assert apply_penalties(logits, Request([0], logit_bias={1: -100, 3: 4.0}), []).tolist() == [1.0, -98.0, -1.0, 4.5]
     assert logits.tolist() == [1.0, 2.0, -1.0, 0.5]
     engine = Engine(ScriptedModel(lambda sequence: 65), ByteTokenizer())
     requests = [Request([66], max_tokens=2, temperature=0, logit_bias=bias) for bias in (None, {65: -200, 70: 5.0})]
@@ -625,7 +628,7 @@ def test_stop_tokens_end_a_row():
         (dict(tokens=[1], top_p=0), "top_p=0"),
         (dict(tokens=[1], min_p=1.5), "min_p=1.5"),
         (dict(tokens=[1], repetition_penalty=0), "repetition_penalty=0"),
-        (dict(tokens=[1], stop=("",)), "stop text is empty"),
+        (dict(tokens=[1], stop=("",)), "stop string is empty"),
     ],
 )
 def test_what_cannot_be_generated_is_said(request_, message):
@@ -711,6 +714,6 @@ def test_the_calculators_part_is_told_from_the_text():
     ids = [*b"So ", PYTHON, *b"6*7", PYTHON_END, OUTPUT, *b"42", OUTPUT_END, *b"it is 42", 0xC3, PYTHON, *b"1", END]
     stream = Detokenizer(ByteTokenizer())
     parts = [*map(stream.push, ids), stream.flush()]
-    joined = {kind: "".join(t for k, t in parts if k == kind) for kind in ("text", "python", "output")}
-    assert joined == {"text": "So it is 42\ufffd", "python": "6*71", "output": "42"}
+    joined = {kind: "".join(t for k, t in parts if k == kind) for kind in ("text", "python", "python_output")}
+    assert joined == {"text": "So it is 42\ufffd", "python": "6*71", "python_output": "42"}
     assert visible_text(ByteTokenizer(), ids) == joined["text"]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from nanochat import ops
 from nanochat.common import UserError
-from nanochat.gpt import GPT, GPTConfig, chunk_rows
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.hf import hf_config, hf_weights
 from nanochat.inference.kv_cache import KVCache
 
@@ -47,7 +47,7 @@ def test_logits_equal_transformers(n_kv_head, use_cache):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_chunked_loss_equals_plain_cross_entropy(reduction, monkeypatch):
     model = random_model(vocab_size=130)
-    monkeypatch.setattr("nanochat.gpt.CHUNK_ELEMENTS", 130 * 5)  # 5 rows a chunk, the last one shorter
+    monkeypatch.setattr("nanochat.ops.CPU_CHUNK_ELEMENTS", 130 * 5)  # 5 rows a chunk, the last one shorter
     idx, targets = torch.randint(0, 130, (2, 2, 16))
     targets[0, 3:9] = -1
     weights = torch.rand(2, 16) if reduction == "none" else torch.tensor(0.7)
@@ -60,7 +60,7 @@ def test_chunked_loss_equals_plain_cross_entropy(reduction, monkeypatch):
     plain = plain.view_as(targets) if reduction == "none" else plain
     (plain * weights).sum().backward()
 
-    assert chunk_rows(idx, 130) == 5
+    assert ops.chunk_rows(idx, 130) == 5
     torch.testing.assert_close(loss, plain)
     for ours, p in zip(grads, model.parameters(), strict=True):
         torch.testing.assert_close(ours, p.grad, atol=1e-5, rtol=1e-4)

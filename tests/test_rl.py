@@ -75,8 +75,8 @@ class Gradients:
 def gradients(groups, rows):
     model = small_model()
     keeper = Gradients(model)
-    batches, left_out = policy_batches(groups, rows, "cpu")
-    result = train_step(model, [keeper], batches, CPU, left_out=left_out)
+    batches, skipped_tokens = policy_batches(groups, rows, "cpu")
+    result = train_step(model, [keeper], batches, CPU, skipped_tokens=skipped_tokens)
     return keeper.found, result
 
 
@@ -109,14 +109,14 @@ def test_gradients_are_those_of_a_plain_policy_gradient_for_any_micro_batch(rows
 
 
 def test_the_sampled_stop_is_trained_and_what_was_forced_is_not():
-    ((x, y, weights),), left_out = policy_batches(
+    ((x, y, weights),), skipped_tokens = policy_batches(
         [[rollout([1, 2], [7, 8, 9, END], [1, 0, 0, 1], 1.0), rollout([1, 2], [5], [1], 0.0)]], 8, "cpu"
     )
     order = [0, 1] if x[0, 2] == 7 else [1, 0]
     assert x[order].tolist() == [[1, 2, 7, 8, 9], [1, 2, 0, 0, 0]]
     assert y[order].tolist() == [[-1, 7, -1, -1, END], [-1, 5, -1, -1, -1]]
     assert weights[order][:, 0].tolist() == [0.5, -0.5]
-    assert left_out == 0
+    assert skipped_tokens == 0
 
 
 def test_groups_that_are_all_alike_cost_nothing_and_change_nothing():
@@ -125,10 +125,10 @@ def test_groups_that_are_all_alike_cost_nothing_and_change_nothing():
     assert policy_batches([alike], 8, "cpu") == ([], 8)
     model, before = small_model(), small_model().state_dict()
     optimizers = model.setup_optimizers()
-    batches, left_out = policy_batches(some_groups(), 8, "cpu")
-    train_step(model, optimizers, batches, CPU, left_out=left_out)  # there is momentum now
+    batches, skipped_tokens = policy_batches(some_groups(), 8, "cpu")
+    train_step(model, optimizers, batches, CPU, skipped_tokens=skipped_tokens)  # there is momentum now
     moved = {name: p.clone() for name, p in model.state_dict().items()}
-    result = train_step(model, optimizers, [], CPU, left_out=8)
+    result = train_step(model, optimizers, [], CPU, skipped_tokens=8)
     assert result.loss == 0 and result.grad_norm == 0 and result.tokens == 8
     assert any((moved[name] != before[name]).any() for name in before)
     assert all((moved[name] == p).all() for name, p in model.state_dict().items())
@@ -169,8 +169,8 @@ def test_practice_makes_better():
         sync(sampler, model)
         groups = roll_out(sampler, Likes(), {i: 100 * step + i for i in range(4)}, 16, 8, max_rows=64).values()
         rewards.append(sum(r.reward for group in groups for r in group) / 64)
-        batches, left_out = policy_batches(groups, 16, "cpu")
-        train_step(model, optimizers, batches, CPU, left_out=left_out)
+        batches, skipped_tokens = policy_batches(groups, 16, "cpu")
+        train_step(model, optimizers, batches, CPU, skipped_tokens=skipped_tokens)
     assert rewards[0] < 0.05
     assert sum(rewards[-3:]) / 3 > 0.5
 
@@ -262,8 +262,8 @@ for step in range(3):
     sync(sampler, model)
     problems = list({i: 10 * step + i for i in range(5)}.items())[compute.rank :: compute.world_size]
     groups = roll_out(sampler, Likes(), dict(problems), 6, 8, 64).values()
-    batches, left_out = policy_batches(groups, 4, "cpu")
-    result = train_step(model, optimizers, batches, compute, left_out=left_out)
+    batches, skipped_tokens = policy_batches(groups, 4, "cpu")
+    result = train_step(model, optimizers, batches, compute, skipped_tokens=skipped_tokens)
     found += [result.loss, result.grad_norm, result.tokens]
 if compute.rank == 0:
     torch.save([torch.tensor(found), *(p.detach() for p in model.parameters())], sys.argv[1])

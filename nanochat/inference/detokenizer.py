@@ -1,68 +1,63 @@
-"""The text of an answer while its tokens come in."""
+"""Incremental detokenization: turns the tokens of an answer into text while they are generated."""
 
-PARTS = {"python_start": "python", "python_end": "text", "output_start": "output", "output_end": "text"}
-HIDDEN = ("bos", "user_start", "user_end", "assistant_start", "assistant_end")
+import codecs
+
+from nanochat.tokenizer import SPECIAL_TOKENS
+
+# Type of the part that begins after a special token; the other special tokens have no effect on the text.
+PART_AFTER = {"<|python_start|>": "python", "<|output_start|>": "python_output"}
+PART_AFTER |= dict.fromkeys(("<|python_end|>", "<|output_end|>"), "text")
 
 
 class Detokenizer:
     """
-    Tokens of an answer in, (kind, piece of text) out; kind is "text", or the calculator's "python" or "output".
+    Incremental detokenizer of one answer. Pieces of text are (part type, text).
 
-    Text ends before the first of the texts in `stop`, and `stopped` is then True. Only what could be the beginning of
-    one of them is held back.
+    Part types are those of a message: "text", "python" (a call of the calculator) and "python_output" (its result).
+    Text ends before the first stop string in `stop`; then `stopped` is True. A suffix of the text that may be the
+    beginning of a stop string is held back.
     """
 
     def __init__(self, tokenizer, stop=()):
-        self.tokenizer, self.stop, self.kind = tokenizer, stop, "text"
-        self.parts = {tokenizer.encode_special(f"<|{name}|>"): kind for name, kind in PARTS.items()}
-        self.hidden = {tokenizer.encode_special(f"<|{name}|>") for name in HIDDEN}
-        self.pending, self.emitted = [], 0  # tokens since the last clean cut, characters of them already given out
-        self.held, self.stopped = "", False  # text that may begin a stop
+        self.tokenizer, self.stop = tokenizer, stop
+        self.special_tokens = {tokenizer.encode_special(name): PART_AFTER.get(name) for name in SPECIAL_TOKENS}
+        self.utf8_decoder = codecs.getincrementaldecoder("utf-8")("replace")  # buffers a partial UTF-8 character
+        self.part, self.held_back, self.stopped = "text", "", False
 
     def push(self, token):
-        """The text that is certain now: a character whose bytes are not all there yet waits for the next token."""
-        if token in self.parts:
-            piece, self.kind = self.flush(), self.parts[token]
-            return piece
-        if token in self.hidden:
-            return self.kind, ""
-        self.pending.append(token)
-        text = self.tokenizer.decode(self.pending)
-        start = self.emitted
-        if text.endswith("\ufffd"):  # an unfinished character decodes to one U+FFFD
-            self.emitted = len(text) - 1
-            return self.kind, self._until_stop(text[start:-1])
-        self.pending, self.emitted = [], 0
-        return self.kind, self._until_stop(text[start:])
+        """The piece of text that `token` completes."""
+        if token not in self.special_tokens:
+            return self.part, self._before_stop(self.utf8_decoder.decode(self.tokenizer.decode_bytes([token])))
+        if self.special_tokens[token] is None:
+            return self.part, ""
+        piece = self.flush()
+        self.part = self.special_tokens[token]
+        return piece
 
     def flush(self):
-        """All that is left, also half a character (as U+FFFD)."""
-        piece = self._until_stop(self.tokenizer.decode(self.pending)[self.emitted :])
-        if not self.stopped:
-            piece += self.held
-        self.pending, self.emitted, self.held = [], 0, ""
-        return self.kind, piece
+        """The remaining piece of text; a partial character becomes U+FFFD."""
+        text = self._before_stop(self.utf8_decoder.decode(b"", final=True))
+        held_back, self.held_back = self.held_back, ""
+        return self.part, text + held_back
 
-    def _until_stop(self, piece):
-        """What can be given out of the text held back and `piece`."""
+    def _before_stop(self, new_text):
+        """The held-back text and `new_text`, cut at a stop string; holds back what may begin one."""
         if self.stopped:
             return ""
-        if not self.stop or self.kind != "text":
-            return piece
-        text, self.held = self.held + piece, ""
-        found = [at for stop in self.stop if (at := text.find(stop)) >= 0]
-        if found:
+        if not self.stop or self.part != "text":
+            return new_text
+        text, self.held_back = self.held_back + new_text, ""
+        matches = [i for stop in self.stop if (i := text.find(stop)) >= 0]
+        if matches:
             self.stopped = True
-            return text[: min(found)]
-        for n in range(min(len(text), max(map(len, self.stop)) - 1), 0, -1):
-            if any(stop.startswith(text[-n:]) for stop in self.stop):
-                self.held = text[-n:]
-                return text[:-n]
-        return text
+            return text[: min(matches)]
+        suffixes = (text[i:] for i in range(len(text)))
+        self.held_back = next((s for s in suffixes for stop in self.stop if stop.startswith(s)), "")
+        return text.removesuffix(self.held_back)
 
 
 def visible_text(tokenizer, tokens):
-    """What a reader sees of an answer: its text without the calculator's calls and outputs."""
-    stream = Detokenizer(tokenizer)
-    pieces = [*map(stream.push, tokens), stream.flush()]
-    return "".join(piece for kind, piece in pieces if kind == "text")
+    """The text of an answer without the calculator's calls and results."""
+    detokenizer = Detokenizer(tokenizer)
+    pieces = [*map(detokenizer.push, tokens), detokenizer.flush()]
+    return "".join(text for part, text in pieces if part == "text")

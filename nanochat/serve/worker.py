@@ -128,7 +128,7 @@ def _serve(connection, inbox, engine, max_rows):
         # Those that are half due go along, so that next time many go together.
         due |= {key for key in events if now - sent.get(key, 0.0) >= PIECE_SECONDS * len(stepped) / 2}
         sent |= dict.fromkeys(due & set(owners.values()), now)
-        held = engine.prefix_cache.held if engine.prefix_cache else 0
+        held = engine.prefix_cache.num_tokens if engine.prefix_cache else 0
         load = {"rows": len(loop.rows), "waiting": len(loop.waiting), "cached_tokens": held}
         connection.sendall(packed("step", {key: events.pop(key) for key in due}, load))
 

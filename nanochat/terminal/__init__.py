@@ -1,0 +1,1 @@
+"""The terminal chat: the conversation and its prompts, input and output, the interactive loop."""

@@ -1,0 +1,96 @@
+"""Reads questions from the terminal, a flag or a pipe, and prints answers while they are generated."""
+
+import contextlib
+import io
+import os
+import select
+import sys
+
+from nanochat.common import UserError, no_color
+
+# Control characters except tab and newline. They are removed, because a model's output must not control the terminal.
+CONTROL_CHARACTERS = dict.fromkeys({*range(32), *range(127, 160)} - {9, 10})
+PIPE_TIMEOUT = 2.0  # seconds that -p TEXT waits for data in a pipe
+
+
+def load_history(path):
+    """Enable line editing with the lines of earlier sessions, if Python has readline."""
+    with contextlib.suppress(ImportError, OSError):
+        import readline
+
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[-1000:]:
+            readline.add_history(line)
+
+
+def append_history(path, line):
+    """Append a line to the history file, which only its owner can read. Failures are ignored."""
+    # Each line is written at once, because a closed terminal window may kill the process.
+    with contextlib.suppress(OSError):
+        with open(path, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as f:
+            f.write(" ".join(line.splitlines()).encode("utf-8", "replace") + b"\n")
+
+
+def read_line():
+    """A line from the user. Raises EOFError on Ctrl-D, and on Ctrl-C twice in a row at an empty prompt."""
+    exit_on_interrupt = False
+    while True:
+        try:
+            return input("\nYou: ").strip()
+        except KeyboardInterrupt:
+            readline = sys.modules.get("readline")
+            typed = readline and readline.get_line_buffer()  # Ctrl-C discards it, as in a shell
+            if exit_on_interrupt and not typed:
+                raise EOFError from None
+            exit_on_interrupt = not typed
+            print("\n(Ctrl-C once more, or Ctrl-D, ends the conversation)" if exit_on_interrupt else "")
+
+
+def has_piped_text(stdin):
+    """Whether `stdin` is redirected and has data. Some parent processes leave a pipe open and never write to it."""
+    if stdin.isatty():
+        return False
+    ready, _, _ = select.select([stdin], [], [], PIPE_TIMEOUT)
+    if not ready:
+        print("no data on standard input: answering without it (-p - waits for data)", file=sys.stderr)
+    return bool(ready)
+
+
+def read_question(prompt):
+    """Piped text and `prompt`, separated by a blank line; None if there is no prompt and stdin is a terminal."""
+    stdin = sys.stdin or io.StringIO()  # None if the parent process closed it
+    if prompt is None and stdin.isatty():
+        return None
+    needs_stdin = prompt in (None, "-")
+    texts = ["", "" if needs_stdin else prompt]
+    with contextlib.suppress(OSError):  # stdin has no file descriptor, or is a folder
+        if needs_stdin or has_piped_text(stdin):
+            texts[0] = stdin.read()
+    question = "\n\n".join(text.strip() for text in texts if text.strip())
+    if not question:
+        raise UserError("the question is empty; give it with -p, or on standard input")
+    return question
+
+
+def print_answer(chat, question):
+    """Print the answer to `question`; a terminal also shows the calculator's calls, as [expression = result]."""
+    is_terminal, last_part = sys.stdout.isatty(), "text"
+    dim, reset = ("", "") if no_color() else ("\x1b[2m", "\x1b[0m")
+    opening = {"text": "", "python": dim + "[", "python_output": dim + "[= "}
+    closing = {"text": "", "python": "]" + reset, "python_output": "]" + reset}
+    try:
+        with contextlib.closing(chat.ask(question)) as pieces:
+            for part, text in pieces:
+                if not is_terminal and part != "text":
+                    continue
+                if text and part != last_part:
+                    is_result = (last_part, part) == ("python", "python_output")
+                    print(" = " if is_result else closing[last_part] + opening[part], end="")
+                    last_part = part
+                print(text.translate(CONTROL_CHARACTERS) if is_terminal else text, end="", flush=True)
+    finally:
+        print(closing[last_part], flush=True)
+
+
+def print_speed(usage):
+    speed = "[{completion_tokens} tokens, {tokens_per_second} tokens/s, first token after {first_token_seconds} s]"
+    print(speed.format(**usage), file=sys.stderr)

@@ -1,0 +1,97 @@
+"""A conversation with a model: builds the prompts and keeps the answers."""
+
+import time
+from collections import namedtuple
+
+from nanochat.common import UserError, well_formed
+from nanochat.engine import Request
+from nanochat.inference.answer import Answer
+
+Turn = namedtuple("Turn", "question row answer")  # row: the scheduler's Row, with the answer's tokens
+
+
+class Chat:
+    """
+    A conversation.
+
+    A chat model's prompt has the newest turns that fit into its context; a base model's prompt is the question only.
+    """
+
+    def __init__(self, engine, source, max_tokens, system="", **sampling):
+        self.engine, self.is_base, self.max_tokens = engine, source == "base", max_tokens
+        # usage: token counts and times of the last complete answer
+        self.sampling, self.n_questions, self.usage = sampling, 0, {}
+        self.reset(system)
+
+    def reset(self, system):
+        """Start a new conversation. The system text comes before the first question of every prompt."""
+        if system and self.is_base:
+            raise UserError("a base model continues plain text and takes no system text; choose another stage with -i")
+        self.system, self.turns = well_formed(system), []
+
+    def ask(self, question):
+        """
+        Yield the answer as pieces of text while it is generated: (part type, text), see Detokenizer.
+
+        If the caller stops early, the conversation keeps the partial answer. Raises UserError if the question is too
+        long for the context.
+        """
+        question = well_formed(question)  # a terminal with another encoding can send lone surrogates
+        seed = self.sampling["seed"] + self.n_questions  # a repeated question gets a new answer
+        request = Request(self._prompt(question), self.max_tokens, **self.sampling | {"seed": seed})
+        loop = self.engine.decode_loop(max_rows=1)
+        (row,), answer = loop.submit(request), Answer(self.engine.tokenizer)
+        self.turns.append(Turn(question, row, answer))
+        self.n_questions += 1
+        start, first = time.perf_counter(), None
+        while not row.finish:
+            loop.step()
+            first = first or time.perf_counter() - start
+            answer.push(row.last_token, finish=row.finish)
+            yield answer.pieces[-1]
+        seconds, n_tokens = time.perf_counter() - start, len(row.completion)
+        self.usage = {
+            "prompt_tokens": len(request.tokens),
+            "completion_tokens": n_tokens,
+            "seconds": round(seconds, 3),
+            "first_token_seconds": round(first, 3),
+            "tokens_per_second": round(n_tokens / seconds, 1),
+            "finish_reason": row.finish,
+        }
+
+    def _prompt(self, question):
+        """Tokens of the newest turns that fit into the context, followed by `question`."""
+        tokenizer, context = self.engine.tokenizer, self.engine.model.config.sequence_len
+        if self.is_base:
+            return [tokenizer.get_bos_token_id(), *tokenizer.encode(question)]
+
+        def render(question, system=""):
+            messages = [{"role": "system", "content": system}] if system else []
+            return tokenizer.render_for_completion({"messages": [*messages, {"role": "user", "content": question}]})
+
+        prompt, suffix = render(question, self.system), render(question)[1:]  # a suffix has no <|bos|>
+        if len(prompt) >= context:
+            what = "message and system text have" if self.system else "the message has"
+            raise UserError(f"{what} {len(prompt) - 1:,} tokens; the model's context holds {context:,}: shorten it")
+        room = min(self.max_tokens, context // 2)  # for the answer
+        for turn in reversed(self.turns):
+            suffix = [*turn.row.completion, self.engine.assistant_end, *suffix]
+            longer = render(turn.question, self.system) + suffix
+            if len(longer) + room > context:
+                break
+            prompt, suffix = longer, render(turn.question)[1:] + suffix
+        return prompt
+
+    def messages(self):
+        """The conversation as a list of messages, as tokenizer and tasks expect it."""
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        for question, _, answer in self.turns:
+            content = answer.text if all(part["type"] == "text" for part in answer.parts) else answer.parts
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": content}]
+        return messages
+
+    def report(self):
+        """The last answer as a dict: text, tool_steps, token counts, times and finish_reason."""
+        answer = self.turns[-1].answer
+        steps = [{key: step[key] for key in ("type", "expression", "result")} for step in answer.steps]
+        return {"text": answer.text, "tool_steps": steps, **self.usage}
