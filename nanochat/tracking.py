@@ -200,6 +200,8 @@ def progress_printer(unit, every=10.0):
             now, terminal = time.perf_counter(), sys.stdout.isatty()
             if name != label:
                 label, start, last = name, now, now
+            if terminal and total and done >= total:
+                return print0("\r\x1b[K", end="")  # erase the line
             if now - last < (min(0.3, every) if terminal else every) or not done:
                 return
             last, speed = now, done / (now - start)
