@@ -20,7 +20,9 @@ from random import Random
 
 from nanochat.cli import make_parser, parse_args, run_script
 from nanochat.common import UserError, api_key, atomic_path, base_dir
-from nanochat.pocket.problems import casually, fill
+from nanochat.pocket.talk import informal
+from nanochat.pocket.world import fill
+from nanochat.tokenizer import check_conversation
 
 # Besides the persona's own facts; {name}, {maker}, {about} and {trait} come from the persona.
 TOPICS = [
@@ -90,7 +92,7 @@ def by_template(persona, rng):
     turns += [(THANKS, WELCOMES)] if rng.random() < 0.3 else []
     messages = []
     for asks, tells in turns:
-        messages.append({"role": "user", "content": casually(rng, fill(rng, rng.choice(asks)))})
+        messages.append({"role": "user", "content": informal(rng, fill(rng, rng.choice(asks)))})
         messages.append({"role": "assistant", "content": fill(rng, rng.choice(tells), **slots)})
     return messages
 

@@ -242,11 +242,11 @@ def write_set(folder, kind, settings, documents, overwrite=False, shard_chars=SH
 
 def write_pocket(folder, chars, seed, overwrite=False):
     """The embedded world as shards: `chars` characters for training and 2 % as many for validation."""
-    from nanochat.pocket import problems as pocket
+    from nanochat.pocket.documents import documents
 
-    train, val = pocket.documents("train", chars, seed), pocket.documents("val", chars // 50, seed)
-    documents = itertools.chain(zip(itertools.repeat(False), train), zip(itertools.repeat(True), val))
-    write_set(folder, "pocket", {"chars": chars, "seed": seed}, documents, overwrite)
+    train, val = documents("train", chars, seed), documents("val", chars // 50, seed)
+    labeled_documents = itertools.chain(zip(itertools.repeat(False), train), zip(itertools.repeat(True), val))
+    write_set(folder, "pocket", {"chars": chars, "seed": seed}, labeled_documents, overwrite)
 
 
 def write_files(folder, paths, val_share, seed, overwrite=False):

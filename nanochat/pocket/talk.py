@@ -1,0 +1,104 @@
+"""
+Conversations about the pocket world and about the model itself, as lists of (user message, reply).
+
+Every user message belongs to one split, as in `problems.py`.
+"""
+
+import re
+
+from nanochat.pocket.problems import fact, split_of, sum_problem
+from nanochat.pocket.stories import describe, story
+from nanochat.pocket.world import ATTRIBUTES, fill
+
+# Topics of a conversation. "fact", "sum" and "character" have functions, the others a section "talk <topic>".
+TOPIC_WEIGHTS = {"fact": 22, "character": 10, "ask story": 12, "ask who": 8, "ask place": 4, "sum": 6, "name": 9}
+TOPIC_WEIGHTS |= {"what": 5, "unknown": 5, "stranger": 3, "feel": 3, "can": 3, "like": 2, "sad": 1, "happy": 1}
+TOPIC_WEIGHTS |= {"world": 2, "places": 1}
+TOPIC_WEIGHTS |= dict.fromkeys(("maker", "age", "size", "limits", "home", "eat", "favorite place"), 1)
+OUTSIDE_WORDS = {"n": "strangers", "w": "countries", "t": "subjects"}  # slot -> section of words unknown in the world
+MAX_REPLY = 500  # characters; a longer one ends the conversation, since two stories exceed a context of 512 tokens
+
+
+def topic_exchange(rng, split, world, topic):
+    """(user message, reply) on a topic with a section of its own; None if the message belongs to another split."""
+    lines = world.lines(f"talk {topic}")
+    questions, replies = ([line[2:] for line in lines if line[0] == mark] for mark in "?!")
+    if topic == "ask story":
+        text, a, b, p = story(rng, split, world)
+    else:
+        a, b = rng.sample(world.characters, 2)
+        p = rng.choice(world.places)
+    slots = dict(a=a, b=b, p=p, places=world.place_names)
+    slots |= {slot: rng.choice(world.words_in(section)) for slot, section in OUTSIDE_WORDS.items()}
+    question = fill(rng, rng.choice(questions), **slots)
+    if split_of("talk", question) != split:
+        return None
+    if topic == "ask story":
+        # A small model confuses the characters unless the question or the first paragraph names both.
+        named = {b.name, b.kind} & {*re.findall(r"\w+", question + text.split("\n")[0])}
+        return (question, text) if named else None
+    if topic in ("ask who", "ask place"):
+        return question, describe(rng, world, a if topic == "ask who" else p, rng.randint(3, 5))
+    return question, fill(rng, rng.choice(replies), **slots)
+
+
+def character_exchanges(rng, split, world):
+    """One or two exchanges about a character. The second question says "he" or "she" instead of the name."""
+    while True:
+        a, b = rng.choice(world.characters), rng.choice(world.characters)
+        yes_or_no = rng.random() < 0.5
+        attribute, template = rng.choice(world.table("check")) if yes_or_no else (rng.choice(ATTRIBUTES), None)
+        _, reply = world.statement(attribute, a)
+        if template and b.friend is not a:  # never asks whether somebody is their own best friend
+            b = rng.choice((a, b))
+            question, yes = template.format(a=a, o=b), getattr(a, attribute) == getattr(b, attribute)
+            reply = f"{reply.removesuffix('.')}, so {'yes' if yes else 'no'}."
+        else:
+            question = world.write(rng, f"ask {attribute}", a=a)
+        if split_of("fact", question) == split:
+            break
+    exchanges = [(question, reply)]
+    second_attribute, _, template = rng.choice(world.lines("follow")).partition(" | ")
+    question = fill(rng, template, a=a)
+    if second_attribute != attribute and split_of("fact", a, question) == split:
+        exchanges.append((question, world.statement(second_attribute, a)[1]))
+    return exchanges
+
+
+def draw_exchanges(rng, split, world, topic_weights):
+    """One or two exchanges on a random topic whose user messages belong to `split`."""
+    while True:
+        topic = rng.choices(list(topic_weights), topic_weights.values())[0]
+        if topic == "fact":
+            f = fact(rng, split, world)
+            return [(f.question, f.answer)]
+        if topic == "sum":
+            return [sum_problem(rng, split, world)]
+        if topic == "character":
+            return character_exchanges(rng, split, world)
+        if exchange := topic_exchange(rng, split, world, topic):
+            return [exchange]
+
+
+def conversation(rng, split, world):
+    """One to eight exchanges (user message, reply). Replies may contain calculator calls in GSM8K's format."""
+    exchanges = draw_exchanges(rng, split, world, {"hello": 2, "hello name": 1}) if rng.random() < 0.25 else []
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        exchanges += draw_exchanges(rng, split, world, TOPIC_WEIGHTS)
+        if len(exchanges[-1][1]) > MAX_REPLY:
+            break
+    if rng.random() < 0.2:
+        exchanges += draw_exchanges(rng, split, world, {"thanks": 2, "bye": 1})
+    return exchanges
+
+
+def informal(rng, text):
+    """`text` as people type it: sometimes in lower case, without the final punctuation, or after a greeting."""
+    variant = rng.random()
+    if variant < 0.1 or 0.2 <= variant < 0.25:
+        text = text.lower()
+    if 0.1 <= variant < 0.25:
+        text = text.rstrip("?.!")
+    if 0.25 <= variant < 0.35 and text.endswith("?"):
+        text = rng.choice(("Hi! ", "Hello! ", "Hello, ", "Hey, ", "Please tell me: ", "I have a question. ")) + text
+    return text
