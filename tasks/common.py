@@ -84,12 +84,8 @@ class PublicTask(Task):
     def num_examples(self):
         return len(self.order)
 
-    def row(self, index):
-        """The row at `index` of the shuffled data set, as a dict."""
-        return self.table.slice(int(self.order[index]), 1).to_pylist()[0]
-
     def get_example(self, index):
-        return self.conversation(self.row(index))
+        return self.conversation(self.table.slice(int(self.order[index]), 1).to_pylist()[0])
 
 
 class GeneratedTask(Task):
@@ -184,9 +180,7 @@ def _download(repo, folder, candidates):
             return
         except UserError as e:
             error = e
-    raise UserError(
-        f"cannot download the data set {repo}: {error}; set NANOCHAT_HUB_URL to use a mirror (a URL or a folder)"
-    )
+    raise UserError(f"cannot download {repo}: {error}; set NANOCHAT_HUB_URL to use a mirror (a URL or a folder)")
 
 
 def fetch_once(url, name):

@@ -27,27 +27,25 @@ class CustomJSON(Task):
         with open(path, encoding="utf-8") as f:
             for number, line in enumerate(f, 1):
                 if line.strip():
-                    try:
-                        self.conversations.append(_parse(line))
-                    except UserError as e:
-                        raise UserError(f"{path}:{number}: {e}") from None
+                    self.conversations.append({"messages": _parse(line, f"{path}:{number}")})
 
     def num_examples(self):
         return len(self.conversations)
 
     def get_example(self, index):
-        return {"messages": self.conversations[index]}
+        return self.conversations[index]
 
 
-def _parse(line):
-    """The validated messages of one line."""
+def _parse(line, where):
+    """The validated messages of one line; `where` is "file:line"."""
     try:
-        conversation = json.loads(line)
+        value = json.loads(line)
+        messages = value.get("messages") if isinstance(value, dict) else value
+        _, turns = check_conversation({"messages": messages}) if messages else ("", [])
     except json.JSONDecodeError as e:
-        raise UserError(f"not JSON ({e.msg} at column {e.colno})") from None
-    if isinstance(conversation, list):
-        conversation = {"messages": conversation}
-    _, turns = check_conversation(conversation)
+        raise UserError(f"{where}: not JSON ({e.msg} at column {e.colno})") from None
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from None
     if len(turns) < 2:
-        raise UserError("expected at least two messages, the first from the user and the second from the assistant")
-    return conversation["messages"]
+        raise UserError(f"{where}: expected a JSON array of at least two messages, from user and assistant in turns")
+    return messages

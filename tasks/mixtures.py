@@ -31,10 +31,9 @@ POCKET_ROWS = {
 
 
 def identity_conversations():
-    """The identity conversations in the base directory; the public ones are downloaded if the user has none."""
-    return CustomJSON(
-        fetch_once(f"{mirror_url('bucket')}/identity_conversations.jsonl", "identity_conversations.jsonl")
-    )
+    """The user's identity conversations in the base directory, or the public ones, downloaded there."""
+    name = "identity_conversations.jsonl"
+    return CustomJSON(fetch_once(f"{mirror_url('bucket')}/{name}", name))
 
 
 def make_generated(task, split, size, seed=0, corpus="public", **_):
@@ -43,30 +42,19 @@ def make_generated(task, split, size, seed=0, corpus="public", **_):
     return task(split=split, size=size, seed=seed, **options)
 
 
-def pocket_mixtures(stage, seed, val_divisor):
-    """(train, validation) for the stage "mid" or "sft"; validation has 1 / `val_divisor` of the rows."""
-
-    def mixture(split, divisor):
-        sizes = {task: rows[stage] // divisor for task, rows in POCKET_ROWS.items()}
-        return TaskMixture(make_generated(task, split, size, seed, "pocket") for task, size in sizes.items())
-
-    return mixture("train", 1), mixture("val", val_divisor)
+def pocket_mixture(stage, split, seed, divisor=1):
+    """The pocket mixture for the stage "mid" or "sft", with 1 / `divisor` of the rows of each task."""
+    sizes = {task: rows[stage] // divisor for task, rows in POCKET_ROWS.items()}
+    return TaskMixture(make_generated(task, split, size, seed, "pocket") for task, size in sizes.items())
 
 
 def midtraining(corpus):
     """(train, validation) for mid_train; `corpus` is "public" (848 thousand rows) or "pocket"."""
     if corpus == "pocket":
-        return pocket_mixtures("mid", seed=1, val_divisor=20)
+        return pocket_mixture("mid", "train", seed=1), pocket_mixture("mid", "val", seed=1, divisor=20)
     identity = identity_conversations()
-    train = [
-        SmolTalk("train"),
-        MMLU("auxiliary_train", "train"),
-        GSM8K("main", "train"),
-        identity,
-        identity,
-        SimpleSpelling(size=200_000),
-        SpellingBee(size=80_000),
-    ]
+    train = [SmolTalk("train"), MMLU("auxiliary_train", "train"), GSM8K("main", "train"), identity, identity]
+    train += [SimpleSpelling(size=200_000), SpellingBee(size=80_000)]
     val = [SmolTalk("test"), MMLU("all", "test", stop=5200), GSM8K("main", "test", stop=420)]
     return TaskMixture(train), TaskMixture(val)
 
@@ -74,16 +62,10 @@ def midtraining(corpus):
 def sft(corpus):
     """(train, validation) for chat_sft; `corpus` is "public" (23 thousand rows) or "pocket"."""
     if corpus == "pocket":
-        return pocket_mixtures("sft", seed=2, val_divisor=10)
-    train = [
-        ARC("ARC-Easy", "train"),
-        ARC("ARC-Challenge", "train"),
-        GSM8K("main", "train"),
-        SmolTalk("train", stop=10_000),
-        identity_conversations(),
-        SimpleSpelling(size=300),
-        SpellingBee(size=300),
-    ]
+        return pocket_mixture("sft", "train", seed=2), pocket_mixture("sft", "val", seed=2, divisor=10)
+    train = [ARC("ARC-Easy", "train"), ARC("ARC-Challenge", "train"), GSM8K("main", "train")]
+    train += [SmolTalk("train", stop=10_000), identity_conversations()]
+    train += [SimpleSpelling(size=300), SpellingBee(size=300)]
     return TaskMixture(train), SmolTalk("test")
 
 

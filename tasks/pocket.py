@@ -50,8 +50,7 @@ class PocketIdentity(GeneratedTask):
     """ "Who are you?" in many wordings. A reply is correct if it contains the model's name."""
 
     def make(self, rng):
-        topic_weights = {"name": 2, "what": 1, "hello name": 1}
-        ((question, reply),) = draw_exchanges(rng, self.split, load_world(), topic_weights)
+        ((question, reply),) = draw_exchanges(rng, self.split, load_world(), {"name": 2, "what": 1, "hello name": 1})
         return user_and_assistant(informal(rng, question), reply)
 
     def evaluate(self, conversation, assistant_response):

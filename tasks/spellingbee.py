@@ -21,8 +21,7 @@ WORDS_URL = "dwyl/english-words/refs/heads/master/words_alpha.txt"
 def question_templates(section, corpus):
     """Templates of the questions of one task ("count" or "spell") for the corpus "public" or "pocket"."""
     sections = read_sections(Path(__file__).with_suffix(".txt").read_text(encoding="utf-8"))
-    blocks = sections[section] + sections.get(f"{section} {corpus}", [])
-    return [line for block in blocks for line in block]
+    return [*sections[section][0], *sections.get(f"{section} {corpus}", [[]])[0]]
 
 
 def public_words():
@@ -53,8 +52,7 @@ class SpellingBee(WordTask, FinalNumberTask):
         letter_quote, word_quote = (rng.choice(("", "'", '"')) for _ in range(2))
         slots = {"l": f"{letter_quote}{letter}{letter_quote}", "w": f"{word_quote}{word}{word_quote}"}
         question = template.format(**slots) + ("?" if rng.random() < 0.5 else "")
-        count = 0
-        lines = ["Let us spell the word {w} and count {l}.".format(**slots), f"{word}:{','.join(word)}"]
+        count, lines = 0, ["Let us spell the word {w} and count {l}.".format(**slots), f"{word}:{','.join(word)}"]
         for i, c in enumerate(word, 1):
             count += c == letter
             lines.append(f"{i}:{c}" + (f" ({count})" if c == letter else ""))

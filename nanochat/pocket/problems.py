@@ -13,9 +13,6 @@ from nanochat.pocket.world import ATTRIBUTES, Character, Place, fill
 
 # In proportion to the number of facts: 28 characters, 14 places. "who" asks for a character by one of its attributes.
 FACT_WEIGHTS = dict.fromkeys(ATTRIBUTES, 2) | {"who": 5, "landmark": 1, "famous": 1, "near": 1, "resident": 1}
-LARGEST_OPERANDS = (9, 20, 99, 999)
-# Small ones too: a model that practices large numbers only gets worse at the small ones.
-LARGEST_HARD_OPERANDS = (99, 999, 9999, 9999)
 
 
 def split_of(*key):
@@ -46,8 +43,7 @@ def fact(rng, split, world):
             break
     value, answer = world.statement(attribute, subject)
     residents = [c.name for c in getattr(subject, "residents", ())]
-    if attribute == "resident":
-        value = rng.choice(residents)
+    value = rng.choice(residents) if attribute == "resident" else value
     wrong = [v for v in world.values[attribute] if v not in (value, subject.name, *residents)]
     choices = [value, *rng.sample(wrong, 3)]
     rng.shuffle(choices)
@@ -61,7 +57,8 @@ def apply_operator(x, operator, y):
 
 def _operands(rng, operators, hard):
     """x, y, z for one or two operators. Every intermediate result is an integer of at least 2."""
-    top = rng.choice(LARGEST_HARD_OPERANDS if hard else LARGEST_OPERANDS)
+    # Hard problems include small numbers: a model that practices large numbers only gets worse at the small ones.
+    top = rng.choice((99, 999, 9999, 9999) if hard else (9, 20, 99, 999))
     factor, top_y, top_z = (min(top, 999), 99, 99) if hard else (min(top, 99), 12, 9)
     first, second = (*operators, None)[:2]
     if second == "/":  # (x + y) / z
@@ -92,22 +89,18 @@ def sum_problem(rng, split, world, hard=False):
     have at most three digits, those of hard problems at most four.
     """
     while True:
-        question, answer, operators = rng.choice(world.sums)
+        question, answer = rng.choice(world.lines("sums")).split(" => ")
+        operators = re.findall(r"<<(?:\{x\}|@)(.)\{.\}>>", answer)
         x, y, z = _operands(rng, operators, hard)
         if split_of("sum", x, *(f"{o}{n}" for o, n in zip(operators, (y, z), strict=False))) == split:
             break
     a, b, c = rng.sample(world.characters, 3)
     slots = dict(x=x, y=y, z=z, a=a, b=b, c=c, p=rng.choice(world.places), i=rng.choice(world.words_in("things")))
-    result = x
-
-    def calculator_call(match):
-        nonlocal result
-        left, operator, right = re.fullmatch(r"(\d+|@)(.)(\d+)", match[1]).groups()
+    answer, result = fill(rng, answer, **slots), x
+    for call, left, operator, right in re.findall(r"(<<(\d+|@)(.)(\d+)>>)", answer):
         left = result if left == "@" else left  # @ is the previous result
         result = apply_operator(result, operator, int(right))
-        return f"<<{left}{operator}{right}={result}>>{result}"
-
-    answer = re.sub(r"<<(.*?)>>", calculator_call, fill(rng, answer, **slots))
+        answer = answer.replace(call, f"<<{left}{operator}{right}={result}>>{result}", 1)
     return fill(rng, question, **slots), f"{answer}\n#### {result}"
 
 

@@ -10,13 +10,11 @@ from nanochat.pocket.problems import fact, split_of, sum_problem
 from nanochat.pocket.stories import describe, story
 from nanochat.pocket.world import ATTRIBUTES, fill
 
-# Topics of a conversation. "fact", "sum" and "character" have functions, the others a section "talk <topic>".
-TOPIC_WEIGHTS = {"fact": 22, "character": 10, "ask story": 12, "ask who": 8, "ask place": 4, "sum": 6, "name": 9}
-TOPIC_WEIGHTS |= {"what": 5, "unknown": 5, "stranger": 3, "feel": 3, "can": 3, "like": 2, "sad": 1, "happy": 1}
-TOPIC_WEIGHTS |= {"world": 2, "places": 1}
-TOPIC_WEIGHTS |= dict.fromkeys(("maker", "age", "size", "limits", "home", "eat", "favorite place"), 1)
+# topic -> weight. "fact", "sum" and "character" have functions, the others a section "talk <topic>" of the world file.
+TOPICS = {"fact": 22, "character": 10, "ask story": 12, "ask who": 8, "ask place": 4, "sum": 6, "name": 9, "what": 5}
+TOPICS |= {"unknown": 5, "stranger": 3, "feel": 3, "can": 3, "like": 2, "sad": 1, "happy": 1, "world": 2, "places": 1}
+TOPICS |= dict.fromkeys(("maker", "age", "size", "limits", "home", "eat", "favorite place"), 1)
 OUTSIDE_WORDS = {"n": "strangers", "w": "countries", "t": "subjects"}  # slot -> section of words unknown in the world
-MAX_REPLY = 500  # characters; a longer one ends the conversation, since two stories exceed a context of 512 tokens
 
 
 def topic_exchange(rng, split, world, topic):
@@ -26,8 +24,7 @@ def topic_exchange(rng, split, world, topic):
     if topic == "ask story":
         text, a, b, p = story(rng, split, world)
     else:
-        a, b = rng.sample(world.characters, 2)
-        p = rng.choice(world.places)
+        (a, b), p = rng.sample(world.characters, 2), rng.choice(world.places)
     slots = dict(a=a, b=b, p=p, places=world.place_names)
     slots |= {slot: rng.choice(world.words_in(section)) for slot, section in OUTSIDE_WORDS.items()}
     question = fill(rng, rng.choice(questions), **slots)
@@ -46,11 +43,10 @@ def character_exchanges(rng, split, world):
     """One or two exchanges about a character. The second question says "he" or "she" instead of the name."""
     while True:
         a, b = rng.choice(world.characters), rng.choice(world.characters)
-        yes_or_no = rng.random() < 0.5
-        attribute, template = rng.choice(world.table("check")) if yes_or_no else (rng.choice(ATTRIBUTES), None)
+        attribute, template = rng.choice(world.table("check")) if rng.random() < 0.5 else (rng.choice(ATTRIBUTES), None)
         _, reply = world.statement(attribute, a)
-        if template and b.friend is not a:  # never asks whether somebody is their own best friend
-            b = rng.choice((a, b))
+        if template and b.friend is not a:  # a yes-or-no question, but not whether a is its own best friend
+            b = rng.choice((a, b))  # the question is about a, with the attribute of b
             question, yes = template.format(a=a, o=b), getattr(a, attribute) == getattr(b, attribute)
             reply = f"{reply.removesuffix('.')}, so {'yes' if yes else 'no'}."
         else:
@@ -84,8 +80,8 @@ def conversation(rng, split, world):
     """One to eight exchanges (user message, reply). Replies may contain calculator calls in GSM8K's format."""
     exchanges = draw_exchanges(rng, split, world, {"hello": 2, "hello name": 1}) if rng.random() < 0.25 else []
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        exchanges += draw_exchanges(rng, split, world, TOPIC_WEIGHTS)
-        if len(exchanges[-1][1]) > MAX_REPLY:
+        exchanges += draw_exchanges(rng, split, world, TOPICS)
+        if len(exchanges[-1][1]) > 500:  # characters: a story, and two stories exceed a context of 512 tokens
             break
     if rng.random() < 0.2:
         exchanges += draw_exchanges(rng, split, world, {"thanks": 2, "bye": 1})

@@ -31,18 +31,10 @@ def fill(rng, template, **slots):
     return re.sub(r"\[([^\[\]]*)\]", lambda m: rng.choice(m[1].split("|")), template).format_map(slots)
 
 
-def article(noun):
-    """`noun` with its indefinite article."""
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
-
-
 def gerund(phrase):
     """'digging tunnels' from 'dig tunnels'."""
     verb, _, rest = phrase.partition(" ")
-    if verb.endswith("e"):
-        verb = verb[:-1]
-    elif re.search(r"[^aeiou][aeiou][dgmnpt]$", verb):
-        verb += verb[-1]
+    verb = verb[:-1] if verb.endswith("e") else re.sub(r"([^aeiou][aeiou])([dgmnpt])$", r"\1\2\2", verb)
     return f"{verb}ing {rest}".strip()
 
 
@@ -70,7 +62,8 @@ class Character:
         self.him, self.his = {"he": ("him", "his"), "she": ("her", "her")}[he]
         self.color, self.garment = wears.split()
         for noun in ("kind", "wears", "garment", "job", "thing"):
-            setattr(self, f"a_{noun}", article(getattr(self, noun)))
+            value = getattr(self, noun)
+            setattr(self, f"a_{noun}", f"{'an' if value[0] in 'aeiou' else 'a'} {value}")
         self.He, self.His, self.Food = he.capitalize(), self.his.capitalize(), food.capitalize()
         self.doing = gerund(hobby)
 
@@ -102,17 +95,11 @@ class World:
         *most, last = places
         self.place_names = f"{', '.join(most)} and {last}"
         self.statements = {attribute: templates for attribute, *templates in self.table("say")}
-        self.values = {}  # attribute -> all its values, sorted: the choices of a question
-        for attribute in self.statements:
-            self.values[attribute] = sorted({self.statement(attribute, s)[0] for s in self.subjects(attribute)})
+        # attribute -> all its values, sorted: the choices of a question
+        self.values = {a: sorted({self.statement(a, s)[0] for s in self.subjects(a)}) for a in self.statements}
         self.values["resident"] = sorted(characters)
-        self.sums = []  # (question, answer, operators of its one or two steps)
-        for line in self.lines("sums"):
-            question, answer = line.split(" => ")
-            self.sums.append((question, answer, re.findall(r"<<(?:\{x\}|@)(.)\{.\}>>", answer)))
-        names_and_things = " ".join(self.lines("characters") + self.lines("places"))
-        vocabulary = re.findall(r"(?<![A-Za-z])[a-z]{3,}", names_and_things)
-        self.words = sorted({*self.words_in("words"), *vocabulary})
+        rows = " ".join(self.lines("characters") + self.lines("places"))
+        self.words = sorted({*self.words_in("words"), *re.findall(r"(?<![A-Za-z])[a-z]{3,}", rows)})
 
     def lines(self, section):
         """The lines of a section; of its first block if it has several."""
