@@ -80,6 +80,7 @@ class EvalTask:
 
 
 def _generated(task, size, corpus="pocket", baseline=0.0):
+    """The EvalTask of a GeneratedTask class, with `size` test problems."""
     train = partial(make_generated, task, "train", RL_PROBLEMS)
     return EvalTask(partial(make_generated, task, "test", size), baseline, corpus, train)
 

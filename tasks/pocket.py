@@ -6,7 +6,7 @@ The same split, seed and index always give the same conversation. No problem is 
 
 import re
 
-from nanochat.pocket.problems import fact, sum_problem
+from nanochat.pocket.problems import arithmetic_problem, fact
 from nanochat.pocket.talk import conversation, draw_exchanges, informal
 from nanochat.pocket.world import load_world
 from tasks.common import GeneratedTask, user_and_assistant
@@ -19,7 +19,7 @@ class PocketSums(GeneratedTask, FinalNumberTask):
     hard = False
 
     def make(self, rng):
-        question, answer = sum_problem(rng, self.split, load_world(), self.hard)
+        question, answer = arithmetic_problem(rng, self.split, load_world(), self.hard)
         return user_and_assistant(question, split_calls(answer))
 
 

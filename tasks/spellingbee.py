@@ -30,7 +30,11 @@ def public_words():
 
 
 class WordTask(GeneratedTask):
-    """Problems about the words of `corpus`, "pocket" or "public". Subclasses set `section`, of the templates."""
+    """
+    Problems about the words of a corpus, "pocket" or "public".
+
+    Subclasses set `section`, the section of their question templates in spellingbee.txt.
+    """
 
     def __init__(self, size=1000, split="train", corpus="public", seed=0, **kwargs):
         super().__init__(split, size, seed, **kwargs)

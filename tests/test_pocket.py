@@ -11,7 +11,7 @@ from random import Random
 import pytest
 
 from nanochat.pocket.documents import documents
-from nanochat.pocket.problems import FACT_WEIGHTS, fact, letter_problem, sum_problem
+from nanochat.pocket.problems import FACT_WEIGHTS, arithmetic_problem, fact, letter_problem
 from nanochat.pocket.stories import story
 from nanochat.pocket.talk import TOPICS, character_exchanges, conversation, draw_exchanges
 from nanochat.pocket.world import ATTRIBUTES, WORLD_FILE, World, gerund, load_world
@@ -81,7 +81,7 @@ KEYS = {
     "story": lambda rng, split, w: story(rng, split, w)[0],
     "topic": lambda rng, split, w: draw_exchanges(rng, split, w, {"name": 1, "what": 1, "hello name": 1})[0][0],
     "character": lambda rng, split, w: character_exchanges(rng, split, w)[0][0],
-    "sum": lambda rng, split, w: tuple(e for e, _ in expressions(sum_problem(rng, split, w)[1])),
+    "sum": lambda rng, split, w: tuple(e for e, _ in expressions(arithmetic_problem(rng, split, w)[1])),
 }
 
 
@@ -95,7 +95,7 @@ def test_no_problem_is_in_two_splits_whatever_the_seed(kind, world):
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_conversations_end_and_have_words_in_every_split(split, world):
-    topics = {*TOPICS, "hello", "thanks", "bye"} - {"fact", "character", "sum"}
+    topics = {*TOPICS, "hello", "thanks", "bye"} - {"fact", "character", "arithmetic"}
     assert {f"talk {topic}" for topic in topics} <= set(world.sections)
     for seed in range(100):
         exchanges = conversation(Random(seed), split, world)
@@ -117,7 +117,7 @@ def arithmetic(expression):
 
 def test_sums_are_right_and_can_be_copied_from_their_question(world):
     operators, steps = set(), set()
-    for question, answer in draws(lambda r, s: sum_problem(r, s, world), "test"):
+    for question, answer in draws(lambda r, s: arithmetic_problem(r, s, world), "test"):
         calls, last = expressions(answer), re.fullmatch(r"(?s).*\n#### (\d+)", answer)[1]
         known = re.findall(r"\d+", question)
         for expression, result in calls:

@@ -1,10 +1,10 @@
-"""Documents for pretraining on the pocket world: stories, descriptions, dialogues, letters, exercises."""
+"""Documents about the pocket world for pretraining: stories, descriptions, dialogues, letters, exercises."""
 
 import hashlib
 import re
 from random import Random
 
-from nanochat.pocket.problems import apply_operator, fact, letter_problem, split_of, sum_problem
+from nanochat.pocket.problems import apply_operator, arithmetic_problem, fact, letter_problem, split_of
 from nanochat.pocket.stories import describe, places_away, story
 from nanochat.pocket.world import ATTRIBUTES, fill, load_world
 
@@ -40,7 +40,7 @@ def _statements(rng, split, world):
     """Sentences about many characters: "The baker is Hazel.", or comparisons of two characters."""
     section = rng.choice(("reverse", "reverse", "pair"))
     pairs = (rng.sample(world.characters, 2) for _ in range(rng.randint(6, 14)))
-    lines = [world.write(rng, section, a=a, b=b) for a, b in pairs]
+    lines = [world.random_line(rng, section, a=a, b=b) for a, b in pairs]
     yield rng.choice("\n ").join(lines)
 
 
@@ -52,13 +52,13 @@ def _dialogue(rng, split, world):
         speaker, other = rng.sample((a, b), 2)
         lines.append(fill(rng, template, a=speaker, b=other, p=p))
     sections = ("chatter opening", "chatter ending", "heading")
-    opening, ending, heading = (world.write(rng, section, a=a, b=b, p=meeting_place) for section in sections)
+    opening, ending, heading = (world.random_line(rng, section, a=a, b=b, p=meeting_place) for section in sections)
     yield from (heading, "", opening, *lines, ending)
 
 
 def _letter(rng, split, world):
     a, b = rng.sample(world.characters, 2)
-    yield world.write(rng, "letter", a=a, b=b, p=rng.choice(places_away(world, a, b)))
+    yield world.random_line(rng, "letter", a=a, b=b, p=rng.choice(places_away(world, a, b)))
 
 
 def _facts(rng, split, world):
@@ -70,8 +70,8 @@ def _facts(rng, split, world):
         yield f"Question: {f.question}\n{choices}Answer: {f.value if multiple_choice else f.answer}\n"
 
 
-def _sums(rng, split, world):
-    """Arithmetic: 20 bare equations, or problems with their answers."""
+def _arithmetic(rng, split, world):
+    """Twenty bare equations, or arithmetic problems with their answers."""
     if rng.random() < 0.3:
         equations = []
         while len(equations) < 20:  # numbers small enough for a model to memorize
@@ -81,8 +81,8 @@ def _sums(rng, split, world):
         yield from equations
         return
     for _ in range(rng.randint(3, 8)):
-        question, answer = sum_problem(rng, split, world)
-        answer = re.sub(r"<<(.*?=).*?>>", r"\1", answer)  # documents show 34+12=46 instead of calling the calculator
+        question, answer = arithmetic_problem(rng, split, world)
+        answer = re.sub(r"<<(.*?=).*?>>", r"\1", answer)  # no calculator calls in documents, only 34+12=46
         yield f"Question: {question}\nAnswer: {answer}\n"
 
 
@@ -92,19 +92,19 @@ def _spelling(rng, split, world):
         count = word.count(letter)
         often = ("does not appear", "appears once")[count] if count < 2 else f"appears {count} times"
         slots = dict(w=word, l=letter, often=often, dashes="-".join(word), commas=",".join(word))
-        yield world.write(rng, "spelling", **slots)
+        yield world.random_line(rng, "spelling", **slots)
 
 
 def _echoes(rng, split, world):
-    """Lists of random words, each repeated: a small model learns to copy from its context."""
+    """Lists of random words, each given twice: a small model learns to copy from its context."""
     for _ in range(rng.randint(3, 6)):
         a, b = rng.sample(world.characters, 2)
         words = rng.choice((" ", ", ")).join(rng.sample(world.words, rng.randint(2, 8)))
-        yield world.write(rng, "echo", a=a, b=b, s=words)
+        yield world.random_line(rng, "echo", a=a, b=b, s=words)
 
 
 def _lookups(rng, split, world):
-    """Facts made up for this document and questions about them: a small model learns to look them up in its context."""
+    """Random facts and questions about them: a small model learns to look up answers in its context."""
     key_pool, value_pool, row, question = rng.choice(world.table("lookup"))
     n = rng.randint(4, 8)
     pools = {"names": world.characters, "words": world.words, "numbers": range(2, 1000)}
@@ -115,22 +115,22 @@ def _lookups(rng, split, world):
         yield question.format(k=k, v=v)
 
 
-# kind of document -> its share in percent
-KINDS = {_story: 28, _characters: 9, _place: 4, _cards: 2, _statements: 8, _dialogue: 8, _letter: 5, _facts: 13}
-KINDS |= {_sums: 6, _spelling: 6, _echoes: 5, _lookups: 6}
+# kind of document -> weight in percent
+WEIGHTS = {_story: 28, _characters: 9, _place: 4, _cards: 2, _statements: 8, _dialogue: 8, _letter: 5, _facts: 13}
+WEIGHTS |= {_arithmetic: 6, _spelling: 6, _echoes: 5, _lookups: 6}
 
 
 def documents(split, chars, seed=0):
     """
-    Yield documents of "train" or "val" until they have `chars` characters in all; the last one may exceed that.
+    Yield documents of the split "train" or "val", `chars` characters in total; the last one may exceed that.
 
-    No document is in both splits.
+    No document is in both splits, whatever the seeds.
     """
     assert split in ("train", "val"), split
     world, rng = load_world(), Random(f"pocket documents {split} {seed}")
     while chars > 0:
-        lines = rng.choices(list(KINDS), KINDS.values())[0]
-        text = "\n".join(lines(rng, split, world)).strip()
+        document_lines = rng.choices(list(WEIGHTS), WEIGHTS.values())[0]
+        text = "\n".join(document_lines(rng, split, world)).strip()
         # The problems in a document belong to `split` already. The hash also separates documents without problems.
         if (hashlib.blake2b(text.encode(), digest_size=1).digest()[0] < 32) == (split == "val"):
             yield text

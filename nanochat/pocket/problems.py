@@ -1,7 +1,7 @@
 """
 Problems about the pocket world: facts, arithmetic and letters in words.
 
-Every problem has a key (a question's text, the numbers of a sum) and `split_of` assigns each key to one split.
+Every problem has a key: the text of a question, the numbers of a calculation. `split_of` assigns each key to one split.
 Training, validation and test therefore never share a problem, whatever the seeds.
 """
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from nanochat.pocket.world import ATTRIBUTES, Character, Place, fill
 
-# In proportion to the number of facts: 28 characters, 14 places. "who" asks for a character by one of its attributes.
+# Roughly the number of facts: there are 28 characters and 14 places. "who" asks for the character with some attribute.
 FACT_WEIGHTS = dict.fromkeys(ATTRIBUTES, 2) | {"who": 5, "landmark": 1, "famous": 1, "near": 1, "resident": 1}
 
 
@@ -34,11 +34,11 @@ class Fact(NamedTuple):
 
 
 def fact(rng, split, world):
-    """A Fact whose question belongs to `split`. The fact behind it occurs in every split, in other words."""
+    """A Fact whose question belongs to `split`. Other splits ask for the same facts in different words."""
     while True:
         attribute = rng.choices(list(FACT_WEIGHTS), FACT_WEIGHTS.values())[0]
         subject = rng.choice(world.subjects(attribute))
-        question = world.write(rng, f"ask {attribute}", a=subject, p=subject)
+        question = world.random_line(rng, f"ask {attribute}", a=subject, p=subject)
         if split_of("fact", question) == split:
             break
     value, answer = world.statement(attribute, subject)
@@ -56,7 +56,11 @@ def apply_operator(x, operator, y):
 
 
 def _operands(rng, operators, hard):
-    """x, y, z for one or two operators. Every intermediate result is an integer of at least 2."""
+    """
+    Random x, y, z for one operator (x + y) or two ((x + y) * z); with one, z is unused.
+
+    All results, also intermediate ones, are integers of at least 2.
+    """
     # Hard problems include small numbers: a model that practices large numbers only gets worse at the small ones.
     top = rng.choice((99, 999, 9999, 9999) if hard else (9, 20, 99, 999))
     factor, top_y, top_z = (min(top, 999), 99, 99) if hard else (min(top, 99), 12, 9)
@@ -81,12 +85,12 @@ def _operands(rng, operators, hard):
     return x, y, rng.randint(2, top_z)
 
 
-def sum_problem(rng, split, world, hard=False):
+def arithmetic_problem(rng, split, world, hard=False):
     """
-    (question, answer) of an arithmetic problem of one or two steps. Its numbers belong to `split`.
+    (question, answer) of an arithmetic problem of one or two steps whose numbers belong to `split`.
 
-    The answer is in GSM8K's format: <<34+12=46>>46 is a call of the calculator, the last line is `#### 46`. Numbers
-    have at most three digits, those of hard problems at most four.
+    The answer is in GSM8K's format: <<34+12=46>>46 is a call of the calculator, the last line is `#### 46`. Numbers go
+    up to 999, those of hard problems up to 9999.
     """
     while True:
         question, answer = rng.choice(world.lines("sums")).split(" => ")
@@ -105,7 +109,7 @@ def sum_problem(rng, split, world, hard=False):
 
 
 def letter_problem(rng, split, words):
-    """(word, letter) that belong to `split`. In nine of ten problems the word contains the letter."""
+    """(word, letter), a pair that belongs to `split`. The word contains the letter in at least 90 % of the draws."""
     while True:
         word = rng.choice(words)
         letter = rng.choice(word if rng.random() < 0.9 else "abcdefghijklmnopqrstuvwxyz")

@@ -1,4 +1,4 @@
-"""Stories and descriptions, written from the templates of the pocket world."""
+"""Stories, and descriptions of characters and places, from the templates of the pocket world."""
 
 from nanochat.pocket.problems import split_of
 from nanochat.pocket.world import Place, fill
@@ -32,7 +32,7 @@ def story(rng, split, world, title=False):
 
 
 def describe(rng, world, subject, sentences):
-    """`sentences` true sentences about a character (at most 9) or place (at most 5). The first one has the name."""
+    """`sentences` true sentences about a character (at most 9) or a place (at most 5). The first names the subject."""
     if isinstance(subject, Place):
         templates = rng.sample(world.lines("describe place"), min(4, sentences - 1))
         return " ".join([f"{subject} is a {subject.about}.", *(fill(rng, t, p=subject) for t in templates)])
@@ -40,5 +40,5 @@ def describe(rng, world, subject, sentences):
     text = [fill(rng, world.lines("describe kind")[0], S=subject, a=subject)]
     for attribute in rng.sample(attributes, min(8, sentences - 1)):
         s, S = (subject, subject) if rng.random() < 0.4 else (subject.he, subject.He)
-        text.append(world.write(rng, f"describe {attribute}", a=subject, s=s, S=S))
+        text.append(world.random_line(rng, f"describe {attribute}", a=subject, s=s, S=S))
     return " ".join(text)

@@ -6,19 +6,20 @@ Every user message belongs to one split, as in `problems.py`.
 
 import re
 
-from nanochat.pocket.problems import fact, split_of, sum_problem
+from nanochat.pocket.problems import arithmetic_problem, fact, split_of
 from nanochat.pocket.stories import describe, story
 from nanochat.pocket.world import ATTRIBUTES, fill
 
-# topic -> weight. "fact", "sum" and "character" have functions, the others a section "talk <topic>" of the world file.
-TOPICS = {"fact": 22, "character": 10, "ask story": 12, "ask who": 8, "ask place": 4, "sum": 6, "name": 9, "what": 5}
-TOPICS |= {"unknown": 5, "stranger": 3, "feel": 3, "can": 3, "like": 2, "sad": 1, "happy": 1, "world": 2, "places": 1}
-TOPICS |= dict.fromkeys(("maker", "age", "size", "limits", "home", "eat", "favorite place"), 1)
-OUTSIDE_WORDS = {"n": "strangers", "w": "countries", "t": "subjects"}  # slot -> section of words unknown in the world
+# topic -> weight. "fact", "arithmetic" and "character" are functions, the others sections "talk <topic>" of the file.
+TOPICS = {"fact": 22, "character": 10, "ask story": 12, "ask who": 8, "ask place": 4, "arithmetic": 6, "name": 9}
+TOPICS |= {"what": 5, "unknown": 5, "stranger": 3, "feel": 3, "can": 3, "like": 2, "sad": 1, "happy": 1, "world": 2}
+TOPICS |= dict.fromkeys(("places", "maker", "age", "size", "limits", "home", "eat", "favorite place"), 1)
+# slot -> section of the world file with things that the model does not know
+OUTSIDE_WORDS = {"n": "strangers", "w": "countries", "t": "subjects"}
 
 
 def topic_exchange(rng, split, world, topic):
-    """(user message, reply) on a topic with a section of its own; None if the message belongs to another split."""
+    """(user message, reply) from the section of a topic; None if the message drawn belongs to another split."""
     lines = world.lines(f"talk {topic}")
     questions, replies = ([line[2:] for line in lines if line[0] == mark] for mark in "?!")
     if topic == "ask story":
@@ -31,7 +32,7 @@ def topic_exchange(rng, split, world, topic):
     if split_of("talk", question) != split:
         return None
     if topic == "ask story":
-        # A small model confuses the characters unless the question or the first paragraph names both.
+        # A small model confuses the characters unless both appear in the question or the first paragraph.
         named = {b.name, b.kind} & {*re.findall(r"\w+", question + text.split("\n")[0])}
         return (question, text) if named else None
     if topic in ("ask who", "ask place"):
@@ -45,12 +46,12 @@ def character_exchanges(rng, split, world):
         a, b = rng.choice(world.characters), rng.choice(world.characters)
         attribute, template = rng.choice(world.table("check")) if rng.random() < 0.5 else (rng.choice(ATTRIBUTES), None)
         _, reply = world.statement(attribute, a)
-        if template and b.friend is not a:  # a yes-or-no question, but not whether a is its own best friend
-            b = rng.choice((a, b))  # the question is about a, with the attribute of b
+        if template and b.friend is not a:  # otherwise "Is {b.friend} {a}'s best friend?" would name a twice
+            b = rng.choice((a, b))  # so that half of the yes-or-no questions have the answer yes
             question, yes = template.format(a=a, o=b), getattr(a, attribute) == getattr(b, attribute)
             reply = f"{reply.removesuffix('.')}, so {'yes' if yes else 'no'}."
         else:
-            question = world.write(rng, f"ask {attribute}", a=a)
+            question = world.random_line(rng, f"ask {attribute}", a=a)
         if split_of("fact", question) == split:
             break
     exchanges = [(question, reply)]
@@ -68,8 +69,8 @@ def draw_exchanges(rng, split, world, topic_weights):
         if topic == "fact":
             f = fact(rng, split, world)
             return [(f.question, f.answer)]
-        if topic == "sum":
-            return [sum_problem(rng, split, world)]
+        if topic == "arithmetic":
+            return [arithmetic_problem(rng, split, world)]
         if topic == "character":
             return character_exchanges(rng, split, world)
         if exchange := topic_exchange(rng, split, world, topic):

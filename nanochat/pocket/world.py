@@ -86,8 +86,7 @@ class World:
             for place in places.values():
                 place.near = places[place.near]
             for c in characters.values():
-                c.place, c.friend = places[c.home], characters[c.friend]
-                c.at = c.place.at
+                c.place, c.friend, c.at = places[c.home], characters[c.friend], places[c.home].at
                 c.place.residents.append(c)
         except KeyError as e:
             raise ValueError(f"the world file names {e}, which is missing from its tables") from None
@@ -113,8 +112,8 @@ class World:
         """The words of a section, in the order of the file."""
         return " ".join(self.lines(section)).split()
 
-    def write(self, rng, section, **slots):
-        """A random line of a section, filled."""
+    def random_line(self, rng, section, **slots):
+        """A random template of a section, filled (see `fill`)."""
         return fill(rng, rng.choice(self.lines(section)), **slots)
 
     def subjects(self, attribute):
@@ -122,7 +121,7 @@ class World:
         return self.places if "{p" in self.statements[attribute][0] else self.characters
 
     def statement(self, attribute, subject):
-        """[value, sentence]: an attribute of a Character or Place, alone and as a full sentence."""
+        """[value, sentence] of an attribute of a Character or Place, e.g. ["mouse", "Pip is a mouse."]."""
         return [template.format(a=subject, p=subject) for template in self.statements[attribute]]
 
 
