@@ -8,10 +8,11 @@ from nanochat.pocket.problems import apply_operator, arithmetic_problem, fact, l
 from nanochat.pocket.stories import describe, places_away, story
 from nanochat.pocket.world import ATTRIBUTES, fill, load_world
 
-# Each of these functions yields the lines of one document.
+# Each of these functions yields one document, one or several lines at a time.
 
 
 def _story(rng, split, world):
+    """A story, usually with a heading."""
     yield story(rng, split, world, title=rng.random() < 0.8)[0]
 
 
@@ -45,6 +46,7 @@ def _statements(rng, split, world):
 
 
 def _dialogue(rng, split, world):
+    """Two characters meet and talk about themselves."""
     a, b = rng.sample(world.characters, 2)
     meeting_place, p = rng.sample(places_away(world, a, b), 2)
     lines = []
@@ -57,6 +59,7 @@ def _dialogue(rng, split, world):
 
 
 def _letter(rng, split, world):
+    """A letter from one character to another, or a page of a diary."""
     a, b = rng.sample(world.characters, 2)
     yield world.random_line(rng, "letter", a=a, b=b, p=rng.choice(places_away(world, a, b)))
 
@@ -87,6 +90,7 @@ def _arithmetic(rng, split, world):
 
 
 def _spelling(rng, split, world):
+    """Sentences that spell words or count letters in them."""
     for _ in range(rng.randint(8, 20)):
         word, letter = letter_problem(rng, split, world.words)
         count = word.count(letter)

@@ -41,7 +41,11 @@ def topic_exchange(rng, split, world, topic):
 
 
 def character_exchanges(rng, split, world):
-    """One or two exchanges about a character. The second question says "he" or "she" instead of the name."""
+    """
+    One or two exchanges about a character.
+
+    The first question is open or yes-or-no; the second says "he" or "she" instead of the name.
+    """
     while True:
         a, b = rng.choice(world.characters), rng.choice(world.characters)
         attribute, template = rng.choice(world.table("check")) if rng.random() < 0.5 else (rng.choice(ATTRIBUTES), None)
