@@ -1,12 +1,13 @@
 """
-Write conversations that teach a model who it is, from a persona file: offline by templates, or by asking another model.
+Generate conversations that teach a model its identity from a persona file: from templates, or with another model.
 
     python -m dev.gen_synthetic_data                                        # -> identity_conversations.jsonl
     python dev/gen_synthetic_data.py --persona=me.json > my_identity.jsonl
     OPENAI_API_KEY=... python -m dev.gen_synthetic_data --endpoint=https://api.example.com/v1 --model=some-model
 
-The persona is a JSON object: "name", "maker", "about", "traits" (a list), "facts" (a list of {"ask": [...], "tell":
-[...]}); in ask and tell, [a|b] is a choice. Each line of the output is a JSON array of messages, as CustomJSON reads.
+The persona is a JSON object with "name", "maker", "about", "traits" (a list) and "facts" (a list of {"ask": [...],
+"tell": [...]}, with questions and their answers). In questions and answers, [a|b] is a random choice. Each line of the
+output is a JSON array of messages, the format of tasks/customjson.py. Templates need no network.
 """
 
 import json
@@ -20,9 +21,11 @@ from random import Random
 
 from nanochat.cli import make_parser, parse_args, run_script
 from nanochat.common import UserError, api_key, atomic_path, base_dir
-from nanochat.pocket.problems import casually, fill
+from nanochat.pocket.talk import informal
+from nanochat.pocket.world import fill
+from nanochat.tokenizer import check_conversation
 
-# Besides the persona's own facts; {name}, {maker}, {about} and {trait} come from the persona.
+# Topics of every persona, in the format of its "facts". The slots {name}, {maker}, {about}, {trait} are filled from it.
 TOPICS = [
     {
         "ask": [
@@ -65,10 +68,11 @@ Answer with nothing but a JSON array of 2 to 8 messages that take turns, user fi
 
 
 def load_persona(path):
+    """The validated persona. Raises UserError."""
     try:
         persona = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"no persona file at {path}; copy dev/persona.json and change it") from None
+        raise UserError(f"no persona file at {path}; start from a copy of dev/persona.json") from None
     except json.JSONDecodeError as e:
         raise UserError(f"{path}:{e.lineno}: not JSON ({e.msg})") from None
     missing = {"name", "maker", "about", "traits", "facts"} - set(persona)
@@ -81,17 +85,17 @@ def load_persona(path):
 
 
 def by_template(persona, rng):
-    """Messages of one conversation: now and then a greeting, one to three topics, now and then thanks."""
+    """Messages of a random conversation: one to three topics, sometimes a greeting before and thanks after them."""
     slots = {key: persona[key] for key in ("name", "maker", "about")}
     slots |= {"trait": rng.choice(persona["traits"]), "Maker": persona["maker"][:1].upper() + persona["maker"][1:]}
     topics = TOPICS * 2 + persona["facts"]
-    turns = [(OPENERS, GREETINGS)] if rng.random() < 0.4 else []
-    turns += [(t["ask"], t["tell"]) for t in rng.sample(topics, min(len(topics), rng.randint(1, 3)))]
-    turns += [(THANKS, WELCOMES)] if rng.random() < 0.3 else []
+    exchanges = [(OPENERS, GREETINGS)] if rng.random() < 0.4 else []
+    exchanges += [(t["ask"], t["tell"]) for t in rng.sample(topics, min(len(topics), rng.randint(1, 3)))]
+    exchanges += [(THANKS, WELCOMES)] if rng.random() < 0.3 else []
     messages = []
-    for asks, tells in turns:
-        messages.append({"role": "user", "content": casually(rng, fill(rng, rng.choice(asks)))})
-        messages.append({"role": "assistant", "content": fill(rng, rng.choice(tells), **slots)})
+    for questions, answers in exchanges:
+        messages.append({"role": "user", "content": informal(rng, fill(rng, rng.choice(questions)))})
+        messages.append({"role": "assistant", "content": fill(rng, rng.choice(answers), **slots)})
     return messages
 
 
@@ -107,15 +111,15 @@ def by_model(persona, rng, args):
         try:
             with urllib.request.urlopen(request, timeout=120) as response:
                 reply = json.load(response)["choices"][0]["message"]["content"]
-            messages = json.loads(re.search(r"\[.*\]", reply, re.S)[0])
-            if [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2) and len(messages) >= 2:
+            system, messages = check_conversation({"messages": json.loads(re.search(r"\[.*\]", reply, re.S)[0])})
+            if not system and messages[-1]["role"] == "assistant":
                 return messages
-            error = "roles do not take turns"
+            error = "expected messages of user and assistant in turns, the last one from the assistant"
         except urllib.error.HTTPError as e:
             error = f"{e.code} {e.reason}"
             if e.code in (400, 401, 403, 404):
                 break
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as e:  # no connection, or not what was asked for
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as e:  # no connection, or an invalid reply
             error = e
     raise UserError(f"{url}: no usable conversation from {args.model} ({error})")
 
@@ -124,21 +128,23 @@ def build_parser():
     p = make_parser("dev.gen_synthetic_data", __doc__)
     default = Path(__file__).with_name("persona.json")
     p.add_argument("--persona", default=default, type=Path, help="JSON file (default: dev/persona.json)")
-    p.add_argument("-n", "--num", type=int, default=1000, help="conversations")
-    p.add_argument("-o", "--out", default="", help="file, - for stdout; default: the base directory, or a redirect")
-    p.add_argument("--seed", type=int, default=42, help="of the choices")
-    p.add_argument("--endpoint", default="", help="base URL of an OpenAI-compatible API; empty = templates, offline")
-    p.add_argument("--model", default="", help="model's name at the endpoint; the key is read from OPENAI_API_KEY")
-    p.add_argument("-w", "--num_workers", type=int, default=4, help="requests at the same time")
-    p.add_argument("--temperature", type=float, default=1.0, help="of the model at the endpoint")
-    p.add_argument("--attempts", type=int, default=3, help="tries per conversation at the endpoint")
+    p.add_argument("-n", "--num", type=int, default=1000, help="number of conversations")
+    p.add_argument(
+        "-o", "--out", default="", help="file, - = stdout; default: stdout if redirected, else base directory"
+    )
+    p.add_argument("--seed", type=int, default=42, help="random seed")
+    p.add_argument("--endpoint", default="", help="base URL of an OpenAI-compatible API; empty = use the templates")
+    p.add_argument("--model", default="", help="name of the model at the endpoint; OPENAI_API_KEY holds the key")
+    p.add_argument("-w", "--num_workers", type=int, default=4, help="number of concurrent requests")
+    p.add_argument("--temperature", type=float, default=1.0, help="sampling temperature at the endpoint")
+    p.add_argument("--attempts", type=int, default=3, help="attempts per conversation at the endpoint")
     return p
 
 
 def main(argv=None):
     args = parse_args(build_parser(), argv)
     if args.endpoint and not args.model:
-        raise UserError("--endpoint needs --model, the model's name there")
+        raise UserError("--endpoint needs --model, the name of the model at the endpoint")
     persona = load_persona(args.persona)
     rngs = [Random(f"identity {args.seed} {i}") for i in range(args.num)]
     if args.endpoint:

@@ -180,11 +180,11 @@ def write_set(folder, kind, settings, documents, overwrite=False, shard_chars=No
 
 def write_pocket(folder, chars, seed, overwrite=False):
     """Write the pocket corpus: `chars` characters for training and 2% of that for validation."""
-    from nanochat.pocket import problems as pocket
+    from nanochat.pocket.documents import documents
 
     splits = {"train": chars, "val": chars // 50}
-    documents = ((split == "val", text) for split, n in splits.items() for text in pocket.documents(split, n, seed))
-    write_set(folder, "pocket", {"chars": chars, "seed": seed}, documents, overwrite)
+    labeled = ((split == "val", text) for split, n in splits.items() for text in documents(split, n, seed))
+    write_set(folder, "pocket", {"chars": chars, "seed": seed}, labeled, overwrite)
 
 
 def write_files(folder, paths, val_share, seed, overwrite=False):

@@ -1,8 +1,8 @@
 """
-What all tasks share: the `Task` interface, mixtures of tasks, the choice prompt, and reading public data sets.
+The `Task` interface, base classes of tasks, mixtures of tasks, the multiple-choice prompt, and access to public data.
 
 A conversation is {"messages": [{"role": "user" | "assistant", "content": str or list of parts}, ...]}; a part is
-{"type": "text" | "python" | "python_output", "text": str}. Choice problems also carry "letters".
+{"type": "text" | "python" | "python_output", "text": str}. Multiple-choice problems also have "letters".
 """
 
 import time
@@ -13,50 +13,50 @@ from nanochat.common import UserError, base_dir, dist_env, fetch, mirror_url
 
 class Task:
     """
-    A data set of conversations, or the slice start:stop:step of one.
+    A data set of conversations, or its slice start:stop:step.
 
-    Subclasses give num_examples() and get_example(index), and for evaluation `eval_type` and evaluate().
+    Subclasses implement num_examples() and get_example(index); for evaluation also `eval_type` and evaluate().
     """
 
     eval_type = "generative"  # or "categorical": the answer is one of the conversation's "letters"
-    baseline = 0.0  # accuracy of a random guess, of a task in a file of one's own
+    baseline = 0.0  # accuracy of random guesses; read from tasks in a user's own file
 
     def __init__(self, start=0, stop=None, step=1):
         assert start >= 0 and step >= 1 and (stop is None or stop >= start), (start, stop, step)
         self.slice = slice(start, stop, step)
 
     def num_examples(self):
-        """The size of the whole data set, before slicing."""
+        """Size of the data set before slicing."""
         raise NotImplementedError
 
     def get_example(self, index):
-        """The conversation at `index` of the whole data set."""
+        """The conversation at `index` of the data set before slicing."""
         raise NotImplementedError
 
-    def _rows(self):
+    def _indices(self):
         return range(self.num_examples())[self.slice]
 
     def __len__(self):
-        return len(self._rows())
+        return len(self._indices())
 
     def __getitem__(self, index):
-        return self.get_example(self._rows()[index])
+        return self.get_example(self._indices()[index])
 
     def evaluate(self, conversation, assistant_response):
-        """Whether the reply (a string) solves the conversation's problem."""
-        raise NotImplementedError(f"{type(self).__name__} has no right answers, it is for training only")
+        """True if the response (a string) solves the problem of the conversation."""
+        raise NotImplementedError(f"{type(self).__name__} has no correct answers; it is for training only")
 
     def evaluate_many(self, pairs):
-        """evaluate() for each (conversation, reply)."""
-        return [self.evaluate(conversation, reply) for conversation, reply in pairs]
+        """[evaluate(conversation, response)] for pairs of them."""
+        return [self.evaluate(conversation, response) for conversation, response in pairs]
 
     def reward(self, conversation, assistant_response):
-        """What reinforcement learning pays for the reply: 1.0 or 0.0."""
+        """Reward of the response in reinforcement learning: 1.0 or 0.0."""
         return float(self.evaluate(conversation, assistant_response))
 
 
 class ChoiceTask(Task):
-    """A task whose answer is a letter."""
+    """A multiple-choice task: the answer is a letter."""
 
     eval_type = "categorical"
 
@@ -65,8 +65,50 @@ class ChoiceTask(Task):
         return assistant_response == conversation["messages"][-1]["content"]
 
 
+class PublicTask(Task):
+    """
+    A public data set on Hugging Face, read from parquet files, in the order of datasets.shuffle(seed=42).
+
+    Subclasses implement conversation(row), where `row` is a dict of the columns. See `fetch_files` for the parameters.
+    """
+
+    def __init__(self, repo, stem, shards=(1,), **kwargs):
+        super().__init__(**kwargs)
+        import numpy as np
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self.table = pa.concat_tables([pq.read_table(path) for path in fetch_files(repo, stem, shards)])
+        self.order = np.random.default_rng(42).permutation(len(self.table))
+
+    def num_examples(self):
+        return len(self.order)
+
+    def get_example(self, index):
+        return self.conversation(self.table.slice(int(self.order[index]), 1).to_pylist()[0])
+
+
+class GeneratedTask(Task):
+    """
+    `size` generated conversations, each a function of split, seed and index alone.
+
+    Subclasses implement make(rng), which returns a conversation whose problem belongs to `self.split`.
+    """
+
+    def __init__(self, split, size, seed=0, **kwargs):
+        super().__init__(**kwargs)
+        assert split in ("train", "val", "test"), split
+        self.split, self.size, self.seed = split, size, seed
+
+    def num_examples(self):
+        return self.size
+
+    def get_example(self, index):
+        return self.make(Random(f"{type(self).__name__} {self.split} {self.seed} {index}"))
+
+
 class TaskMixture(Task):
-    """All rows of several tasks in one seeded order; a task named twice is seen twice."""
+    """All examples of several tasks, shuffled with a fixed seed. A task listed twice contributes twice."""
 
     def __init__(self, tasks, **kwargs):
         super().__init__(**kwargs)
@@ -83,73 +125,65 @@ class TaskMixture(Task):
 
 
 class TaskSequence(TaskMixture):
-    """All rows of several tasks, one task after the other: a curriculum."""
+    """All examples of several tasks, one task after the other: a curriculum."""
 
     def __init__(self, tasks, **kwargs):
         super().__init__(tasks, **kwargs)
         self.index.sort()
 
 
-def user_and_assistant(question, answer, **more):
-    """A conversation of one question and one answer."""
+def user_and_assistant(question, answer, **fields):
+    """A conversation with one question and one answer; `fields` are added to it."""
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {"messages": messages, **more}
+    return {"messages": messages, **fields}
 
 
 def render_mc(question, letters, choices):
     """
-    The prompt of a choice problem. The letter stands after its choice, without a space: a small model binds the two
-    better that way, and "=A" ends in the very character that it must answer.
+    The prompt of a multiple-choice problem.
+
+    Each letter follows its choice, without a space: small models associate the two better that way, and "=A" ends with
+    the same token as the expected answer.
     """
     lines = "".join(f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=True))
     return f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
 
 
-class ParquetDataset:
-    """Rows (dicts) of a public data set's parquet files, in the order of datasets.shuffle(seed=42)."""
-
-    def __init__(self, repo, stem, shards=(1,)):
-        import numpy as np
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        self.table = pa.concat_tables([pq.read_table(path) for path in fetch_files(repo, stem, shards)])
-        self.order = np.random.default_rng(42).permutation(len(self.table))
-
-    def __len__(self):
-        return len(self.order)
-
-    def __getitem__(self, index):
-        return self.table.slice(int(self.order[index]), 1).to_pylist()[0]
-
-
 def fetch_files(repo, stem, shards=(1,)):
     """
-    Local paths of the files <stem>-00000-of-0000N.parquet of the data set `repo`, downloaded once per machine.
+    Local paths of <stem>-00000-of-0000N.parquet ... of the data set `repo`, downloaded once per machine.
 
-    `shards` are the numbers of files N to try, in this order: a mirror may have fewer than the public host. Raises
-    UserError when the files are neither here nor to be had.
+    `shards` lists the numbers of files N to try in order: a mirror may have fewer than the public host. Raises
+    UserError if the files can neither be found nor downloaded.
     """
     folder = base_dir() / "task_data" / repo
-    sets = [[f"{stem}-{i:05d}-of-{n:05d}.parquet" for i in range(n)] for n in shards]
+    candidates = [[folder / f"{stem}-{i:05d}-of-{n:05d}.parquet" for i in range(n)] for n in shards]
 
-    def here():
-        return next(([folder / f for f in files] for files in sets if all((folder / f).exists() for f in files)), None)
+    def local_files():
+        return next((paths for paths in candidates if all(path.exists() for path in paths)), None)
 
-    if dist_env()[1] == 0 and not here():
-        _download(repo, sets, folder)
-    while not here():  # another process of this machine is downloading; torchrun ends us if it fails
+    if dist_env()[1] == 0 and not local_files():
+        _download(repo, folder, candidates)
+    while not local_files():  # another process of this machine is downloading; if it fails, torchrun ends this one
         time.sleep(0.5)
-    return here()
+    return local_files()
 
 
-def _download(repo, sets, folder):
-    for files in sets:
+def _download(repo, folder, candidates):
+    """Download the first complete list of files among `candidates`."""
+    for paths in candidates:
         try:
-            for name in files:
-                if not (folder / name).exists():
-                    fetch(f"{mirror_url('hub')}/{repo}/resolve/main/{name}", folder / name, attempts=3)
+            for path in paths:
+                if not path.exists():
+                    url = f"{mirror_url('hub')}/{repo}/resolve/main/{path.relative_to(folder).as_posix()}"
+                    fetch(url, path, attempts=3)
             return
         except UserError as e:
             error = e
-    raise UserError(f"cannot get the data set {repo}: {error}; NANOCHAT_HUB_URL can name a mirror (a URL or a folder)")
+    raise UserError(f"cannot download {repo}: {error}; set NANOCHAT_HUB_URL to use a mirror (a URL or a folder)")
+
+
+def fetch_once(url, name):
+    """Path of the file `name` in the base directory, downloaded from `url` if it is missing."""
+    path = base_dir() / name
+    return path if path.exists() else fetch(url, path, attempts=3)

@@ -1,19 +1,23 @@
-"""HumanEval: functions to write from their docstrings (Chen et al. 2021). https://huggingface.co/datasets/openai/openai_humaneval"""
+"""
+HumanEval: Python functions to write from their docstrings (Chen et al. 2021).
+
+https://huggingface.co/datasets/openai/openai_humaneval
+"""
 
 import re
 
 from nanochat.execution import check_level, execute_many
-from tasks.common import ParquetDataset, Task, user_and_assistant
+from tasks.common import PublicTask, user_and_assistant
 
 
 def reply_code(reply):
-    """The code of a reply: what its first fenced block (``` or ```python) holds, or all of it where there is none."""
+    """The code in the first fenced block (``` or ```python) of a reply; the whole reply if it has none."""
     block = re.search(r"```(?:python)?[ \t]*\n(.*?)```", reply, re.DOTALL)
     return block[1] if block else reply
 
 
 def leading_imports(prompt):
-    """The import lines at the top of a prompt: replies use List and friends without importing them again."""
+    """The import lines at the top of a prompt. Replies often use List etc. without importing them again."""
     imports = []
     for line in prompt.splitlines():
         if line.startswith(("import ", "from ")):
@@ -23,29 +27,24 @@ def leading_imports(prompt):
     return "\n".join(imports)
 
 
-class HumanEval(Task):
+class HumanEval(PublicTask):
     """
-    Replies are run with the problem's tests, in a sandbox of the given level (see execution.py).
+    Runs replies together with the problem's tests in a sandbox of the given level (see execution.py).
 
-    Raises UserError, before anything runs, on machines whose sandbox is below that level.
+    Raises UserError before anything runs if the machine's sandbox is below that level.
     """
 
     def __init__(self, level="strict", **kwargs):
-        super().__init__(**kwargs)
         check_level(level)
         self.level = level
-        self.data = ParquetDataset("openai/openai_humaneval", "openai_humaneval/test")
+        super().__init__("openai/openai_humaneval", "openai_humaneval/test", **kwargs)
 
-    def num_examples(self):
-        return len(self.data)
-
-    def get_example(self, index):
-        row = self.data[index]
+    def conversation(self, row):
         solution = row["prompt"] + row["canonical_solution"]
         return user_and_assistant(row["prompt"], solution, entry_point=row["entry_point"], test=row["test"])
 
     def program(self, conversation, assistant_response):
-        """The reply's code with what it may take for granted before it, and the problem's tests behind it."""
+        """Source text: the prompt's imports, the reply's code, the problem's tests and the call that runs them."""
         imports = leading_imports(conversation["messages"][0]["content"])
         call = f"check({conversation['entry_point']})"
         return "\n\n".join([imports, reply_code(assistant_response), conversation["test"], call]) + "\n"
@@ -54,6 +53,6 @@ class HumanEval(Task):
         return self.evaluate_many([(conversation, assistant_response)])[0]
 
     def evaluate_many(self, pairs):
-        """Verdicts on many (conversation, reply), run on all cores."""
+        """Verdicts on pairs of conversation and reply. The programs run on all cores."""
         programs = [self.program(conversation, reply) for conversation, reply in pairs]
         return [result.success for result in execute_many(programs, level=self.level)]

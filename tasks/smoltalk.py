@@ -1,19 +1,15 @@
 """SmolTalk: general conversations. https://huggingface.co/datasets/HuggingFaceTB/smol-smoltalk"""
 
-from tasks.common import ParquetDataset, Task
+from tasks.common import PublicTask
 
-SHARDS = {"train": (4, 1), "test": (1,)}  # files on the public host, then on a small mirror
+SHARDS = {"train": (4, 1), "test": (1,)}  # numbers of files: on the public host, then on a small mirror
 
 
-class SmolTalk(Task):
+class SmolTalk(PublicTask):
     def __init__(self, split, **kwargs):
-        super().__init__(**kwargs)
         assert split in SHARDS, split
-        self.data = ParquetDataset("HuggingFaceTB/smol-smoltalk", f"data/{split}", SHARDS[split])
+        super().__init__("HuggingFaceTB/smol-smoltalk", f"data/{split}", SHARDS[split], **kwargs)
 
-    def num_examples(self):
-        return len(self.data)
-
-    def get_example(self, index):
-        """Messages alternate from user to assistant, now and then after one system message."""
-        return {"messages": self.data[index]["messages"]}
+    def conversation(self, row):
+        """Messages alternate between user and assistant; some conversations start with a system message."""
+        return {"messages": row["messages"]}

@@ -28,7 +28,7 @@ from yarl import URL
 
 from nanochat.cli import make_parser, parse_args, run_script
 from nanochat.common import UserError
-from nanochat.pocket import problems as pocket
+from nanochat.pocket.problems import fact
 from nanochat.pocket.world import load_world
 
 PATH = "/v1/chat/completions"
@@ -57,7 +57,7 @@ class Load:
         self.outcomes = Counter()
 
     def body(self, **settings):
-        question = self.prompt or pocket.fact(self.rng, "train", self.world).question
+        question = self.prompt or fact(self.rng, "train", self.world).question
         settings = {"stream": True, "max_tokens": self.max_tokens} | settings
         return {"messages": [{"role": "user", "content": question}]} | settings
 

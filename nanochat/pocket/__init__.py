@@ -1,1 +1,1 @@
-"""The pocket world: a small made-up country whose texts and problems train a model without any download."""
+"""The pocket world: texts and problems about a small fictional country, enough to train a model without a download."""

@@ -1,7 +1,7 @@
 """
-The pocket world's file, read into objects: characters, places, and templates to talk about them.
+The characters, places and text templates of the pocket world, read from `pocket_world.txt`.
 
-In a template [a|b] is a choice and {a.he} a slot; whatever stands behind a dot is an attribute of a Character or Place.
+In a template, [a|b] is a choice and {a.he} is a slot: an attribute of a Character or Place.
 """
 
 import functools
@@ -9,36 +9,38 @@ import re
 from pathlib import Path
 
 WORLD_FILE = Path(__file__).with_name("pocket_world.txt")
+ATTRIBUTES = ("kind", "home", "color", "food", "job", "hobby", "fear", "thing", "friend")  # of a character
 
 
-@functools.cache
-def _parts(template):
-    """'a [b|c] d' -> ['a ', ['b', 'c'], ' d']: every other part is a list of alternatives."""
-    parts = re.split(r"\[([^\[\]]*)\]", template)
-    return [part.split("|") if i % 2 else part for i, part in enumerate(parts)]
+def read_sections(text):
+    """
+    {section name: list of blocks} of a file with "== name" headings; a block is the list of lines below one heading.
+
+    Empty lines and comments ("# ...") are dropped; a literal \\n in a line becomes a line break.
+    """
+    sections = {}
+    for section in re.split(r"^== ", text, flags=re.M)[1:]:
+        name, *lines = section.split("\n")
+        block = [line.replace("\\n", "\n") for line in lines if line and not line.startswith("# ")]
+        sections.setdefault(name, []).append(block)
+    return sections
 
 
 def fill(rng, template, **slots):
-    """The template with one alternative of each [a|b] chosen and its slots filled."""
-    text = "".join([part if type(part) is str else rng.choice(part) for part in _parts(template)])
-    return text.format_map(slots)
-
-
-def article(noun):
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+    """`template` with one random alternative of each [a|b] and with its slots filled."""
+    return re.sub(r"\[([^\[\]]*)\]", lambda m: rng.choice(m[1].split("|")), template).format_map(slots)
 
 
 def gerund(phrase):
-    """'dig tunnels' -> 'digging tunnels'."""
+    """'digging tunnels' from 'dig tunnels'."""
     verb, _, rest = phrase.partition(" ")
-    if verb.endswith("e"):
-        verb = verb[:-1]
-    elif re.search(r"[^aeiou][aeiou][dgmnpt]$", verb):
-        verb += verb[-1]
+    verb = verb[:-1] if verb.endswith("e") else re.sub(r"([^aeiou][aeiou])([dgmnpt])$", r"\1\2\2", verb)
     return f"{verb}ing {rest}".strip()
 
 
 class Place:
+    """A place and its two residents. Templates use its attributes: {p.at}, {p.landmark}, {p.who.kind}."""
+
     def __init__(self, name, preposition, about, landmark, famous, near):
         self.name, self.about, self.landmark, self.famous, self.near = name, about, landmark, famous, near
         self.at = f"{preposition} {name}"
@@ -52,7 +54,7 @@ class Place:
 
 
 class Character:
-    """One of the cast. Templates reach everything as an attribute: {a.his}, {a.a_job}, {a.place.landmark}."""
+    """An animal of the pocket world. Templates use its attributes: {a.his}, {a.a_job}, {a.place.landmark}."""
 
     def __init__(self, name, he, kind, home, wears, food, job, hobby, fear, thing, friend):
         self.name, self.he, self.kind, self.home, self.wears, self.food = name, he, kind, home, wears, food
@@ -60,7 +62,8 @@ class Character:
         self.him, self.his = {"he": ("him", "his"), "she": ("her", "her")}[he]
         self.color, self.garment = wears.split()
         for noun in ("kind", "wears", "garment", "job", "thing"):
-            setattr(self, f"a_{noun}", article(getattr(self, noun)))
+            value = getattr(self, noun)
+            setattr(self, f"a_{noun}", f"{'an' if value[0] in 'aeiou' else 'a'} {value}")
         self.He, self.His, self.Food = he.capitalize(), self.his.capitalize(), food.capitalize()
         self.doing = gerund(hobby)
 
@@ -69,71 +72,60 @@ class Character:
 
 
 class World:
-    """The parsed world file. Raises ValueError when a home, friend or neighbor is not in its tables."""
+    """
+    The parsed world file.
+
+    Raises ValueError if a character's home or friend, or a place's neighbor, is missing from the tables.
+    """
 
     def __init__(self, text):
-        self.sections = {}  # name -> list of blocks, a block being a list of lines
-        for block in re.split(r"^== ", text, flags=re.M)[1:]:
-            name, *lines = block.split("\n")
-            lines = [line.replace("\\n", "\n") for line in lines if line and not line.startswith("# ")]
-            self.sections.setdefault(name, []).append(lines)
-        self.places = {row[0]: Place(*row) for row in self.table("places")}
-        self.characters = [Character(*row) for row in self.table("characters")]
-        by_name = {c.name: c for c in self.characters}
-        for place in self.places.values():
-            place.near = self._known(self.places, place.near)
-        for c in self.characters:
-            c.place = self._known(self.places, c.home)
-            c.friend = self._known(by_name, c.friend)
-            c.at = c.place.at
-            c.place.residents.append(c)
-        self.place_list = list(self.places.values())
-        *most, last = self.places
+        self.sections = read_sections(text)
+        places = {row[0]: Place(*row) for row in self.table("places")}
+        characters = {row[0]: Character(*row) for row in self.table("characters")}
+        try:
+            for place in places.values():
+                place.near = places[place.near]
+            for c in characters.values():
+                c.place, c.friend, c.at = places[c.home], characters[c.friend], places[c.home].at
+                c.place.residents.append(c)
+        except KeyError as e:
+            raise ValueError(f"the world file names {e}, which is missing from its tables") from None
+        self.places, self.characters = list(places.values()), list(characters.values())
+        *most, last = places
         self.place_names = f"{', '.join(most)} and {last}"
-        self.say = {attribute: (value, answer) for attribute, value, answer in self.table("say")}
-        self.values = {attribute: self._values(attribute) for attribute in self.say}
-        self.sums = [self._sum(line) for line in self.lines("sums")]
-        self.talk = {}  # topic -> (what users say, what is replied)
-        for name in self.sections:
-            if name.startswith("talk "):
-                lines = self.lines(name)
-                self.talk[name[5:]] = tuple([line[2:] for line in lines if line[0] == mark] for mark in "?!")
-        cells = " ".join(" ".join(row) for name in ("characters", "places") for row in self.table(name))
-        vocabulary = re.findall(r"(?<![A-Za-z])[a-z]{3,}", cells)
-        self.words = sorted({*self.words_in("words"), *vocabulary})
+        self.statements = {attribute: templates for attribute, *templates in self.table("say")}
+        # attribute -> all its values, sorted: the choices of a question
+        self.values = {a: sorted({self.statement(a, s)[0] for s in self.subjects(a)}) for a in self.statements}
+        self.values["resident"] = sorted(characters)
+        rows = " ".join(self.lines("characters") + self.lines("places"))
+        self.words = sorted({*self.words_in("words"), *re.findall(r"(?<![A-Za-z])[a-z]{3,}", rows)})
 
-    @staticmethod
-    def _known(table, name):
-        if name not in table:
-            raise ValueError(f"the world file names {name!r}, which is not in its tables")
-        return table[name]
+    def lines(self, section):
+        """The lines of a section; of its first block if it has several."""
+        return self.sections[section][0]
 
-    def lines(self, name):
-        return self.sections[name][0]
+    def table(self, section):
+        """The rows of a section, each a list of cells."""
+        return [[cell.strip() for cell in line.split("|")] for line in self.lines(section)]
 
-    def table(self, name):
-        return [[cell.strip() for cell in line.split("|")] for line in self.lines(name)]
+    def words_in(self, section):
+        """The words of a section, in the order of the file."""
+        return " ".join(self.lines(section)).split()
 
-    @staticmethod
-    def _sum(line):
-        """(question, answer, operators of the one or two steps) of a line "question => answer"."""
-        question, answer = line.split(" => ")
-        return question, answer, re.findall(r"<<(?:\{x\}|@)(.)\{.\}>>", answer)
-
-    @functools.cache  # noqa: B019 a world lives as long as the process
-    def words_in(self, name):
-        return " ".join(self.lines(name)).split()
+    def random_line(self, rng, section, **slots):
+        """A random template of a section, filled (see `fill`)."""
+        return fill(rng, rng.choice(self.lines(section)), **slots)
 
     def subjects(self, attribute):
-        """Those that have the attribute, and the slot that they fill."""
-        return (self.place_list, "p") if "{p" in self.say[attribute][0] else (self.characters, "a")
+        """The characters or places that have `attribute`."""
+        return self.places if "{p" in self.statements[attribute][0] else self.characters
 
-    def _values(self, attribute):
-        subjects, slot = self.subjects(attribute)
-        values = [self.say[attribute][0].format(**{slot: s}) for s in subjects]
-        return sorted({*values, *(c.name for c in self.characters)} if attribute == "resident" else {*values})
+    def statement(self, attribute, subject):
+        """[value, sentence] of an attribute of a Character or Place, e.g. ["mouse", "Pip is a mouse."]."""
+        return [template.format(a=subject, p=subject) for template in self.statements[attribute]]
 
 
 @functools.cache
-def load_world(path=WORLD_FILE):
-    return World(Path(path).read_text(encoding="utf-8"))
+def load_world():
+    """The World of `pocket_world.txt`."""
+    return World(WORLD_FILE.read_text(encoding="utf-8"))

@@ -1,0 +1,141 @@
+"""Documents about the pocket world for pretraining: stories, descriptions, dialogues, letters, exercises."""
+
+import hashlib
+import re
+from random import Random
+
+from nanochat.pocket.problems import apply_operator, arithmetic_problem, fact, letter_problem, split_of
+from nanochat.pocket.stories import describe, places_away, story
+from nanochat.pocket.world import ATTRIBUTES, fill, load_world
+
+# Each of these functions yields one document, one or several lines at a time.
+
+
+def _story(rng, split, world):
+    """A story, usually with a heading."""
+    yield story(rng, split, world, title=rng.random() < 0.8)[0]
+
+
+def _characters(rng, split, world):
+    """Descriptions of one to three characters."""
+    for c in rng.sample(world.characters, rng.choice((1, 1, 2, 3))):
+        yield describe(rng, world, c, rng.randint(6, 9)) + "\n"
+
+
+def _place(rng, split, world):
+    """Descriptions of a place and of up to two residents."""
+    p = rng.choice(world.places)
+    residents = [describe(rng, world, c, rng.randint(2, 4)) for c in p.residents]
+    yield "\n\n".join([describe(rng, world, p, rng.randint(4, 5)), *residents[: rng.randint(0, 2)]])
+
+
+def _cards(rng, split, world):
+    """One to four characters as "attribute: value" lines."""
+    for c in rng.sample(world.characters, rng.randint(1, 4)):
+        rows = [f"{attribute}: {getattr(c, attribute)}" for attribute in ("kind", "home", "wears", *ATTRIBUTES[3:])]
+        rng.shuffle(rows)
+        yield "\n".join([f"name: {c}", *rows, ""])
+
+
+def _statements(rng, split, world):
+    """Sentences about many characters: "The baker is Hazel.", or comparisons of two characters."""
+    section = rng.choice(("reverse", "reverse", "pair"))
+    pairs = (rng.sample(world.characters, 2) for _ in range(rng.randint(6, 14)))
+    lines = [world.random_line(rng, section, a=a, b=b) for a, b in pairs]
+    yield rng.choice("\n ").join(lines)
+
+
+def _dialogue(rng, split, world):
+    """Two characters meet and talk about themselves."""
+    a, b = rng.sample(world.characters, 2)
+    meeting_place, p = rng.sample(places_away(world, a, b), 2)
+    lines = []
+    for template in rng.sample(world.lines("chatter"), rng.randint(3, 6)):
+        speaker, other = rng.sample((a, b), 2)
+        lines.append(fill(rng, template, a=speaker, b=other, p=p))
+    sections = ("chatter opening", "chatter ending", "heading")
+    opening, ending, heading = (world.random_line(rng, section, a=a, b=b, p=meeting_place) for section in sections)
+    yield from (heading, "", opening, *lines, ending)
+
+
+def _letter(rng, split, world):
+    """A letter from one character to another, or a page of a diary."""
+    a, b = rng.sample(world.characters, 2)
+    yield world.random_line(rng, "letter", a=a, b=b, p=rng.choice(places_away(world, a, b)))
+
+
+def _facts(rng, split, world):
+    """Questions and answers, with choices in half of the documents."""
+    multiple_choice = rng.random() < 0.5
+    for _ in range(rng.randint(3, 8)):
+        f = fact(rng, split, world)
+        choices = "".join(f"- {choice}\n" for choice in f.choices) if multiple_choice else ""
+        yield f"Question: {f.question}\n{choices}Answer: {f.value if multiple_choice else f.answer}\n"
+
+
+def _arithmetic(rng, split, world):
+    """Twenty bare equations, or arithmetic problems with their answers."""
+    if rng.random() < 0.3:
+        equations = []
+        while len(equations) < 20:  # numbers small enough for a model to memorize
+            x, operator, y = rng.randint(2, 20), rng.choice("+-*"), rng.randint(2, 20)
+            if x - y >= 2 and split_of("sum", x, f"{operator}{y}") == split:
+                equations.append(f"{x} {operator} {y} = {apply_operator(x, operator, y)}")
+        yield from equations
+        return
+    for _ in range(rng.randint(3, 8)):
+        question, answer = arithmetic_problem(rng, split, world)
+        answer = re.sub(r"<<(.*?=).*?>>", r"\1", answer)  # no calculator calls in documents, only 34+12=46
+        yield f"Question: {question}\nAnswer: {answer}\n"
+
+
+def _spelling(rng, split, world):
+    """Sentences that spell words or count letters in them."""
+    for _ in range(rng.randint(8, 20)):
+        word, letter = letter_problem(rng, split, world.words)
+        count = word.count(letter)
+        often = ("does not appear", "appears once")[count] if count < 2 else f"appears {count} times"
+        slots = dict(w=word, l=letter, often=often, dashes="-".join(word), commas=",".join(word))
+        yield world.random_line(rng, "spelling", **slots)
+
+
+def _echoes(rng, split, world):
+    """Lists of random words, each given twice: a small model learns to copy from its context."""
+    for _ in range(rng.randint(3, 6)):
+        a, b = rng.sample(world.characters, 2)
+        words = rng.choice((" ", ", ")).join(rng.sample(world.words, rng.randint(2, 8)))
+        yield world.random_line(rng, "echo", a=a, b=b, s=words)
+
+
+def _lookups(rng, split, world):
+    """Random facts and questions about them: a small model learns to look up answers in its context."""
+    key_pool, value_pool, row, question = rng.choice(world.table("lookup"))
+    n = rng.randint(4, 8)
+    pools = {"names": world.characters, "words": world.words, "numbers": range(2, 1000)}
+    facts = list(zip(rng.sample(pools[key_pool], n), rng.sample(pools[value_pool], n), strict=True))
+    yield from (row.format(k=k, v=v) for k, v in facts)
+    for _ in range(rng.randint(4, 10)):
+        k, v = rng.choice(facts)
+        yield question.format(k=k, v=v)
+
+
+# kind of document -> weight in percent
+WEIGHTS = {_story: 28, _characters: 9, _place: 4, _cards: 2, _statements: 8, _dialogue: 8, _letter: 5, _facts: 13}
+WEIGHTS |= {_arithmetic: 6, _spelling: 6, _echoes: 5, _lookups: 6}
+
+
+def documents(split, chars, seed=0):
+    """
+    Yield documents of the split "train" or "val", `chars` characters in total; the last one may exceed that.
+
+    No document is in both splits, whatever the seeds.
+    """
+    assert split in ("train", "val"), split
+    world, rng = load_world(), Random(f"pocket documents {split} {seed}")
+    while chars > 0:
+        document_lines = rng.choices(list(WEIGHTS), WEIGHTS.values())[0]
+        text = "\n".join(document_lines(rng, split, world)).strip()
+        # The problems in a document belong to `split` already. The hash also separates documents without problems.
+        if (hashlib.blake2b(text.encode(), digest_size=1).digest()[0] < 32) == (split == "val"):
+            yield text
+            chars -= len(text)
