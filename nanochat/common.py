@@ -26,6 +26,12 @@ class UserError(ValueError):
     """A mistake the user can mend (flag, file, environment): its one line says what was given and what to do."""
 
 
+def require(condition, message):
+    """Raises UserError(message) unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
 def base_dir():
     """The folder that holds everything a run makes; created on first use."""
     path = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
@@ -77,6 +83,23 @@ class Compute:
         import torch
 
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def all_gather(self, value):
+        """[value of each rank], on every rank; `value` is any object that pickles."""
+        import torch.distributed as dist
+
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def all_reduce(self, tensor):
+        """`tensor`, summed over all ranks in place."""
+        import torch.distributed as dist
+
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
 
     def synchronize(self):
         """Wait for the device, so that a clock read afterwards is honest."""

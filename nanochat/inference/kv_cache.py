@@ -53,12 +53,12 @@ class KVCache:
     def advance(self, T):
         self.lengths = [n + T for n in self.lengths]
 
-    def append(self, other, rows):
-        """Add rows at the end: copies of `rows` of `other`, a row as often as it is named."""
+    def append(self, other, rows, room=0):
+        """Append copies of `rows` of `other`, which may repeat, and reserve columns for `room` more tokens."""
         first, self.lengths = len(self.lengths), self.lengths + [other.lengths[r] for r in rows]
         S = max((other.lengths[r] for r in rows), default=0)
         if S:
-            self._reserve_like(len(self.lengths), max(self.lengths), other.data)
+            self._reserve_like(len(self.lengths), max(self.lengths) + room, other.data)
             self.data[:, :, first : len(self.lengths), :, :S] = other.data[:, :, rows, :, :S]
 
     def restore(self, row, data):
@@ -112,7 +112,8 @@ class PrefixCache:
 
     def find(self, tokens):
         """(n, data): the most tokens at the start of `tokens` that a row has too, and that row's data, or (0, None)."""
-        n, best = max(((shared(row, tokens), row) for row in self._neighbours(tuple(tokens))), default=(0, None))
+        candidates = [(common_prefix_length(row, tokens), row) for row in self._neighbours(tuple(tokens))]
+        n, best = max(candidates, default=(0, None))
         if n < self.MIN_SHARED:
             return 0, None
         self.rows.move_to_end(best)
@@ -124,7 +125,7 @@ class PrefixCache:
         if not self.MIN_SHARED <= len(tokens) <= self.max_tokens:
             return
         for old in self._neighbours(tokens):
-            n = shared(old, tokens)
+            n = common_prefix_length(old, tokens)
             if n == len(tokens):
                 return  # it is there, or a longer row that serves as well
             if n == len(old):
@@ -145,11 +146,11 @@ class PrefixCache:
         self.held -= len(tokens)
 
 
-def shared(a, b):
-    """How many tokens `a` and `b` have in common at their start."""
+def common_prefix_length(a, b):
+    """Number of tokens at the start of `a` and `b` that are equal, found by bisection."""
     low, high = 0, min(len(a), len(b))
     a, b = tuple(a[:high]), tuple(b[:high])
-    while low < high:  # comparing slices is much quicker than comparing tokens
+    while low < high:  # comparing slices is much faster than comparing single tokens
         middle = (low + high + 1) // 2
         if a[low:middle] == b[low:middle]:
             low = middle
