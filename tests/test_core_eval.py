@@ -276,7 +276,7 @@ BROKEN = {
     "schema.jsonl is empty": lambda b: (b / "eval_data/sub/schema.jsonl").write_text("\n"),
     "schema.jsonl:1: not JSON": lambda b: edit(b / "eval_data/sub/schema.jsonl", "{", "<"),
     "schema.jsonl:1: .* needs 'continuation'": lambda b: edit(b / "eval_data/sub/schema.jsonl", "continuation", "c"),
-    "schema.jsonl:1: gold=2 ": lambda b: edit(b / "eval_data/sub/schema.jsonl", '"gold": 0', '"gold": 2'),
+    "schema.jsonl:1: gold=2, but there are 2 options": lambda b: edit(b / "eval_data/sub/schema.jsonl", '"gold": 0', '"gold": 2'),
     "cannot read .*language_modeling.jsonl .*decode": lambda b: (b / "eval_data/sub/language_modeling.jsonl").write_bytes(
         b"\xff"
     ),
