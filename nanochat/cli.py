@@ -33,16 +33,21 @@ def make_parser(module, doc):
 
 
 def add_model_flags(parser, source=None):
-    """Flags that say which model is run, and how; `source` is the stage when none is given, None = it must be given."""
-    add = parser.add_argument
-    said = f" (default {source})" if source else ""
+    """--source, with `source` as the default stage (None = required), and the flags of add_checkpoint_flags()."""
+    text = "stage of the model" + (f" (default {source})" if source else "")
     stages = ["base", "mid", "sft", "rl"]
-    add("-i", "--source", choices=stages, default=source, required=not source, help=f"stage of the model{said}")
+    parser.add_argument("-i", "--source", choices=stages, default=source, required=not source, help=text)
+    add_checkpoint_flags(parser)
+
+
+def add_checkpoint_flags(parser, dtype="what the device multiplies natively"):
+    """Flags that choose a stage's checkpoint, the device and the precision; `dtype` describes the default precision."""
+    add = parser.add_argument
     add("-g", "--model_tag", help="model to load, e.g. d20 (default: the deepest)")
-    add("-s", "--step", type=int, help="step to load (default: the newest)")
-    add("--device_type", default="", help="cuda, mps or cpu (default: the first one there is)")
-    add("-d", "--dtype", default="", help="float32 or bfloat16 (default: what the device multiplies natively)")
-    add("--quantize", choices=["int8"], help="on a CPU, weights in 8 bits: half of bfloat16's time for an answer")
+    add("-s", "--step", "--model_step", type=int, help="step to load (default: the newest)")
+    add("--device_type", default="", help="cuda, mps or cpu (default: the first available)")
+    add("-d", "--dtype", default="", help=f"float32 or bfloat16 (default: {dtype})")
+    add("--quantize", choices=["int8"], help="on a CPU, round weights to int8: decoding takes half of bfloat16's time")
 
 
 def boolean(text):

@@ -8,6 +8,7 @@ This is the only module that reads environment variables; the README lists them.
 import contextlib
 import gc
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -208,6 +209,12 @@ def atomic_path(path):
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def write_jsonl(path, records):
+    """Write `records` as JSON, one per line; the file appears whole or not at all."""
+    with atomic_path(path) as draft:
+        draft.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
 
 
 def fetch(url, path, attempts=5, timeout=30, progress=None):
