@@ -76,7 +76,7 @@ def evaluate_task(
     most `max_rows` decoded at once. `progress(done, total)` counts this rank's problems.
     """
     total, compute = len(task) if max_problems is None else min(max_problems, len(task)), engine.compute
-    require(total > 0, f"{type(task).__name__}: no problems to score (of {len(task)}, max_problems={max_problems})")
+    require(total > 0, f"{type(task).__name__}: no problems to score; it has {len(task)}, max_problems={max_problems}")
     rank, world_size = (compute.rank, compute.world_size) if compute else (0, 1)
     problems = {i: task[i] for i in range(rank, total, world_size)}
     if task.eval_type == "categorical":

@@ -205,7 +205,11 @@ def _batches(items, width, limit, equal=False):
 
 
 def _score_part(scorer, cache, part, rows):
-    """score() of `rows`, {key: (index in part, tokens, start)}, in one pass; part: [(cache row, input, prefix)]."""
+    """
+    score() of `rows`, {key: (index in `part`, tokens, start)}, in one forward pass.
+
+    `part` is [(row of `cache`, input, prefix length)].
+    """
     spans = [(i, start - 1 - part[i][2], tokens[start:]) for i, tokens, start in rows.values()]
     at_row = [i for i, _, targets in spans for _ in targets]
     at_column = [column + n for _, column, targets in spans for n in range(len(targets))]

@@ -73,8 +73,9 @@ def policy_batches(groups, rows, device):
     """
     (micro_batches, skipped_tokens) for train_step: `rows` rollouts each, as (inputs, targets, weights), all (rows, T).
 
-    Targets that were not sampled are -1. A token's weight is its rollout's advantage. Groups of equal rewards have
-    nothing to teach and are skipped; `skipped_tokens` is the number of their sampled tokens, which count in the mean.
+    Targets that were not sampled are -1. A token's weight is its rollout's advantage. Groups whose rewards are
+    all equal are skipped, since their advantages are 0; `skipped_tokens` is the number of their sampled tokens, which
+    the mean over the batch still counts.
     """
     weighted, skipped_tokens = [], 0
     for group in groups:

@@ -348,7 +348,7 @@ def test_the_script_writes_table_report_and_samples(base, bundle, checkpoint, ru
     assert [s["correct"] for s in samples] == [r["correct"] for records in expected.records.values() for r in records]
     assert samples[0]["example"]["choices"] and samples[0]["task"] == "multiple_choice_task"
     out = capsys.readouterr().out
-    assert "float32" in out and f"CORE on at most 5 examples a task: {expected.core:.4f}" in out
+    assert "float32" in out and f"CORE on at most 5 examples per task: {expected.core:.4f}" in out
     (base / "base_eval" / "base_model_000007.csv").unlink()
     run_main("scripts.base_eval", "--tasks=schema_task", "--device_type=cpu")
     assert "CORE needs all" in capsys.readouterr().out
@@ -366,6 +366,18 @@ def test_wrong_flags_raise_one_clear_line(base, bundle, checkpoint, run_main, tm
     ):
         with pytest.raises(UserError, match=message):
             run_main("scripts.base_eval", "--device_type=cpu", *flags)
+
+
+def test_base_loss_reports_fixed_metrics(base, checkpoint, run_main):
+    run_main("scripts.base_loss", "--model_step=7", "--device_batch_size=2", "--split_tokens=128", "--device_type=cpu")
+    metrics = json.loads((base / "report" / "base-model-loss.json").read_text())["metrics"]
+    section = (base / "report" / "base-model-loss.md").read_text()
+    for split in ("train", "val"):
+        assert f"- {split} bpb: {metrics[f'{split}_bpb']:.4f}\n" in section
+    with pytest.raises(UserError, match="no checkpoint of step 3"):
+        run_main("scripts.base_loss", "--model-step=3", "--device_type=cpu")
+    with pytest.raises(UserError, match="--split_tokens=100 is not a multiple of 64"):
+        run_main("scripts.base_loss", "--split_tokens=100", "--device_batch_size=2", "--device_type=cpu")
 
 
 @pytest.mark.slow

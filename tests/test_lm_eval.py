@@ -50,7 +50,7 @@ def model(base):
 
 @pytest.fixture
 def harness(model, tmp_path, monkeypatch):
-    """harness([{context, choices}]): the results of lm-evaluation-harness, [[(log-likelihood, is greedy) of each choice]]."""
+    """harness([{context, choices}]) -> [[(log-likelihood, is_greedy) of each choice]] from lm-evaluation-harness."""
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
