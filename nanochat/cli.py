@@ -32,21 +32,29 @@ def make_parser(module, doc):
     )
 
 
-def add_machine_flags(parser, short=None):
+BF16_DEFAULT = "bfloat16 where the hardware has it"
+
+
+def add_machine_flags(parser, short=(), dtype=BF16_DEFAULT):
     add = parser.add_argument
     add("--device_type", default="", help="cuda, mps or cpu (default: the first that is available)")
-    add(*short or (), "--dtype", default="", help="float32 or bfloat16 (default: bfloat16 where the hardware has it)")
+    add(*short, "--dtype", default="", help=f"float32 or bfloat16 (default: {dtype})")
 
 
 def add_model_flags(parser, source=None):
-    """Flags that choose the model to load, and how to run it; `source`: the default stage, None = required."""
-    add, default = parser.add_argument, f" (default {source})" if source else ""
-    stages = ["base", "mid", "sft", "rl"]
-    add("-i", "--source", choices=stages, default=source, required=not source, help=f"stage of the model{default}")
+    """--source, with `source` as the default stage (None = required), and the flags of add_checkpoint_flags()."""
+    text, stages = "stage of the model" + (f" (default {source})" if source else ""), ["base", "mid", "sft", "rl"]
+    parser.add_argument("-i", "--source", choices=stages, default=source, required=not source, help=text)
+    add_checkpoint_flags(parser)
+
+
+def add_checkpoint_flags(parser, dtype=BF16_DEFAULT):
+    """Flags that choose a stage's checkpoint, the device and the precision; `dtype` describes the default one."""
+    add = parser.add_argument
     add("-g", "--model_tag", help="model to load, e.g. d20 (default: the deepest)")
-    add("-s", "--step", type=int, help="step to load (default: the newest)")
-    add_machine_flags(parser, short=["-d"])
-    add("--quantize", choices=["int8"], help="on a CPU: int8 weights, which halve bfloat16's time per answer")
+    add("-s", "--step", "--model_step", type=int, help="step to load (default: the newest)")
+    add_machine_flags(parser, ["-d"], dtype)
+    add("--quantize", choices=["int8"], help="on a CPU: int8 weights; decoding then takes half of bfloat16's time")
 
 
 def add_run_flags(parser, device_batch_size, save_every=-1):

@@ -7,6 +7,7 @@ Only this module reads environment variables; the README lists them.
 import contextlib
 import gc
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -23,6 +24,12 @@ GITHUB_URL = "https://raw.githubusercontent.com"  # <base>/<owner>/<repository>/
 
 class UserError(ValueError):
     """A mistake the user can correct (flag, file, environment). One line: what was given, what to do."""
+
+
+def require(condition, message):
+    """Raises UserError(message) unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
 
 
 def base_dir():
@@ -77,6 +84,23 @@ class Compute:
         import torch
 
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def all_gather(self, value):
+        """[value of each rank], on every rank; `value` is any object that pickles."""
+        import torch.distributed as dist
+
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def all_reduce(self, tensor):
+        """`tensor`, summed over all ranks in place."""
+        import torch.distributed as dist
+
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
 
     def synchronize(self):
         """Wait for the device to finish, so that timings are correct."""
@@ -185,6 +209,12 @@ def atomic_path(path):
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def write_jsonl(path, records):
+    """Write `records` as JSON, one per line; the file appears whole or not at all."""
+    with atomic_path(path) as draft:
+        draft.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
 
 
 def fetch(url, path, attempts=5, timeout=30, progress=None):

@@ -1,195 +1,200 @@
 """
-CORE (DCLM, Li et al. 2024): 22 tasks, each scored by what a base model finds likely, each centred on guessing.
+CORE (DCLM, Li et al. 2024): the accuracy of a base model on 22 in-context learning tasks, centered on guessing.
 
     score = evaluate_core(model, tokenizer, compute, max_per_task=500)
     score.core, score.accuracies, score.centered
 
-multiple_choice: the option whose tokens after what all options' prompts have in common at their start have the lowest
-mean loss. schema: likewise, over the tokens that all prompts have in common at their end. language_modeling: right when
-every token of the continuation is the likeliest one.
+A multiple_choice or schema example has one prompt per option, and the model chooses the option whose scored tokens have
+the lowest mean loss. In multiple_choice the scored tokens follow the prefix that all prompts share; in schema they are
+the suffix that all prompts share. A language_modeling example is correct if the model predicts every token of the
+continuation greedily.
 
-What prompts share is computed once: rows that begin alike (the options of an example, the questions about one story)
-share a prefix, which is prefilled into a KV cache and repeated for the rows' own few tokens, and only the tokens that
-are scored go through the head. A verdict does not depend on batches, company or number of processes.
+A shared prefix is computed once: the options of an example, and questions about the same story, form a group. The
+group's prefix is prefilled into a KV cache row, which is repeated for the suffixes. Only scored tokens need logits. A
+verdict does not depend on how examples are batched, nor on the number of processes.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
-from nanochat.dclm.tasks import load_tasks
+from nanochat.engine import TorchBackend, common_prefix_length
 from nanochat.gpt import GPT
-from nanochat.inference.kv_cache import KVCache
-from nanochat.inference.kv_cache import common_prefix_length as shared
 from nanochat.ops import chunk_rows
 
 WINDOW = 256  # examples tokenized at a time
 PASS_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 16384}  # padded tokens in one forward pass; bounds its memory
-MIN_SHARE = 0.5  # of a row's tokens must be in the prefix that it shares with others
+MIN_SHARED = 0.5  # least share of a sequence that its group's prefix covers
 
 
 @dataclass(frozen=True)
 class CoreScore:
-    """What the tasks came to. `records` has a list per label with a dict for each example, in order."""
+    """Results by task. `records` has one dict per example, in the order of evaluation."""
 
-    records: dict[str, list[dict]]
-    baselines: dict[str, float]
+    records: dict[str, list[dict]]  # {label: records}
+    baselines: dict[str, float]  # {label: accuracy of guessing, 0 to 1}
 
     @property
     def accuracies(self):
-        """{label: share of examples that are right}."""
+        """{label: share of examples that are correct}."""
         return {label: sum(r["correct"] for r in records) / len(records) for label, records in self.records.items()}
 
     @property
     def centered(self):
-        """{label: accuracy on a scale from 0 = guessing to 1}."""
-        return {
-            label: (a - self.baselines[label]) / (1 - self.baselines[label]) for label, a in self.accuracies.items()
-        }
+        """{label: accuracy rescaled so that guessing scores 0 and a perfect model 1}."""
+        pairs = ((label, accuracy, self.baselines[label]) for label, accuracy in self.accuracies.items())
+        return {label: (accuracy - baseline) / (1 - baseline) for label, accuracy, baseline in pairs}
 
     @property
     def core(self):
-        """The mean of `centered`: CORE, when all tasks of the bundle are there."""
+        """Mean of the centered accuracies; with all tasks of the bundle this is CORE."""
         return sum(self.centered.values()) / len(self.centered)
 
 
 def evaluate_core(model, tokenizer, compute, max_per_task=-1, tasks=None, progress=None, pass_tokens=None):
     """
-    CoreScore of `model`, a GPT or core_hf.HFScorer; called by all ranks, and the same on all.
+    CoreScore of `model`, a GPT or a dclm.hf_models.HFScorer. All ranks call it and get the same result.
 
-    Takes the first `max_per_task` examples of each of `tasks`, -1 = all; the tasks are load_tasks() unless given. A
-    forward pass has at most `pass_tokens` padded tokens, or one row. `progress(label, done, total)` counts this rank's
-    examples, one in world_size of all.
+    Scores the first `max_per_task` examples (-1 = all) of each of `tasks`, by default load_tasks(). A forward pass has
+    at most `pass_tokens` padded tokens, but at least one row. `progress(label, done, total)` counts this rank's
+    examples.
     """
+    from nanochat.dclm.tasks import load_tasks
+
     scorer = GPTScorer(model, compute) if isinstance(model, GPT) else model
     pass_tokens, tasks, records = pass_tokens or PASS_TOKENS[compute.device.type], tasks or load_tasks(), {}
     for task in tasks:
         mine = _evaluate(task, scorer, tokenizer, compute, max_per_task, pass_tokens, progress)
-        shares = [mine]
-        if compute.world_size > 1:
-            shares = [None] * compute.world_size
-            dist.all_gather_object(shares, mine)
-        records[task.label] = sorted((r for share in shares for r in share), key=lambda r: r["index"])
+        by_rank = compute.all_gather(mine)
+        records[task.label] = sorted(itertools.chain(*by_rank), key=lambda record: record["index"])
     return CoreScore(records, {task.label: task.baseline for task in tasks})
 
 
 @torch.inference_mode()
 def _evaluate(task, scorer, tokenizer, compute, max_examples, pass_tokens, progress):
-    """The records of this rank's examples of `task`, in no order."""
+    """Records of this rank's examples of `task`."""
     examples, records = task.examples(max_examples), []
-    # By text: without shots, questions about one story come together and share what they begin with.
+    # Sorted by question: without few-shot examples, questions about the same story then share a prefix.
     mine = sorted(range(compute.rank, len(examples), compute.world_size), key=lambda i: task.question(examples[i]))
 
-    def show(before, size, share):
+    def show(start, size, share):
         if progress:
-            progress(task.label, before + int(share * size), len(mine))
+            progress(task.label, start + int(share * size), len(mine))
 
     for start in range(0, len(mine), WINDOW):
         prompts = {i: task.prompts(examples, i) for i in mine[start : start + WINDOW]}
-        ids = iter(tokenizer.encode([t for texts in prompts.values() for t in texts], tokenizer.get_bos_token_id()))
-        rows = {}
+        ids = iter(tokenizer.encode(list(itertools.chain(*prompts.values())), tokenizer.get_bos_token_id()))
+        rows = {}  # (index of the example, option) -> (tokens, start of the scored ones)
         for i, texts in prompts.items():
             for option, row in enumerate(scored_rows(task.kind, [next(ids) for _ in texts])):
                 rows[i, option] = crop(*row, scorer.max_tokens)
-
-        results = {}
-        for (i, _), result in score(scorer, rows, pass_tokens, partial(show, start, len(prompts))).items():
-            results.setdefault(i, []).append(result)
-        for i, options in results.items():
-            verdict = _continued(*rows[i, 0], options[0], tokenizer) if task.kind == "language_modeling" else None
-            records.append({"index": i, **(verdict or _chosen(options, examples[i]["gold"]))})
+        results = score(scorer, rows, pass_tokens, partial(show, start, len(prompts)))
+        for i, keys in itertools.groupby(rows, key=lambda key: key[0]):
+            options = [results[key] for key in keys]
+            if task.kind == "language_modeling":
+                verdict = _judge_continuation(*rows[i, 0], options[0], tokenizer)
+            else:
+                verdict = _judge_choice(options, examples[i]["gold"])
+            records.append({"index": i, **verdict})
     return records
 
 
 def scored_rows(kind, prompts):
-    """[(tokens, where the scored ones begin; they go on to the end)] of an example's tokenized prompts."""
+    """[(tokens, start)] for an example's tokenized prompts; the tokens from `start` to the end are scored."""
     if kind == "language_modeling":
-        without, row = prompts
-        return [(row, shared(without, row))]
+        without_continuation, row = prompts
+        return [(row, common_prefix_length(without_continuation, row))]
     if kind == "schema":
-        n = min(shared(prompts[0][::-1], row[::-1]) for row in prompts)
-        return [(row, max(1, len(row) - n)) for row in prompts]
-    n = min(shared(prompts[0], row) for row in prompts)
-    return [(row, n) for row in prompts]
+        suffix = min(common_prefix_length(prompts[0][::-1], row[::-1]) for row in prompts)
+        return [(row, max(1, len(row) - suffix)) for row in prompts]  # the first token is never predicted
+    prefix = min(common_prefix_length(prompts[0], row) for row in prompts)
+    return [(row, prefix) for row in prompts]
 
 
 def crop(tokens, start, max_tokens):
-    """(tokens, start) without the beginning of a row longer than `max_tokens`; None = any length will do."""
+    """(tokens, start) of the last `max_tokens` tokens of a row; None = no limit."""
     cut = max(0, len(tokens) - max_tokens) if max_tokens else 0
     return tokens[cut:], max(1, start - cut)
 
 
-def _chosen(options, gold):
-    # Of equals the first. An option with nothing of its own (the others begin with all of it) has a mean of NaN, which
-    # is neither more nor less: min() keeps what came before it, as the reference does.
+def _judge_choice(options, gold):
+    # Ties go to the first option. If an option's prompt is a prefix of the others', none of its tokens is scored and
+    # its mean loss is NaN. NaN compares false, so min() then keeps the option before it, as the reference does.
     losses = [loss for loss, _ in options]
     chosen = min(range(len(losses)), key=losses.__getitem__)
-    shown = [None if math.isnan(loss) else loss for loss in losses]
-    return {"losses": shown, "chosen": chosen, "gold": gold, "correct": chosen == gold}
+    json_losses = [None if math.isnan(loss) else loss for loss in losses]
+    return {"losses": json_losses, "chosen": chosen, "gold": gold, "correct": chosen == gold}
 
 
-def _continued(tokens, start, result, tokenizer):
+def _judge_continuation(tokens, start, result, tokenizer):
     expected, predicted = tokens[start:], result[1]
     texts = {"expected": tokenizer.decode(expected), "predicted": tokenizer.decode(predicted)}
     return {**texts, "correct": predicted == expected}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rows of tokens
+# Scoring rows of tokens
 
 
 def score(scorer, rows, pass_tokens, progress=None):
     """
-    {key: (mean loss in nats, likeliest tokens)} over the scored tokens of `rows`, {key: (tokens, start)}.
+    {key: (mean loss in nats, greedy predictions)} of the scored tokens of `rows`, {key: (tokens, start)}.
 
-    The keys keep their order. `progress(share)` is called after each pass.
+    The keys keep their order; without scored tokens the loss is NaN. `progress(share)` is called after each pass.
     """
-    runs = {}  # tokens to run, which is all but the last -> rows: options of one token, and equal ones, share a run
+    # A row's input is all but its last token. Rows with equal inputs, such as options of one token, share one run.
+    keys_by_input = {}
     for key, (tokens, start) in rows.items():
         if start < len(tokens):
-            runs.setdefault(tuple(tokens[:-1]), []).append(key)
-    first = {run: min(rows[key][1] for key in keys) - 1 for run, keys in runs.items()}  # position that predicts first
-    groups = prefix_groups(first) if scorer.shares_prefixes else [(0, [run]) for run in runs]
+            keys_by_input.setdefault(tuple(tokens[:-1]), []).append(key)
+    # The token at `start` is predicted at position start - 1.
+    first_scored = {ids: min(rows[key][1] for key in keys) - 1 for ids, keys in keys_by_input.items()}
+    groups = prefix_groups(first_scored) if scorer.shares_prefixes else [(0, [ids]) for ids in first_scored]
     groups.sort(key=lambda group: group[0], reverse=True)
     results, done = {}, 0
     for batch in _batches(groups, lambda group: group[0], pass_tokens, scorer.equal_prefixes):
         cache = scorer.prefill([members[0][:prefix] for prefix, members in batch])
-        rests = [(row, run, prefix) for row, (prefix, members) in enumerate(batch) for run in members]
-        rests.sort(key=lambda rest: len(rest[1]) - rest[2], reverse=True)
-        # The cache's rows are repeated for these, so their prefixes count too.
-        for part in _batches(rests, lambda rest, n=batch[0][0]: n + len(rest[1]) - rest[2], 2 * pass_tokens):
-            wanted = [(key, i) for i, (_, run, _) in enumerate(part) for key in runs[run]]
-            results |= _score_part(scorer, cache, part, {key: (i, *rows[key]) for key, i in wanted})
+        inputs = [(row, ids, prefix) for row, (prefix, members) in enumerate(batch) for ids in members]
+        inputs.sort(key=lambda item: len(item[1]) - item[2], reverse=True)
+        longest_prefix = batch[0][0]  # counts too, since the cache's rows are repeated
+        for part in _batches(inputs, lambda item, n=longest_prefix: n + len(item[1]) - item[2], 2 * pass_tokens):
+            targets = {key: (i, *rows[key]) for i, (_, ids, _) in enumerate(part) for key in keys_by_input[ids]}
+            results |= _score_part(scorer, cache, part, targets)
             done += len(part)
             if progress:
-                progress(done / len(runs))
+                progress(done / len(keys_by_input))
     return {key: results.get(key, (math.nan, [])) for key in rows}
 
 
-def prefix_groups(first):
+def prefix_groups(first_scored):
     """
-    [(length of the shared prefix, [run, ...])] of runs, {tokens: the first position whose prediction is scored}.
+    [(prefix length, [input, ...])]: groups of inputs that start with the same prefix.
 
-    A run joins its neighbour in sorted order where that leaves fewer tokens to run; what is scored stays in the rest.
+    `first_scored` is {input, a tuple of tokens: its first position whose prediction is scored}; a prefix ends before
+    that position. An input joins its predecessor's group in sorted order if that leaves fewer tokens to compute.
     """
     groups = []
-    for run in sorted(first):
+    for ids in sorted(first_scored):
         if groups:
             prefix, members = groups[-1]
-            n = min(shared(members[0][:prefix], run), first[run])
-            if n >= MIN_SHARE * max(len(members[0]), len(run)) and n * len(members) > prefix * (len(members) - 1):
-                groups[-1] = n, [*members, run]
+            n = min(common_prefix_length(members[0][:prefix], ids), first_scored[ids])
+            if n >= MIN_SHARED * max(len(members[0]), len(ids)) and n * len(members) > prefix * (len(members) - 1):
+                groups[-1] = n, [*members, ids]
                 continue
-        groups.append((first[run], [run]))
+        groups.append((first_scored[ids], [ids]))
     return groups
 
 
 def _batches(items, width, limit, equal=False):
-    """Lists of neighbours among `items`, widest first, each padded to at most `limit`, but at least one a list."""
+    """
+    Yield lists of consecutive `items`, which are sorted by width, the widest first.
+
+    A list has at most `limit` padded tokens, or one item; `equal`: all items of a list have the same width.
+    """
     batch = []
     for item in items:
         if batch and (width(batch[0]) * (len(batch) + 1) > limit or equal and width(item) != width(batch[0])):
@@ -200,57 +205,51 @@ def _batches(items, width, limit, equal=False):
         yield batch
 
 
-def _score_part(scorer, cache, part, wanted):
-    """score() of the rows `wanted`, {key: (index in `part`, tokens, start)}; part: [(row of cache, run, prefix)]."""
-    spans = [(i, s - 1 - part[i][2], tokens[s:]) for i, tokens, s in wanted.values()]
+def _score_part(scorer, cache, part, rows):
+    """
+    score() of `rows`, {key: (index in `part`, tokens, start)}, in one forward pass.
+
+    `part` is [(row of `cache`, input, prefix length)].
+    """
+    spans = [(i, start - 1 - part[i][2], tokens[start:]) for i, tokens, start in rows.values()]
     at_row = [i for i, _, targets in spans for _ in targets]
     at_column = [column + n for _, column, targets in spans for n in range(len(targets))]
-    rests = [list(run[prefix:]) for _, run, prefix in part]
+    suffixes = [list(ids[prefix:]) for _, ids, prefix in part]
     targets = torch.tensor([t for _, _, targets in spans for t in targets], device=scorer.device)
-    losses, likeliest, at = [], [], 0
-    for logits in scorer.logits(cache, [row for row, _, _ in part], rests, at_row, at_column):
+    losses, predicted, at = [], [], 0
+    for logits in scorer.logits(cache, [row for row, _, _ in part], suffixes, at_row, at_column):
         losses.append(F.cross_entropy(logits, targets[at : at + len(logits)], reduction="none"))
-        likeliest.append(logits.argmax(-1))
+        predicted.append(logits.argmax(-1))
         at += len(logits)
     sizes = [len(targets) for _, _, targets in spans]
-    losses, likeliest = (torch.cat(x).cpu().split(sizes) for x in (losses, likeliest))
-    return {k: (loss.mean().item(), ids.tolist()) for k, loss, ids in zip(wanted, losses, likeliest, strict=True)}
-
-
-def padded(rows, device):
-    """Ids (B, T) of rows of any lengths; causal attention: what is padded on the right changes nothing before it."""
-    n = max(map(len, rows))
-    return torch.tensor([[*row, *[0] * (n - len(row))] for row in rows], device=device)
+    losses, predicted = (torch.cat(x).cpu().split(sizes) for x in (losses, predicted))
+    return {key: (loss.mean().item(), ids.tolist()) for key, loss, ids in zip(rows, losses, predicted, strict=True)}
 
 
 class GPTScorer:
-    """Runs a GPT: prefixes into a cache, then the rows that begin with them."""
+    """Runs a GPT: prefills the groups' prefixes into a KV cache, then the suffixes that continue them."""
 
-    max_tokens = None  # the rotary table grows with the prompts
+    max_tokens = None  # no limit: the rotary table grows with the prompts
     shares_prefixes, equal_prefixes = True, False
 
     def __init__(self, model, compute):
-        self.model, self.compute, self.device = model, compute, model.get_device()
+        self.model, self.device, self.backend = model, model.get_device(), TorchBackend(model, compute)
 
     def prefill(self, prefixes):
-        """A cache with a row for each of `prefixes`, of any lengths."""
-        cache = KVCache(self.model.config.n_layer, len(prefixes), self.device)
-        if any(prefixes):
-            with self.compute.autocast():
-                self.model.hidden(padded(prefixes, self.device), cache, fill_only=True)
-        cache.lengths = [len(prefix) for prefix in prefixes]
+        """A KV cache with one row for each of `prefixes`."""
+        cache = self.backend.new_cache(len(prefixes))
+        self.backend.fill(prefixes, cache)
         return cache
 
-    def logits(self, cache, owners, rests, rows, columns):
-        """Yield logits (n, V) in float32 after rests[row][column], where rests[i] follows row owners[i] of `cache`."""
-        repeated = KVCache(self.model.config.n_layer, device=self.device)
-        if cache.data is not None:  # room at once for what is to come
-            longest = max(cache.lengths[owner] for owner in owners) + max(map(len, rests))
-            heads, _, head_dim = cache.data.shape[-3:]
-            repeated.reserve(len(owners), longest, heads, head_dim, cache.data.dtype)
-        repeated.append(cache, owners)
-        with self.compute.autocast():
-            x = self.model.hidden(padded(rests, self.device), repeated)[rows, columns]
+    def logits(self, cache, cache_rows, suffixes, rows, columns):
+        """
+        Yield float32 logits (n, V), in chunks, at the positions (row, column) of `suffixes`.
+
+        suffixes[i] continues row cache_rows[i] of `cache`.
+        """
+        repeated = self.backend.new_cache()
+        repeated.append(cache, cache_rows, room=max(map(len, suffixes)))
+        x = self.backend.hidden(suffixes, repeated)[rows, columns]
         for chunk in x.split(chunk_rows(x, self.model.config.vocab_size)):
-            with self.compute.autocast():
+            with self.backend.precision():
                 yield self.model.logits(chunk)

@@ -11,7 +11,7 @@ import torch
 
 from nanochat.inference.backends import TorchBackend, default_backend
 from nanochat.inference.detokenizer import Detokenizer, visible_text
-from nanochat.inference.kv_cache import KVCache, PrefixCache
+from nanochat.inference.kv_cache import KVCache, PrefixCache, common_prefix_length
 from nanochat.inference.sampling import MIN_TEMPERATURE, Request, log_probabilities, sample
 from nanochat.inference.scheduler import DecodeLoop, Prefill, Row, terminal_tokens
 
@@ -23,6 +23,8 @@ __all__ = [
     "KVCache",
     "Request",
     "Row",
+    "TorchBackend",
+    "common_prefix_length",
     "sample",
     "visible_text",
 ]

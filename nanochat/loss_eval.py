@@ -1,41 +1,37 @@
 """
-Judging a language model by text: bits per byte, which does not depend on the tokenizer, mean loss, and samples.
+Evaluation of a language model on text: bits per byte, which is independent of the tokenizer, mean loss, and samples.
 """
 
 import itertools
 import math
 
 import torch
-import torch.distributed as dist
 
 
 @torch.no_grad()
 def evaluate_bpb(model, batches, token_bytes, compute):
     """
-    Bits per byte over `batches` of (inputs, targets), each (B, T), summed over all ranks.
+    Bits per byte over `batches` of (inputs, targets), each (B, T), and over all ranks; inf if there are no bytes.
 
-    `token_bytes` (V,) holds each token's length in bytes, 0 for special tokens: those, and targets of -1, count
-    neither in the nats nor in the bytes. inf when there are no bytes.
+    `token_bytes` (V,) is each token's length in bytes, 0 for special tokens. Special tokens, and targets of -1, count
+    neither in the nats nor in the bytes.
     """
     token_bytes = token_bytes.to(compute.device)
-    totals = torch.zeros(
-        2, dtype=torch.float64 if compute.device.type != "mps" else torch.float32, device=compute.device
-    )
+    dtype = torch.float32 if compute.device.type == "mps" else torch.float64  # MPS has no float64
+    totals = torch.zeros(2, dtype=dtype, device=compute.device)
     for x, y in batches:
         x, y = x.to(compute.device, non_blocking=True), y.to(compute.device, non_blocking=True)
         with compute.autocast():
             nats = model(x, y, loss_reduction="none")
         num_bytes = token_bytes[y.clamp(min=0)] * (y >= 0)
-        totals += torch.stack(((nats * (num_bytes > 0)).sum(), num_bytes.sum())).to(totals.dtype)
-    if compute.world_size > 1:
-        dist.all_reduce(totals)
-    nats, num_bytes = totals.tolist()
+        totals += torch.stack(((nats * (num_bytes > 0)).sum(), num_bytes.sum())).to(dtype)
+    nats, num_bytes = compute.all_reduce(totals).tolist()
     return nats / (math.log(2) * num_bytes) if num_bytes else math.inf
 
 
 @torch.no_grad()
 def evaluate_loss(model, batches, steps, compute):
-    """Mean cross entropy in nats over the trained tokens of the next `steps` Batches, over all ranks."""
+    """Mean cross entropy in nats over the trained tokens of the next `steps` Batches of all ranks."""
     totals = torch.zeros(2, dtype=torch.float32, device=compute.device)
     for batch in itertools.islice(batches, steps):
         for x, y in batch.micro_batches:
@@ -43,13 +39,11 @@ def evaluate_loss(model, batches, steps, compute):
             with compute.autocast():
                 totals[0] += model(x, y, loss_reduction="sum")
             totals[1] += (y >= 0).sum()
-    if compute.world_size > 1:
-        dist.all_reduce(totals)
-    nats, tokens = totals.tolist()
+    nats, tokens = compute.all_reduce(totals).tolist()
     return nats / max(1, tokens)
 
 
-PROMPTS = {
+PROMPTS = {  # by corpus
     "public": (
         "The capital of France is",
         "The chemical symbol of gold is",
@@ -71,7 +65,7 @@ PROMPTS = {
 
 
 def greedy_samples(engine, corpus, max_tokens=16):
-    """{prompt: continuation}: how a base model goes on from a few beginnings fit for what it was trained on."""
+    """{prompt: continuation} of a base model trained on `corpus`, decoded greedily."""
     tokenizer, samples = engine.tokenizer, {}
     for prompt in PROMPTS[corpus]:
         ids = tokenizer.encode(prompt, prepend=tokenizer.get_bos_token_id())

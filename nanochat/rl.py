@@ -1,35 +1,39 @@
 """
-Reinforcement learning: what a model writes, what that is worth, and batches to learn from it.
+Reinforcement learning: rollouts, their rewards and advantages, and training batches.
 
-REINFORCE (Williams 1992) on the model's own samples, with the mean reward of a problem's group of samples as baseline
-(as GRPO, Shao et al. 2024, without its division by the deviation, without clipping, and without a penalty for leaving
-the first model). Every token that was sampled is trained, the one that ends the answer too; what the calculator wrote
-is not. A rollout depends on the weights, its problem, the step and its number in the group, not on its company.
+REINFORCE (Williams 1992) on samples from the model itself, with the mean reward of a problem's group of samples as the
+baseline. This is GRPO (Shao et al. 2024) without clipping, KL penalty and division by the standard deviation. Every
+sampled token is trained, including the terminal token; tokens forced by the calculator are not. A rollout depends on
+the weights, its problem, seed and sample number, and not on the batch it runs in.
 """
 
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
+from torch.nn.utils.rnn import pad_sequence
 
-from nanochat.engine import Engine, Request
+from nanochat.chat_eval import generate_answers
+from nanochat.engine import Engine
 from nanochat.gpt import GPT
-from nanochat.inference.detokenizer import visible_text
 
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """One sample: the prompt's ids and the answer's, with its mask (1 = sampled), and what it earned."""
+    """One sampled answer to a problem."""
 
-    prompt: list[int]
-    tokens: list[int]
-    mask: list[int]
+    prompt: list[int]  # token ids
+    tokens: list[int]  # token ids of the answer
+    mask: list[int]  # per token of the answer: 1 = sampled, 0 = forced
     reward: float
-    cut_off: bool  # it was longer than allowed
+    cut_off: bool  # reached the maximum length
 
 
 def make_sampler(model, tokenizer, compute):
-    """An engine with a copy of `model` in compute.dtype: it decodes as quickly as a model that is not trained."""
+    """
+    An engine on a copy of `model` in compute.dtype, which decodes faster than a model that is being trained.
+
+    sync() fills in the weights.
+    """
     copy = GPT(model.config)
     copy.allocate(compute.device)
     return Engine(copy.to(dtype=compute.dtype).eval().requires_grad_(False), tokenizer, compute)
@@ -37,33 +41,29 @@ def make_sampler(model, tokenizer, compute):
 
 @torch.no_grad()
 def sync(sampler, model):
-    """Give the sampler the model's weights, in place, since its decoder knows where they lie."""
+    """Copy the model's weights into the sampler, in place, since its backend holds their addresses."""
     for to, p in zip(sampler.model.parameters(), model.parameters(), strict=True):
         to.copy_(p)
 
 
-def roll_out(sampler, task, problems, num_samples, max_new_tokens, max_rows):
+def roll_out(sampler, task, seeds, num_samples, max_new_tokens, max_rows):
     """
-    {index: [Rollout]}: `num_samples` answers to each of the problems, which are {index of `task`: seed}.
+    {index: [Rollout of each sample]} for the problems of `task` in `seeds`, {index: seed}.
 
-    They are drawn from the model's own distribution, whole and at temperature 1, which is what the loss scores.
+    Sampling is at temperature 1 without top-k, because the loss is that of the model's own distribution.
     """
-    tokenizer, context = sampler.tokenizer, sampler.model.config.sequence_len
-    room = min(max_new_tokens, context // 2)
-    conversations, requests = {i: task[i] for i in problems}, {}
-    for i, seed in problems.items():
-        prompt = tokenizer.render_for_completion(conversations[i], max_tokens=context - room)
-        requests[Request(prompt, room, temperature=1.0, seed=seed, num_samples=num_samples)] = i
-    groups = {i: {} for i in problems}
-    for row in sampler.generate_many(requests, max_rows):
-        i, text = requests[row.request], visible_text(tokenizer, row.completion)
-        reward, cut_off = task.reward(conversations[i], text), row.finish == "length"
-        groups[i][row.sample] = Rollout(row.request.tokens, row.tokens, row.mask, reward, cut_off)
-    return {i: [group[sample] for sample in range(num_samples)] for i, group in groups.items()}
+    max_new_tokens = min(max_new_tokens, sampler.model.config.sequence_len // 2)
+    problems, groups = {i: task[i] for i in seeds}, dict.fromkeys(seeds)
+    for i, samples in generate_answers(sampler, problems, seeds, max_rows, max_new_tokens, num_samples):
+        groups[i] = [
+            Rollout(row.request.tokens, row.tokens, row.mask, task.reward(problems[i], text), row.finish == "length")
+            for row, text in samples
+        ]
+    return groups
 
 
 def advantages(group):
-    """How much better than its group each rollout is; None if all are alike, and there is nothing to learn."""
+    """Each rollout's reward minus the group's mean reward; None if all rewards are equal."""
     rewards = [rollout.reward for rollout in group]
     mean = sum(rewards) / len(rewards)
     return [reward - mean for reward in rewards] if len(set(rewards)) > 1 else None
@@ -71,38 +71,35 @@ def advantages(group):
 
 def policy_batches(groups, rows, device):
     """
-    (micro-batches, left_out) for train_step: `rows` rollouts at a time, as (inputs, targets, weights), (rows, T) each.
+    (micro_batches, skipped_tokens) for train_step: `rows` rollouts each, as (inputs, targets, weights), all (rows, T).
 
-    Targets that were not sampled are -1, a token's weight is its rollout's advantage. Groups with nothing to learn are
-    left out; `left_out` is the number of their sampled tokens, which the mean over the whole batch counts all the same.
+    Targets that were not sampled are -1. A token's weight is its rollout's advantage. Groups whose rewards are
+    all equal are skipped, since their advantages are 0; `skipped_tokens` is the number of their sampled tokens, which
+    the mean over the batch still counts.
     """
-    learnt, left_out = [], 0
+    weighted, skipped_tokens = [], 0
     for group in groups:
-        found = advantages(group)
-        if found is None:
-            left_out += sum(sum(rollout.mask) for rollout in group)
+        group_advantages = advantages(group)
+        if group_advantages is None:
+            skipped_tokens += sum(sum(rollout.mask) for rollout in group)
         else:
-            learnt += zip(group, found, strict=True)
-    learnt.sort(key=lambda pair: len(pair[0].prompt) + len(pair[0].tokens))  # similar lengths: little padding
+            weighted += zip(group, group_advantages, strict=True)
+    weighted.sort(key=lambda pair: len(pair[0].prompt) + len(pair[0].tokens))  # similar lengths need little padding
     batches = []
-    for start in range(0, len(learnt), rows):
-        part = learnt[start : start + rows]
-        T = max(len(rollout.prompt) + len(rollout.tokens) for rollout, _ in part) - 1
-        x, y = torch.zeros(len(part), T, dtype=torch.long), torch.full((len(part), T), -1)
-        weights = torch.zeros(len(part), T)
-        for b, (rollout, advantage) in enumerate(part):
-            ids, first = torch.tensor(rollout.prompt + rollout.tokens), len(rollout.prompt) - 1
-            sampled = torch.tensor(rollout.mask, dtype=torch.bool)
-            x[b, : len(ids) - 1] = ids[:-1]
-            y[b, first : len(ids) - 1] = torch.where(sampled, ids[first + 1 :], -1)
-            weights[b] = advantage
+    for start in range(0, len(weighted), rows):
+        rollouts, row_weights = zip(*weighted[start : start + rows], strict=True)
+        ids = [torch.tensor(r.prompt + r.tokens) for r in rollouts]
+        sampled = [torch.tensor([0] * len(r.prompt) + r.mask) > 0 for r in rollouts]
+        x = pad_sequence([row[:-1] for row in ids], batch_first=True)
+        targets = [torch.where(mask, row, -1)[1:] for row, mask in zip(ids, sampled, strict=True)]
+        y = pad_sequence(targets, batch_first=True, padding_value=-1)
+        weights = torch.tensor(row_weights)[:, None].repeat(1, x.size(1))
         batches.append(tuple(t.to(device) for t in (x, y, weights)))
-    return batches, left_out
+    return batches, skipped_tokens
 
 
 def mean_over_ranks(values, compute):
-    """The mean of all ranks' numbers."""
+    """Mean of the numbers `values` of all ranks."""
     totals = torch.tensor([sum(values), len(values)], dtype=torch.float32, device=compute.device)
-    if compute.world_size > 1:
-        dist.all_reduce(totals)
-    return (totals[0] / totals[1]).item()
+    total, count = compute.all_reduce(totals)
+    return (total / count).item()

@@ -1,27 +1,21 @@
 """
-Bits per byte of a base model on training and validation text, and a few samples.
+Evaluate a base model's loss: bits per byte on training and validation text, and a few samples.
 
     python -m scripts.base_loss --device_batch_size=1 --split_tokens=16384
     torchrun --standalone --nproc_per_node=8 -m scripts.base_loss
 
-Reads the newest base checkpoint, tokenizer/ and base_data/. Writes the report's section.
+Reads a base checkpoint, tokenizer/ and base_data/. Writes a section of the report.
 """
 
-from nanochat.cli import make_parser, parse_args, run_script
-from nanochat.common import UserError, compute_init, print0
+from nanochat.cli import add_checkpoint_flags, make_parser, parse_args, run_script
+from nanochat.common import compute_init, print0, require
 
 
 def build_parser():
     p = make_parser("scripts.base_loss", __doc__)
-    p.add_argument("--device_type", default="", help="cuda, mps or cpu; empty = the best one here")
-    p.add_argument(
-        "--dtype", default="", help="float32 or bfloat16; empty = bfloat16 where the hardware is built for it"
-    )
+    add_checkpoint_flags(p)
     p.add_argument("--device_batch_size", type=int, default=32, help="rows per forward pass and device")
     p.add_argument("--split_tokens", type=int, default=20 * 524288, help="tokens of each split to evaluate")
-    p.add_argument("--model_tag", default=None, help="folder name of the checkpoint; default: the deepest")
-    p.add_argument("--model_step", type=int, default=None, help="step of the checkpoint; default: the newest")
-    p.add_argument("--quantize", choices=["int8"], help="judge the weights that a CPU decodes with then")
     return p
 
 
@@ -36,28 +30,24 @@ def main(argv=None):
     from nanochat.tokenizer import get_token_bytes
 
     compute = compute_init(args.device_type, args.dtype)
-    model, tokenizer, meta = load_model("base", compute, args.model_tag, args.model_step, quantize=args.quantize)
-    engine = Engine(model, tokenizer, compute)
+    model, tokenizer, meta = load_model("base", compute, args.model_tag, args.step, quantize=args.quantize)
     rows, T = args.device_batch_size * compute.world_size, model.config.sequence_len
-    if args.split_tokens < 1 or args.split_tokens % (rows * T):
-        raise UserError(
-            f"--split_tokens={args.split_tokens:,} is not a multiple of {rows * T:,} ({rows} rows x {T} tokens)"
-        )
-    steps, token_bytes = args.split_tokens // (rows * T), get_token_bytes()
+    steps, rest = divmod(args.split_tokens, rows * T)
+    size = f"{rows * T:,} ({rows} rows x {T} tokens)"
+    require(steps > 0 and not rest, f"--split_tokens={args.split_tokens:,} is not a multiple of {size}")
 
-    bpb = {}
+    bpb, token_bytes = {}, get_token_bytes()
     for split in ("train", "val"):
         batches = eval_batches(ShardSource(row_groups(split), tokenizer, rows), rows, T, steps, compute)
-        bpb[f"{split} bpb"] = evaluate_bpb(model, batches, token_bytes, compute)
-        print0(f"{split} bpb {bpb[f'{split} bpb']:.4f}")
-    samples = {}
-    if compute.rank == 0:
-        samples = greedy_samples(engine, meta["corpus"])
-        for prompt, text in samples.items():
-            print0(f"{prompt} >{text}")
-    facts = {"step": meta["step"], **bpb}
+        bpb[split] = evaluate_bpb(model, batches, token_bytes, compute)
+        print0(f"{split} bpb {bpb[split]:.4f}")
+    samples = greedy_samples(Engine(model, tokenizer, compute), meta["corpus"]) if compute.rank == 0 else {}
+    for prompt, text in samples.items():
+        print0(f"{prompt} >{text}")
+    facts = {"step": meta["step"], "train bpb": bpb["train"], "val bpb": bpb["val"]}
+    listing = {f"sample: {prompt}": text for prompt, text in samples.items()}
     get_report().log(
-        section="Base model loss", data=[vars(args), facts, {f"sample: {k}": v for k, v in samples.items()}]
+        "Base model loss", [vars(args), facts, listing], {"train_bpb": bpb["train"], "val_bpb": bpb["val"]}
     )
 
 

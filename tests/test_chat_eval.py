@@ -1,4 +1,4 @@
-"""Scoring on models that follow a script, against counts by hand and full forward passes."""
+"""Chat evaluation of scripted models, against hand-computed scores and full forward passes."""
 
 import itertools
 import json
@@ -7,7 +7,6 @@ import pytest
 import torch
 from test_engine import BOS, END, OUTPUT, OUTPUT_END, PYTHON, PYTHON_END, VOCAB, ByteTokenizer, ScriptedModel
 
-from nanochat import chat_eval
 from nanochat.chat_eval import Score, chat_core, evaluate_task, pass_at_k
 from nanochat.common import Compute, UserError
 from nanochat.engine import Engine
@@ -22,7 +21,7 @@ class ByteChat(ByteTokenizer):
 
 
 class ListTask(Task):
-    """(question, right answer) pairs."""
+    """A task of (question, correct answer) pairs."""
 
     def __init__(self, problems, letters=None):
         self.problems, self.letters = problems, letters
@@ -41,7 +40,7 @@ class ListTask(Task):
 
 
 def answering(answers, sequence_len=64):
-    """An engine whose model writes answers[question] (a list of ids and strings) after each question."""
+    """An engine whose model generates answers[question] (a list of ids and strings) after each question."""
 
     def script(sequence):
         for question, parts in answers.items():
@@ -77,7 +76,7 @@ def test_chat_core_and_standard_error_by_hand():
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_letters_are_compared_with_letters_only(batch_size):
-    # The likeliest token is X, which is no letter of the problem; C is as likely, A and B are not.
+    # The scripted model gives equal logits to the chosen letter and to X, which is not an option of the problem.
     chosen = {"short": "C", "a longer one": "C", "mid one": "A", "q": "B"}
     engine = answering({})
     engine.model.script = lambda s: [ord("X"), ord(chosen.get(bytes(s[1:]).decode(), "B"))]
@@ -89,7 +88,7 @@ def test_letters_are_compared_with_letters_only(batch_size):
 
 
 @torch.no_grad()
-def test_letters_equal_those_of_a_full_forward():
+def test_letters_equal_those_of_a_full_forward_pass():
     torch.manual_seed(0)
     model = GPT(GPTConfig(sequence_len=64, vocab_size=VOCAB, n_layer=2, n_head=2, n_kv_head=1, n_embd=32))
     model.init_weights("cpu")
@@ -105,7 +104,7 @@ def test_letters_equal_those_of_a_full_forward():
 
 
 @pytest.mark.parametrize("max_rows", [1, 3, 64])
-def test_written_answers_are_judged_in_order(max_rows):
+def test_generated_answers_are_judged_in_order(max_rows):
     answers = {"one": ["uno"], "two, a longer question": ["deux"], "three": ["tres, no"], "four": [""]}
     problems = [("one", "uno"), ("two, a longer question", "dos"), ("three", "tres, no"), ("four", "cuatro")]
     seen = []
@@ -121,7 +120,7 @@ def test_written_answers_are_judged_in_order(max_rows):
     assert len(evaluate_task(ListTask(problems), answering(answers), max_problems=2).records) == 2
 
 
-def test_the_calculators_part_is_not_judged():
+def test_calculator_calls_and_outputs_are_not_judged():
     answers = {"6*7?": ["It is ", PYTHON, "6*7", PYTHON_END, "????", "42."]}
     score = evaluate_task(ListTask([("6*7?", "It is 42.")]), answering(answers))
     assert score.accuracy == 1
@@ -129,7 +128,7 @@ def test_the_calculators_part_is_not_judged():
     assert evaluate_task(ListTask([("6*7?", "It is 42.")]), answering(stray)).accuracy == 1
 
 
-def test_samples_differ_and_repeat():
+def test_samples_differ_and_are_reproducible():
     engine = Engine(ScriptedModel(lambda s: [ord("a"), ord("b"), END]), ByteChat())
     settings = dict(num_samples=6, temperature=1.0, max_new_tokens=3)
     task = ListTask([("q", "a"), ("r", "b")])
@@ -140,17 +139,17 @@ def test_samples_differ_and_repeat():
     assert evaluate_task(task, engine, seed=1, **settings) != score
 
 
-def test_at_temperature_0_an_answer_is_written_once(monkeypatch):
-    engine, asked = answering({"q": ["a"], "r": ["x"]}), []
+def test_a_greedy_answer_is_generated_once(monkeypatch):
+    engine, steps = answering({"q": ["a"], "r": ["x"]}), []
     forward = engine.backend.forward
-    monkeypatch.setattr(engine.backend, "forward", lambda tokens, cache: asked.append(tokens) or forward(tokens, cache))
+    monkeypatch.setattr(engine.backend, "forward", lambda tokens, cache: steps.append(tokens) or forward(tokens, cache))
     score = evaluate_task(ListTask([("q", "a"), ("r", "b")]), engine, num_samples=4)
     assert [record["answers"] for record in score.records] == [["a"] * 4, ["x"] * 4]
     assert verdicts(score) == [[True] * 4, [False] * 4]
-    assert max(map(len, asked)) == 2  # rows
+    assert max(map(len, steps)) == 2  # rows: one per problem
 
 
-def test_prompts_longer_than_the_context_are_cut():
+def test_prompts_longer_than_the_context_are_cropped():
     engine = answering({}, sequence_len=32)
     long = ListTask([("x" * 100, "")])
     assert evaluate_task(long, engine, max_new_tokens=100).accuracy == 1
@@ -158,13 +157,13 @@ def test_prompts_longer_than_the_context_are_cut():
     assert evaluate_task(ListTask([("x" * 100, "A")], ["A", "B"]), engine).accuracy == 1
 
 
-def test_nothing_to_score_is_said():
+def test_an_empty_task_is_an_error():
     with pytest.raises(UserError, match="ListTask: no problems"):
         evaluate_task(ListTask([]), answering({}))
 
 
 @pytest.mark.parametrize("letters", [None, ["A", "B"]])
-def test_every_rank_ends_up_with_the_score_of_one_process(letters, monkeypatch):
+def test_every_rank_gets_the_score_of_one_process(letters, monkeypatch):
     problems = [(f"question {i}", "AB"[i % 3 > 0]) for i in range(7)]
     engine = answering({question: [answer] for question, answer in problems[:4]})
     alone = evaluate_task(ListTask(problems, letters), engine)
@@ -174,7 +173,7 @@ def test_every_rank_ends_up_with_the_score_of_one_process(letters, monkeypatch):
         shares[engine.compute.rank] = records
         out[:] = [shares.get(r, []) for r in range(3)]
 
-    monkeypatch.setattr(chat_eval.dist, "all_gather_object", gather)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     for rank in range(3):
         engine.compute = Compute(torch.device("cpu"), torch.float32, rank=rank, world_size=3)
         score = evaluate_task(ListTask(problems, letters), engine)
@@ -187,7 +186,7 @@ def test_every_rank_ends_up_with_the_score_of_one_process(letters, monkeypatch):
 
 @pytest.fixture
 def checkpoint(base):
-    """A tiny random sft checkpoint that says it was trained on the pocket world."""
+    """Base directory with a tiny random sft checkpoint whose metadata names the pocket corpus."""
     from nanochat.checkpoint_manager import checkpoint_dir, save_checkpoint
 
     torch.manual_seed(0)
@@ -206,14 +205,15 @@ def test_the_script_scores_saves_and_reports(checkpoint, capsys):
     main(["-i", "sft", "-x", "6", "-m", "4", "--save-samples", str(samples), "--device-type=cpu", "--dtype=float32"])
     shown = capsys.readouterr().out
     lines = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
-    logged = json.loads((checkpoint / "report" / "chat-evaluation-sft.json").read_text(encoding="utf-8"))["metrics"]
+    metrics = json.loads((checkpoint / "report" / "chat-evaluation-sft.json").read_text(encoding="utf-8"))["metrics"]
     tasks = dict.fromkeys(line["task"] for line in lines)
     assert {"PocketSums", "PocketFacts", "SpellingBee"} <= set(tasks) and "MMLU" not in tasks
     for task in tasks:
         counted = [v for line in lines if line["task"] == task for v in line["verdicts"]]
-        assert len(counted) == 6 and logged[task] == sum(counted) / 6
+        assert len(counted) == 6 and metrics["task_scores"][task] == sum(counted) / 6
         assert f"{task}: {sum(counted) / 6:.2%} [" in shown
-    assert "ChatCORE" in logged and "ChatCORE" in shown
+    section = (checkpoint / "report" / "chat-evaluation-sft.md").read_text(encoding="utf-8")
+    assert f"- ChatCORE: {metrics['chat_core']:.4f}\n" in section and "ChatCORE" in shown
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_the_script_scores_saves_and_reports(checkpoint, capsys):
         (["--step", "7"], "no checkpoint of step 7"),
     ],
 )
-def test_the_scripts_user_errors(checkpoint, flags, message):
+def test_user_errors_of_the_script(checkpoint, flags, message):
     from scripts.chat_eval import main
 
     with pytest.raises(UserError, match=message):

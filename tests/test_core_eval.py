@@ -1,4 +1,4 @@
-"""CORE: prompts against literal text, verdicts against one plain forward per example, and files as users break them."""
+"""CORE: prompts against literal text, verdicts against one full forward pass per example, and broken files."""
 
 import itertools
 import json
@@ -47,7 +47,7 @@ def make_rows(kind, n, seed=0):
     ]
 
 
-TASKS = [  # with one token, many tokens, no shots, more shots than there are others
+TASKS = [  # zero-shot and few-shot, also with more shots than other examples
     CoreTask("choice", "multiple_choice", 0, " ", 0.25, make_rows("multiple_choice", 30)),
     CoreTask("choice_shots", "multiple_choice", 3, "\nAnswer: ", 0.25, make_rows("multiple_choice", 20, 1)),
     CoreTask("schema", "schema", 0, " ", 0.5, make_rows("schema", 20)),
@@ -112,27 +112,29 @@ def test_order_and_shots_follow_the_seeds():
     assert [row["context"] for row in task.examples()] == [str(i) for i in order]
     assert task.examples(5) == task.examples()[:5]
     examples = [{"context": str(i), "continuation": "x"} for i in range(6)]
-    shots = random.Random(1234 + 2).sample([0, 1, 3, 4, 5], 3)  # of the others, cropped
+    shots = random.Random(1234 + 2).sample([0, 1, 3, 4, 5], 3)  # from the other examples of the cropped list
     assert task.prompts(examples, 2)[1] == "".join(f"{i} x\n\n" for i in shots) + "2 x"
-    assert sorted(task.prompts(examples[:3], 0)[0].split("\n\n")) == ["0", "1 x", "2 x"]  # fewer than shots
+    assert sorted(task.prompts(examples[:3], 0)[0].split("\n\n")) == ["0", "1 x", "2 x"]  # fewer others than shots
 
 
-def test_what_is_scored_by_hand():
+def test_scored_tokens_by_hand():
     options = [[0, 5, 6, 7], [0, 5, 8], [0, 5, 6]]
     assert scored_rows("multiple_choice", options) == [(row, 2) for row in options]
     assert scored_rows("schema", [[0, 1, 9, 8], [0, 2, 3, 9, 8]]) == [([0, 1, 9, 8], 2), ([0, 2, 3, 9, 8], 3)]
     assert scored_rows("schema", [[0, 1], [0, 1]]) == [([0, 1], 1)] * 2  # the first token is never predicted
     assert scored_rows("language_modeling", [[0, 1, 2], [0, 1, 2, 3, 4]]) == [([0, 1, 2, 3, 4], 3)]
-    assert scored_rows("language_modeling", [[0, 1, 7], [0, 1, 2, 3]]) == [([0, 1, 2, 3], 2)]  # joined to another token
+    assert scored_rows("language_modeling", [[0, 1, 7], [0, 1, 2, 3]]) == [
+        ([0, 1, 2, 3], 2)
+    ]  # the continuation merges with the token before it
     assert crop([0, 1, 2, 3, 4], 3, None) == ([0, 1, 2, 3, 4], 3)
     assert crop([0, 1, 2, 3, 4], 3, 4) == ([1, 2, 3, 4], 2)
     assert crop([0, 1, 2, 3, 4], 1, 2) == ([3, 4], 1)
 
 
-def test_groups_share_their_prefix_and_leave_out_what_is_scored():
+def test_groups_share_a_prefix_before_the_scored_tokens():
     a, b, c = (1, 2, 3, 4, 5), (1, 2, 3, 4, 6), (1, 9, 9, 9)
     assert sorted(prefix_groups({a: 4, b: 4, c: 3})) == [(3, [c]), (4, [a, b])]
-    assert prefix_groups({a: 2, b: 4}) == [(2, [a]), (4, [b])]  # two of five tokens are too few
+    assert prefix_groups({a: 2, b: 4}) == [(2, [a]), (4, [b])]  # two of five tokens are below MIN_SHARED
     assert prefix_groups({a: 3, b: 4}) == [(3, [a, b])]
 
 
@@ -142,14 +144,14 @@ def test_groups_share_their_prefix_and_leave_out_what_is_scored():
 
 @pytest.mark.parametrize("n_kv_head", [1, 2])
 @pytest.mark.parametrize("pass_tokens", [1, 100, 100_000])
-def test_every_example_equals_a_plain_forward(tokenizer, pass_tokens, n_kv_head):
+def test_every_example_equals_a_full_forward_pass(tokenizer, pass_tokens, n_kv_head):
     model = random_model(tokenizer.get_vocab_size(), n_kv_head)
     result = evaluate_core(model, tokenizer, CPU, tasks=TASKS, pass_tokens=pass_tokens)
     assert_equal_to_plain(result, model, tokenizer, TASKS)
     assert 0 < sum(map(len, result.records.values())) and len(set(result.accuracies.values())) > 1
 
 
-def test_few_examples_and_windows(tokenizer, monkeypatch):
+def test_max_per_task_and_several_windows(tokenizer, monkeypatch):
     monkeypatch.setattr("nanochat.core_eval.WINDOW", 3)
     model, seen = random_model(tokenizer.get_vocab_size()), []
     result = evaluate_core(model, tokenizer, CPU, 8, TASKS, lambda *args: seen.append(args))
@@ -160,8 +162,8 @@ def test_few_examples_and_windows(tokenizer, monkeypatch):
     }
 
 
-def test_a_continuation_that_the_model_writes_is_right(tokenizer):
-    """Random weights never are: here the continuations are made of what the model finds likeliest."""
+def test_the_model_s_own_greedy_continuation_is_correct(tokenizer):
+    """Random models predict no given continuation, so the test generates the continuations with the model."""
     model, rows = random_model(tokenizer.get_vocab_size()), []
     for i in range(12):
         context = words(random.Random(i), 5)
@@ -174,7 +176,7 @@ def test_a_continuation_that_the_model_writes_is_right(tokenizer):
     assert 0 < result.accuracies["t"] < 1
 
 
-def test_equal_options_and_options_that_begin_others(tokenizer):
+def test_equal_options_and_options_that_are_prefixes_of_others(tokenizer):
     choices = [["cat", "cat"], ["cat sat", "cat sat on"], ["cat sat on", "cat sat"], ["red"]]
     rows = [{"query": "the", "choices": c, "gold": 0} for c in choices]
     task = CoreTask("t", "multiple_choice", 0, " ", 0.0, rows)
@@ -182,7 +184,7 @@ def test_equal_options_and_options_that_begin_others(tokenizer):
     result = evaluate_core(model, tokenizer, CPU, tasks=[task])
     assert_equal_to_plain(result, model, tokenizer, [task])
     assert all(r["chosen"] == 0 and None in r["losses"] for r in result.records["t"])
-    # Run beside each other, equal rows may differ in the last bit; here they run once.
+    # Equal rows in one batch may differ in the last bit; evaluate_core() computes them once.
     rows = [
         {"query": "the", "choices": choices, "gold": 0} for choices in itertools.permutations(["dog", "dog", "sun"])
     ]
@@ -201,8 +203,8 @@ def test_options_of_one_token_share_one_run(tokenizer):
         def prefill(self, prefixes):
             passes.append(prefixes)
 
-        def logits(self, cache, owners, rests, rows, columns):
-            passes.append(rests)
+        def logits(self, cache, cache_rows, suffixes, rows, columns):
+            passes.append(suffixes)
             yield torch.zeros(len(rows), 10)
 
     rows = {option: ([0, 1, 2, option], 3) for option in range(4)}
@@ -225,7 +227,7 @@ def test_score_by_hand():
 
 @pytest.fixture
 def bundle(base):
-    """A bundle with one task of each type in the base directory; its tasks' rows by type."""
+    """Folder of a bundle, in the base directory, with one task of each type."""
     folder = base / "eval_bundle"
     (folder / "eval_data" / "sub").mkdir(parents=True)
     kinds = ("multiple_choice", "schema", "language_modeling")
@@ -270,37 +272,39 @@ def edit(path, old, new):
 
 
 BROKEN = {
-    "no file .*schema.jsonl": lambda b: (b / "eval_data/sub/schema.jsonl").unlink(),
-    "no file .*core.yaml": lambda b: (b / "core.yaml").unlink(),
-    "no file .*eval_meta_data.csv": lambda b: (b / "eval_meta_data.csv").unlink(),
+    "cannot read .*schema.jsonl .*No such file": lambda b: (b / "eval_data/sub/schema.jsonl").unlink(),
+    "cannot read .*core.yaml .*No such file": lambda b: (b / "core.yaml").unlink(),
+    "cannot read .*eval_meta_data.csv .*No such file": lambda b: (b / "eval_meta_data.csv").unlink(),
     "schema.jsonl is empty": lambda b: (b / "eval_data/sub/schema.jsonl").write_text("\n"),
     "schema.jsonl:1: not JSON": lambda b: edit(b / "eval_data/sub/schema.jsonl", "{", "<"),
     "schema.jsonl:1: .* needs 'continuation'": lambda b: edit(b / "eval_data/sub/schema.jsonl", "continuation", "c"),
-    "schema.jsonl:1: gold=2 ": lambda b: edit(b / "eval_data/sub/schema.jsonl", '"gold": 0', '"gold": 2'),
-    "language_modeling.jsonl cannot be read": lambda b: (b / "eval_data/sub/language_modeling.jsonl").write_bytes(
-        b"\xff"
+    "schema.jsonl:1: gold=2, but there are 2 options": lambda b: edit(
+        b / "eval_data/sub/schema.jsonl", '"gold": 0', '"gold": 2'
     ),
-    "has the type 'riddle'": lambda b: edit(b / "core.yaml", "type: schema", "type: riddle"),
-    "num_fewshot": lambda b: edit(b / "core.yaml", "[2]", "two"),
-    "is no YAML": lambda b: edit(b / "core.yaml", "- label", "- [label"),
+    "cannot read .*language_modeling.jsonl .*decode": lambda b: (
+        b / "eval_data/sub/language_modeling.jsonl"
+    ).write_bytes(b"\xff"),
+    "has icl_task_type='riddle'": lambda b: edit(b / "core.yaml", "type: schema", "type: riddle"),
+    "has num_fewshot='two'": lambda b: edit(b / "core.yaml", "[2]", "two"),
+    "is not valid YAML": lambda b: edit(b / "core.yaml", "- label", "- [label"),
     "icl_tasks": lambda b: (b / "core.yaml").write_text("tasks: 3\n"),
-    "dataset_uri": lambda b: edit(b / "core.yaml", "sub/schema", "../../schema"),
-    "no baseline for schema_task": lambda b: edit(b / "eval_meta_data.csv", "schema_task", "other_task"),
-    "the baseline 'much'": lambda b: edit(b / "eval_meta_data.csv", "50", "much"),
-    "the baseline '100'": lambda b: edit(b / "eval_meta_data.csv", "50", "100"),
+    "has dataset_uri=": lambda b: edit(b / "core.yaml", "sub/schema", "../../schema"),
+    "the baseline of schema_task is None": lambda b: edit(b / "eval_meta_data.csv", "schema_task", "other_task"),
+    "the baseline of schema_task is 'much'": lambda b: edit(b / "eval_meta_data.csv", "50", "much"),
+    "the baseline of schema_task is '100'": lambda b: edit(b / "eval_meta_data.csv", "50", "100"),
     "Random baseline": lambda b: edit(b / "eval_meta_data.csv", "Random baseline", "Chance"),
 }
 
 
 @pytest.mark.parametrize("message", BROKEN)
-def test_broken_files_are_one_clear_line(bundle, message):
+def test_broken_files_raise_one_clear_line(bundle, message):
     BROKEN[message](bundle)
     with pytest.raises(UserError, match=message) as e:
         load_tasks()
     assert "\n" not in str(e.value)
 
 
-def test_the_bundle_is_fetched_once_and_appears_whole(base, tmp_path, monkeypatch):
+def test_the_bundle_is_downloaded_once_and_appears_whole(base, tmp_path, monkeypatch):
     bucket = tmp_path / "bucket"
     bucket.mkdir()
     monkeypatch.setenv("NANOCHAT_BUCKET_URL", str(bucket))
@@ -312,7 +316,7 @@ def test_the_bundle_is_fetched_once_and_appears_whole(base, tmp_path, monkeypatc
             for name, text in members.items():
                 z.writestr(name, text)
 
-    for names, message in ((["eval_bundle/core.yaml", "../evil"], "outside"), (["core.yaml"], "holds no")):
+    for names, message in ((["eval_bundle/core.yaml", "../evil"], "outside"), (["core.yaml"], "contains no")):
         write(**{name: "x" for name in names})
         with pytest.raises(UserError, match=message):
             bundle_dir()
@@ -320,7 +324,7 @@ def test_the_bundle_is_fetched_once_and_appears_whole(base, tmp_path, monkeypatc
     whole = (bucket / "eval_bundle.zip").read_bytes()
     for broken in (whole[: len(whole) // 2], b"", whole.replace(b"{}{}", b"{x{}")):
         (bucket / "eval_bundle.zip").write_bytes(broken)
-        with pytest.raises(UserError, match="no whole zip file"):
+        with pytest.raises(UserError, match="not a complete zip file"):
             bundle_dir()
         assert not list(base.glob("eval_bundle*[!k]")) and not (base.parent / "evil").exists()
     (bucket / "eval_bundle.zip").write_bytes(whole)
@@ -335,31 +339,45 @@ def test_the_script_writes_table_report_and_samples(base, bundle, checkpoint, ru
     table = (base / "base_eval" / "base_model_000007.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in table] == ["Task", *expected.records, "CORE"]
     assert float(table[-1].split(",")[2]) == pytest.approx(expected.core, abs=1e-6)
-    report = json.loads((base / "report" / "base-model-evaluation.json").read_text())["metrics"]
-    assert report["CORE metric"] == pytest.approx(expected.core)
-    assert report["schema_task"] == pytest.approx(expected.centered["schema_task"])
+    metrics = json.loads((base / "report" / "base-model-evaluation.json").read_text())["metrics"]
+    assert metrics["core"] == pytest.approx(expected.core) and metrics["wall_clock_seconds"] > 0
+    section = (base / "report" / "base-model-evaluation.md").read_text()
+    assert f"- CORE metric: {expected.core:.4f}\n" in section
+    assert f"- schema_task: {expected.centered['schema_task']:.4f}\n" in section
     samples = [json.loads(line) for line in open("samples.jsonl")]
     assert [s["correct"] for s in samples] == [r["correct"] for records in expected.records.values() for r in records]
     assert samples[0]["example"]["choices"] and samples[0]["task"] == "multiple_choice_task"
     out = capsys.readouterr().out
-    assert "float32" in out and f"CORE on at most 5 examples a task: {expected.core:.4f}" in out
+    assert "float32" in out and f"CORE on at most 5 examples per task: {expected.core:.4f}" in out
     (base / "base_eval" / "base_model_000007.csv").unlink()
     run_main("scripts.base_eval", "--tasks=schema_task", "--device_type=cpu")
     assert "CORE needs all" in capsys.readouterr().out
     assert not list((base / "base_eval").iterdir())
 
 
-def test_wrong_flags_are_one_clear_line(base, bundle, checkpoint, run_main, tmp_path):
+def test_wrong_flags_raise_one_clear_line(base, bundle, checkpoint, run_main, tmp_path):
     for flags, message in (
         (["--tasks=riddles"], "no task 'riddles' .* there are multiple_choice_task"),
         (["--max-per-task=0"], "expected at least 1"),
         (["--step=3"], "no checkpoint of step 3"),
-        (["--hf-path=x", "--step=3"], "one or the other"),
+        (["--hf-path=x", "--step=3"], "not both"),
         (["--hf-path", base / "base_checkpoints" / "d2" / "step_000007"], "no config.json"),
         (["--save_samples=nowhere/x"], "no such folder"),
     ):
         with pytest.raises(UserError, match=message):
             run_main("scripts.base_eval", "--device_type=cpu", *flags)
+
+
+def test_base_loss_reports_fixed_metrics(base, checkpoint, run_main):
+    run_main("scripts.base_loss", "--model_step=7", "--device_batch_size=2", "--split_tokens=128", "--device_type=cpu")
+    metrics = json.loads((base / "report" / "base-model-loss.json").read_text())["metrics"]
+    section = (base / "report" / "base-model-loss.md").read_text()
+    for split in ("train", "val"):
+        assert f"- {split} bpb: {metrics[f'{split}_bpb']:.4f}\n" in section
+    with pytest.raises(UserError, match="no checkpoint of step 3"):
+        run_main("scripts.base_loss", "--model-step=3", "--device_type=cpu")
+    with pytest.raises(UserError, match="--split_tokens=100 is not a multiple of 64"):
+        run_main("scripts.base_loss", "--split_tokens=100", "--device_batch_size=2", "--device_type=cpu")
 
 
 @pytest.mark.slow
@@ -373,7 +391,7 @@ def test_two_processes_give_the_same(base, bundle, checkpoint, run_script):
         assert one == two
 
 
-def test_exit_code_of_a_broken_bundle(base, bundle, checkpoint, run_script):
+def test_a_broken_bundle_exits_with_2_and_one_line(base, bundle, checkpoint, run_script):
     (bundle / "eval_data" / "sub" / "schema.jsonl").write_text("")
     done = run_script("scripts.base_eval", "--device_type=cpu", check=False)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
@@ -385,7 +403,7 @@ def test_exit_code_of_a_broken_bundle(base, bundle, checkpoint, run_script):
 
 @pytest.fixture
 def hf_folder(tmp_path, tokenizer):
-    """hf_folder("gpt2") -> folder of a tiny random model of that kind with a tokenizer of words."""
+    """hf_folder("gpt2") -> folder of a tiny random model of that kind with a word tokenizer."""
     transformers = pytest.importorskip("transformers")
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -425,7 +443,7 @@ HF_TASKS = [TASKS[0], TASKS[1], TASKS[2], TASKS[5]]
 
 
 class Single:
-    """The plain oracle asks for one text at a time."""
+    """A tokenizer for plain(), which encodes one text at a time."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.get_bos_token_id, self.decode = tokenizer, tokenizer.get_bos_token_id, tokenizer.decode
@@ -440,7 +458,7 @@ class Single:
     ("nanochat", {}, True),
     ("mistral", dict(LLAMA, sliding_window=4), False),
 ])  # fmt: skip
-def test_a_hugging_face_model_equals_a_plain_forward(hf_folder, kind, settings, shares, monkeypatch):
+def test_a_hugging_face_model_equals_a_full_forward_pass(hf_folder, kind, settings, shares, monkeypatch):
     from nanochat.dclm.hf_models import load_hf
 
     scorer, tokenizer = load_hf(str(hf_folder(kind, **settings)), CPU)
@@ -451,7 +469,7 @@ def test_a_hugging_face_model_equals_a_plain_forward(hf_folder, kind, settings, 
         assert_equal_to_plain(result, lambda ids: scorer.model(ids).logits, Single(tokenizer), HF_TASKS)
 
 
-def test_long_prompts_lose_their_beginning(hf_folder):
+def test_long_prompts_are_cropped_on_the_left(hf_folder):
     from nanochat.dclm.hf_models import load_hf
 
     scorer, tokenizer = load_hf(str(hf_folder("gpt2", **GPT2, n_positions=20)), CPU)
@@ -473,10 +491,10 @@ def test_the_script_evaluates_a_hugging_face_folder(base, bundle, hf_folder, run
     run_main("scripts.base_eval", "--hf-path", hf_folder("gpt2", **GPT2), "--device_type=cpu")
     (table,) = (base / "base_eval").iterdir()
     assert table.name.endswith("models-gpt2.csv") and table.read_text().splitlines()[-1].startswith("CORE,,")
-    assert not (base / "report" / "base-model-evaluation.json").exists()  # that is of our model
+    assert not (base / "report" / "base-model-evaluation.json").exists()  # the section is for our own model
 
 
-def test_models_that_are_no_causal_ones(hf_folder, tmp_path):
+def test_models_that_are_not_causal_or_incomplete(hf_folder, tmp_path):
     from nanochat.dclm.hf_models import load_hf
 
     bert = hf_folder("bert", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
@@ -484,7 +502,7 @@ def test_models_that_are_no_causal_ones(hf_folder, tmp_path):
         load_hf(str(bert), CPU)
     good = hf_folder("gpt2", **GPT2)
     hidden = [path.rename(path.with_name(f"hidden_{path.name}")) for path in good.glob("tokenizer*")]
-    with pytest.raises(UserError, match="no tokenizer with the model"):
+    with pytest.raises(UserError, match="no working tokenizer"):
         load_hf(str(good), CPU)
     for path in hidden:
         path.rename(path.with_name(path.name.removeprefix("hidden_")))

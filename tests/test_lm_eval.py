@@ -1,4 +1,4 @@
-"""Verdicts on single examples against lm-evaluation-harness, which reads the exported folder and the same items."""
+"""Verdicts on single examples, compared with lm-evaluation-harness on the exported model and the same items."""
 
 import json
 import random
@@ -38,7 +38,7 @@ class Letters(Task):
 
 @pytest.fixture
 def model(base):
-    """A model with weights large enough for it to prefer things, and its tokenizer."""
+    """(model, tokenizer): a random model whose weights are large enough for distinct predictions."""
     tokenizer = get_tokenizer()
     torch.manual_seed(0)
     model = GPT(GPTConfig(256, tokenizer.get_vocab_size(), n_layer=2, n_head=4, n_kv_head=2, n_embd=64))
@@ -50,7 +50,7 @@ def model(base):
 
 @pytest.fixture
 def harness(model, tmp_path, monkeypatch):
-    """harness([{context, choices}]): what lm-evaluation-harness says, [[(log-likelihood, greedy) of each choice]]."""
+    """harness([{context, choices}]) -> [[(log-likelihood, is_greedy) of each choice]] from lm-evaluation-harness."""
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -74,36 +74,36 @@ def harness(model, tmp_path, monkeypatch):
             "target_delimiter": "",
             "metric_list": [{"metric": "acc"}],
         }
-        found = lm_eval.simple_evaluate(
+        results = lm_eval.simple_evaluate(
             lm,
             tasks=[task],
-            task_manager=TaskManager(include_defaults=False),  # it would read thousands of files
+            task_manager=TaskManager(include_defaults=False),  # the default tasks are thousands of files
             apply_chat_template=chat,
             bootstrap_iters=0,
         )
-        samples = sorted(found["samples"]["items"], key=lambda sample: sample["doc_id"])
+        samples = sorted(results["samples"]["items"], key=lambda sample: sample["doc_id"])
         assert len(samples) == len(items)
         return [[tuple(response[0]) for response in sample["resps"]] for sample in samples]
 
     return harness
 
 
-def likeliest(numbers):
+def argmax(numbers):
     return max(range(len(numbers)), key=numbers.__getitem__)
 
 
-def test_letters_are_those_of_the_harness(model, harness):
+def test_letters_equal_the_harness(model, harness):
     task = Letters()
     records = evaluate_task(task, Engine(*model, CPU)).records
     questions = [record["messages"][0]["content"] for record in records]
     items = [{"context": question, "choices": list("ABCD")} for question in questions]
-    theirs = ["ABCD"[likeliest([ll for ll, _ in choices])] for choices in harness(items, chat=True)]
+    theirs = ["ABCD"[argmax([ll for ll, _ in choices])] for choices in harness(items, chat=True)]
     assert [record["answers"][0] for record in records] == theirs
     assert len(set(theirs)) > 1
 
 
 @pytest.mark.parametrize("shots", [0, 3])
-def test_choices_of_core_are_those_of_the_harness(model, harness, shots):
+def test_core_choices_equal_the_harness(model, harness, shots):
     rng = random.Random(shots)
     starts = ["cat", "dog", "sun", "mat"]  # no two options begin with the same token
     rows = [
@@ -131,23 +131,23 @@ def test_choices_of_core_are_those_of_the_harness(model, harness, shots):
     records = result.records["t"]
     for record, losses in zip(records, theirs, strict=True):
         assert record["losses"] == pytest.approx(losses, abs=1e-3)
-    assert [record["chosen"] for record in records] == [likeliest([-loss for loss in losses]) for losses in theirs]
+    assert [record["chosen"] for record in records] == [argmax([-loss for loss in losses]) for losses in theirs]
     assert len({record["chosen"] for record in records}) > 1
 
 
-def test_continuations_of_core_are_those_of_the_harness(model, harness):
-    """Half of them are what the model itself goes on with."""
+def test_core_continuations_equal_the_harness(model, harness):
+    """Half of the continuations are the model's own greedy ones."""
     gpt, tokenizer = model
     rows = []
     for i in range(30):
         rng = random.Random(i)
         context = words(rng, rng.randint(2, 12))
         ids = tokenizer.encode(context, tokenizer.get_bos_token_id())
-        own = tokenizer.decode(list(gpt.generate(ids, 2, temperature=0)))
-        rows.append({"context": context, "continuation": own if i % 2 else words(rng, rng.randint(1, 2))})
+        greedy = tokenizer.decode(list(gpt.generate(ids, 2, temperature=0)))
+        rows.append({"context": context, "continuation": greedy if i % 2 else words(rng, rng.randint(1, 2))})
     task = CoreTask("t", "language_modeling", 0, "", 0.0, rows)
     records = evaluate_core(gpt, tokenizer, CPU, tasks=[task]).records["t"]
     items = [{"context": "<|bos|>" + row["context"], "choices": [row["continuation"]]} for row in task.examples()]
-    theirs = [greedy for ((_, greedy),) in harness(items)]
+    theirs = [is_greedy for ((_, is_greedy),) in harness(items)]
     assert [record["correct"] for record in records] == theirs
     assert 0 < sum(theirs) < len(theirs)

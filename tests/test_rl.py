@@ -1,4 +1,4 @@
-"""Reinforcement learning: what is trained and how much against a plain policy gradient, and runs of the script."""
+"""Reinforcement learning: gradients against a plain policy gradient, rollouts, and runs of the script."""
 
 import json
 import math
@@ -36,8 +36,8 @@ def rollout(prompt, tokens, mask, reward):
     return Rollout(prompt, tokens, mask, reward, False)
 
 
-def some_groups():
-    """Two groups to learn from, answers of 1 to 9 tokens with forced ones among them, and one where all are alike."""
+def example_groups():
+    """Two groups with different rewards and one with equal rewards; answers of 1 to 9 tokens, some of them forced."""
     generator = torch.Generator().manual_seed(5)
 
     def ids(n):
@@ -54,16 +54,16 @@ def some_groups():
 
 
 class Gradients:
-    """In an optimizer's place: keeps the gradients."""
+    """Stands in for an optimizer and records the gradients."""
 
     def __init__(self, model):
-        self.model, self.found = model, None
+        self.model, self.gradients = model, None
 
     def reduce_grads(self):
-        self.found = {name: p.grad.clone() for name, p in self.model.named_parameters()}
+        self.gradients = {name: p.grad.clone() for name, p in self.model.named_parameters()}
 
     def grad_sq_norm(self):
-        return torch.stack([g.square().sum() for g in self.found.values()]).sum()
+        return torch.stack([g.square().sum() for g in self.gradients.values()]).sum()
 
     def step(self, scale):
         pass
@@ -74,14 +74,14 @@ class Gradients:
 
 def gradients(groups, rows):
     model = small_model()
-    keeper = Gradients(model)
+    recorder = Gradients(model)
     batches, skipped_tokens = policy_batches(groups, rows, "cpu")
-    result = train_step(model, [keeper], batches, CPU, skipped_tokens=skipped_tokens)
-    return keeper.found, result
+    result = train_step(model, [recorder], batches, CPU, skipped_tokens=skipped_tokens)
+    return recorder.gradients, result
 
 
 def plain_gradients(groups):
-    """-sum(advantage * log probability of each sampled token) / sampled tokens, a rollout at a time."""
+    """Gradients of -sum(advantage * log-probability over sampled tokens) / sampled tokens, one rollout at a time."""
     model = small_model()
     n_tokens = sum(sum(r.mask) for group in groups for r in group)
     loss = 0
@@ -98,17 +98,17 @@ def plain_gradients(groups):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8, 100])
-def test_gradients_are_those_of_a_plain_policy_gradient_for_any_micro_batch(rows):
-    expected, loss, n_tokens = plain_gradients(some_groups())
-    found, result = gradients(some_groups(), rows)
+def test_gradients_equal_a_plain_policy_gradient_for_any_micro_batch_size(rows):
+    expected, loss, n_tokens = plain_gradients(example_groups())
+    actual, result = gradients(example_groups(), rows)
     assert result.tokens == n_tokens
     assert math.isclose(result.loss, loss, abs_tol=1e-6)
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(actual[name], gradient, atol=1e-6, rtol=1e-5)
     assert max(g.abs().max() for g in expected.values()) > 1e-3
 
 
-def test_the_sampled_stop_is_trained_and_what_was_forced_is_not():
+def test_the_sampled_terminal_token_is_trained_and_forced_tokens_are_not():
     ((x, y, weights),), skipped_tokens = policy_batches(
         [[rollout([1, 2], [7, 8, 9, END], [1, 0, 0, 1], 1.0), rollout([1, 2], [5], [1], 0.0)]], 8, "cpu"
     )
@@ -119,14 +119,14 @@ def test_the_sampled_stop_is_trained_and_what_was_forced_is_not():
     assert skipped_tokens == 0
 
 
-def test_groups_that_are_all_alike_cost_nothing_and_change_nothing():
-    alike = [rollout([1], [2, END], [1, 1], 0.0)] * 4
-    assert advantages(alike) is None
-    assert policy_batches([alike], 8, "cpu") == ([], 8)
+def test_groups_with_equal_rewards_are_skipped_and_change_nothing():
+    equal = [rollout([1], [2, END], [1, 1], 0.0)] * 4
+    assert advantages(equal) is None
+    assert policy_batches([equal], 8, "cpu") == ([], 8)
     model, before = small_model(), small_model().state_dict()
     optimizers = model.setup_optimizers()
-    batches, skipped_tokens = policy_batches(some_groups(), 8, "cpu")
-    train_step(model, optimizers, batches, CPU, skipped_tokens=skipped_tokens)  # there is momentum now
+    batches, skipped_tokens = policy_batches(example_groups(), 8, "cpu")
+    train_step(model, optimizers, batches, CPU, skipped_tokens=skipped_tokens)  # now the optimizers have momentum
     moved = {name: p.clone() for name, p in model.state_dict().items()}
     result = train_step(model, optimizers, [], CPU, skipped_tokens=8)
     assert result.loss == 0 and result.grad_norm == 0 and result.tokens == 8
@@ -134,8 +134,8 @@ def test_groups_that_are_all_alike_cost_nothing_and_change_nothing():
     assert all((moved[name] == p).all() for name, p in model.state_dict().items())
 
 
-class Likes(SimpleNamespace):
-    """Problems whose reward is the share of the letter a in the answer."""
+class LetterTask(SimpleNamespace):
+    """A task whose reward is the share of the letter a in the answer."""
 
     def __getitem__(self, i):
         return {"messages": [{"role": "user", "content": str(i)}, {"role": "assistant", "content": ""}]}
@@ -149,11 +149,11 @@ class Chat(ByteTokenizer):
         return [BOS, *conversation["messages"][0]["content"].encode()]
 
 
-def test_a_rollout_does_not_depend_on_its_company():
+def test_a_rollout_does_not_depend_on_the_batch_it_runs_in():
     sampler = Engine(small_model().requires_grad_(False), Chat(), CPU)
-    together = roll_out(sampler, Likes(), {3: 30, 4: 40, 12: 50}, 4, 12, max_rows=256)
+    together = roll_out(sampler, LetterTask(), {3: 30, 4: 40, 12: 50}, 4, 12, max_rows=256)
     for i, seed in {12: 50, 4: 40}.items():
-        (alone,) = roll_out(sampler, Likes(), {i: seed}, 4, 12, max_rows=3).values()
+        (alone,) = roll_out(sampler, LetterTask(), {i: seed}, 4, 12, max_rows=3).values()
         assert [r.tokens for r in alone] == [r.tokens for r in together[i]]
     first = together[3][0]
     assert first.tokens != together[3][1].tokens
@@ -161,13 +161,13 @@ def test_a_rollout_does_not_depend_on_its_company():
     assert all(r.cut_off == (len(r.tokens) == 12 and r.tokens[-1] not in (END, BOS)) for r in together[3])
 
 
-def test_practice_makes_better():
+def test_training_raises_the_reward():
     model = small_model()
     optimizers = model.setup_optimizers(matrix_lr=0.01, embedding_lr=0.01, unembedding_lr=0.01)
     sampler, rewards = make_sampler(model, Chat(), CPU), []
     for step in range(25):
         sync(sampler, model)
-        groups = roll_out(sampler, Likes(), {i: 100 * step + i for i in range(4)}, 16, 8, max_rows=64).values()
+        groups = roll_out(sampler, LetterTask(), {i: 100 * step + i for i in range(4)}, 16, 8, max_rows=64).values()
         rewards.append(sum(r.reward for group in groups for r in group) / 64)
         batches, skipped_tokens = policy_batches(groups, 16, "cpu")
         train_step(model, optimizers, batches, CPU, skipped_tokens=skipped_tokens)
@@ -175,7 +175,7 @@ def test_practice_makes_better():
     assert sum(rewards[-3:]) / 3 > 0.5
 
 
-def test_the_sampler_has_the_model_s_distribution():
+def test_the_sampler_has_the_distribution_of_the_model():
     model = small_model()
     sampler = make_sampler(model, Chat(), CPU)
     sync(sampler, model)
@@ -185,7 +185,7 @@ def test_the_sampler_has_the_model_s_distribution():
             torch.testing.assert_close(logits, model(torch.tensor([prompt]))[0, -1], atol=1e-4, rtol=0)
 
 
-def test_every_epoch_goes_through_all_problems():
+def test_every_epoch_visits_all_problems():
     first = [i for step in range(5) for i in problems_of_step(step, 4, 20, seed=1)]
     assert sorted(first) == list(range(20))
     second = [i for step in range(5, 10) for i in problems_of_step(step, 4, 20, seed=1)]
@@ -219,11 +219,11 @@ def logged(base):
 
 
 def by_length(self, conversation, text):
-    """A reward for models that can't add yet."""
+    """A reward that a model can earn before it can add."""
     return len(text) / 100
 
 
-def test_a_run_and_its_resume_bit_for_bit(after_sft, run_main, capsys, monkeypatch):
+def test_a_resumed_run_is_bit_identical(after_sft, run_main, capsys, monkeypatch):
     from safetensors.torch import load_file
 
     monkeypatch.setattr("tasks.pocket.PocketHardSums.reward", by_length)
@@ -236,7 +236,7 @@ def test_a_run_and_its_resume_bit_for_bit(after_sft, run_main, capsys, monkeypat
     assert {"greedy", "pass@1", "pass@2"} <= rows[0].keys()
     assert "held out: greedy" in capsys.readouterr().out
     assert json.loads((folder / "step_000004" / "meta.json").read_text())["corpus"] == "pocket"
-    (folder / "step_000004" / "meta.json").unlink()  # as if killed before it was whole
+    (folder / "step_000004" / "meta.json").unlink()  # as after a kill before the checkpoint was complete
     run_main("scripts.chat_rl", *FLAGS, "--num_iterations=4", "--resume")
     assert "step_000002: resuming" in capsys.readouterr().out
     again = load_file(folder / "step_000004" / "model.safetensors")
@@ -249,7 +249,7 @@ def test_a_run_and_its_resume_bit_for_bit(after_sft, run_main, capsys, monkeypat
 TWO_RANKS = """
 import sys, torch
 sys.path.insert(0, sys.argv[2])
-from test_rl import Chat, Likes, small_model
+from test_rl import Chat, LetterTask, small_model
 from nanochat.common import compute_cleanup, compute_init
 from nanochat.rl import make_sampler, policy_batches, roll_out, sync
 from nanochat.train import train_step
@@ -257,23 +257,23 @@ from nanochat.train import train_step
 compute = compute_init("cpu", "float32")
 model = small_model()
 optimizers = model.setup_optimizers(matrix_lr=0.001, ns_dtype=torch.float32)
-sampler, found = make_sampler(model, Chat(), compute), []
+sampler, results = make_sampler(model, Chat(), compute), []
 for step in range(3):
     sync(sampler, model)
     problems = list({i: 10 * step + i for i in range(5)}.items())[compute.rank :: compute.world_size]
-    groups = roll_out(sampler, Likes(), dict(problems), 6, 8, 64).values()
+    groups = roll_out(sampler, LetterTask(), dict(problems), 6, 8, 64).values()
     batches, skipped_tokens = policy_batches(groups, 4, "cpu")
     result = train_step(model, optimizers, batches, compute, skipped_tokens=skipped_tokens)
-    found += [result.loss, result.grad_norm, result.tokens]
+    results += [result.loss, result.grad_norm, result.tokens]
 if compute.rank == 0:
-    torch.save([torch.tensor(found), *(p.detach() for p in model.parameters())], sys.argv[1])
+    torch.save([torch.tensor(results), *(p.detach() for p in model.parameters())], sys.argv[1])
 del model, optimizers, sampler, groups, batches
 compute_cleanup()
 """
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does(tmp_path):
+def test_two_processes_equal_one(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(TWO_RANKS, encoding="utf-8")
     here = Path(__file__).parent
@@ -285,10 +285,10 @@ def test_two_processes_learn_what_one_does(tmp_path):
     assert one[0][1] > 0.01  # a gradient
     torch.testing.assert_close(one[0], two[0], atol=1e-6, rtol=1e-5)
     for a, b in zip(one, two, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-3, rtol=0)  # AdamW makes as much of a tiny gradient as of a large one
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=0)  # AdamW scales tiny gradients up
 
 
-def test_mistakes_are_told(after_sft, run_main):
+def test_wrong_flags_raise_one_clear_line(after_sft, run_main):
     for flag, message in {
         "--task=Chess": "no task 'Chess'; there are",
         "--task=MMLU": "--task=MMLU: choose one of",
@@ -303,7 +303,7 @@ def test_mistakes_are_told(after_sft, run_main):
     assert not (after_sft / "chatrl_checkpoints").exists()
 
 
-def test_the_readme_s_task_of_one_s_own(after_sft, run_main, capsys):
+def test_the_custom_task_of_the_readme(after_sft, run_main, capsys):
     blocks = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8").split("```python\n")[1:]
     (code,) = [block.split("```")[0] for block in blocks if "(Task)" in block]
     assert len(code.splitlines()) <= 40
@@ -326,7 +326,7 @@ def test_the_readme_s_task_of_one_s_own(after_sft, run_main, capsys):
     ("", "gone.py:Mine", "FileNotFoundError"),
     ("", "mine:Mine", "no task 'mine:Mine'"),
 ])  # fmt: skip
-def test_a_broken_task_of_one_s_own_is_one_line(tmp_path, monkeypatch, code, name, message):
+def test_a_broken_custom_task_raises_one_line(tmp_path, monkeypatch, code, name, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(code)
     with pytest.raises(UserError, match=message) as caught:

@@ -1,11 +1,11 @@
 """
-Scoring by what a model writes: all problems in one batch, or one at a time by our decoder, torch and transformers.
+Evaluation by generated answers: all problems in one batch, or one at a time by our engine, PyTorch and transformers.
 
     python -m dev.bench.bench_chat_eval -i sft --task=PocketSums --problems=200 --num_samples=4
 
-Every problem has `num_samples` answers; those of the first two are the same at any temperature, and their verdicts are
-compared. The others answer a tenth of the problems: torch with the model's own forward pass and a KV cache, and
-transformers' generate, greedily and without a calculator. Prints milliseconds per problem.
+Every problem gets `num_samples` answers. The first two variants generate the same answers at any temperature, and their
+verdicts are compared. The other two answer a tenth of the problems: PyTorch with the model's own forward pass and a KV
+cache, and transformers' generate, greedy and without a calculator. Prints milliseconds per problem.
 """
 
 import time
@@ -15,16 +15,14 @@ import torch
 from nanochat.chat_eval import evaluate_task
 from nanochat.checkpoint_manager import load_model
 from nanochat.cli import add_model_flags, make_parser, parse_args, run_script
-from nanochat.common import UserError, compute_init
-from nanochat.engine import Engine
+from nanochat.common import compute_init, require
+from nanochat.engine import Engine, TorchBackend, visible_text
 from nanochat.hf import hf_config, hf_weights
-from nanochat.inference.backends import TorchBackend
-from nanochat.inference.detokenizer import visible_text
 from tasks.mixtures import find_task
 
 
 def one_at_a_time(task, engine, args, problems=None):
-    """[[verdict of each answer]] of the first problems, the answers of each in a batch of their own."""
+    """[[verdict of each answer]] of the first problems; each problem's answers are a batch of their own."""
     verdicts = []
     for i in range(problems or args.problems):
         problem = task[i]
@@ -37,7 +35,7 @@ def one_at_a_time(task, engine, args, problems=None):
 
 
 def batch(task, engine, args):
-    """The same with all problems in one batch."""
+    """[[verdict of each answer]] of all problems, answered in one batch."""
     score = evaluate_task(
         task,
         engine,
@@ -51,7 +49,7 @@ def batch(task, engine, args):
 
 
 def transformers_seconds(model, engine, problems, num_samples, max_new_tokens):
-    """Seconds of `generate` for each of `problems`, one at a time, in the model's own precision."""
+    """Mean seconds of `generate` per problem, one problem at a time, in the precision of the model's weights."""
     from transformers import NanoChatConfig, NanoChatForCausalLM
 
     hf = NanoChatForCausalLM(NanoChatConfig(**hf_config(model.config))).eval().to(model.lm_head.weight.dtype)
@@ -76,8 +74,7 @@ def main(argv=None):
     parser.add_argument("--repeats", type=int, default=3)
     args = parse_args(parser, argv)
     for name in ("problems", "max_rows", "repeats"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name}={getattr(args, name)}: expected at least 1")
+        require(getattr(args, name) >= 1, f"--{name}={getattr(args, name)}: expected at least 1")
     compute = compute_init(args.device_type, args.dtype)
     model, tokenizer, meta = load_model(args.source, compute, args.model_tag, args.step, quantize=args.quantize)
     engine = Engine(model, tokenizer, compute)
@@ -89,23 +86,21 @@ def main(argv=None):
             verdicts[name] = answer(task, engine, args)
             taken = (time.perf_counter() - start) / args.problems
             seconds[name] = min(taken, seconds.get(name, taken))
-    few = max(1, args.problems // 10)
-    by_torch = Engine(model, tokenizer, compute, backend=TorchBackend(model, compute))
+    n = max(1, args.problems // 10)
+    torch_engine = Engine(model, tokenizer, compute, backend=TorchBackend(model, compute))
     start = time.perf_counter()
-    one_at_a_time(task, by_torch, args, few)
-    seconds["one at a time, torch"] = (time.perf_counter() - start) / few
+    one_at_a_time(task, torch_engine, args, n)
+    seconds["one problem at a time, PyTorch"] = (time.perf_counter() - start) / n
     with torch.inference_mode():
-        some = [task[i] for i in range(few)]
-        seconds["one at a time, transformers"] = transformers_seconds(
-            model, engine, some, args.num_samples, args.max_new_tokens
-        )
+        problems, settings = [task[i] for i in range(n)], (args.num_samples, args.max_new_tokens)
+        seconds["one problem at a time, transformers"] = transformers_seconds(model, engine, problems, *settings)
     differ = sum(a != b for a, b in zip(*verdicts.values(), strict=True))
     answers = f"{args.num_samples} answers at temperature {args.temperature}"
     print(f"{args.task}, {args.problems} problems of {answers}, {torch.get_num_threads()} threads\n")
-    print("| who | ms a problem | batch is quicker by |\n|---|---|---|")
+    print("| variant | ms per problem | relative to batch |\n|---|---|---|")
     for name, value in seconds.items():
         print(f"| {name} | {1000 * value:.1f} | {value / seconds['batch']:.2f} |")
-    print(f"\nverdicts that differ between batch and one at a time: {differ}")
+    print(f"\nverdicts that differ between batch and one problem at a time: {differ}")
 
 
 if __name__ == "__main__":

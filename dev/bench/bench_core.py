@@ -1,11 +1,11 @@
 """
-CORE on a model of random weights: ours against the plain way, one forward pass per example with every option's whole
-prompt in it, on the same examples, in turns; the verdicts are compared one by one.
+CORE on a random model: evaluate_core() against one full forward pass per example over all options' whole prompts. Both
+score the same examples, task by task, and the verdicts are compared.
 
     python -m dev.bench.bench_core                                      # depth 4, vocabulary 8,192, all tasks
     python -m dev.bench.bench_core --depth=8 --max_per_task=8 --tasks="hellaswag|squad"
 
-The tokenizer and the tasks are those of NANOCHAT_BASE_DIR. Prints seconds of each and their ratio, by task.
+Reads tokenizer and tasks from NANOCHAT_BASE_DIR. Prints the seconds of both and their ratio, by task.
 """
 
 import random
@@ -25,9 +25,9 @@ from nanochat.tokenizer import get_tokenizer
 @torch.inference_mode()
 def plain(forward, tokenizer, task, examples, index):
     """
-    (list of what decides, verdict) of an example, the long way: the oracle of tests/test_core_eval.py too.
+    (decision, verdict) of one example by a full forward pass; also the reference in tests/test_core_eval.py.
 
-    `forward(ids)` gives logits (B, T, V). What decides is the options' mean losses, or the likeliest tokens.
+    `forward(ids)` returns logits (B, T, V). The decision is the options' mean losses, or the greedy predictions.
     """
     rng, others = random.Random(1234 + index), [i for i in range(len(examples)) if i != index]
     shots = [examples[i] for i in rng.sample(others, min(task.shots, len(others)))]
@@ -57,23 +57,27 @@ def plain(forward, tokenizer, task, examples, index):
         rows, starts = rows[1:], starts[1:]
     longest = max(map(len, rows))
     logits = forward(torch.tensor([row + [bos] * (longest - len(row)) for row in rows]))
-    deciding = []
+    losses = []
     for row, start, scores in zip(rows, starts, logits, strict=True):
         targets, scores = torch.tensor(row[start:], dtype=torch.long), scores[start - 1 : len(row) - 1]
         if task.kind == "language_modeling":
             predicted = scores.argmax(-1).tolist()
             return predicted, predicted == targets.tolist()
-        deciding.append(F.cross_entropy(scores, targets).item())
-    return deciding, deciding.index(min(deciding)) == item["gold"]
+        losses.append(F.cross_entropy(scores, targets).item())
+    return losses, losses.index(min(losses)) == item["gold"]
+
+
+def print_row(label, n, plain_seconds, seconds):
+    print(f"| {label} | {n} | {plain_seconds:.2f} | {seconds:.2f} | {plain_seconds / seconds:.2f} |", flush=True)
 
 
 def main(argv=None):
     parser = make_parser("dev.bench.bench_core", __doc__)
     parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--vocab_size", type=int, help="of the model; default: the tokenizer's")
+    parser.add_argument("--vocab_size", type=int, help="of the model; default: that of the tokenizer")
     parser.add_argument("--max_per_task", type=int, default=16)
     parser.add_argument("--tasks", help="e.g. 'hellaswag|squad'; default: all")
-    parser.add_argument("--pass_tokens", type=int, help="tokens per forward pass of ours")
+    parser.add_argument("--pass_tokens", type=int, help="padded tokens per forward pass of evaluate_core()")
     parser.add_argument("--dtype", default="float32")
     args = parse_args(parser, argv)
     compute, tokenizer = compute_init("cpu", args.dtype), get_tokenizer()
@@ -89,10 +93,9 @@ def main(argv=None):
             return model(ids)
 
     sums, different, n = [0.0, 0.0], 0, 0
-    print(
-        f"depth {args.depth}, vocabulary {model.config.vocab_size:,}, {torch.get_num_threads()} threads, {args.dtype}"
-    )
-    print("| task | examples | plain, s | ours, s | ratio |\n|---|---|---|---|---|")
+    threads = torch.get_num_threads()
+    print(f"depth {args.depth}, vocabulary {model.config.vocab_size:,}, {threads} threads, {args.dtype}")
+    print("| task | examples | plain, s | evaluate_core, s | ratio |\n|---|---|---|---|---|")
     for task in load_tasks(args.tasks.split("|") if args.tasks else None):
         examples = task.examples(args.max_per_task)
         t0 = time.perf_counter()
@@ -101,13 +104,10 @@ def main(argv=None):
         score = evaluate_core(model, tokenizer, compute, args.max_per_task, [task], pass_tokens=args.pass_tokens)
         seconds = t1 - t0, time.perf_counter() - t1
         sums, n = [a + b for a, b in zip(sums, seconds, strict=True)], n + len(examples)
-        ours = [record["correct"] for record in score.records[task.label]]
-        different += sum(a != b for a, b in zip(verdicts, ours, strict=True))
-        row = (
-            f"| {task.label} | {len(examples)} | {seconds[0]:.2f} | {seconds[1]:.2f} | {seconds[0] / seconds[1]:.2f} |"
-        )
-        print(row, flush=True)
-    print(f"| all | {n} | {sums[0]:.2f} | {sums[1]:.2f} | {sums[0] / sums[1]:.2f} |")
+        records = score.records[task.label]
+        different += sum(v != record["correct"] for v, record in zip(verdicts, records, strict=True))
+        print_row(task.label, len(examples), *seconds)
+    print_row("all", n, *sums)
     print(f"{different} of {n} verdicts differ")
 
 

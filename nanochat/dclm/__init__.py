@@ -1,1 +1,1 @@
-"""CORE's data (from DCLM, Li et al. 2024), and Hugging Face models that CORE can score."""
+"""The tasks of CORE (DCLM, Li et al. 2024), and Hugging Face models that CORE can score."""

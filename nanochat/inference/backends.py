@@ -19,8 +19,8 @@ class TorchBackend:
     def __init__(self, model, compute=None):
         self.model, self.compute = model, compute
 
-    def new_cache(self):
-        return KVCache(self.model.config.n_layer, device=self.model.get_device())
+    def new_cache(self, rows=0):
+        return KVCache(self.model.config.n_layer, rows, self.model.get_device())
 
     def precision(self):
         return self.compute.autocast() if self.compute else contextlib.nullcontext()
@@ -31,11 +31,21 @@ class TorchBackend:
 
     def fill(self, tokens, cache):
         """Append `tokens`, one list of any length per row, to `cache`; computes no logits."""
-        lengths = [held + len(new) for held, new in zip(cache.lengths, tokens, strict=True)]
         if any(tokens):
-            with self.precision():
-                self.model.hidden(pad(tokens, self.model.get_device()), cache, fill_only=True)
-        cache.lengths = lengths
+            self.hidden(tokens, cache, fill_only=True)
+
+    def hidden(self, tokens, cache, fill_only=False):
+        """
+        Append `tokens`, one list of any length per row, to `cache`; returns the model's final activations (B, T, C).
+
+        T is the length of the longest list; activations after the end of a shorter one are meaningless. With
+        `fill_only` the result is None.
+        """
+        lengths = [n + len(new) for n, new in zip(cache.lengths, tokens, strict=True)]
+        with self.precision():
+            x = self.model.hidden(pad(tokens, self.model.get_device()), cache, fill_only=fill_only)
+        cache.lengths = lengths  # without the padding
+        return x
 
     def forward(self, tokens, cache):
         """Append `tokens`, a list of one token per row, to `cache`; returns the logits (B, V) after them."""

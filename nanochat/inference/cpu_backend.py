@@ -49,8 +49,8 @@ class CPUBackend:
         self.kept += [weight, scales]
         return name(weight.dtype), weight.data_ptr(), *weight.shape, scales.data_ptr() if int8 else 0
 
-    def new_cache(self):
-        return KVCache(self.model.config.n_layer)
+    def new_cache(self, rows=0):
+        return KVCache(self.model.config.n_layer, rows)
 
     @contextlib.contextmanager
     def limit_threads(self):

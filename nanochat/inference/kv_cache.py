@@ -53,12 +53,12 @@ class KVCache:
     def advance(self, T):
         self.lengths = [n + T for n in self.lengths]
 
-    def append(self, other, rows):
-        """Add copies of `rows` of the cache `other`; a row may be named more than once."""
+    def append(self, other, rows, room=0):
+        """Add copies of `rows` of `other`, which may repeat, with columns reserved for `room` more tokens."""
         first, self.lengths = len(self.lengths), self.lengths + [other.lengths[r] for r in rows]
         S = max((other.lengths[r] for r in rows), default=0)
         if S:
-            self._reserve_like(len(self.lengths), max(self.lengths), other.data)
+            self._reserve_like(len(self.lengths), max(self.lengths) + room, other.data)
             self.data[:, :, first : len(self.lengths), :, :S] = other.data[:, :, rows, :, :S]
 
     def restore(self, row, data):
