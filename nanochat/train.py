@@ -5,7 +5,6 @@ import signal
 from dataclasses import asdict, dataclass
 
 import torch
-import torch.distributed as dist
 
 from nanochat.checkpoint_manager import (
     checkpoint_dir,
@@ -17,29 +16,27 @@ from nanochat.checkpoint_manager import (
     set_aside,
     update_meta,
 )
-from nanochat.common import UserError, print0
+from nanochat.common import UserError, print0, require
 from nanochat.dataloader import Prefetch, eval_batches, lane_batches
 
 
 def rows_per_step(args, world_size):
     """Rows of the global batch. Raises UserError unless every rank gets whole micro-batches."""
     for name in ("total_batch_size", "device_batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name}={getattr(args, name)}: expected at least 1")
+        require(getattr(args, name) >= 1, f"--{name}={getattr(args, name)}: expected at least 1")
     per_pass = args.device_batch_size * args.max_seq_len * world_size  # tokens in one forward pass over all ranks
-    if args.total_batch_size % per_pass:
-        raise UserError(
-            f"--total_batch_size={args.total_batch_size:,} is not a multiple of {per_pass:,} tokens "
-            f"({args.device_batch_size} rows x {args.max_seq_len} tokens x {world_size} ranks)"
-        )
+    require(
+        args.total_batch_size % per_pass == 0,
+        f"--total_batch_size={args.total_batch_size:,} is not a multiple of {per_pass:,} tokens "
+        f"({args.device_batch_size} rows x {args.max_seq_len} tokens x {world_size} ranks)",
+    )
     return args.total_batch_size // args.max_seq_len
 
 
 def epoch_steps(args, task, per_step):
     """Optimizer steps: --num_iterations, else --num_epochs passes over `task`. Raises UserError if there are none."""
     steps = args.num_iterations if args.num_iterations > 0 else args.num_epochs * len(task) // per_step
-    if steps < 1:
-        raise UserError(f"nothing to train: {len(task)} examples, {per_step} per step")
+    require(steps >= 1, f"nothing to train: {len(task)} examples, {per_step} per step")
     return steps
 
 
@@ -76,8 +73,7 @@ def train_step(model, optimizers, micro_batches, compute, grad_clip=0.0, progres
     """
     totals = torch.tensor([0.0, progress, float(stop)], device=compute.device)
     totals[0] = skipped_tokens + sum((y >= 0).sum() for _, y, *_ in micro_batches)
-    if compute.world_size > 1:
-        dist.all_reduce(totals)
+    compute.all_reduce(totals)
     scale = compute.world_size / totals[0].clamp(min=1)  # the optimizers average over ranks
     loss = torch.zeros((), device=compute.device)
     for x, y, *weights in micro_batches:
@@ -88,9 +84,7 @@ def train_step(model, optimizers, micro_batches, compute, grad_clip=0.0, progres
     for optimizer in optimizers:
         optimizer.reduce_grads()
     sums = torch.stack((loss / compute.world_size, sum(optimizer.grad_sq_norm() for optimizer in optimizers)))
-    if compute.world_size > 1:
-        dist.all_reduce(sums)
-    loss, sq_norm = sums.tolist()
+    loss, sq_norm = compute.all_reduce(sums).tolist()
     grad_norm = math.sqrt(max(sq_norm, 0.0)) if math.isfinite(sq_norm) else math.nan
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise Diverged(
@@ -197,14 +191,11 @@ class Stage:
         """
         requested = last or self.stopping or due(step, self.args.save_every)
         if step > self.first_step and requested and not getattr(self.args, "dry_run", False):
-            lanes = [loader.state if loader else {}]  # {lane: position} of this rank
-            if self.compute.world_size > 1:
-                lanes = [None] * self.compute.world_size
-                dist.all_gather_object(lanes, loader.state if loader else {})
+            positions = self.compute.all_gather(loader.state if loader else {})  # of each rank's lanes
             if self.path is None and self.compute.rank == 0:
                 set_aside(self.folder)
             meta = {"user_config": vars(self.args), "finished": last, **state, "log_state": log.state()}
-            meta["loader_state"] = {lane: position for part in lanes for lane, position in part.items()}
+            meta["loader_state"] = {lane: position for part in positions for lane, position in part.items()}
             self.path = save_checkpoint(self.folder, step, model, optimizers, meta, self.compute, self.args.keep)
         if self.stopping:
             log.close()
