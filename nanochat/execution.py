@@ -113,7 +113,7 @@ def execute_many(programs, workers=None, **options):
 
 
 def _execute(code, timeout, memory, layers):
-    """Run one program behind `layers`. Raises UserError if one of them cannot be set up."""
+    """Run one program isolated by `layers`. Raises UserError if one of them cannot be set up."""
     nonce = secrets.token_hex(16)
     deadline = time.monotonic() + timeout
     with contextlib.ExitStack() as cleanup:
@@ -138,8 +138,8 @@ def _execute(code, timeout, memory, layers):
     exit_code = process.returncode
     if result == "S" + nonce and not stop_reason and exit_code == 0:
         return ExecutionResult(True, stdout, stderr)
-    how = f"signal {signal.Signals(exit_code - 128).name}" if 128 < exit_code < 160 else f"exit code {exit_code}"
-    error = stop_reason or result[1:].replace(nonce, "") or f"the program exited before its end ({how})"
+    status = f"signal {signal.Signals(exit_code - 128).name}" if 128 < exit_code < 160 else f"exit code {exit_code}"
+    error = stop_reason or result[1:].replace(nonce, "") or f"the program exited before its end ({status})"
     return ExecutionResult(False, stdout, stderr, error, stop_reason == "timeout", error.startswith("MemoryError"))
 
 
@@ -183,6 +183,6 @@ def _stop(process):
 def _delete_folder(folder):
     try:
         shutil.rmtree(folder)
-    except (OSError, RecursionError):  # folders without permissions, or nested thousands deep: the shell tools cope
+    except (OSError, RecursionError):  # no permissions, or nested too deep for Python
         subprocess.run(["chmod", "-R", "u+rwX", folder], stderr=subprocess.DEVNULL)
         subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL)

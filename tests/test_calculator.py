@@ -80,9 +80,8 @@ def test_equals_fractions_on_random_expressions():
             assert result is None, text
         elif len(text) <= 256:
             checked += 1
-            rounding = (
-                0 if value.denominator == 1 else abs(value) * Fraction(5, 10**15)
-            )  # half a unit of the 15th digit
+            # Half a unit of the 15th digit.
+            rounding = 0 if value.denominator == 1 else abs(value) * Fraction(5, 10**15)
             assert abs(Fraction(result) - value) <= rounding, text
     assert checked > 1500
 

@@ -488,7 +488,7 @@ def test_basic_level_still_limits(monkeypatch, untouched):
 
 
 @pytest.mark.skipif(not jail.LINUX, reason="layers of the Linux kernel")
-def test_a_layer_that_fails_is_not_passed_over(monkeypatch, tmp_path):
+def test_a_failing_layer_is_not_ignored(monkeypatch, tmp_path):
     """A layer that cannot be set up is not listed. If it is requested anyway, the program does not run."""
     broken = shutil.copytree(execution.JAIL.parent, tmp_path / "sandbox") / "jail.py"
     source = execution.JAIL.read_text()
@@ -542,7 +542,7 @@ def test_system_call_numbers(machine, headers):
 
 
 def test_metadata_calls_need_namespaces(monkeypatch):
-    """Landlock does not control these calls, so without a root of its own a program could change files outside."""
+    """Landlock does not control these calls. Without namespaces, they could change files outside of the sandbox."""
     for machine, missing in (("x86_64", set()), ("aarch64", {"chmod"})):
         monkeypatch.setattr(jail, "MACHINE", machine)
         metadata = {"chmod", "fchmod", "fchmodat", "fchmodat2", "utimensat", "truncate"} - missing

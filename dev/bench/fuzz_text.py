@@ -24,17 +24,8 @@ PIECES = """0 1 7 12 1,234 999,999,999 0.1 .5 5. 1e9 0x1 1_0 1j ٣ １ + - * / *
 < > ~ @ & | 'a' "b" 'strawberry' .count( 'r' ) .upper() .format .join __import__('os') .system eval( exec( open( lambda:
 __class__ True None a b for in if else \\ \\x61 \\n ' "
 ''' # ` $ é ß 漢 🐌 \u202e \ufeff <|python_start|> <|bos|>""".split()
-AUDIT_EVENTS = (
-    "exec",
-    "compile",
-    "import",
-    "open",
-    "os.system",
-    "subprocess.Popen",
-    "os.exec",
-    "socket.connect",
-    "ctypes",
-)
+# Names of audit events, or their beginnings.
+WATCHED = ("exec", "compile", "import", "open", "os.system", "subprocess.Popen", "os.exec", "socket.connect", "ctypes")
 MAX_MS = 10  # CPU time per input
 MAX_CHARS = 8192  # of a conversation
 
@@ -76,7 +67,7 @@ def main(argv=None):
     executed, slowest, watching = [], {}, False
 
     def audit(event, details):
-        if watching and event.startswith(AUDIT_EVENTS):
+        if watching and event.startswith(WATCHED):
             executed.append(f"{event} {details}"[:200])
 
     sys.addaudithook(audit)

@@ -1,5 +1,5 @@
 """
-The sandboxed process: isolates itself layer by layer, then runs one untrusted program. execution.py starts it.
+The sandboxed process: isolates itself with the given layers, then runs one untrusted program. execution.py starts it.
 
     python -I -S -B jail.py <result fd> <scratch folder> <layers, comma-separated> <seconds> <bytes, 0 = no limit>
 
@@ -8,7 +8,7 @@ layers are in place. After that it writes the nonce if the program ran to its en
 program (nothing if the program exited in another way).
 
     supervisor   kills and reaps its child; execution.py knows its process id
-      init       process 1 of the new PID namespace, if there is one; when it dies, all processes in there die
+      init       process 1 of the PID namespace, if there is one; when it dies, all processes of the namespace die
         program  cannot start processes, so it is the only one
 
 This file imports only a few modules of the standard library, because every program waits for them.
@@ -54,7 +54,7 @@ def main():
     with open(0, "rb", buffering=0, closefd=False) as stdin:
         secret, program = [stdin.read(NONCE_BYTES)], stdin.read().decode()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    own_root = "namespaces" in layers
+    own_root = "namespaces" in layers  # the program gets a file system of its own
     visible = [p for p in [*sys.path, f"{sys.base_prefix}/lib", *LIBRARIES, "/etc/ld.so.cache"] if os.path.exists(p)]
     syscalls = read_syscalls(own_root) if "seccomp" in layers else {}  # before namespaces hide the file
     uid = choose_uid(scratch, own_root)
@@ -264,7 +264,8 @@ def restrict_syscalls(syscalls):
     load, and_, equal, greater, end = 0x20, 0x54, 0x15, 0x25, 0x06
     allow, eperm, enosys, enotty = 0x7FFF0000, 0x50001, 0x50026, 0x50019  # SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO | errno
     thread, whole, pid = 0x10000, 0xFFFFFFFF, os.getpid()  # CLONE_THREAD
-    conditions = {  # (index of the argument, mask, value, whether they must be equal or must differ)
+    # (index of the argument, mask, value, True: the masked argument must equal the value, False: it must differ)
+    conditions = {
         "clone": [(0, 0x7E020080 | thread, thread, True)],  # a thread, not a process, and in no new namespace
         "kill": [(0, whole, pid, True)],
         "tgkill": [(0, whole, pid, True)],
@@ -280,9 +281,9 @@ def restrict_syscalls(syscalls):
             checks += [(load, 0, 0, 16 + 8 * argument), (and_, 0, 0, mask)]  # the lower half, little-endian
             checks += [(equal, int(must), int(not must), value), (end, 0, 0, enotty if name == "ioctl" else eperm)]
         code += [(equal, 0, len(checks) + 1, number), *checks, (end, 0, 0, allow)]
-    # The flags of clone3 are in memory, which a filter cannot read. Without clone3, libc uses clone.
+    # ENOSYS makes libc fall back to older calls. This is needed for clone3, whose flags are in memory where a filter
+    # cannot read them, and for calls that are newer than the table.
     code += [(equal, 0, 1, CLONE3), (end, 0, 0, enosys)]
-    # Calls that are newer than the table do not exist either, so libc falls back to older ones.
     code += [(greater, 0, 1, 452), (end, 0, 0, enosys), (end, 0, 0, eperm)]
     filters = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in code))
     call("prctl", PR_SET_SECCOMP, 2, struct.pack("HxxxxxxQ", len(code), ctypes.addressof(filters)))
