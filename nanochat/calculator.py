@@ -16,7 +16,7 @@ MAX_DEPTH = 32  # of nested parentheses
 SIGNIFICANT_DIGITS = 15  # of a result that is not an integer
 
 # Commas belong to a number only if they group all its digits by three: 1,234 but not 1,23 or 1234,567.
-_TOKEN = re.compile(r"[ \t]*((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+|[-+*/()])[ \t]*")
+_TOKEN = re.compile(r"[ \t]+|((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+|[-+*/()])")
 _STRING = r"""("[^"\\\n]*"|'[^'\\\n]*')"""
 _COUNT = re.compile(rf"\s*{_STRING}\s*\.\s*count\s*\(\s*{_STRING}\s*\)\s*")
 _OPERATORS = {"+": add, "-": sub, "*": mul, "/": truediv}
@@ -40,7 +40,8 @@ def calculate(expr):
         return str(text.count(part))
     if _TOKEN.sub("", expr):  # characters that belong to no token
         return None
-    tokens = _TOKEN.findall(expr)[::-1]  # reversed, so that the parser takes the next token with pop()
+    tokens = [token for token in _TOKEN.findall(expr) if token]  # white space gives ""
+    tokens.reverse()  # so that the parser takes the next token with pop()
     try:
         result = _format(_sum(tokens, 0))
     except (_SyntaxError, ZeroDivisionError):
