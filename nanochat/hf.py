@@ -1,7 +1,9 @@
 """
-Our models in the form of transformers' NanoChat class: its configuration, weights under its names, a whole folder.
+Export of models to Hugging Face transformers, for its NanoChat class: configuration, weights, tokenizer.
 
-    python -m nanochat.hf -i sft out/       # then AutoModelForCausalLM.from_pretrained("out"), and so its tokenizer
+    python -m nanochat.hf -i sft out/
+
+Then AutoModelForCausalLM.from_pretrained("out") and AutoTokenizer.from_pretrained("out") load the folder.
 """
 
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 from nanochat.cli import add_model_flags, make_parser, parse_args, run_script
 from nanochat.common import UserError, base_dir, compute_init
 
+# Parts of parameter names: ours -> transformers'
 NAMES = {
     "transformer.wte": "model.embed_tokens",
     "transformer.h": "model.layers",
@@ -32,30 +35,22 @@ CHAT_TEMPLATE = """
         {{- '<|assistant_start|>' + message.content + '<|assistant_end|>' -}}
     {%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|assistant_start|>' -}}
-{%- endif -%}
+{{- '<|assistant_start|>' if add_generation_prompt else '' -}}
 """.strip()
 
 
 def hf_config(config):
-    """The fields of a NanoChatConfig for a GPTConfig, as a dict."""
+    """Keyword arguments of transformers' NanoChatConfig for a GPTConfig."""
     from nanochat.gpt import NORM_EPS
 
-    return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.n_embd,
-        "intermediate_size": 4 * config.n_embd,
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
-        "num_key_value_heads": config.n_kv_head,
-        "max_position_embeddings": config.sequence_len,
-        "rms_norm_eps": NORM_EPS,
-    }
+    sizes = dict(vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=4 * config.n_embd)
+    heads = dict(num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head)
+    layers = dict(num_hidden_layers=config.n_layer, rms_norm_eps=NORM_EPS)
+    return sizes | heads | layers | {"max_position_embeddings": config.sequence_len}
 
 
 def hf_weights(model):
-    """The state dict of NanoChatForCausalLM: shares memory with `model`, without the rows that pad its tables."""
+    """The state dict for NanoChatForCausalLM. Shares memory with `model`; omits the padding rows of the vocabulary."""
     weights = {}
     for name, p in model.state_dict().items():
         for ours, theirs in NAMES.items():
@@ -66,9 +61,9 @@ def hf_weights(model):
 
 def export(model, tokenizer, folder):
     """
-    Write what from_pretrained() of AutoModelForCausalLM and AutoTokenizer reads: the same logits, and the same ids.
+    Write model and tokenizer to `folder`, for from_pretrained(). Logits and token ids are the same as ours.
 
-    But for texts that contain special tokens: transformers takes these for the tokens, ours for text.
+    One difference: text such as "<|bos|>" becomes a special token in transformers, but ordinary text in our tokenizer.
     """
     from transformers import GenerationConfig, NanoChatConfig, NanoChatForCausalLM, PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
@@ -91,19 +86,18 @@ def export(model, tokenizer, folder):
 def main(argv=None):
     parser = make_parser("nanochat.hf", __doc__)
     add_model_flags(parser)
-    parser.add_argument("folder", help="written to; must not be there yet")
+    parser.add_argument("folder", help="output folder; must not exist")
     args = parse_args(parser, argv)
     if Path(args.folder).exists():
-        raise UserError(f"{args.folder} is there already; name a folder that is not")
+        raise UserError(f"{args.folder} already exists; name a new folder")
     try:
         import transformers  # noqa: F401
     except ImportError as e:
-        raise UserError("this needs transformers: pip install transformers") from e
+        raise UserError("transformers is not installed: pip install transformers") from e
     from nanochat.checkpoint_manager import load_model
 
-    model, tokenizer, _ = load_model(
-        args.source, compute_init("cpu", args.dtype or "float32"), args.model_tag, args.step
-    )
+    compute = compute_init("cpu", args.dtype or "float32")
+    model, tokenizer, _ = load_model(args.source, compute, args.model_tag, args.step)
     export(model, tokenizer, args.folder)
     print(f"wrote {args.folder}")
 

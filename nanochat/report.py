@@ -1,10 +1,11 @@
 """
-The report card of a whole run: what it ran on, a section per stage, and how the model got better from stage to stage.
+The report of a whole run: the machine, one section per stage, and a table of how the model improved.
 
-    python -m nanochat.report reset       # before a run: forget the sections, note machine and time
-    python -m nanochat.report generate    # after it: report/report.md, copied to ./report.md
+    python -m nanochat.report reset       # before a run: delete the old sections, record machine and time
+    python -m nanochat.report generate    # after it: write report/report.md, copied to ./report.md
 
-Every stage calls get_report().log(section, data), which writes report/<slug>.md and, for machines, <slug>.json.
+Every stage calls get_report().log(section, data, metrics). This writes report/<section>.md for people and
+report/<section>.json for programs.
 """
 
 import json
@@ -22,30 +23,29 @@ from nanochat.cli import make_parser, parse_args, run_script
 from nanochat.common import base_dir, format_duration, is_rank0, print0
 
 ROOT = Path(__file__).resolve().parents[1]
-OPTIONAL = ("Chat evaluation base", "Chat RL", "Chat evaluation rl")
 SECTIONS = (
     *("Tokenizer training", "Tokenizer evaluation", "Base model training", "Base model loss", "Base model evaluation"),
     *("Chat evaluation base", "Midtraining", "Chat evaluation mid", "Chat SFT", "Chat evaluation sft"),
     *("Chat RL", "Chat evaluation rl"),
 )
+OPTIONAL_SECTIONS = ("Chat evaluation base", "Chat RL", "Chat evaluation rl")
+# The keys of log()'s `metrics`; the summary reads nothing else.
+#   val_bpb, train_bpb   bits per byte on the validation and on the training split
+#   core, chat_core      CORE and ChatCORE metric
+#   task_scores          {task name: accuracy, 0 to 1}
+#   wall_clock_seconds   duration of the stage
+METRICS = ("val_bpb", "train_bpb", "core", "chat_core", "task_scores", "wall_clock_seconds")
+# Chat tasks in the order of the summary; others follow.
 TASKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee", "PocketSums", "PocketFacts")
-CURVES = {
-    "Base model training": "base",
-    "Midtraining": "mid",
-    "Chat SFT": "sft",
-    "Chat RL": "rl",
-}  # metrics/<name>.jsonl
-HOURLY_RATE = {"H100": 3.00, "A100": 1.79, "V100": 0.55}  # dollars per GPU; 2.00 for any other
+COLUMNS = ("BASE", "MID", "SFT", "RL")
+# Section -> name of its metrics file, metrics/<name>.jsonl
+CURVES = {"Base model training": "base", "Midtraining": "mid", "Chat SFT": "sft", "Chat RL": "rl"}
+HOURLY_RATES = {"H100": 3.00, "A100": 1.79, "V100": 0.55}  # rent in dollars per GPU; 2.00 for any other
 
 
 def get_report():
-    """The report on rank 0, a silent one elsewhere."""
-    return Report(base_dir() / "report") if is_rank0() else Silent()
-
-
-class Silent:
-    def log(self, section, data, metrics=None):
-        pass
+    """The report in the base directory."""
+    return Report(base_dir() / "report")
 
 
 def slug(section):
@@ -58,41 +58,45 @@ class Report:
 
     def log(self, section, data, metrics=None):
         """
-        Write one section. `data` is a list of dicts (listed), strings (markdown, taken as it is) and None (left out).
+        Write one section; on ranks other than 0 do nothing.
 
-        The summary reads "wall_clock_seconds" of any stage, CORE, "... validation bpb", and the accuracies (0 to 1) of
-        "Chat evaluation <source>" under the tasks' names.
+        data     for people: a list of dicts (written as lists), strings (markdown) and None (ignored)
+        metrics  for the summary: a dict with keys of METRICS; None values count as missing
         """
+        metrics = metrics or {}
+        assert set(metrics) <= set(METRICS), f"unknown metrics: {sorted(set(metrics) - set(METRICS))}"
+        if not is_rank0():
+            return
         now = time.time()
         items = [item for item in (data if isinstance(data, (list, tuple)) else [data]) if item]
         values = {key: value for item in items if isinstance(item, dict) for key, value in item.items()}
         blocks = [item if isinstance(item, str) else _listing(item) for item in items]
-        text = "\n\n".join([f"## {section}\ntimestamp: {_clock(now)}", *blocks]) + "\n"
-        self._write(f"{slug(section)}.md", text)
-        structured = {"section": section, "time": now, "metrics": values | (metrics or {})}
-        self._write(f"{slug(section)}.json", json.dumps(structured, indent=1, default=str) + "\n")
+        title = f"## {section}\ntimestamp: {_timestamp(now)}"
+        self._write(f"{slug(section)}.md", "\n\n".join([title, *blocks]) + "\n")
+        record = {"section": section, "time": now, "values": values, "metrics": metrics}
+        self._write(f"{slug(section)}.json", json.dumps(record, indent=1, default=str) + "\n")
 
     def reset(self):
-        """Delete all sections, keep metrics/, and note the machine and the time."""
-        for pattern in ("*.md", "*.json", "*.svg"):
-            for path in self.folder.glob(pattern):
-                path.unlink()
+        """Delete all sections but keep metrics/, and record the machine and the time."""
+        for path in [path for kind in ("md", "json", "svg") for path in self.folder.glob(f"*.{kind}")]:
+            path.unlink()
         started, gpus = time.time(), gpu_list()
-        self._write("header.md", header(gpus, f"Run started: {_clock(started)}"))
+        self._write("header.md", header(gpus, f"Run started: {_timestamp(started)}"))
         self._write("header.json", json.dumps({"started": started, "hourly": hourly_rate(gpus)}) + "\n")
 
     def generate(self):
-        """Put report.md together from what has been logged, saying what has not; returns its path."""
-        logged = {path.stem: self._read(path) for path in sorted(self.folder.glob("*.json")) if path.stem != "header"}
-        logged = {found["section"]: found for found in sorted(logged.values(), key=lambda s: s.get("time", 0)) if found}
+        """Combine all logged sections into report.md, which also lists the missing ones. Returns its path."""
+        files = [_read_json(path) for path in sorted(self.folder.glob("*.json")) if path.stem != "header"]
+        logged = {file["section"]: file for file in sorted(filter(None, files), key=lambda file: file.get("time", 0))}
         names = [*(s for s in SECTIONS if s in logged), *(s for s in logged if s not in SECTIONS)]
-        parts = [self._text("header.md") or header(gpu_list(), "Run started: unknown, there was no `report reset`")]
+        head = _read_text(self.folder / "header.md")
+        parts = [head or header(gpu_list(), "Run started: unknown, there was no `report reset`")]
         for name in names:
-            parts.append(self._text(f"{slug(name)}.md"))
+            parts.append(_read_text(self.folder / f"{slug(name)}.md") or "")
             if curve := self._curve(name):
                 parts.append(f"![loss curve]({curve})\n")
-        parts.append(summary(logged, names, self._read(self.folder / "header.json")))
-        if missing := [name for name in SECTIONS if name not in logged and name not in OPTIONAL]:
+        parts.append(summary(logged, names, _read_json(self.folder / "header.json")))
+        if missing := [name for name in SECTIONS if name not in logged and name not in OPTIONAL_SECTIONS]:
             parts.append(f"Not run, or not logged: {', '.join(missing)}.\n")
         return self._write("report.md", "\n".join(parts))
 
@@ -101,37 +105,40 @@ class Report:
         (self.folder / name).write_text(text, encoding="utf-8")
         return self.folder / name
 
-    def _text(self, name):
-        path = self.folder / name
-        return path.read_text(encoding="utf-8") if path.exists() else ""
-
-    def _read(self, path):
-        """The dict in a JSON file; {} when it is absent or was cut off by a crash."""
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-
     def _curve(self, section):
-        """Draw the section's metrics as an SVG beside the report; its path, or None when there are none."""
-        path = self.folder / "metrics" / f"{CURVES.get(section)}.jsonl"
-        if not path.exists():
-            return None
-        lines = path.read_text(encoding="utf-8").splitlines()
+        """Draw the loss curve of a section as an SVG. Returns its path, None if the section has no metrics file."""
+        name = CURVES.get(section)
+        lines = (_read_text(self.folder / "metrics" / f"{name}.jsonl") or "").splitlines()
         svg = curve_svg([json.loads(line) for line in lines if line.endswith("}")])
-        return self._write(f"{path.stem}.svg", svg) if svg else None
+        return self._write(f"{name}.svg", svg) if svg else None
+
+
+def _read_text(path):
+    """Content of a text file; None if it is missing or not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+
+
+def _read_json(path):
+    """The dict in a JSON file; {} if the file is missing or was truncated by a crash."""
+    try:
+        return json.loads(_read_text(path) or "{}")
+    except ValueError:
+        return {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Parts
+# Parts of the report
 
 
-def _clock(seconds):
+def _timestamp(seconds):
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
-def _value(value):
-    """4 decimals for a float, or 4 digits where those would not show it; commas from 10,000 on."""
+def _format_value(value):
+    """Floats get 4 decimals, or 4 significant digits if very small or large; integers from 10,000 on get commas."""
     if isinstance(value, float):
         plain = value == 0 or not math.isfinite(value) or 1e-3 <= abs(value) < 1e7
         return f"{value:.4f}" if plain else f"{value:.4g}"
@@ -139,7 +146,7 @@ def _value(value):
 
 
 def _listing(values):
-    return "\n".join(f"- {key}: {_value(value)}" for key, value in values.items())
+    return "\n".join(f"- {key}: {_format_value(value)}" for key, value in values.items())
 
 
 def _table(head, rows):
@@ -147,19 +154,19 @@ def _table(head, rows):
 
 
 def gpu_list():
-    """(name, bytes of memory) of every CUDA GPU."""
+    """[(name, bytes of memory)] of all CUDA GPUs."""
     try:
         import torch
 
-        found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        return [(gpu.name, gpu.total_memory) for gpu in found]
+        gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        return [(gpu.name, gpu.total_memory) for gpu in gpus]
     except (ImportError, OSError, RuntimeError):
         return []
 
 
 def hourly_rate(gpus):
-    """Dollars per hour that such GPUs cost to rent; None without a GPU."""
-    rates = [next((rate for key, rate in HOURLY_RATE.items() if key in name), 2.00) for name, _ in gpus]
+    """Rent of these GPUs in dollars per hour; None without a GPU."""
+    rates = [next((rate for key, rate in HOURLY_RATES.items() if key in name), 2.00) for name, _ in gpus]
     return sum(rates) if rates else None
 
 
@@ -174,12 +181,8 @@ def _git(*args):
 
 def bloat():
     """Size of the text files that git tracks, as a dict."""
-    texts = []
-    for name in filter(None, _git("ls-files", "-z").split("\0")):
-        try:
-            texts.append((ROOT / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue  # deleted here but not in git, or not text
+    # Deleted and binary files give None.
+    texts = [text for name in _git("ls-files", "-z").split("\0") if (text := _read_text(ROOT / name)) is not None]
     if not texts:
         return {"Size": "unknown (not a git checkout)"}
     characters = sum(map(len, texts))
@@ -188,19 +191,14 @@ def bloat():
 
 
 def header(gpus, started):
-    """What the run is made of and made on, as markdown; "unknown" where this machine does not tell."""
-    try:
-        import psutil
-
-        memory = f"{psutil.virtual_memory().total / 2**30:.1f} GiB"
-    except (ImportError, OSError):
-        memory = "unknown"
+    """Markdown about code, hardware and software; "unknown" where the machine gives no answer."""
     try:
         import torch
 
         torch_version, cuda = torch.__version__, torch.version.cuda or "none"
     except (ImportError, OSError):
         torch_version = cuda = "unknown"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0  # bytes
     commit = _git("rev-parse", "--short", "HEAD")
     rate = hourly_rate(gpus)
     sections = {
@@ -212,7 +210,7 @@ def header(gpus, started):
         "Hardware": {
             "Platform": platform.platform(),
             "CPU": f"{os.cpu_count()} cores, {_cpu_name()}",
-            "Memory": memory,
+            "Memory": f"{memory / 2**30:.1f} GiB" if memory else "unknown",
             "GPUs": f"{len(gpus)} x {gpus[0][0]}" if gpus else "none",
             "GPU memory": f"{sum(size for _, size in gpus) / 2**30:.1f} GiB" if gpus else "none",
             "CUDA": cuda,
@@ -222,71 +220,66 @@ def header(gpus, started):
         "Bloat": bloat(),
     }
     text = "".join(f"### {name}\n{_listing(values)}\n\n" for name, values in sections.items())
-    return f"# nanochat training report\n\nGenerated: {_clock(time.time())}\n\n{text}{started}\n\n---\n"
+    return f"# nanochat training report\n\nGenerated: {_timestamp(time.time())}\n\n{text}{started}\n\n---\n"
 
 
 def _cpu_name():
-    try:
-        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
+    match = re.search(r"model name\s*: (.+)", _read_text("/proc/cpuinfo") or "")
+    return match[1] if match else platform.processor() or platform.machine()
 
 
-def _number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def summary(logged, names, start):
+    """
+    The last section: a table of metrics by stage, and the wall-clock time of each stage and of the run.
 
+    logged {section: content of its JSON file}; names lists its sections in the order of the report; start is the
+    content of header.json.
+    """
 
-def _find(section, pattern):
-    """The first number in a section whose key matches; None when there is none."""
-    metrics = section.get("metrics", {}) if section else {}
-    return next((v for k, v in metrics.items() if _number(v) and re.fullmatch(pattern, k, re.IGNORECASE)), None)
+    def get(section, key):
+        return logged.get(section, {}).get("metrics", {}).get(key)
 
-
-def summary(logged, names, head):
-    """The last section: the table Metric | BASE | MID | SFT | RL, and the wall clock by stage and in all."""
-    bpb = r"(final )?val(idation)?[ _]bpb"
+    base_bpb = get("Base model loss", "val_bpb") or get("Base model training", "val_bpb")
     cells = {
-        "CORE": {"BASE": _find(logged.get("Base model evaluation"), r"core([ _]metric)?")},
-        "Validation bpb": {
-            "BASE": _find(logged.get("Base model loss"), bpb) or _find(logged.get("Base model training"), bpb),
-            "MID": _find(logged.get("Midtraining"), bpb),
-        },
+        "CORE": {"BASE": get("Base model evaluation", "core")},
+        "Validation bpb": {"BASE": base_bpb, "MID": get("Midtraining", "val_bpb")},
         **{task: {} for task in TASKS},
     }
-    for column in ("BASE", "MID", "SFT", "RL"):
-        scores = logged.get(f"Chat evaluation {column.lower()}", {}).get("metrics", {})
-        for key, value in scores.items():  # settings are in lower case, tasks are not
-            if key[:1].isupper() and _number(value) and -1 <= value <= 1:
-                cells.setdefault(key.removesuffix(" metric"), {})[column] = value
-    if "ChatCORE" in cells:
-        cells["ChatCORE"] = cells.pop("ChatCORE")
+    evaluations = {column: f"Chat evaluation {column.lower()}" for column in COLUMNS}
+    for column, section in evaluations.items():
+        for task, accuracy in (get(section, "task_scores") or {}).items():
+            cells.setdefault(task, {})[column] = accuracy
+    cells["ChatCORE"] = {column: get(section, "chat_core") for column, section in evaluations.items()}
     rows = [
-        [metric, *(f"{row[c]:.4f}" if row.get(c) is not None else "-" for c in ("BASE", "MID", "SFT", "RL"))]
+        [metric, *(f"{row[c]:.4f}" if row.get(c) is not None else "-" for c in COLUMNS)]
         for metric, row in cells.items()
         if any(value is not None for value in row.values())
     ]
-    times = {name: seconds for name in names if (seconds := _find(logged[name], "wall_clock_seconds")) is not None}
-    clock = [[name, format_duration(seconds)] for name, seconds in times.items()]
+    times = {name: seconds for name in names if (seconds := get(name, "wall_clock_seconds")) is not None}
     text = f"## Summary\n\n{_listing(bloat())}\n\n"
-    text += _table(["Metric", "BASE", "MID", "SFT", "RL"], rows) if rows else "No metrics yet.\n"
-    if clock:
-        text += "\n" + _table(["Stage", "Wall clock"], [*clock, ["Sum", format_duration(sum(times.values()))]])
-    ends = [found["time"] for name, found in logged.items() if name not in ("Chat RL", "Chat evaluation rl")]
-    if head.get("started") and ends:
-        seconds = max(0, max(ends) - head["started"])
+    text += _table(["Metric", *COLUMNS], rows) if rows else "No metrics yet.\n"
+    if times:
+        clock = [[name, format_duration(seconds)] for name, seconds in [*times.items(), ("Sum", sum(times.values()))]]
+        text += "\n" + _table(["Stage", "Wall clock"], clock)
+    ends = [file["time"] for name, file in logged.items() if name not in ("Chat RL", "Chat evaluation rl")]
+    if start.get("started") and ends:
+        seconds = max(0, max(ends) - start["started"])
         text += f"\nTotal wall clock time, from start to the last stage before RL: {format_duration(seconds)}\n"
-        text += f"Cost: about ${seconds / 3600 * head['hourly']:.2f}\n" if head.get("hourly") else ""
+        text += f"Cost: about ${seconds / 3600 * start['hourly']:.2f}\n" if start.get("hourly") else ""
     return text
 
 
 def curve_svg(rows, width=720, height=260, points=400):
-    """An SVG of loss, val_bpb and val_loss over steps, from rows of metrics.jsonl; None when it would be empty."""
+    """
+    An SVG of loss, val_bpb and val_loss over steps; None if there is nothing to draw.
+
+    rows are the records of a metrics.jsonl file; neighboring records are averaged to at most `points` points.
+    """
     curves = {}
     for key in ("loss", "val_bpb", "val_loss"):
-        found = [(row["step"], row[key]) for row in rows if _number(row.get(key)) and math.isfinite(row[key])]
-        size = math.ceil(len(found) / points)  # the mean of this many neighbours is one point
-        groups = [found[i : i + size] for i in range(0, len(found), size or 1)]
+        values = [(r["step"], r[key]) for r in rows if isinstance(r.get(key), (int, float)) and math.isfinite(r[key])]
+        size = math.ceil(len(values) / points) or 1
+        groups = [values[i : i + size] for i in range(0, len(values), size)]
         if len(groups) > 1:
             curves[key] = [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
     if not curves:
@@ -304,12 +297,10 @@ def curve_svg(rows, width=720, height=260, points=400):
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif"']
     out += [' font-size="11"><rect width="100%" height="100%" fill="white"/>']
     for share in (0, 0.25, 0.5, 0.75, 1):
-        x, y = at(share * last, low + share * (high - low))
-        out += [
-            f'<path d="M{left} {y:.0f}H{right}" stroke="#ddd"/>',
-            label(x, height - 10, "middle", round(share * last)),
-        ]
-        out += [label(left - 4, y + 4, "end", f"{low + share * (high - low):.2f}")]
+        step, value = share * last, low + share * (high - low)
+        x, y = at(step, value)
+        out += [f'<path d="M{left} {y:.0f}H{right}" stroke="#ddd"/>', label(x, height - 10, "middle", round(step))]
+        out += [label(left - 4, y + 4, "end", f"{value:.2f}")]
     for i, (key, curve) in enumerate(curves.items()):
         color, path = ("#36c", "#c33", "#393")[i], " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in curve)
         out += [f'<polyline points="{path}" fill="none" stroke="{color}"/>']
@@ -321,7 +312,7 @@ def main(argv=None):
     parser = make_parser("nanochat.report", __doc__)
     parser.add_argument("command", nargs="?", default="generate", choices=("generate", "reset"))
     command = parse_args(parser, argv).command
-    report = Report(base_dir() / "report")
+    report = get_report()
     if command == "reset":
         report.reset()
         return print0(f"new report in {report.folder}")

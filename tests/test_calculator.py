@@ -1,4 +1,4 @@
-"""The calculator against Python's own fractions, a table of what the training data writes, and hostile text."""
+"""The calculator against Python's fractions, on expressions from the training data, and on hostile text."""
 
 import random
 import time
@@ -45,17 +45,17 @@ f'{1}'.count('1')|b'a'.count('a')|'a''b'.count('a')|'a'.count('a')+1|[1].count(1
 
 
 @pytest.mark.parametrize("expr", TABLE)
-def test_what_the_training_data_writes(expr):
+def test_expressions_from_the_training_data(expr):
     assert calculate(expr) == TABLE[expr]
 
 
 @pytest.mark.parametrize("expr", REFUSED.replace("\n", "|").split("|") + ["1\n+1", "1\n", "'a\n'.count('a')"])
-def test_anything_else_gives_nothing(expr):
+def test_other_text_is_refused(expr):
     assert calculate(expr) is None
 
 
 def random_expression(rng, depth):
-    """(text, value) of a random expression; value None when it divides by zero."""
+    """(text, value) of a random expression; value is None if it divides by zero."""
     if depth == 0 or rng.random() < 0.2:
         number = rng.choice([str(rng.randint(0, 99)), f"{rng.randint(1000, 10**7):,}", f"{rng.randint(0, 999) / 100}"])
         return number, Fraction(number.replace(",", ""))
@@ -80,12 +80,13 @@ def test_equals_fractions_on_random_expressions():
             assert result is None, text
         elif len(text) <= 256:
             checked += 1
-            rounding = 0 if value.denominator == 1 else abs(value) * Fraction(5, 10**15)  # half of the 15th digit
+            # Half a unit of the 15th digit.
+            rounding = 0 if value.denominator == 1 else abs(value) * Fraction(5, 10**15)
             assert abs(Fraction(result) - value) <= rounding, text
     assert checked > 1500
 
 
-def test_hostile_text_is_refused_at_once():
+def test_hostile_text_is_refused_quickly():
     rng = random.Random(0)
     alphabet = "0123456789.,+-*/() '\"count\\\0\n٣é"
     hostile = ["(" * 256, "-" * 256, "9" * 256, "(" * 128 + "1" + ")" * 127, "1/" * 127 + "3", "9*" * 127 + "9"]

@@ -1,7 +1,8 @@
-"""The sandbox: hostile programs change nothing outside, only those that ran to their end succeed; HumanEval."""
+"""The sandbox: hostile programs change nothing outside, and only programs that run to their end succeed. HumanEval."""
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,7 +25,7 @@ needs_mirror = pytest.mark.skipif(not MIRROR.is_dir(), reason="no local copy of 
 needs_strict = pytest.mark.skipif(sandbox_level() != "strict", reason="the kernel offers no isolation here")
 SECRET = "NANOCHAT_TEST_SECRET"
 
-# Every way of putting doors together that this machine has; the first is what users get.
+# All combinations of layers that this machine supports; users get the first one.
 FALLBACKS = [
     ("rlimits", "namespaces", "landlock", "seccomp"),
     ("rlimits", "landlock", "seccomp"),
@@ -35,7 +36,7 @@ FALLBACKS = [combination for combination in FALLBACKS if set(combination) <= set
 
 @pytest.fixture(scope="module")
 def outside(tmp_path_factory):
-    """What programs must leave alone: a home with a file, a secret in the environment, a server, this process."""
+    """Targets of the hostile programs: a home with a file, a secret in the environment, a server, this process."""
     home = tmp_path_factory.mktemp("home")
     home.chmod(0o755)
     (home / "diary.txt").write_text("dear diary")
@@ -45,7 +46,7 @@ def outside(tmp_path_factory):
     bystander = subprocess.Popen(["sleep", "1000"])
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as scratches:
         os.chmod(scratches, 0o711)
-        patch.setattr(tempfile, "tempdir", scratches)  # which also tells our programs from those of other test runs
+        patch.setattr(tempfile, "tempdir", scratches)  # processes() recognizes our programs by this path
         patch.setenv("HOME", str(home))
         patch.setenv(SECRET, "xyzzy")
         yield {
@@ -64,7 +65,7 @@ def outside(tmp_path_factory):
 
 @pytest.fixture
 def untouched(outside):
-    """Compares what programs must leave alone before the test and after it, and counts what they left behind."""
+    """Checks that the test changes none of the targets and leaves no files, descriptors, threads or processes."""
     home = Path(outside["HOME"])
     (home / "diary.txt").chmod(0o666)
     signals = []
@@ -81,13 +82,13 @@ def untouched(outside):
 
     start = state()
     yield
-    for _ in range(20):  # the kernel takes a moment to take the dead down
+    for _ in range(20):  # the kernel needs a moment to remove ended processes
         if state() == start:
             break
         time.sleep(0.05)
     assert state() == start
     assert not signals
-    with pytest.raises(BlockingIOError):  # nobody has connected
+    with pytest.raises(BlockingIOError):  # no program has connected
         outside["server"].accept()
     assert Path(f"/proc/{outside['BYSTANDER']}").exists() or not jail.LINUX
     for number, handler in before.items():
@@ -95,7 +96,7 @@ def untouched(outside):
 
 
 def processes():
-    """Children of ours, zombies included, and whatever runs in one of our scratch folders."""
+    """Ids of this process's children, including zombies, and of processes that run in one of our scratch folders."""
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else ()):
         try:
@@ -108,7 +109,8 @@ def processes():
     return sorted(found)
 
 
-# Each ends as the result says ("fails": any failure; an error's name; "ends": success is no harm), changing nothing.
+# name: (program, expected result). "fails" is any failure, "ends" is success, "timeout" is a timeout; any other text
+# must be part of the error. No program may change anything outside.
 HOSTILE = {
     # processes
     "fork_bomb": ("import os\nwhile True: os.fork()", "PermissionError"),
@@ -241,7 +243,7 @@ HOSTILE = {
     "datagram_pair": ("import socket; socket.socketpair(type=socket.SOCK_DGRAM)[0].sendto(b'x', '/dev/log')", "fails"),
     "url": ("import urllib.request; urllib.request.urlopen('http://127.0.0.1:@PORT')", "fails"),
     "io_uring": ("import ctypes; assert ctypes.CDLL(None).syscall(425, 1, bytes(120)) >= 0", "AssertionError"),
-    # success without having ended
+    # pretending success without running to the end
     "sys_exit": ("import sys; sys.exit(0)\nassert False", "SystemExit"),
     "os_exit": ("import os; os._exit(0)", "fails"),
     "raise_exit": ("raise SystemExit", "SystemExit"),
@@ -250,7 +252,7 @@ HOSTILE = {
     "kill_self_softly": ("import os; os.kill(os.getpid(), 15)", "SIGTERM"),
     "exit_at_exit": ("import atexit, os; atexit.register(os._exit, 0); assert False", "AssertionError"),
     "excepthook": ("import sys, os; sys.excepthook = lambda *_: os._exit(0); assert False", "AssertionError"),
-    "words": ("import sys; print('success', 'S', 'passed', '0' * 32); sys.exit()", "SystemExit"),
+    "print_success": ("import sys; print('success', 'S', 'passed', '0' * 32); sys.exit()", "SystemExit"),
     "write_everywhere": (
         "import os\nfor fd in range(99):\n  for x in (b'S', b'success', b'0' * 32):\n    try: os.write(fd, x)\n"
         "    except OSError: pass\n"
@@ -268,7 +270,7 @@ HOSTILE = {
     "error_that_hangs": ("class E(Exception):\n  def __str__(s):\n    while 1: pass\nraise E", "timeout"),
     "builtins": ("import builtins; builtins.AssertionError = builtins.Exception = int; assert False", "AssertionError"),
     "patched_write": ("import os; os.write = lambda *a: 0; os._exit = print; assert False", "AssertionError"),
-    # Looks for the nonce wherever Python can look: what it finds it writes to every descriptor, then leaves.
+    # Looks for the nonce in all objects that Python code can reach, writes candidates to every descriptor, then exits.
     "search_for_nonce": (
         "import gc, os, re, sys\n"
         "seen, todo, found = set(), [sys.modules, gc.get_objects()], set()\n"
@@ -288,7 +290,7 @@ HOSTILE = {
         "os._exit(0)",
         "exit code 0",
     ),
-    "trace_the_harness": (
+    "trace_the_jail": (
         "import os, sys\nnames = []\n"
         "def trace(frame, event, arg):\n"
         "  names.append(repr(frame.f_locals)); frame.f_trace_opcodes = True; return trace\n"
@@ -328,15 +330,15 @@ def test_hostile(name, outside, untouched):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("have", FALLBACKS[1:], ids="+".join)
+@pytest.mark.parametrize("available", FALLBACKS[1:], ids="+".join)
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_with_fewer_layers(name, have, outside, untouched, monkeypatch):
-    monkeypatch.setattr(execution, "layers", lambda: have)
+def test_hostile_with_fewer_layers(name, available, outside, untouched, monkeypatch):
+    monkeypatch.setattr(execution, "layers", lambda: available)
     run_hostile(name, outside)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Programs that mean well
+# Harmless programs
 
 
 def test_result_of_a_good_program():
@@ -384,24 +386,24 @@ GOOD = {
 }
 
 
-@pytest.mark.parametrize("have", FALLBACKS + [("rlimits",)], ids="+".join)
-def test_good_programs(have, untouched, monkeypatch):
-    import torch  # noqa: F401  its gigabytes of address space are not the program's
+@pytest.mark.parametrize("available", FALLBACKS + [("rlimits",)], ids="+".join)
+def test_good_programs(available, untouched, monkeypatch):
+    import torch  # noqa: F401  a program must not inherit its gigabytes of address space
 
-    monkeypatch.setattr(execution, "layers", lambda: have)
+    monkeypatch.setattr(execution, "layers", lambda: available)
     results = dict(zip(GOOD, execute_many(GOOD.values(), timeout=20, level="basic"), strict=True))
     assert {name: r for name, r in results.items() if not r.success} == {}
     assert results["main"].stdout == "['program.py']\n" and results["late_thread"].stdout == "late\n"
 
 
-def test_memory_limit_is_the_callers():
+def test_memory_limit_can_be_changed():
     program = "x = bytearray(400 << 20)"
     assert execute_code(program).memory_exceeded
     assert execute_code(program, maximum_memory_bytes=1 << 30).success
     assert execute_code(program, maximum_memory_bytes=None).success
 
 
-def test_output_is_cut():
+def test_output_is_truncated():
     result = execute_code("print('x' * 500_000)")
     assert result.success and len(result.stdout) == execution.KEPT_OUTPUT
 
@@ -419,7 +421,7 @@ def test_a_thousand(untouched):
 
 
 def test_dies_with_its_parent(tmp_path):
-    """A run that is killed leaves no program behind, not even one that refuses to die."""
+    """When a run is killed, its programs die too, even one that ignores signals."""
     program = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nwhile True: time.sleep(1)"
     script = f"from nanochat.execution import execute_code\nexecute_code({program!r}, timeout=60, level='basic')"
     env = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(execution.__file__).parents[1])}
@@ -431,7 +433,7 @@ def test_dies_with_its_parent(tmp_path):
             return sum(str(tmp_path).encode() in line.read_bytes() for line in lines if line.exists())
 
         if not jail.LINUX:
-            pytest.skip("needs /proc to see")
+            pytest.skip("needs /proc")
         wait_for(lambda: alive() >= (3 if "namespaces" in layers() else 2) and (time.sleep(1) or True))
         parent.kill()
         parent.wait()
@@ -452,14 +454,14 @@ def wait_for(condition, seconds=20):
 
 
 def test_refuses_below_the_level(monkeypatch):
-    for have, level in (
+    for available, level in (
         (("rlimits",), "basic"),
         (("rlimits", "seccomp"), "basic"),
         (("rlimits", "namespaces", "landlock"), "basic"),
         (("rlimits", "landlock", "seccomp"), "strict"),
         (("rlimits", "namespaces", "seccomp"), "strict"),
     ):
-        monkeypatch.setattr(execution, "layers", lambda have=have: have)
+        monkeypatch.setattr(execution, "layers", lambda available=available: available)
         assert sandbox_level() == level
         if level == "basic":
             with pytest.raises(UserError, match="--unsafe_exec"):
@@ -482,15 +484,15 @@ def test_basic_level_still_limits(monkeypatch, untouched):
     ).success
     assert "bytes of output" in run("while True: print('x' * 999)").error
     if jail.LINUX:
-        run("import os, time\nif os.fork() == 0: time.sleep(99)")  # its child goes with it
+        run("import os, time\nif os.fork() == 0: time.sleep(99)")  # its child is killed as well
 
 
 @pytest.mark.skipif(not jail.LINUX, reason="layers of the Linux kernel")
-def test_a_layer_that_fails_is_not_passed_over(monkeypatch, tmp_path):
-    """Where a layer does not come up it is not listed; one that is asked for and fails stops before the program."""
-    broken = tmp_path / "jail.py"
+def test_a_failing_layer_is_not_ignored(monkeypatch, tmp_path):
+    """A layer that cannot be set up is not listed. If it is requested anyway, the program does not run."""
+    broken = shutil.copytree(execution.JAIL.parent, tmp_path / "sandbox") / "jail.py"
     source = execution.JAIL.read_text()
-    broken.write_text(source.replace('call("syscall", restrict', 'call("syscall", 9999'))
+    broken.write_text(source.replace('call("syscall", restrict_self', 'call("syscall", 9999'))
     assert broken.read_text() != source
     monkeypatch.setattr(execution, "JAIL", broken)
     with pytest.raises(UserError, match="did not start"):
@@ -502,12 +504,11 @@ def test_a_layer_that_fails_is_not_passed_over(monkeypatch, tmp_path):
 
 @needs_strict
 def test_namespaces_forbidden_as_in_a_container(tmp_path):
-    """Under a seccomp filter that forbids unshare, as Docker's does, Landlock and seccomp still make it strict."""
+    """Under a seccomp filter that forbids unshare, like Docker's, Landlock and seccomp still reach level strict."""
     script = """if 1:
         import sys
         from nanochat import execution
         from nanochat.sandbox import jail
-        forbidden = [line for line in jail.SYSCALLS.split(",")]
         import ctypes, struct
         number = {"x86_64": 272, "aarch64": 97}[jail.MACHINE]
         code = [(0x20, 0, 0, 0), (0x15, 0, 1, number), (6, 0, 0, 0x50001), (6, 0, 0, 0x7FFF0000)]
@@ -527,17 +528,25 @@ def test_namespaces_forbidden_as_in_a_container(tmp_path):
     "machine, headers",
     [("x86_64", "/usr/include/x86_64-linux-gnu/asm/unistd_64.h"), ("aarch64", "/usr/include/asm-generic/unistd.h")],
 )
-def test_numbers_of_system_calls(machine, headers):
+def test_system_call_numbers(machine, headers):
     if not Path(headers).exists():
         pytest.skip("no kernel headers here (linux-libc-dev)")
     known = {name: int(n) for name, n in re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", Path(headers).read_text())}
     known |= {"newfstatat": known.get("newfstatat", known.get("fstatat")), "fchmodat2": 452}  # later than some headers
-    column = list(jail.NUMBERS).index(machine)
-    for line in jail.SYSCALLS.split(","):
-        name, *numbers = line.split()
-        assert numbers[column] == str(known.get(name, "-")), name
-    for name in ("pivot_root", "ioctl", "clone3"):
-        assert jail.NUMBERS[machine][name] == known[name]
+    table = [line.split() for line in execution.JAIL.with_name("syscalls.txt").read_text().splitlines()]
+    rows = [row for row in table if row[0] != "#"]
+    assert len(rows) > 150 and "ioctl" in [row[0] for row in rows]
+    for name, *numbers in rows:
+        assert numbers[list(jail.AUDIT_ARCH).index(machine)] == str(known.get(name, "-")), name
+    assert jail.PIVOT_ROOT[machine] == known["pivot_root"] and jail.CLONE3 == known["clone3"]
+
+
+def test_metadata_calls_need_namespaces(monkeypatch):
+    """Landlock does not control these calls. Without namespaces, they could change files outside of the sandbox."""
+    for machine, missing in (("x86_64", set()), ("aarch64", {"chmod"})):
+        monkeypatch.setattr(jail, "MACHINE", machine)
+        metadata = {"chmod", "fchmod", "fchmodat", "fchmodat2", "utimensat", "truncate"} - missing
+        assert jail.read_syscalls(True).keys() - jail.read_syscalls(False).keys() == metadata
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -573,14 +582,14 @@ def test_humaneval_example(humaneval):
     good = f"Here it is:\n```python\n{body}    return sum(abs(x - m) for x in numbers) / len(numbers)\n```\nDone."
     assert humaneval.evaluate(problem, good) is True and humaneval.reward(problem, good) == 1.0
     assert humaneval.evaluate(problem, good.replace("abs", "")) is False
-    for way_out in ("import sys; sys.exit(0)", "import os; os._exit(0)", "raise SystemExit", "quit()", "x = ("):
-        assert humaneval.evaluate(problem, way_out) is False
-        inside = f"{body}    {way_out}\n"
+    for early_exit in ("import sys; sys.exit(0)", "import os; os._exit(0)", "raise SystemExit", "quit()", "x = ("):
+        assert humaneval.evaluate(problem, early_exit) is False
+        inside = f"{body}    {early_exit}\n"
         assert humaneval.evaluate(problem, f"```python\n{inside}```") is False
 
 
 def with_solutions(task):
-    """[(conversation, prompt, canonical solution, its part behind the prompt)] of all problems."""
+    """[(conversation, prompt, canonical solution, the solution without the prompt)] of all problems."""
     problems = [task[i] for i in range(len(task))]
     texts = [[message["content"] for message in problem["messages"]] for problem in problems]
     return [(problem, *text, text[1][len(text[0]) :]) for problem, text in zip(problems, texts, strict=True)]
@@ -613,7 +622,7 @@ def test_humaneval_non_solutions_fail(humaneval, body):
 @needs_mirror
 @pytest.mark.slow
 def test_humaneval_mutants_fail(humaneval):
-    """Every `return x` becomes `return [x, 0]`, which only a problem without tests could take for right."""
+    """Every `return x` becomes `return [x, 0]`, which only a problem without tests could accept."""
     problems = with_solutions(humaneval)
     pairs = [
         (problem, prompt + re.sub(r"return (.+)", r"return [(\1), 0]", body)) for problem, prompt, _, body in problems

@@ -1,4 +1,4 @@
-"""The exported folder, read by transformers' Auto classes, against our own model and tokenizer."""
+"""The exported folder, loaded with transformers' Auto classes, against our own model and tokenizer."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ CHAT = [
     {"role": "system", "content": "Be short."},
     {"role": "user", "content": "Who are you?"},
     {"role": "assistant", "content": "I am nanochat."},
-    {"role": "user", "content": "Tell me more\nof it."},
+    {"role": "user", "content": "Tell me more\nabout it."},
 ]
 
 
@@ -36,7 +36,7 @@ def exported(base):
     return model, tokenizer, base / "out"
 
 
-def test_the_folder_has_the_same_ids_logits_and_answers(exported):
+def test_same_ids_logits_and_completions(exported):
     model, tokenizer, folder = exported
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     for text in TEXTS:
@@ -47,14 +47,15 @@ def test_the_folder_has_the_same_ids_logits_and_answers(exported):
     ids = theirs.apply_chat_template(CHAT, add_generation_prompt=True, return_tensors="pt")["input_ids"]
     assert ids[0].tolist() == tokenizer.render_for_completion({"messages": CHAT})
     torch.testing.assert_close(hf_model(ids).logits, model(ids), atol=1e-5, rtol=0)
-    out = hf_model.generate(ids, max_new_tokens=20, do_sample=False)[0].tolist()
+    generated = hf_model.generate(ids, max_new_tokens=20, do_sample=False)[0].tolist()
     engine = Engine(model, tokenizer)
     results, masks = engine.generate_batch(ids[0].tolist(), max_tokens=20, temperature=0)
-    n = next((i for i, m in enumerate(masks[0][ids.size(1) :]) if not m), 20)  # up to the calculator, which they lack
-    assert out[: ids.size(1) + n] == results[0][: ids.size(1) + n]
+    # Equal up to the first call of the calculator, which transformers lacks.
+    n = next((i for i, m in enumerate(masks[0][ids.size(1) :]) if not m), 20)
+    assert generated[: ids.size(1) + n] == results[0][: ids.size(1) + n]
 
 
-def test_an_existing_folder_is_left_alone(base):
+def test_an_existing_folder_is_not_overwritten(base):
     (base / "out").mkdir()
-    with pytest.raises(UserError, match="there already"):
+    with pytest.raises(UserError, match="already exists"):
         hf.main(["-i", "sft", str(base / "out")])

@@ -1,8 +1,9 @@
-"""The report: sections and table from what the stages log, and no crash where git, torch or a section is absent."""
+"""The report: sections and summary of what the stages log; no crash without git, torch or a section."""
 
 import json
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -28,16 +29,22 @@ def table_row(text, metric):
 
 def log_everything():
     log = get_report().log
-    log("Tokenizer training", [{"vocab_size": 4096, "train_time": 1.5}, {"wall_clock_seconds": 10.0}])
-    log("Base model training", [{"depth": 4}, {"Minimum validation bpb": 0.8, "Final validation bpb": 0.9}])
-    log("Base model loss", [{"train bpb": 0.81, "val bpb": 0.91, "wall_clock_seconds": 5.0}, "Sample: `hello`", None])
-    log("Base model evaluation", [{"CORE metric": 0.2219, "wall_clock_seconds": 65.4}])
-    log("Chat evaluation base", [{"source": "base", "PocketSums": 0.0}])
-    log("Midtraining", [{"val_bpb": 0.7}])
-    log("Chat evaluation mid", [{"temperature": 0.0, "max_problems": 1, "ARC-Easy": 0.3561, "PocketSums": 0.5}])
+    log("Tokenizer training", [{"vocab_size": 4096, "train_time": 1.5}], {"wall_clock_seconds": 10.0})
+    log("Base model training", [{"depth": 4}, {"Minimum validation bpb": 0.8}], {"val_bpb": 0.9})
+    log(
+        "Base model loss",
+        [{"train bpb": 0.81, "val bpb": 0.91}, "Sample: `hello`", None],
+        {"train_bpb": 0.81, "val_bpb": 0.91, "wall_clock_seconds": 5.0},
+    )
+    log("Base model evaluation", [{"CORE metric": 0.2219}], {"core": 0.2219, "wall_clock_seconds": 65.4})
+    log("Chat evaluation base", [{"source": "base", "PocketSums": 0.0}], {"task_scores": {"PocketSums": 0.0}})
+    log("Midtraining", [{"val_bpb": 0.75}], {"val_bpb": 0.7})
+    settings = {"temperature": 0.0, "max_problems": 1, "Uppercase": 1.0}
+    log("Chat evaluation mid", [settings], {"task_scores": {"ARC-Easy": 0.3561, "PocketSums": 0.5}})
     log("Chat SFT", {"Training loss": 1.25})
-    log("Chat evaluation sft", [{"ARC-Easy": 0.3876, "ChatCORE metric": 0.0884, "SpellingBee": 0.975, "NewTask": 1.0}])
-    log("Chat evaluation rl", [{"GSM8K": 0.0758}])
+    scores = {"ARC-Easy": 0.3876, "SpellingBee": 0.975, "NewTask": 1.0, "mine.py:Mine": 0.25}
+    log("Chat evaluation sft", [{"ARC-Easy": 0.5}], {"task_scores": scores, "chat_core": 0.0884})
+    log("Chat evaluation rl", None, {"task_scores": {"GSM8K": 0.0758}, "chat_core": None})
 
 
 def test_summary_has_every_metric_in_its_column(base):
@@ -52,17 +59,20 @@ def test_summary_has_every_metric_in_its_column(base):
     assert table_row(text, "PocketSums") == ["0.0000", "0.5000", "-", "-"]
     assert table_row(text, "SpellingBee") == ["-", "-", "0.9750", "-"]
     assert table_row(text, "NewTask") == ["-", "-", "1.0000", "-"]
+    assert table_row(text, "mine.py:Mine") == ["-", "-", "0.2500", "-"]
     assert table_row(text, "GSM8K") == ["-", "-", "-", "0.0758"]
     assert table_row(text, "ChatCORE") == ["-", "-", "0.0884", "-"]
     rows = text[text.index("| Metric") :].split("\n\n")[0].splitlines()
-    assert rows[2].startswith("| CORE") and rows[-1].startswith("| ChatCORE")
-    assert "| temperature" not in text and "| MMLU" not in text
+    assert rows[0] == "| Metric | BASE | MID | SFT | RL |"
+    metrics = ["CORE", "Validation bpb", "ARC-Easy", "GSM8K", "SpellingBee", "PocketSums", "NewTask", "mine.py:Mine"]
+    assert [row.split(" | ")[0] for row in rows[2:]] == [f"| {metric}" for metric in [*metrics, "ChatCORE"]]
+    assert "| temperature" not in text and "| MMLU" not in text and "| Uppercase" not in text
     assert table_row(text, "Base model evaluation") == ["1m05s"] and table_row(text, "Sum") == ["1m20s"]
     assert "Total wall clock time" in text
     assert "Not run, or not logged: Tokenizer evaluation.\n" in text
 
 
-def test_sections_stand_in_the_order_of_the_stages(base):
+def test_sections_are_in_the_order_of_the_stages(base):
     get_report().log("Midtraining", [])
     get_report().log("A stage of my own", [])
     get_report().log("Tokenizer training", [])
@@ -71,22 +81,37 @@ def test_sections_stand_in_the_order_of_the_stages(base):
     assert heads == ["Tokenizer training", "Midtraining", "A stage of my own", "Summary"]
 
 
-def test_a_section_is_markdown_for_people_and_json_for_machines(base):
+def test_a_section_is_markdown_for_people_and_json_for_programs(base):
     data = [
         {"lr": 0.02, "eps": 1e-10, "tokens": 11_200_000_000, "steps": 9999, "flops": 4.5e20},
         "| a |",
         {"done": True},
     ]
-    get_report().log("Chat SFT", data)
+    get_report().log("Chat SFT", data, {"val_bpb": 0.5, "wall_clock_seconds": 3.0})
     text = (base / "report" / "chat-sft.md").read_text(encoding="utf-8")
     assert text.startswith("## Chat SFT\ntimestamp: 20")
     lines = ["- lr: 0.0200", "- eps: 1e-10", "- tokens: 11,200,000,000", "- steps: 9999", "- flops: 4.5e+20"]
     assert "\n".join(lines) + "\n\n| a |\n\n- done: True\n" in text
-    found = json.loads((base / "report" / "chat-sft.json").read_text(encoding="utf-8"))
-    assert found["section"] == "Chat SFT" and found["metrics"] == {**data[0], **data[2]}
+    record = json.loads((base / "report" / "chat-sft.json").read_text(encoding="utf-8"))
+    assert record["section"] == "Chat SFT" and record["values"] == {**data[0], **data[2]}
+    assert record["metrics"] == {"val_bpb": 0.5, "wall_clock_seconds": 3.0}
+    assert record.keys() == {"section", "time", "values", "metrics"} and abs(record["time"] - time.time()) < 60
 
 
-def test_reset_forgets_sections_and_keeps_metrics(base):
+def test_metrics_have_fixed_keys(base):
+    with pytest.raises(AssertionError, match="validation_bpb"):
+        get_report().log("Chat SFT", [], {"validation_bpb": 0.5})
+
+
+def test_the_summary_reads_only_metrics(base):
+    get_report().log("Chat evaluation sft", [{"ARC-Easy": 0.5, "wall_clock_seconds": 9.0}])
+    get_report().log("Base model evaluation", [{"CORE metric": 0.5, "core": 0.5}], {"core": None})
+    text = Report(base / "report").generate().read_text(encoding="utf-8")
+    assert "No metrics yet." in text and "| Stage |" not in text
+    assert "- ARC-Easy: 0.5000\n- wall_clock_seconds: 9.0000\n" in text
+
+
+def test_reset_deletes_sections_and_keeps_metrics(base):
     log_everything()
     metrics = base / "report" / "metrics" / "base.jsonl"
     metrics.parent.mkdir()
@@ -101,24 +126,23 @@ def test_reset_forgets_sections_and_keeps_metrics(base):
     )
 
 
-def test_nothing_is_needed_from_the_machine(base, monkeypatch):
+def test_works_without_git_and_torch(base, monkeypatch):
     def absent(*args, **kwargs):
         raise FileNotFoundError("git")
 
     monkeypatch.setattr(subprocess, "run", absent)
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.setitem(sys.modules, "psutil", None)
     monkeypatch.setattr(report, "_cpu_name", lambda: "")
     report.main(["reset"])
     log_everything()
-    (base / "report" / "midtraining.json").write_text('{"section": "Midtr')  # a crash while it was written
+    (base / "report" / "midtraining.json").write_text('{"section": "Midtr')  # truncated by a crash
     report.main([])
     text = Path("report.md").read_text(encoding="utf-8")
     assert "- Commit: unknown" in text and "- PyTorch: unknown" in text and "unknown (not a git checkout)" in text
     assert table_row(text, "Validation bpb") == ["0.9100", "-", "-", "-"]
 
 
-def test_git_is_asked_about_this_repository(base, tmp_path, monkeypatch):
+def test_header_describes_this_repository(base, tmp_path, monkeypatch):
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
@@ -135,7 +159,7 @@ def test_git_is_asked_about_this_repository(base, tmp_path, monkeypatch):
     assert "- Characters: 19\n- Lines: 4\n- Files: 1\n- Tokens (characters / 4): 4\n" in text
 
 
-def test_cost_is_that_of_the_gpus(base, monkeypatch):
+def test_cost_depends_on_the_gpus(base, monkeypatch):
     assert report.hourly_rate([("NVIDIA H100 80GB HBM3", 80 << 30)] * 8) == 24.0
     assert report.hourly_rate([("NVIDIA A100-SXM4-80GB", 1), ("Tesla V100", 1), ("RTX 4090", 1)]) == pytest.approx(4.34)
     assert report.hourly_rate([]) is None
@@ -143,8 +167,8 @@ def test_cost_is_that_of_the_gpus(base, monkeypatch):
     report.main(["reset"])
     head = base / "report" / "header.json"
     head.write_text(json.dumps(json.loads(head.read_text()) | {"started": 1000.0}))
-    found = {"section": "Chat SFT", "time": 1000.0 + 3.5 * 3600, "metrics": {}}
-    (base / "report" / "chat-sft.json").write_text(json.dumps(found))
+    record = {"section": "Chat SFT", "time": 1000.0 + 3.5 * 3600, "metrics": {}}
+    (base / "report" / "chat-sft.json").write_text(json.dumps(record))
     text = Report(base / "report").generate().read_text(encoding="utf-8")
     assert "8 x NVIDIA H100" in text and "about $24.00 an hour" in text
     assert "before RL: 3h30m\nCost: about $84.00\n" in text

@@ -1,1 +1,1 @@
-"""The inside of the sandbox that nanochat/execution.py runs untrusted code in."""
+"""The sandbox process in which nanochat/execution.py runs untrusted programs."""

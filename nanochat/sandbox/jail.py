@@ -1,16 +1,17 @@
 """
-The inside of the sandbox: shuts one door after the other, then runs a program behind them. execution.py starts it.
+The sandboxed process: isolates itself with the given layers, then runs one untrusted program. execution.py starts it.
 
-    python -I -S -B jail.py <result fd> <scratch folder> <layers, with commas> <seconds> <bytes, 0 = any>
+    python -I -S -B jail.py <result fd> <scratch folder> <layers, comma-separated> <seconds> <bytes, 0 = no limit>
 
-stdin holds a nonce of 32 bytes and the program. What comes out of the result descriptor is "S" once all doors are shut,
-then the nonce if the program ran to its end, else the exception that ended it (nothing if it left in another way).
+stdin holds a nonce of 32 bytes, followed by the program. The process writes "S" to the result descriptor when all
+layers are in place. After that it writes the nonce if the program ran to its end, or else the exception that ended the
+program (nothing if the program exited in another way).
 
-    supervisor   kills and reaps; what execution.py knows the id of
-      init       of the new pid namespace, where there is one: its end is the end of everything inside
+    supervisor   kills and reaps its child; execution.py knows its process id
+      init       process 1 of the PID namespace, if there is one; when it dies, all processes of the namespace die
         program  cannot start processes, so it is the only one
 
-Standard library only, and little of it: thousands of programs each wait for this file's imports.
+This file imports only a few modules of the standard library, because every program waits for them.
 """
 
 import ctypes
@@ -24,204 +25,161 @@ import types
 LINUX = sys.platform == "linux"
 MACHINE = os.uname().machine
 NONCE_BYTES = 32
-FIRST_UID = 1 << 20  # root runs programs as this plus a process id: a user that owns nothing and runs nothing else
 
-# Limits that are the same for all programs; time and memory are the caller's.
-MAX_FILE = 16 << 20  # bytes of a file
-MAX_SCRATCH = "size=32m,nr_inodes=4k,mode=700"  # of the scratch folder, where it is a tmpfs
-MAX_TASKS = 64  # threads
-MAX_FDS = 64
-MAX_STACK = 8 << 20  # bytes
+# Resource limits that are the same for all programs (bytes, threads, descriptors); the caller sets time and memory.
+RLIMITS = {"FSIZE": 16 << 20, "STACK": 8 << 20, "NPROC": 64, "NOFILE": 64, "CORE": 0, "MEMLOCK": 0, "MSGQUEUE": 0}
 
-# What a program can see, besides its scratch: the standard library and the shared libraries that it loads.
+# Besides its scratch folder, a program sees the standard library and the shared libraries that it loads.
 LIBRARIES = ["/usr/lib", "/usr/lib64", "/usr/local/lib", "/lib", "/lib64", "/nix/store", "/usr/share/zoneinfo"]
 DEVICES = ["/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"]
 
-# System calls that a program may make: name, number on x86_64, number on aarch64 (- where it does not exist).
-# Everything else fails: new processes and programs, sockets, mounts, namespaces, ptrace, keys, bpf, io_uring, ...
-SYSCALLS = """
-read 0 63, write 1 64, open 2 -, close 3 57, stat 4 -, fstat 5 80, lstat 6 -, poll 7 -, lseek 8 62, mmap 9 222,
-mprotect 10 226, munmap 11 215, brk 12 214, rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139,
-pread64 17 67, pwrite64 18 68, readv 19 65, writev 20 66, access 21 -, pipe 22 -, select 23 -, sched_yield 24 124,
-mremap 25 216, msync 26 227, madvise 28 233, dup 32 23, dup2 33 -, pause 34 -, nanosleep 35 101, getitimer 36 102,
-alarm 37 -, setitimer 38 103, getpid 39 172, sendfile 40 71, sendto 44 206, recvfrom 45 207, sendmsg 46 211,
-recvmsg 47 212, shutdown 48 210, getsockname 51 204, getpeername 52 205, socketpair 53 199, setsockopt 54 208,
-getsockopt 55 209, clone 56 220, exit 60 93, wait4 61 260, kill 62 129, uname 63 160, fcntl 72 25, flock 73 32,
-fsync 74 82, fdatasync 75 83, truncate 76 45, ftruncate 77 46, getdents 78 -, getcwd 79 17, chdir 80 49, fchdir 81 50,
-rename 82 -, mkdir 83 -, rmdir 84 -, creat 85 -, link 86 -, unlink 87 -, symlink 88 -, readlink 89 -, chmod 90 -,
-fchmod 91 52, umask 95 166, gettimeofday 96 169, getrlimit 97 163, getrusage 98 165, sysinfo 99 179, times 100 153,
-getuid 102 174, getgid 104 176, geteuid 107 175, getegid 108 177, getppid 110 173, getpgrp 111 -, getgroups 115 158,
-getresuid 118 148, getresgid 120 150, getpgid 121 155, getsid 124 156, rt_sigpending 127 136, rt_sigtimedwait 128 137,
-rt_sigsuspend 130 133, sigaltstack 131 132, statfs 137 43, fstatfs 138 44, getpriority 140 141,
-sched_getparam 143 121, sched_getscheduler 145 120, sched_get_priority_max 146 125, sched_get_priority_min 147 126,
-gettid 186 178, time 201 -, futex 202 98, sched_getaffinity 204 123, epoll_create 213 -, getdents64 217 61,
-set_tid_address 218 96, restart_syscall 219 128, fadvise64 221 223, clock_gettime 228 113, clock_getres 229 114,
-clock_nanosleep 230 115, exit_group 231 94, epoll_wait 232 -, epoll_ctl 233 21, tgkill 234 131, waitid 247 95,
-openat 257 56, mkdirat 258 34, newfstatat 262 79, unlinkat 263 35, renameat 264 38, linkat 265 37, symlinkat 266 36,
-readlinkat 267 78, fchmodat 268 53, faccessat 269 48, pselect6 270 72, ppoll 271 73, set_robust_list 273 99,
-get_robust_list 274 100, utimensat 280 88, epoll_pwait 281 22, eventfd 284 -, fallocate 285 47, eventfd2 290 19,
-epoll_create1 291 20, dup3 292 24, pipe2 293 59, preadv 295 69, pwritev 296 70, prlimit64 302 261, getcpu 309 168,
-renameat2 316 276, getrandom 318 278, membarrier 324 283, copy_file_range 326 285, statx 332 291, rseq 334 293,
-close_range 436 436, faccessat2 439 439, epoll_pwait2 441 441, fchmodat2 452 452
-"""
-# Landlock does not rule over these, so without a file system of one's own they would change the host's files.
-METADATA = {"chmod", "fchmod", "fchmodat", "fchmodat2", "utimensat", "truncate"}
-LAST_SYSCALL = 452  # libc knows what to do without later ones, if it is told that they do not exist
-NUMBERS = {"x86_64": {"audit": 0xC000003E, "pivot_root": 155, "ioctl": 16, "clone3": 435}}
-NUMBERS["aarch64"] = {"audit": 0xC00000B7, "pivot_root": 41, "ioctl": 29, "clone3": 435}
+# Constants of the kernel, from linux/audit.h and asm/unistd.h.
+AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+PIVOT_ROOT, CLONE3 = {"x86_64": 155, "aarch64": 41}, 435
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38  # linux/prctl.h
 
 
 def call(name, *args):
-    """Result of libc's function `name` (ints are passed as long); raises OSError where it fails."""
-    result = getattr(ctypes.CDLL(None, use_errno=True), name)(
-        *(ctypes.c_long(a) if type(a) is int else a for a in args)
-    )
+    """Call libc's function `name`; ints are passed as long, strings as bytes. Raises OSError on failure."""
+    values = [ctypes.c_long(a) if type(a) is int else a.encode() if type(a) is str else a for a in args]
+    result = getattr(ctypes.CDLL(None, use_errno=True), name)(*values)
     if result < 0:
         raise OSError(ctypes.get_errno(), f"{name}{args}: {os.strerror(ctypes.get_errno())}")
     return result
 
 
 def main():
-    result, scratch, layers = int(sys.argv[1]), sys.argv[2], sys.argv[3].split(",")
+    result_fd, scratch, layers = int(sys.argv[1]), sys.argv[2], sys.argv[3].split(",")
     seconds, memory = float(sys.argv[4]), int(sys.argv[5])
-    with open(0, "rb", buffering=0, closefd=False) as f:
-        data = f.read()
-    secret, program = [data[:NONCE_BYTES]], data[NONCE_BYTES:].decode()
-    del data
+    with open(0, "rb", buffering=0, closefd=False) as stdin:
+        secret, program = [stdin.read(NONCE_BYTES)], stdin.read().decode()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    own_root = "namespaces" in layers  # the program gets a file system of its own
     visible = [p for p in [*sys.path, f"{sys.base_prefix}/lib", *LIBRARIES, "/etc/ld.so.cache"] if os.path.exists(p)]
-    own_root = "namespaces" in layers
+    syscalls = read_syscalls(own_root) if "seccomp" in layers else {}  # before namespaces hide the file
     uid = choose_uid(scratch, own_root)
     if own_root:
-        unshare()
-    supervise_until(seconds + 10)  # only now, changes of user and namespace make the kernel forget it
-    supervise(result)
+        enter_namespaces()
+    if LINUX:  # after the change of namespaces, which would reset it
+        call("prctl", PR_SET_PDEATHSIG, signal.SIGTERM.value)
+    supervise(seconds + 10, result_fd)
     if own_root:
         build_root(scratch, visible, uid)
-        supervise(result)
-    limit(seconds, memory, uid, own_root)
+        supervise(seconds + 10, result_fd)
+    set_rlimits(seconds, memory, uid, own_root)
     os.chdir(scratch)
     if LINUX:
         drop_privileges(uid)
     if "landlock" in layers:
-        landlock(scratch, visible)
+        restrict_files(scratch, visible)
     if "seccomp" in layers:
-        seccomp(own_root)
-    run(program, secret, result)
+        restrict_syscalls(syscalls)
+    run_program(program, secret, result_fd)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes
 
-children = []  # of this process; the handler below must find them whatever moment it is called at
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGALRM)
 
 
-def supervise_until(seconds):
-    """End with all children at SIGTERM, when the parent dies, or after `seconds` in case neither happens."""
-    for number in (signal.SIGTERM, signal.SIGALRM):
-        signal.signal(number, lambda *_: kill_children() if children else os._exit(1))
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    if LINUX:
-        call("prctl", 1, signal.SIGTERM.value)  # PR_SET_PDEATHSIG
+def supervise(seconds, result_fd):
+    """
+    Fork. Returns in the child, which has a session of its own.
 
-
-def kill_children():
-    for child in children:
-        try:
-            os.killpg(child, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-
-
-def supervise(result):
-    """Go on in a child with a session of its own; this process waits for it and ends as it ended, leaving nothing."""
-    parent_knows, child_knows = os.pipe()
+    The parent waits for the child, kills what is left of its process group, and exits with its status. It kills the
+    child on SIGTERM and, in case nobody sends one, after `seconds`.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until the parent has its handlers
     child = os.fork()
     if child == 0:
-        children.clear()
-        for number in (signal.SIGTERM, signal.SIGALRM):
-            signal.signal(number, signal.SIG_DFL)
         if LINUX:
-            call("prctl", 1, signal.SIGKILL.value)
+            call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL.value)
         os.setsid()
-        os.close(parent_knows)
-        os.close(child_knows)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return
-    os.close(child_knows)
-    os.read(parent_knows, 1)  # until the child has its group
-    children.append(child)
-    for fd in (1, 2, result):  # the program's end is the end of these
-        os.close(fd)
+
+    def kill_child(*_):
+        for kill in (os.killpg, os.kill):  # right after the fork, the child has no process group yet
+            try:
+                kill(child, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, kill_child)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    os.closerange(1, result_fd + 1)  # only the program keeps its output pipes open
     if LINUX:
-        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # its number stays taken while its group is killed
-        kill_children()
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # a zombie keeps its id while its group is killed
+        kill_child()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os._exit(code if code >= 0 else 128 - code)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Doors
+# User and limits
 
 
 def choose_uid(scratch, own_root):
-    """The user to run as: for root one of its own if it can read the library, so that root's powers are gone."""
+    """The user id to run the program as. For root it is an unprivileged one, if such a user can read the libraries."""
     if os.getuid() != 0:
         return os.getuid()
     os.setgroups([])
-    for uid in (FIRST_UID + os.getpid(), 65534):
+    # First a user id that nobody has, so it owns no files and no other processes; then "nobody"; root as a last resort.
+    for uid in ((1 << 20) + os.getpid(), 65534, 0):
         try:
             os.chown(scratch, uid, uid)
             os.setegid(uid)
             os.seteuid(uid)
-        except OSError:  # a container that has no such user
+        except OSError:  # a container without this user id
             continue
-        reads = all(os.access(p, os.R_OK, effective_ids=True) for p in (os.__file__, scratch))
+        readable = all(os.access(p, os.R_OK, effective_ids=True) for p in (os.__file__, scratch))
         os.seteuid(0)
         os.setegid(0)
-        if own_root or reads:
+        if own_root or readable:
             return uid
-    os.chown(scratch, 0, 0)
-    return 0
 
 
-def limit(seconds, memory, uid, own_root):
-    """rlimits: CPU a little over the wall time, the address space of the one process, and everything countable."""
-    tasks = MAX_TASKS
-    if LINUX and not own_root:  # the kernel counts all of the user's, inside or out
+def set_rlimits(seconds, memory, uid, own_root):
+    """Limit CPU time (slightly above the wall time), address space, threads, and everything in RLIMITS."""
+    limits = RLIMITS | {"CPU": int(seconds) + 2} | ({"AS": memory} if memory else {})
+    if LINUX and not own_root:  # the kernel counts all threads of the user, also those outside the sandbox
         for pid in filter(str.isdigit, os.listdir("/proc")):
             try:
                 info = os.stat(f"/proc/{pid}/task")
-                tasks += info.st_nlink - 2 if info.st_uid == uid else 0
-            except OSError:  # gone
+                limits["NPROC"] += info.st_nlink - 2 if info.st_uid == uid else 0
+            except OSError:  # the process has ended
                 pass
-    limits = {"CPU": int(seconds) + 2, "NPROC": tasks, "FSIZE": MAX_FILE, "NOFILE": MAX_FDS, "STACK": MAX_STACK}
-    limits |= {"CORE": 0, "MEMLOCK": 0, "MSGQUEUE": 0} | ({"AS": memory} if memory else {})
     for name, value in limits.items():
-        kind = getattr(resource, f"RLIMIT_{name}", None)
-        if kind is None:
-            continue
-        hard = resource.getrlimit(kind)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         try:
+            kind = getattr(resource, f"RLIMIT_{name}")
+            hard = resource.getrlimit(kind)[1]
+            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
             resource.setrlimit(kind, (value, value))
-        except (ValueError, OSError):  # macOS has no limit on memory
+        except (AttributeError, ValueError, OSError):  # macOS lacks MSGQUEUE and cannot limit memory
             if LINUX:
                 raise
 
 
 def drop_privileges(uid):
+    """Become user `uid`, without capabilities and without ways to gain any."""
     if os.getuid() == 0 and uid != 0:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
-    no_capabilities = (ctypes.c_uint32 * 6)()
-    call("capset", (ctypes.c_uint32 * 2)(0x20080522, 0), no_capabilities)
-    call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-    call("prctl", 1, signal.SIGKILL.value)  # again, a change of user forgets it
+    call("capset", (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())  # no capabilities
+    call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL.value)  # again, because a change of user resets it
 
 
-def unshare():
-    """Namespaces of one's own: mounts, uts, ipc, network, pids (of children); and users, which root can do without."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Namespaces
+
+
+def enter_namespaces():
+    """Enter new mount, UTS, IPC, network and PID (of children) namespaces, and a user namespace unless root."""
     uid, gid = os.getuid(), os.getgid()
     flags = 0x00020000 | 0x04000000 | 0x08000000 | 0x40000000 | 0x20000000
     call("unshare", flags if uid == 0 else flags | 0x10000000)
@@ -231,114 +189,129 @@ def unshare():
                 f.write(text)
 
 
-def mount(source, target, kind=None, flags=0, options=None):
-    call("mount", *(s and s.encode() for s in (source, target, kind)), flags, options and options.encode())
-
-
 def build_root(scratch, visible, uid):
-    """A file system of the `visible` paths, all read-only, and an empty tmpfs at `scratch`. No /proc, no /sys."""
+    """Switch to a new root: the `visible` paths and DEVICES, read-only, and an empty tmpfs at `scratch`; no /proc."""
     private, bind, recursive, nosuid, nodev, noexec = 1 << 18, 1 << 12, 1 << 14, 2, 4, 8
     sources = {path: "/old" + os.path.realpath(path) for path in [*visible, *DEVICES]}
-    mount(None, "/", None, private | recursive)
-    mount("tmpfs", scratch, "tmpfs", nosuid | nodev, "size=1m,mode=755")
+    call("mount", None, "/", None, private | recursive, None)
+    call("mount", "tmpfs", scratch, "tmpfs", nosuid | nodev, "size=1m,mode=755")
     os.mkdir(f"{scratch}/old")
-    call("syscall", NUMBERS[MACHINE]["pivot_root"], scratch.encode(), f"{scratch}/old".encode())
+    call("syscall", PIVOT_ROOT[MACHINE], scratch, f"{scratch}/old")
     os.chdir("/")
     for path, source in sources.items():
-        if os.path.exists(path):  # in a folder that is there already
+        if os.path.exists(path):  # inside a folder that is already mounted
             continue
-        if os.path.isdir(source):
-            os.makedirs(path)
-        else:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.makedirs(path if os.path.isdir(source) else os.path.dirname(path), exist_ok=True)
+        if not os.path.isdir(path):
             os.close(os.open(path, os.O_CREAT))
-        mount(source, path, None, bind | recursive)
-    call("umount2", b"/old", 2)  # MNT_DETACH
+        call("mount", source, path, None, bind | recursive, None)
+    call("umount2", "/old", 2)  # MNT_DETACH
     os.rmdir("/old")
     os.makedirs(scratch)
-    attributes = struct.pack("QQQQ", 1 | nosuid, 0, 0, 0)  # MOUNT_ATTR_RDONLY
-    call("syscall", 442, -1, b"/", 0x8000, attributes, len(attributes))  # mount_setattr, AT_RECURSIVE
-    mount("tmpfs", scratch, "tmpfs", nosuid | nodev | noexec, f"{MAX_SCRATCH},uid={uid}")
+    # mount_setattr with AT_RECURSIVE and MOUNT_ATTR_RDONLY
+    call("syscall", 442, -1, "/", 0x8000, struct.pack("QQQQ", 1 | nosuid, 0, 0, 0), 32)
+    call("mount", "tmpfs", scratch, "tmpfs", nosuid | nodev | noexec, f"size=32m,nr_inodes=4k,mode=700,uid={uid}")
 
 
-def landlock(scratch, visible):
-    """Files: read the `visible`, write to `scratch`, nothing else. Also no TCP and no signals where the kernel can."""
-    create, add_rule, restrict = 444, 445, 446
-    abi = call("syscall", create, None, 0, 1)
-    everything = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1
-    execute, write, read, read_dir, special = 1, 2, 4, 8, 1 << 6 | 1 << 9 | 1 << 11 | 1 << 15  # devices, sockets, ioctl
-    truncate = everything & 1 << 14
+# ---------------------------------------------------------------------------------------------------------------------
+# Landlock (linux/landlock.h)
+
+
+def restrict_files(scratch, visible):
+    """
+    Allow reading the `visible` paths, using DEVICES and writing to `scratch`, but no other access to files.
+
+    Also forbids TCP and signals to other processes, where the kernel's Landlock supports that.
+    """
+    create_ruleset, add_rule, restrict_self = 444, 445, 446
+    abi = call("syscall", create_ruleset, None, 0, 1)
+    all_rights = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1
+    execute, write, read, read_dir, truncate = 1, 2, 4, 8, 1 << 14
+    special = 1 << 6 | 1 << 9 | 1 << 11 | 1 << 15  # making devices and sockets, ioctl
     rules = {path: execute | read | read_dir for path in visible}
     rules |= {path: read | write | truncate for path in DEVICES if os.path.exists(path)}
-    rules[scratch] = everything & ~(execute | special)
-    attributes = struct.pack("QQQ", everything, 3, 3)[: 8 if abi < 4 else 16 if abi < 6 else 24]
-    ruleset = call("syscall", create, attributes, len(attributes), 0)
-    for path, access in rules.items():
+    rules[scratch] = all_rights & ~(execute | special)
+    attributes = struct.pack("QQQ", all_rights, 3, 3)[: 8 if abi < 4 else 16 if abi < 6 else 24]
+    ruleset = call("syscall", create_ruleset, attributes, len(attributes), 0)
+    for path, rights in rules.items():
         fd = os.open(path, os.O_PATH)
-        access &= everything if os.path.isdir(path) else ~read_dir
-        call("syscall", add_rule, ruleset, 1, struct.pack("=Qi", access, fd), 0)
+        rights &= all_rights if os.path.isdir(path) else all_rights & ~read_dir
+        call("syscall", add_rule, ruleset, 1, struct.pack("=Qi", rights, fd), 0)
         os.close(fd)
-    call("syscall", restrict, ruleset, 0)
+    call("syscall", restrict_self, ruleset, 0)
     os.close(ruleset)
 
 
-def seccomp(own_root):
-    """Only SYSCALLS, some of them only with harmless arguments; METADATA only with an own root."""
-    thread, pid = 0x10000, os.getpid()  # CLONE_THREAD
-    only_if = {  # arguments: (which, mask, value, whether it must or must not be that)
-        "clone": [(0, 0x7E020080 | thread, thread, True)],  # a thread, in no new namespace
-        "kill": [(0, 0xFFFFFFFF, pid, True)],
-        "tgkill": [(0, 0xFFFFFFFF, pid, True)],
-        "prlimit64": [(0, 0xFFFFFFFF, 0, True)],
-        "socketpair": [(0, 0xFFFFFFFF, 1, True), (1, 0xF, 1, True)],  # AF_UNIX, SOCK_STREAM: a pipe, used by asyncio
-        "fcntl": [(1, 0xFFFFFFFF, command, False) for command in (8, 10, 15)],  # F_SETOWN, F_SETSIG, F_SETOWN_EX
-    }
+# ---------------------------------------------------------------------------------------------------------------------
+# Seccomp (linux/seccomp.h, linux/bpf_common.h)
+
+
+def read_syscalls(own_root):
+    """{name: number on this machine} of the allowed system calls; those marked "metadata" only with `own_root`."""
+    column = 1 + list(AUDIT_ARCH).index(MACHINE)
+    with open(f"{os.path.dirname(__file__)}/syscalls.txt", encoding="ascii") as f:
+        rows = [line.split() for line in f if not line.startswith("#")]
+    return {r[0]: int(r[column]) for r in rows if r[column] != "-" and (own_root or r[-1] != "metadata")}
+
+
+def restrict_syscalls(syscalls):
+    """
+    Allow only `syscalls`, some of them only with safe arguments.
+
+    The filter is a classic BPF program over struct seccomp_data: call number at byte 0, architecture at 4, arguments
+    from 16. Each instruction is (opcode, jump if true, jump if false, constant).
+    """
     load, and_, equal, greater, end = 0x20, 0x54, 0x15, 0x25, 0x06
-    allow, eperm, enosys, enotty = 0x7FFF0000, 0x50001, 0x50026, 0x50019  # SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO | ...
-    machine = NUMBERS[MACHINE]
-    code = [(load, 0, 0, 4), (equal, 1, 0, machine["audit"]), (end, 0, 0, eperm), (load, 0, 0, 0)]
-
-    def when(number, *then):
-        code.extend([(equal, 0, len(then), number), *then])
-
-    for line in SYSCALLS.split(","):
-        name, *numbers = line.split()
-        number = numbers[list(NUMBERS).index(MACHINE)]
-        if number == "-" or (name in METADATA and not own_root):
-            continue
+    allow, eperm, enosys, enotty = 0x7FFF0000, 0x50001, 0x50026, 0x50019  # SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO | errno
+    thread, whole, pid = 0x10000, 0xFFFFFFFF, os.getpid()  # CLONE_THREAD
+    # (index of the argument, mask, value, True: the masked argument must equal the value, False: it must differ)
+    conditions = {
+        "clone": [(0, 0x7E020080 | thread, thread, True)],  # a thread, not a process, and in no new namespace
+        "kill": [(0, whole, pid, True)],
+        "tgkill": [(0, whole, pid, True)],
+        "prlimit64": [(0, whole, 0, True)],
+        "socketpair": [(0, whole, 1, True), (1, 0xF, 1, True)],  # AF_UNIX, SOCK_STREAM: asyncio needs it
+        "fcntl": [(1, whole, command, False) for command in (8, 10, 15)],  # F_SETOWN, F_SETSIG, F_SETOWN_EX
+        "ioctl": [(1, whole, 0x5421, True)],  # FIONBIO
+    }
+    code = [(load, 0, 0, 4), (equal, 1, 0, AUDIT_ARCH[MACHINE]), (end, 0, 0, eperm), (load, 0, 0, 0)]
+    for name, number in syscalls.items():
         checks = []
-        for argument, mask, value, must in only_if.get(name, ()):
+        for argument, mask, value, must in conditions.get(name, ()):
             checks += [(load, 0, 0, 16 + 8 * argument), (and_, 0, 0, mask)]  # the lower half, little-endian
-            checks += [(equal, int(must), int(not must), value), (end, 0, 0, eperm)]
-        when(int(number), *checks, (end, 0, 0, allow))
-    when(machine["clone3"], (end, 0, 0, enosys))  # its flags lie in memory, out of the filter's sight
-    when(machine["ioctl"], (load, 0, 0, 24), (equal, 0, 1, 0x5421), (end, 0, 0, allow), (end, 0, 0, enotty))  # FIONBIO
-    code += [(greater, 0, 1, LAST_SYSCALL), (end, 0, 0, enosys), (end, 0, 0, eperm)]
-    filters = b"".join(struct.pack("HBBI", *instruction) for instruction in code)
-    buffer = ctypes.create_string_buffer(filters, len(filters))
-    call("prctl", 22, 2, struct.pack("HxxxxxxQ", len(code), ctypes.addressof(buffer)))  # PR_SET_SECCOMP, filter
+            checks += [(equal, int(must), int(not must), value), (end, 0, 0, enotty if name == "ioctl" else eperm)]
+        code += [(equal, 0, len(checks) + 1, number), *checks, (end, 0, 0, allow)]
+    # ENOSYS makes libc fall back to older calls. This is needed for clone3, whose flags are in memory where a filter
+    # cannot read them, and for calls that are newer than the table.
+    code += [(equal, 0, 1, CLONE3), (end, 0, 0, enosys)]
+    code += [(greater, 0, 1, 452), (end, 0, 0, enosys), (end, 0, 0, eperm)]
+    filters = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in code))
+    call("prctl", PR_SET_SECCOMP, 2, struct.pack("HxxxxxxQ", len(code), ctypes.addressof(filters)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The program
 
 
-def run(program, secret, result):
+def run_program(program, secret, result_fd):
     """
-    Run `program` as __main__ and write the nonce, secret[0], to the descriptor `result` if it ends without exception.
+    Run `program` as __main__. Writes the nonce, secret[0], to `result_fd` if the program ends without an exception.
 
-    While the program runs the nonce is on this frame's value stack and nowhere else: no name, container, frame, trace
-    function or garbage collector leads there; leaving in any other way than by the end throws it away.
+    While the program runs, only the value stack of this frame holds the nonce. Names, containers, frame objects, trace
+    functions and the garbage collector do not lead to it, and any exit other than reaching the end discards it.
     """
     sys.argv = ["program.py"]
     sys.modules["__main__"] = main = types.ModuleType("__main__")
     write, leave = os.write, os._exit
-    write(result, b"S")
+    write(result_fd, b"S")
     try:
         code = compile(program, "program.py", "exec", dont_inherit=True)
-        write(result, (secret.pop(), exec(code, main.__dict__), join_threads())[0])
+        write(result_fd, (secret.pop(), exec(code, main.__dict__), join_threads())[0])
+    except MemoryError as e:
+        e.__traceback__ = None  # frees the objects that filled the memory
+        write(result_fd, b"MemoryError")
     except BaseException as e:
-        report(e, write, result)
+        report_exception(e, write, result_fd)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -348,22 +321,19 @@ def run(program, secret, result):
 
 
 def join_threads():
-    """As at the end of every Python program, wait for the threads that are not daemons."""
+    """Wait for the threads that are not daemons, as the interpreter does at the end of every program."""
     if "threading" in sys.modules:
         sys.modules["threading"]._shutdown()
 
 
-def report(e, write, result):
-    e.__traceback__ = e.__traceback__ and e.__traceback__.tb_next  # without this file's frame
-    if isinstance(e, MemoryError):
-        e.__traceback__ = None  # frees what filled the memory
-        write(result, b"MemoryError")
-        return
+def report_exception(e, write, result_fd):
+    """Write the exception's type and message to `result_fd`, and its traceback to stderr."""
+    e.__traceback__ = e.__traceback__ and e.__traceback__.tb_next  # without the frame of this file
     try:
         text = f"{type(e).__name__}: {e}" if str(e) else type(e).__name__
     except BaseException:
         text = type(e).__name__
-    write(result, text.encode("utf-8", "replace")[:1000])
+    write(result_fd, text.encode("utf-8", "replace")[:1000])
     if not isinstance(e, SystemExit):
         sys.__excepthook__(type(e), e, e.__traceback__)
 
