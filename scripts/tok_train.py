@@ -99,7 +99,8 @@ def main(argv=None):
     results |= {"num_special_tokens": len(tokenizer.get_special_tokens()), **totals}
     results |= {"token_bytes_min": min(token_bytes), "token_bytes_max": max(token_bytes)}
     results |= {"token_bytes_mean": mean, "token_bytes_std": std}
-    get_report().log(section="Tokenizer training", data=[vars(args), results])
+    wall_clock = {"wall_clock_seconds": results["wall_clock_seconds"]}
+    get_report().log("Tokenizer training", [vars(args), results], wall_clock)
 
 
 if __name__ == "__main__":
