@@ -9,7 +9,10 @@ generate() streams, generate_batch() returns everything at once, generate_many()
 
 import torch
 
-from nanochat.inference.backends import TorchBackend, default_backend
+from nanochat.gpt import GPT
+from nanochat.inference.backends import TorchBackend
+from nanochat.inference.cpu_backend import CPUBackend
+from nanochat.inference.cuda_graphs import CUDAGraphBackend
 from nanochat.inference.detokenizer import Detokenizer, visible_text
 from nanochat.inference.kv_cache import KVCache, PrefixCache, common_prefix_length
 from nanochat.inference.sampling import MIN_TEMPERATURE, Request, log_probabilities, sample
@@ -30,11 +33,18 @@ __all__ = [
 ]
 
 
+def default_backend(model, compute=None):
+    """The fastest backend for `model` on its device. Kernels and graphs need a GPT whose weights are not trained."""
+    frozen = isinstance(model, GPT) and not model.lm_head.weight.requires_grad
+    by_device = {"cpu": CPUBackend, "cuda": CUDAGraphBackend} if frozen else {}
+    return by_device.get(model.get_device().type, TorchBackend)(model, compute)
+
+
 class Engine:
     """
     Generates with `model`; `compute` (nanochat.common.Compute) sets the precision, None = the dtype of the weights.
 
-    `backend`: one of nanochat/inference/backends.py, None = the fastest for this model and device. Keys and values of
+    `backend`: a TorchBackend, CPUBackend or CUDAGraphBackend; None = default_backend(). Keys and values of
     up to `prefix_tokens` tokens of finished rows are kept, and reused by prompts that begin with the same tokens.
     """
 

@@ -58,14 +58,3 @@ def pad(rows, device):
     """Token ids (B, T) of rows of any lengths. Padding is on the right, where causal attention ignores it."""
     width = max(map(len, rows))
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
-
-
-def default_backend(model, compute=None):
-    """The fastest backend for `model`: kernels and graphs need a GPT whose weights are not being trained."""
-    from nanochat.gpt import GPT
-    from nanochat.inference.cpu_backend import CPUBackend
-    from nanochat.inference.cuda_graphs import CUDAGraphBackend
-
-    frozen = isinstance(model, GPT) and not model.lm_head.weight.requires_grad
-    by_device = {"cpu": CPUBackend, "cuda": CUDAGraphBackend} if frozen else {}
-    return by_device.get(model.get_device().type, TorchBackend)(model, compute)
