@@ -8,6 +8,7 @@ Reads the newest checkpoint of a stage. Ctrl-C or SIGTERM lets answers finish fo
 """
 
 import socket
+from dataclasses import fields
 
 from nanochat.cli import add_model_flags, make_parser, parse_args, run_script
 from nanochat.common import UserError, server_api_key
@@ -59,13 +60,14 @@ def main(argv=None):
         value = getattr(args, flag)
         if value is not None and not least <= value <= most:  # nan is outside, too
             raise UserError(f"--{flag}={value}: give {least} to {most:,}")
-    options = vars(args) | {"num_workers": args.num_workers or args.num_gpus}
+    args.num_workers = args.num_workers or args.num_gpus
 
     import uvicorn
 
     from nanochat.serve.app import create_app
+    from nanochat.serve.worker import ServeOptions
 
-    app = create_app(options)
+    app = create_app(ServeOptions(**{field.name: getattr(args, field.name) for field in fields(ServeOptions)}))
     sock = listen(args.host, args.port)
     host, port = sock.getsockname()[:2]
     shown = "localhost" if host in ("127.0.0.1", "0.0.0.0", "::1", "::") else host
@@ -77,7 +79,7 @@ def main(argv=None):
     app.state.stop = lambda: setattr(server, "should_exit", True)
     server.run(sockets=[sock])
     worker = app.state.service.workers[0]
-    if worker.error and not worker.told:
+    if worker.error and not worker.model:
         raise UserError(worker.error)
 
 
