@@ -25,7 +25,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
 from nanochat.serve.completions import ChatCompletion, TextCompletion
-from nanochat.serve.schemas import RETRY, UNAVAILABLE, ApiError, ChatRequest, CompletionRequest, ErrorBody
+from nanochat.serve.schemas import RETRY, ApiError, ChatRequest, CompletionRequest, ErrorBody
 from nanochat.serve.service import Service
 from nanochat.serve.worker import RequestTimeout, WorkerError
 
@@ -34,11 +34,12 @@ PUBLIC_PATHS = {"/", "/logo.svg", "/health", "/health/"}  # need no API key
 LOCAL_ORIGINS = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 MAX_BODY = 1 << 20  # bytes
 TOO_LARGE = f"the body is larger than {MAX_BODY:,} bytes"
+CLIENT_GONE = Response(status_code=499)  # nobody reads it, but the metrics count it
 ERRORS = {status: {"model": ErrorBody} for status in (400, 401, 404, 405, 413, 429, 500, 503, 504)}
 
 
 class Gate:
-    """ASGI middleware around the whole app: request ids, API keys, the size limit of bodies, the request counter."""
+    """ASGI middleware around the whole app: assigns request ids, checks API keys and body sizes, counts requests."""
 
     def __init__(self, app, api_key, metrics):
         self.app, self.api_key, self.metrics = app, api_key, metrics
@@ -81,7 +82,7 @@ class Gate:
             scheme, _, key = headers.get("authorization", "").partition(" ")
             same_key = hmac.compare_digest(key.strip().encode(), self.api_key.encode())  # takes constant time
             if scheme.lower() != "bearer" or not same_key:
-                return ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", "authentication_error")
+                return ApiError(401, "a valid API key is needed: Authorization: Bearer KEY")
         length = headers.get("content-length", "0")
         return ApiError(413, TOO_LARGE) if length.isdecimal() and int(length) > MAX_BODY else None
 
@@ -99,19 +100,21 @@ class EventStream(Response):
     def __init__(self, events):
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self.events = events
+        self.events, self.started = events, False
 
     async def __call__(self, scope, receive, send):
         with contextlib.suppress(OSError):  # the client disconnected
             await while_connected(receive, self._send_events(send))
+        if not self.started:
+            await CLIENT_GONE(scope, receive, send)
 
     async def _send_events(self, send):
-        started, data = False, ""
+        data = ""
         try:
             async with contextlib.aclosing(self.events):
                 async for event in self.events:
-                    if not started:
-                        started = True
+                    if not self.started:
+                        self.started = True
                         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                     if event is not None:
                         data += f"data: {json.dumps(event)}\n\n"
@@ -119,9 +122,9 @@ class EventStream(Response):
                         await send({"type": "http.response.body", "body": data.encode(), "more_body": True})
                         data = ""
         except WorkerError as e:
-            if not started:
+            if not self.started:
                 raise
-            data += f"data: {json.dumps(ApiError(500, str(e), 'server_error').body)}\n\n"
+            data += f"data: {json.dumps(ApiError(500, str(e)).body)}\n\n"
         await send({"type": "http.response.body", "body": f"{data}data: [DONE]\n\n".encode()})
 
 
@@ -154,14 +157,11 @@ async def handle_exception(request, error):
         message = f"{'.'.join(where)}: {first['msg']}" if where else first["msg"]
         error = ApiError(400, message, param=where[0] if where else None)
     elif isinstance(error, HTTPException):
-        type = "not_found_error" if error.status_code == 404 else "invalid_request_error"
-        error = ApiError(error.status_code, str(error.detail), type, error.headers)
-    elif isinstance(error, RequestTimeout):
-        error = ApiError(504, str(error), "timeout_error")
+        error = ApiError(error.status_code, str(error.detail), error.headers)
     elif isinstance(error, WorkerError):
-        error = ApiError(503, str(error), UNAVAILABLE, RETRY)
+        error = ApiError(504 if isinstance(error, RequestTimeout) else 503, str(error))
     elif not isinstance(error, ApiError):
-        error = ApiError(500, "the server failed, see its log", "server_error")
+        error = ApiError(500, "the server failed, see its log")
     return error_response(error)
 
 
@@ -170,7 +170,7 @@ async def respond(request, completion):
     if completion.body.stream:
         return EventStream(completion.chunks())
     answer = await while_connected(request.receive, completion.answer())
-    return Response(status_code=499) if answer is None else JSONResponse(answer)  # 499 is counted, but nobody reads it
+    return CLIENT_GONE if answer is None else JSONResponse(answer)
 
 
 def load_page():
@@ -194,8 +194,7 @@ async def lifespan(app):
 
     async def announce():
         """Print that the model is ready; without any, stop the server."""
-        for worker in service.workers:
-            await worker.loaded.wait()
+        await asyncio.gather(*(worker.loaded.wait() for worker in service.workers))
         if service.status == "ok":
             print(f"{service.model.name} is ready", flush=True)
         else:
@@ -223,11 +222,9 @@ class Api(FastAPI):
 
 def create_app(options):
     """The app for these ServeOptions. The model loads when the app starts."""
-    exceptions = (ApiError, RequestValidationError, HTTPException, WorkerError, Exception)
-    handlers = dict.fromkeys(exceptions, handle_exception)
-    app = Api(
-        title="nanochat", version="0.2.0", docs_url=None, redoc_url=None, lifespan=lifespan, exception_handlers=handlers
-    )
+    app = Api(title="nanochat", version="0.2.0", docs_url=None, redoc_url=None, lifespan=lifespan)
+    for exception in (ApiError, RequestValidationError, HTTPException, WorkerError, Exception):
+        app.add_exception_handler(exception, handle_exception)
     app.state.service = service = Service(options)
     origins = {"allow_origins": options.cors} if options.cors else {"allow_origin_regex": LOCAL_ORIGINS}
     app.add_middleware(CORSMiddleware, allow_methods=["GET", "POST"], allow_headers=["*"], **origins)
@@ -269,14 +266,13 @@ def add_status(app, service):
         for model in models():
             if model["id"] == name:
                 return model
-        raise ApiError(404, f"no model {name[:100]!r} here", "not_found_error", param="model", code="model_not_found")
+        raise ApiError(404, f"no model {name[:100]!r} here", param="model", code="model_not_found")
 
     @app.get("/health", responses=ERRORS)
     @app.get("/health/", include_in_schema=False)
     async def health():
-        ready = service.status == "ok"
-        body = {"status": service.status, "ready": ready, "num_gpus": len(service.workers)}
-        body |= {"available_workers": service.free_workers}
+        ready, n, free = service.status == "ok", len(service.workers), service.free_workers
+        body = {"status": service.status, "ready": ready, "num_gpus": n, "available_workers": free}
         return JSONResponse(body, 200 if ready else 503, None if ready else RETRY)
 
     @app.get("/stats", responses=ERRORS)

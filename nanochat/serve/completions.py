@@ -128,8 +128,8 @@ class ChatCompletion(Completion):
             data = self.tokenizer.decode_bytes([token])
             return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": [*data]}
 
-        tops = [{"top_logprobs": [entry(*alternative) for alternative in top]} for _, (_, top) in logprobs]
-        return {"content": [entry(token, own) | top for (token, (own, _)), top in zip(logprobs, tops, strict=True)]}
+        content = [entry(t, p) | {"top_logprobs": [entry(*other) for other in top]} for t, (p, top) in logprobs]
+        return {"content": content}
 
 
 class TextCompletion(Completion):
@@ -183,7 +183,8 @@ class TextCompletion(Completion):
 
 def usage(generations):
     """The token counts of a response; a prompt counts once, however many answers it has."""
-    n_prompt, n_cached = (sum(n) for n in zip(*((len(g.tokens), g.n_cached) for g in generations), strict=True))
+    n_prompt = sum(len(generation.tokens) for generation in generations)
+    n_cached = sum(generation.n_cached for generation in generations)
     n_completion = sum(answer.n_tokens for generation in generations for answer in generation.answers)
     counts = {"prompt_tokens": n_prompt, "completion_tokens": n_completion, "total_tokens": n_prompt + n_completion}
     return counts | {"prompt_tokens_details": {"cached_tokens": n_cached}}

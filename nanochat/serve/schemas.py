@@ -8,8 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from nanochat.common import well_formed
 
 MAX_MESSAGE_CHARS, MAX_CHARS = 8_000, 32_000  # in one message, and in all messages of a request
-UNAVAILABLE = "service_unavailable_error"
 RETRY = {"Retry-After": "1"}  # seconds
+ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error"}
+ERROR_TYPES |= {503: "service_unavailable_error", 504: "timeout_error"}
 StopString = Annotated[str, Field(min_length=1)]
 
 
@@ -91,13 +92,14 @@ class ErrorBody(BaseModel):
 class ApiError(Exception):
     """An error that the client gets in place of an answer: HTTP status, JSON body and headers."""
 
-    def __init__(self, status, message, type="invalid_request_error", headers=None, **detail):
-        self.status, self.headers = status, headers
+    def __init__(self, status, message, headers=None, **detail):
+        self.status, self.headers = status, RETRY if status in (429, 503) else headers
         message = well_formed(message)  # it may quote a lone surrogate from the request
-        self.body = {"error": {"message": message, "type": type, "param": None, "code": None} | detail}
+        error = {"message": message, "type": ERROR_TYPES.get(status, "invalid_request_error")}
+        self.body = {"error": error | {"param": None, "code": None} | detail}
 
 
 def envelope(object, id, model):
-    """The fields that open every answer and every chunk of a stream."""
-    head = {"id": id, "object": object, "created": int(time.time()), "model": model}
-    return head | {"system_fingerprint": "nanochat"}
+    """The first fields of every answer and of every chunk of a stream."""
+    created, system = int(time.time()), "nanochat"
+    return {"id": id, "object": object, "created": created, "model": model, "system_fingerprint": system}

@@ -6,7 +6,7 @@ import time
 
 from nanochat.common import UserError, well_formed
 from nanochat.serve.metrics import Metrics
-from nanochat.serve.schemas import MAX_CHARS, RETRY, UNAVAILABLE, ApiError
+from nanochat.serve.schemas import MAX_CHARS, ApiError
 from nanochat.serve.worker import Worker
 from nanochat.tokenizer import get_tokenizer
 
@@ -21,6 +21,8 @@ def listed(prompt):
 
 
 class Service:
+    """Owns the workers and the metrics, and knows the model's tokenizer and context."""
+
     def __init__(self, options):
         self.options, self.tokenizer = options, get_tokenizer()
         self.vocab_size = self.tokenizer.get_vocab_size()
@@ -34,13 +36,13 @@ class Service:
 
     @property
     def status(self):
-        """ "ok" if at least one worker is ready, else "loading" or "dead"."""
+        """State of the server: "ok" if at least one worker is ready, else "loading" or "dead"."""
         loading = any(worker.state == "loading" for worker in self.workers)
         return "ok" if self.ready_workers else "loading" if loading else "dead"
 
     @property
     def free_workers(self):
-        """How many workers could start on another answer at once."""
+        """The number of workers that would start another answer at once."""
         return sum(worker.in_flight < self.options.max_rows for worker in self.ready_workers)
 
     @property
@@ -53,14 +55,14 @@ class Service:
         if self.status != "ok" or self.draining:
             reason = "the server is stopping" if self.draining else "the model is loading"
             reason = self.workers[0].error if self.status == "dead" else reason
-            raise ApiError(503, f"{reason}; try again later", UNAVAILABLE, RETRY)
+            raise ApiError(503, f"{reason}; try again later")
         worker = min(self.ready_workers, key=lambda w: w.in_flight)
         if worker.in_flight and worker.in_flight + n_answers > self.options.max_rows + self.options.max_queue:
-            raise ApiError(429, "too many requests are waiting; try again later", "rate_limit_error", RETRY)
+            raise ApiError(429, "too many requests are waiting; try again later")
         name = worker.model.name
         if model_name not in (None, name):
             message = f"no model {model_name[:100]!r} here, only {name}"
-            raise ApiError(404, message, "not_found_error", param="model", code="model_not_found")
+            raise ApiError(404, message, param="model", code="model_not_found")
         return worker
 
     def chat_prompt(self, messages, max_tokens):
@@ -113,6 +115,6 @@ class Service:
         n, context = len(tokens), self.model.context
         if n >= context:
             message = f"the prompt has {n:,} tokens; the model's context of {context:,} must hold the answer too"
-            detail = {"param": param, "code": "context_length_exceeded", "n_prompt_tokens": n, "n_ctx": context}
-            raise ApiError(400, message, "exceed_context_size_error", **detail)
+            detail = {"type": "exceed_context_size_error", "code": "context_length_exceeded"}
+            raise ApiError(400, message, param=param, n_prompt_tokens=n, n_ctx=context, **detail)
         return tokens
