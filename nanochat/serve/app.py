@@ -150,7 +150,7 @@ def error_response(error):
 
 
 async def handle_exception(request, error):
-    """Every exception as the response that OpenAI's clients expect."""
+    """The response to a request that raised `error`, in OpenAI's format."""
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         where = [str(part) for part in first["loc"][1:]]
@@ -189,11 +189,11 @@ def load_page():
 
 @contextlib.asynccontextmanager
 async def lifespan(app):
-    """Runs the workers while the app runs."""
+    """Start the workers before the app serves requests, and stop them at the end."""
     service = app.state.service
 
     async def announce():
-        """Print that the model is ready; without any, stop the server."""
+        """Wait until all workers have loaded. If all have failed, stop the server."""
         await asyncio.gather(*(worker.loaded.wait() for worker in service.workers))
         if service.status == "ok":
             print(f"{service.model.name} is ready", flush=True)
@@ -221,7 +221,7 @@ class Api(FastAPI):
 
 
 def create_app(options):
-    """The app for these ServeOptions. The model loads when the app starts."""
+    """The FastAPI app. Its workers load the model when the app starts. `options`: ServeOptions."""
     app = Api(title="nanochat", version="0.2.0", docs_url=None, redoc_url=None, lifespan=lifespan)
     for exception in (ApiError, RequestValidationError, HTTPException, WorkerError, Exception):
         app.add_exception_handler(exception, handle_exception)

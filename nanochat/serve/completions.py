@@ -16,15 +16,20 @@ class Generation:
     """The answers to one prompt, while a worker generates them."""
 
     def __init__(self, completion, key, tokens):
-        self.completion, self.key, self.tokens, settings = completion, key, tokens, completion.settings
+        self.completion, self.key, self.tokens = completion, key, tokens
+        settings = completion.settings
         stop, n = (settings["stop"], settings["stop_tokens"]), settings["num_samples"]
         self.answers = [Answer(completion.tokenizer, i, *stop) for i in range(n)]
         self.n_cached = 0  # prompt tokens taken from the prefix cache
 
     async def batches(self):
-        """Yield {answer: [one delta per new token]} as tokens arrive, and count them. Raises WorkerError."""
-        completion, last_time, start = self.completion, {}, time.perf_counter()
-        metrics = completion.service.metrics
+        """
+        Yield {answer: [one delta per new token]} as tokens arrive, and update the metrics. Raises WorkerError.
+
+        A delta is what the token adds to the message: {}, or text as "content", or a calculator step as "tool_steps".
+        """
+        completion, start = self.completion, time.perf_counter()
+        metrics, last_time = completion.service.metrics, {}  # `last_time`: answer -> time of its newest token
         metrics.prompt_tokens.inc(len(self.tokens))
         events = completion.worker.generate(self.key, tokens=self.tokens, **completion.settings)
         async with contextlib.aclosing(events):
@@ -38,7 +43,7 @@ class Generation:
                     answer = self.answers[sample]
                     deltas[answer].append(answer.push(token, logprobs, finish))
                 for answer, new in deltas.items():
-                    n_gaps = len(new) - (answer not in last_time)  # there is none before the first token
+                    n_gaps = len(new) - (answer not in last_time)  # no gap before the first token
                     gap = (now - last_time.get(answer, now)) / len(new)
                     for _ in range(n_gaps):
                         metrics.inter_token.observe(gap)
@@ -47,16 +52,17 @@ class Generation:
                 yield deltas
 
     async def run(self):
-        """Wait until all answers are complete."""
+        """Generate all answers to the end."""
         async for _ in self.batches():
             pass
 
 
 class Completion:
     """
-    A chat or text completion while it is being answered. The constructor raises ApiError for invalid requests.
+    A request for a chat or text completion. The constructor raises ApiError if the request is invalid.
 
-    Subclasses turn the body into prompts, and format the choices and their log-probabilities.
+    answer() generates everything at once, chunks() streams. Subclasses turn the body into prompts and format the
+    choices; a choice is the JSON of one answer, or of a piece of it.
     """
 
     def __init__(self, service, body, n_prompts=1):
@@ -67,6 +73,7 @@ class Completion:
         self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
 
     def _set_prompts(self, prompts, max_tokens, logprobs):
+        """Prepare one Generation for each of `prompts`, lists of tokens."""
         self.settings = self.service.engine_settings(self.body, max_tokens, logprobs)
         self.generations = [Generation(self, f"{self.id}-{i}", tokens) for i, tokens in enumerate(prompts)]
 
@@ -78,14 +85,14 @@ class Completion:
         return head | {"choices": choices, "usage": usage(self.generations)}
 
     async def chunks(self):
-        """Yield the answer as the chunks of a stream; None where the chunks so far should be sent without delay."""
+        """Yield the chunks of a stream. None is a flush marker: the chunks so far should be sent without delay."""
         (generation,) = self.generations
         with_usage = self.body.stream_options and self.body.stream_options.include_usage
         head = envelope(self.chunk_object, self.id, self.worker.model.name) | ({"usage": None} if with_usage else {})
         async with contextlib.aclosing(generation.batches()) as batches:
             async for batch in batches:
                 for answer, deltas in batch.items():
-                    is_first = answer.n_tokens == len(deltas)
+                    is_first = answer.n_tokens == len(deltas)  # there were no tokens before this batch
                     for choice in self._chunk_choices(answer, deltas, is_first):
                         yield head | {"choices": [choice]}
                 if any(answer.finish is None for answer in generation.answers):
@@ -94,7 +101,11 @@ class Completion:
             yield head | {"choices": [], "usage": usage([generation])}
 
     def _choice(self, index, finish, logprobs, **content):
-        """`logprobs`: [(token, (its log-probability, [(alternative token, its log-probability)]))]."""
+        """
+        The JSON of a choice; `content` is its message, delta or text.
+
+        `logprobs`: [(token, (its log-probability, [(alternative token, its log-probability)]))].
+        """
         wanted = self.settings["logprobs"] is not None and (logprobs or not self.body.stream)
         formatted = self._formatted(logprobs) if wanted else None
         return {"index": index, **content, "finish_reason": finish, "logprobs": formatted}
@@ -124,6 +135,8 @@ class ChatCompletion(Completion):
             yield self._choice(answer.index, answer.finish, answer.new_logprobs(), delta={})
 
     def _formatted(self, logprobs):
+        """`logprobs` in the format of chat completions."""
+
         def entry(token, logprob):
             data = self.tokenizer.decode_bytes([token])
             return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": [*data]}
@@ -165,12 +178,12 @@ class TextCompletion(Completion):
             yield self._choice(answer.index, answer.finish, answer.new_logprobs(), text=text)
 
     def _echoed(self, generation):
-        """The text of the prompt if answers begin with it (echo=true), else nothing."""
+        """The text of the prompt if the request has echo=true, else ""."""
         has_bos = generation.tokens[0] == self.tokenizer.get_bos_token_id()
         return self.tokenizer.decode(generation.tokens[has_bos:]) if self.body.echo else ""
 
     def _formatted(self, logprobs):
-        """The older format. The first token of a scored prompt has None in place of its log-probabilities."""
+        """`logprobs` in the format of text completions. The first token of an echoed prompt has none, but None."""
         texts, bos = [self.tokenizer.decode([token]) for token, _ in logprobs], self.tokenizer.get_bos_token_id()
         lengths = [0 if token == bos else len(text) for (token, _), text in zip(logprobs, texts, strict=True)]
         return {
@@ -182,7 +195,7 @@ class TextCompletion(Completion):
 
 
 def usage(generations):
-    """The token counts of a response; a prompt counts once, however many answers it has."""
+    """The token counts of a response. A prompt with several answers counts once."""
     n_prompt = sum(len(generation.tokens) for generation in generations)
     n_cached = sum(generation.n_cached for generation in generations)
     n_completion = sum(answer.n_tokens for generation in generations for answer in generation.answers)

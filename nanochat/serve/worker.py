@@ -94,6 +94,7 @@ class RequestTimeout(WorkerError):
 
 
 def pack(message):
+    """The bytes of a message, preceded by their number."""
     data = pickle.dumps(message)
     return SIZE.pack(len(data)) + data
 
@@ -149,6 +150,7 @@ class EngineLoop:
 
     def __init__(self, connection, inbox, engine, max_rows):
         self.connection, self.inbox, self.engine, self.max_rows = connection, inbox, engine, max_rows
+        self.handlers = {"submit": self._submit, "cancel": self._cancel, "score": self._score}
         self._reset()
 
     def _reset(self):
@@ -158,6 +160,7 @@ class EngineLoop:
         self.sent_at = {}  # key -> time of its last message
 
     def run(self):
+        """Decode until the server has ended."""
         while self._handle_messages():
             try:
                 rows = self.loop.step()
@@ -171,14 +174,13 @@ class EngineLoop:
 
     def _handle_messages(self):
         """Handle all messages in the inbox, or wait for one if the engine is idle. False if the server has ended."""
-        handlers = {"submit": self._submit, "cancel": self._cancel, "score": self._score}
         while not (self.loop.busy and self.inbox.empty()):
             message = self.inbox.get()
             if message is None:
                 return False
             kind, key, *arguments = message
             try:
-                handlers[kind](key, *arguments)
+                self.handlers[kind](key, *arguments)
             except UserError as e:
                 self._send({key: WorkerError(str(e))})
         return True
@@ -199,22 +201,23 @@ class EngineLoop:
 
     def _send_events(self, rows):
         """Queue the newest token of each of `rows`; send what is due, and everything of requests with finished rows."""
+        keys, pending, sent_at = self.keys, self.pending, self.sent_at
         now, due, interval = time.perf_counter(), set(), SEND_INTERVAL * len(rows)
         for row in rows:
-            key = self.keys.pop(row) if row.finish else self.keys[row]
+            key = keys.pop(row) if row.finish else keys[row]
             logprobs = row.logprobs[-1] if row.logprobs else None
             # The fields of a TokenEvent: a plain tuple is pickled ten times faster. Worker.generate() converts it.
-            self.pending[key].append((row.sample, row.tokens[-1], logprobs, row.finish, row.cached))
-            if row.finish or now - self.sent_at.get(key, 0.0) >= interval:
+            pending[key].append((row.sample, row.tokens[-1], logprobs, row.finish, row.cached))
+            if row.finish or now - sent_at.get(key, 0.0) >= interval:
                 due.add(key)
             if row.finish:
-                self.sent_at.pop(key, None)
+                sent_at.pop(key, None)
         if not due and self.loop.busy:
             return
-        # Requests that are half due join this message. Soon many requests share each message.
-        due |= {key for key in self.pending if now - self.sent_at.get(key, 0.0) >= interval / 2}
-        self.sent_at |= dict.fromkeys(due & set(self.keys.values()), now)
-        self._send({key: self.pending.pop(key) for key in due})
+        # Requests that are half due are sent too: then they become due together, and share their next message.
+        due |= {key for key in pending if now - sent_at.get(key, 0.0) >= interval / 2}
+        sent_at |= dict.fromkeys(due & set(keys.values()), now)
+        self._send({key: pending.pop(key) for key in due})
 
     def _send(self, replies):
         cached_tokens = self.engine.prefix_cache.held if self.engine.prefix_cache else 0
