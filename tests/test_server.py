@@ -1,8 +1,8 @@
 """
-The HTTP server as its clients see it: a real process, asked by the real openai client, httpx and bare sockets.
+The HTTP server as its clients see it: a real server process, and as clients the openai package, httpx and sockets.
 
-The model is random but for two chains of tokens that it always writes, one with a call of the calculator and one with a
-character of four bytes; what it writes else is compared with plain full forward passes.
+The model has random weights, except that it always completes two chains of tokens: one calls the calculator, one is a
+character of four bytes. All other answers are compared with plain full forward passes.
 """
 
 import asyncio
@@ -41,7 +41,7 @@ from scripts import chat_web
 
 pytestmark = pytest.mark.slow
 MODEL, LONG_MODEL, CONTEXT = "nanochat-d2-sft", "nanochat-long-sft", 256
-LONG = 30_000  # tokens: an answer that nobody waits for
+LONG = 30_000  # tokens: an answer that takes longer than any test
 ROWS = 8
 QUESTION = [{"role": "user", "content": "Who lives in the old mill?"}]
 SUM = [*QUESTION, {"role": "assistant", "content": "So ~"}]  # answered with a call of the calculator
@@ -54,7 +54,7 @@ CHAINS = [
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The model, and what it should answer
+# The model and its expected answers
 
 
 def token_id(tokenizer, name):
@@ -64,12 +64,12 @@ def token_id(tokenizer, name):
 
 
 def chained_model(tokenizer, sequence_len):
-    """A random model in which, whatever came before, each token of a chain is followed by the next one."""
+    """A random model that follows each token of a chain with the next one, in any context."""
     torch.manual_seed(0)
-    n_vocab, reserved = (
-        tokenizer.get_vocab_size(),
-        16,
-    )  # channels that only tokens of the chains write and the head reads
+    n_vocab = tokenizer.get_vocab_size()
+    reserved = (
+        16  # channels of the residual stream for the chains: only embeddings write them, only the head reads them
+    )
     model = GPT(GPTConfig(sequence_len, n_vocab, n_layer=2, n_head=2, n_kv_head=2, n_embd=64))
     model.init_weights("cpu")
     wte, head = model.transformer.wte.weight, model.lm_head.weight
@@ -80,8 +80,8 @@ def chained_model(tokenizer, sequence_len):
                 proj.normal_(std=0.3)[:reserved] = 0
         wte[:, :reserved] = head[:, :reserved] = 0
         chains = [[token_id(tokenizer, name) for name in chain] for chain in CHAINS]
-        never = {*sum(chains, []), *tokenizer.special_tokens.values()}  # written in chains only
-        head[list(never)] = 0
+        only_in_chains = {*sum(chains, []), *tokenizer.special_tokens.values()}
+        head[list(only_in_chains)] = 0
         for channel, (token, following) in enumerate(pair for c in chains for pair in zip(c, c[1:], strict=False)):
             wte[token, channel] = 30
             head[following, channel] = 10
@@ -89,7 +89,7 @@ def chained_model(tokenizer, sequence_len):
 
 
 class Reference:
-    """Answers by full forward passes, without engine or cache."""
+    """Computes answers by full forward passes, without the engine or a cache."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.model = tokenizer, chained_model(tokenizer, CONTEXT)
@@ -104,7 +104,7 @@ class Reference:
         return ids + (self.tokenizer.encode(messages[-1]["content"]) if messages[-1]["role"] == "assistant" else [])
 
     def greedy(self, ids, n, adjust=lambda logits, answer: logits):
-        """The `n` likeliest tokens after `ids`, with logits changed by `adjust(logits, answer so far)`."""
+        """The greedy answer of `n` tokens to `ids`; `adjust(logits, answer so far)` returns the logits to use."""
         answer = []
         for _ in range(n):
             answer.append(adjust(self.logits(ids + answer)[-1].clone(), answer).argmax().item())
@@ -116,7 +116,7 @@ class Reference:
 
 @pytest.fixture(scope="module")
 def served_base(pocket_base, tmp_path_factory):
-    """A base dir with an sft model of context 256 and one of a context that takes minutes to fill."""
+    """A base dir with two sft models: "d2" with context 256, and "long" with a context that takes minutes to fill."""
     base = tmp_path_factory.mktemp("served")
     (base / "tokenizer").symlink_to(pocket_base / "tokenizer")
     with pytest.MonkeyPatch.context() as patch:
@@ -135,11 +135,11 @@ def reference(served_base):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The servers
+# Server processes
 
 
 def eventually(condition, what, seconds=60):
-    """What `condition` returns as soon as that is truthy."""
+    """Wait until `condition()` is truthy and return its value; fails after `seconds`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if result := condition():
@@ -154,7 +154,7 @@ class Server:
     port: int
     log: Path
     key: str = "none"
-    refusals: list = dataclasses.field(default_factory=list)  # of /health and chat, while the model was loading
+    refusals: list = dataclasses.field(default_factory=list)  # responses of /health and chat during loading
 
     @property
     def url(self):
@@ -179,12 +179,12 @@ class Server:
         return health.status_code == 200
 
     def post(self, path, body, **kw):
-        """`body` as JSON; bytes are sent as they are."""
+        """The response to `body`, sent as JSON unless it is bytes."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         return self.http.post(path, content=content, headers={"Content-Type": "application/json"}, **kw)
 
     def chat(self, messages=QUESTION, **settings):
-        """An answer from the openai client, greedy unless told otherwise; what it does not know goes in extra_body."""
+        """An answer from the openai client, greedy by default; fields the client does not know go into extra_body."""
         known = {"model": MODEL, "messages": messages, "temperature": 0, "max_tokens": 24}
         return self.client.chat.completions.create(**known | settings)
 
@@ -196,7 +196,7 @@ class Server:
         return [sample for family in families for sample in family.samples]
 
     def metrics(self):
-        """{name of a sample: its sum over all labels}, where it has to do with completions."""
+        """{name of a metric: its sum over all labels}; of the requests, only those for completions count."""
         sums = defaultdict(float)
         for sample in self.samples():
             if "completions" in sample.labels.get("endpoint", "completions"):
@@ -210,7 +210,7 @@ class Server:
         eventually(lambda: self.metrics()["nanochat_waiting_requests"] == n, f"nanochat_waiting_requests == {n}")
 
     def connect(self, body, path=CHAT):
-        """A bare socket that has sent a request and read nothing."""
+        """A socket on which a request was sent and nothing was read yet."""
         data = json.dumps(body).encode()
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
         head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {self.key}\r\nContent-Length: {len(data)}\r\n"
@@ -220,7 +220,7 @@ class Server:
 
 @contextlib.contextmanager
 def serving(base, *flags, key="none"):
-    """A server with these flags, that answers; on leaving it is asked to end, and must."""
+    """A server with these flags that is ready. At the end of the context it gets SIGTERM and must exit cleanly."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     flags = ["-i", "sft", "--port", str(port), "--device-type=cpu", "--dtype=float32", *flags]
@@ -250,7 +250,7 @@ def server(served_base):
 
 @pytest.fixture(scope="module")
 def guarded(served_base):
-    """One row and one waiting request, a key, another origin, and answers as long as one likes."""
+    """A server with the long model, one row and one place in the queue, an API key and a CORS origin."""
     flags = ["-g", "long", "--max_rows=1", "--max_queue=1", "--api_key=s3cret", "--cors", "https://chat.example"]
     with serving(served_base, *flags, key="s3cret") as server:
         yield server
@@ -258,7 +258,7 @@ def guarded(served_base):
 
 
 def error_of(response, status, param=None):
-    """The error in a response, which must be of OpenAI's shape and tell nothing of our inside."""
+    """The error in a response, which must have OpenAI's format and reveal no internals of the server."""
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert {"message", "type", "param", "code"} <= error.keys() and error["message"]
@@ -271,13 +271,13 @@ def error_of(response, status, param=None):
 
 
 def refused(server, status=400, param=None, path=CHAT, **body):
-    """The error to a request with `body`."""
+    """The error in the response to a request with the fields `body`."""
     prompt = {"messages": QUESTION} if path == CHAT else {"prompt": "Once"}
     return error_of(server.post(path, prompt | {"max_tokens": 4} | body), status, param)
 
 
 def frames(response):
-    """The JSON of the events of a stream that is well formed and ends with [DONE]."""
+    """The JSON of a stream's events; the stream must be well formed and end with [DONE]."""
     assert response.status_code == 200 and response.headers["content-type"].startswith("text/event-stream")
     *events, end = [e for e in response.text.split("\n\n") if e and not e.startswith(":")]
     assert end == "data: [DONE]" and response.text.endswith("\n\n")
@@ -286,7 +286,7 @@ def frames(response):
 
 
 def joined(chunks):
-    """{index: text} of a stream's chunks."""
+    """{index: text} from the chunks of a stream."""
     texts = defaultdict(str)
     for choice in (c for chunk in chunks for c in chunk.choices):
         texts[choice.index] += choice.delta.content or ""
@@ -297,7 +297,7 @@ def joined(chunks):
 # Answers
 
 
-def test_answers_are_those_of_full_forward_passes(server, reference):
+def test_answers_equal_those_of_full_forward_passes(server, reference):
     assert server.text() == reference.text(QUESTION)
     turns = [*QUESTION, {"role": "assistant", "content": "Nobody."}, {"role": "user", "content": "And before?"}]
     assert server.text(turns) == reference.text(turns) != server.text()
@@ -309,7 +309,7 @@ def test_answers_are_those_of_full_forward_passes(server, reference):
     assert server.text([{"role": "user", "content": parts}]) == reference.text(whole)
 
 
-def test_the_shape_of_an_answer(server):
+def test_the_fields_of_an_answer(server):
     before = int(time.time())
     answer = server.chat()
     assert answer.id.startswith("chatcmpl-") and answer.object == "chat.completion" and answer.model == MODEL
@@ -320,7 +320,7 @@ def test_the_shape_of_an_answer(server):
     assert server.chat().id != answer.id
 
 
-def test_usage_adds_up_and_the_limit_is_kept(server, reference):
+def test_usage_adds_up_and_max_tokens_is_respected(server, reference):
     for n in (1, 2, 40):
         answer = server.chat(max_tokens=n)
         usage = answer.usage
@@ -330,7 +330,7 @@ def test_usage_adds_up_and_the_limit_is_kept(server, reference):
     assert server.chat(max_completion_tokens=3, max_tokens=9).usage.completion_tokens == 3
 
 
-def test_the_calculators_steps_stand_beside_the_content(server, reference):
+def test_calculator_steps_are_returned_beside_the_content(server, reference):
     answer = server.chat(SUM)
     message, usage = answer.choices[0].message, answer.usage
     step = {"type": "calculator", "expression": "6*7", "result": "42", "position": 1}
@@ -345,7 +345,7 @@ def test_the_calculators_steps_stand_beside_the_content(server, reference):
 
 def test_a_last_message_of_the_assistant_is_continued(server, reference):
     started = [*QUESTION, {"role": "assistant", "content": "It is the"}]
-    flags = {"continue_final_message": True, "add_generation_prompt": True}  # unknown here, and so ignored
+    flags = {"continue_final_message": True, "add_generation_prompt": True}  # unknown to this server, so ignored
     assert server.text(started) == reference.text(started) == server.text(started, extra_body=flags)
 
 
@@ -363,15 +363,11 @@ def test_completions_continue_plain_text(server, reference):
     expected = tokenizer.decode(reference.greedy(ids, 16))
     ask = server.client.completions.create
     answer = ask(model=MODEL, prompt="Once upon a time", temperature=0)
-    assert (answer.object, answer.choices[0].text, answer.choices[0].finish_reason) == (
-        "text_completion", expected, "length",
-    )  # fmt: skip
+    choice = answer.choices[0]
+    assert (answer.object, choice.text, choice.finish_reason) == ("text_completion", expected, "length")
     assert ask(model=MODEL, prompt=ids, temperature=0).choices[0].text == expected
-    assert (
-        ask(model=MODEL, prompt="Once upon a time", temperature=0, echo=True)
-        .choices[0]
-        .text.endswith(f"Once upon a time{expected}")
-    )
+    echoed = ask(model=MODEL, prompt="Once upon a time", temperature=0, echo=True).choices[0]
+    assert echoed.text.endswith(f"Once upon a time{expected}")
     many = ask(model=MODEL, prompt=[ids, ids[:3], ids[:-1]], temperature=0, n=2, max_tokens=5)
     assert [c.index for c in many.choices] == list(range(6))
     assert many.choices[0].text == many.choices[1].text == tokenizer.decode(reference.greedy(ids, 5))
@@ -388,7 +384,7 @@ def test_a_stream_is_for_one_prompt(server):
 
 
 def test_lm_eval_reads_the_likelihood_of_a_continuation(server, reference):
-    # What lm-eval's local-completions model sends and reads: context and continuation as ids, nothing generated of use.
+    # lm-eval's local-completions model sends context and continuation as ids, and ignores the generated token.
     tokenizer = reference.tokenizer
     rows = [[*tokenizer.encode("The mill is old. "), *tokenizer.encode(c)] for c in ("It is red.", "Nobody, really")]
     body = dict(model=MODEL, prompt=rows, temperature=0, max_tokens=1, logprobs=1, seed=1234, echo=True)
@@ -414,7 +410,7 @@ def test_lm_eval_reads_the_likelihood_of_a_continuation(server, reference):
 # Streams
 
 
-def test_the_first_chunk_has_the_role_and_no_other_does(server):
+def test_only_the_first_chunk_has_the_role(server):
     first, *rest = server.chat(stream=True)
     assert first.object == "chat.completion.chunk"
     assert (first.choices[0].delta.role, first.choices[0].delta.content or "") == ("assistant", "")
@@ -422,7 +418,7 @@ def test_the_first_chunk_has_the_role_and_no_other_does(server):
 
 
 @pytest.mark.parametrize("messages, reason", [(QUESTION, "length"), (FOX, "stop")])
-def test_chunks_share_id_and_model_and_the_last_alone_says_why_it_ends(server, messages, reason):
+def test_chunks_share_id_and_model_and_only_the_last_has_a_finish_reason(server, messages, reason):
     chunks = list(server.chat(messages, stream=True))
     assert len({(c.id, c.model, c.created, c.object) for c in chunks}) == 1 and chunks[0].model == MODEL
     assert [c.choices[0].finish_reason for c in chunks] == [None] * (len(chunks) - 1) + [reason]
@@ -443,7 +439,7 @@ def test_chunks_share_id_and_model_and_the_last_alone_says_why_it_ends(server, m
     ],
     ids=str,
 )
-def test_a_stream_joined_is_the_answer_at_once(server, settings):
+def test_a_joined_stream_equals_the_whole_answer(server, settings):
     answer = server.chat(**settings)
     chunks = list(server.chat(**settings, stream=True))
     assert dict(joined(chunks)) == {c.index: c.message.content for c in answer.choices}
@@ -451,7 +447,7 @@ def test_a_stream_joined_is_the_answer_at_once(server, settings):
     assert ends == {c.index: c.finish_reason for c in answer.choices}
 
 
-def test_usage_comes_in_one_chunk_more_when_asked_for(server):
+def test_usage_comes_in_an_extra_chunk_on_request(server):
     *chunks, last = server.chat(stream=True, stream_options={"include_usage": True})
     assert last.choices == [] and last.usage.completion_tokens == 24
     assert last.usage.total_tokens == last.usage.prompt_tokens + 24
@@ -471,7 +467,7 @@ def test_the_bytes_of_a_stream(server):
     assert {frame["object"] for frame in frames(response)} == {"text_completion"}
 
 
-def test_half_characters_are_never_shown_and_the_last_half_is_not_lost(server):
+def test_incomplete_characters_are_held_back_until_the_answer_ends(server):
     for n, expected in ((8, "🦊"), (2, "\ufffd")):  # cut off after two of its four bytes
         assert server.text(FOX, max_tokens=n) == expected
         pieces = [c.choices[0].delta.content or "" for c in server.chat(FOX, max_tokens=n, stream=True)]
@@ -481,7 +477,7 @@ def test_half_characters_are_never_shown_and_the_last_half_is_not_lost(server):
 
 
 def boundaries(reference, n=24):
-    """(text of a greedy answer, [strings of two characters that begin in one token and end in the next])."""
+    """(text of a greedy answer, [strings of two characters that straddle the boundary of two tokens])."""
     tokens = reference.greedy(reference.prompt(QUESTION), n)
     pieces = [reference.tokenizer.decode([token]) for token in tokens]
     text, found = "".join(pieces), []
@@ -493,14 +489,14 @@ def boundaries(reference, n=24):
     return text, found
 
 
-def test_stop_strings_end_the_answer_before_them_wherever_tokens_end(server, reference):
+def test_stop_strings_are_cut_off_wherever_tokens_end(server, reference):
     text, stops = boundaries(reference)
     for stop in [*stops[:3], [stops[-1], stops[0], "never"], text[5:12]]:
         at = min(text.find(s) for s in ([stop] if isinstance(stop, str) else stop) if s in text)
         answer = server.chat(stop=stop)
         assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (text[:at], "stop")
         assert joined(server.chat(stop=stop, stream=True))[0] == text[:at]
-    unfinished = text[-2:] + "\n\n\n"  # the answer ends within what might have become a stop
+    unfinished = text[-2:] + "\n\n\n"  # the answer ends in a prefix of the stop string
     assert server.text(stop=unfinished) == joined(server.chat(stop=unfinished, stream=True))[0] == text
     stopped = server.client.completions.create(model=MODEL, prompt="Once", temperature=0, stop=text[3])
     assert text[3] not in stopped.choices[0].text
@@ -510,7 +506,7 @@ def test_stop_strings_end_the_answer_before_them_wherever_tokens_end(server, ref
 # Sampling
 
 
-def test_logprobs_are_those_of_full_forward_passes(server, reference):
+def test_logprobs_equal_those_of_full_forward_passes(server, reference):
     prompt = reference.prompt(QUESTION)
     tokens = reference.greedy(prompt, 24)
     expected = reference.logits(prompt + tokens)[len(prompt) - 1 : -1].log_softmax(-1)
@@ -542,7 +538,7 @@ def test_n_samples_share_one_prompt(server):
     chunks = list(server.chat(**settings, stream=True))
     assert joined(chunks) == texts
     order = [c.index for chunk in chunks for c in chunk.choices if c.delta.content]
-    assert order != sorted(order)  # both are written at a time
+    assert order != sorted(order)  # the samples are generated side by side
     assert len(server.chat(n=16).choices) == 16  # more than the batch has rows
 
 
@@ -553,7 +549,7 @@ def test_a_seed_repeats_an_answer_and_another_changes_it(server):
 
 
 @pytest.mark.parametrize("extreme", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1}], ids=str)
-def test_a_filter_at_its_extreme_leaves_the_likeliest_token(server, reference, extreme):
+def test_a_filter_at_its_extreme_keeps_only_the_likeliest_token(server, reference, extreme):
     assert server.text(temperature=2, extra_body=extreme) == reference.text(QUESTION)
 
 
@@ -575,12 +571,12 @@ def test_settings_at_the_ends_of_their_ranges_are_answered(server, temperature):
 
 
 def test_penalties_change_the_logits_as_published(server, reference):
-    def by_count(logits, answer):  # OpenAI's: of the answer only
+    def by_count(logits, answer):  # OpenAI's penalties count the answer only
         for token, n in Counter(answer).items():
             logits[token] -= 1.5 * n + 0.5
         return logits
 
-    def by_division(logits, answer):  # CTRL's: of prompt and answer
+    def by_division(logits, answer):  # CTRL's penalty covers prompt and answer
         seen = torch.tensor(sorted({*answer, *reference.prompt(QUESTION)}))
         logits[seen] = torch.where(logits[seen] > 0, logits[seen] / 1.8, logits[seen] * 1.8)
         return logits
@@ -626,7 +622,7 @@ def test_stop_tokens_end_the_answer_and_must_exist(server, reference):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Mistakes of clients
+# Invalid requests
 
 
 @pytest.mark.parametrize(
@@ -641,13 +637,13 @@ def test_stop_tokens_end_the_answer_and_must_exist(server, reference):
     ],
     ids=str,
 )  # fmt: skip
-def test_messages_that_are_none(server, messages):
+def test_invalid_messages(server, messages):
     error = refused(server, param="messages", messages=messages)
     assert error["type"] == "invalid_request_error"
     refused(server, param="messages", messages=messages, stream=True)
 
 
-def test_bodies_that_are_no_object(server):
+def test_bodies_that_are_not_a_json_object(server):
     for body in (b"", b"[]", b"3", b"null", b'"x"', b"{", b"\xff\xfe", b"{}x", b"[" * 100_000, b'{"a":' * 50_000):
         error_of(server.post(CHAT, body), 400)
         error_of(server.post(TEXT, body), 400)
@@ -677,15 +673,14 @@ def test_settings_out_of_range_name_the_parameter(server):
             for value in values:
                 response = server.post(path, prompt | {"max_tokens": 4, field: value})
                 error = response.json().get("error", {})
-                if (response.status_code, error.get("type")) != (400, "invalid_request_error") or error[
-                    "param"
-                ] != field:
+                kind = response.status_code, error.get("type"), error.get("param")
+                if kind != (400, "invalid_request_error", field):
                     wrong.append((path, field, value, response.status_code, error))
     assert not wrong
     refused(server, param="max_completion_tokens", max_completion_tokens=0)
 
 
-def test_null_and_unknown_fields_change_nothing(server, reference):
+def test_null_and_unknown_fields_have_no_effect(server, reference):
     nulls = "max_completion_tokens top_p top_k min_p repetition_penalty frequency_penalty presence_penalty seed n stop"
     more = "stop_token_ids logit_bias logprobs top_logprobs stream stream_options response_format tools model"
     body = {"messages": QUESTION, "temperature": 0, "max_tokens": 24} | dict.fromkeys(f"{nulls} {more}".split())
@@ -696,14 +691,14 @@ def test_null_and_unknown_fields_change_nothing(server, reference):
         assert answer["choices"][0]["message"]["content"] == reference.text(QUESTION)
 
 
-def test_only_plain_text_can_be_asked_for(server, reference):
+def test_plain_text_is_the_only_response_format(server, reference):
     assert server.text(response_format={"type": "text"}) == reference.text(QUESTION)
     schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
     for response_format in ({"type": "json_object"}, schema, {"type": "xml"}, {}, "text"):
         refused(server, param="response_format", response_format=response_format)
 
 
-def test_a_prompt_longer_than_the_context_is_told_its_length(server, reference):
+def test_the_error_for_a_prompt_beyond_the_context_has_its_length(server, reference):
     messages = [{"role": "user", "content": "mill " * 300}]
     for stream in (False, True):
         error = refused(server, messages=messages, stream=stream)
@@ -718,33 +713,16 @@ def test_a_prompt_longer_than_the_context_is_told_its_length(server, reference):
 @pytest.mark.parametrize(
     "prompt", [None, 5, {}, [], [[]], [""], [1, "a"], [[1], "a"], [600], [-1], [1.5], [[10**12]]], ids=str
 )
-def test_prompts_that_are_none(server, prompt):
-    if prompt == [""]:  # nothing but <|bos|> is a prompt
+def test_invalid_prompts(server, prompt):
+    if prompt == [""]:  # <|bos|> alone is a valid prompt
         assert server.post(TEXT, {"prompt": prompt}).status_code == 200
     else:
         refused(server, param="prompt", path=TEXT, prompt=prompt)
 
 
-def test_rubbish_never_gives_a_server_error(server, reference):
-    odd = [
-        None,
-        True,
-        0,
-        -1,
-        1.5,
-        10**30,
-        1e308,
-        math.nan,
-        "",
-        "x",
-        "\ud800",
-        "\0",
-        [],
-        {},
-        [None],
-        [[[]]],
-        {"a": [{}]},
-    ]
+def test_random_bodies_never_cause_a_server_error(server, reference):
+    odd = [None, True, 0, -1, 1.5, 10**30, 1e308, math.nan, "", "x", "\ud800", "\0", [], {}, [None], [[[]]]]
+    odd.append({"a": [{}]})
     fields = (
         "messages prompt model max_tokens max_completion_tokens temperature top_p top_k min_p repetition_penalty n "
         "frequency_penalty presence_penalty seed stop stop_token_ids logit_bias logprobs top_logprobs stream tools "
@@ -768,7 +746,7 @@ def test_rubbish_never_gives_a_server_error(server, reference):
     assert server.text() == reference.text(QUESTION)
 
 
-def test_what_is_not_http_or_breaks_off_does_no_harm(server, reference):
+def test_malformed_and_truncated_requests_do_no_harm(server, reference):
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     for payload in (
         b"\x16\x03\x01\x02\x00\x01", b"GET\r\n\r\n", b"\0" * 1000, head, head + b"Content-Length: 100\r\n\r\n{",
@@ -782,11 +760,10 @@ def test_what_is_not_http_or_breaks_off_does_no_harm(server, reference):
 
 def test_a_body_too_large_is_refused(server):
     error_of(server.post(CHAT, {"messages": QUESTION, "user": "x" * 2**23}), 413)
-    head = (
-        "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"
-    )
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += "Content-Length: {}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
-        connection.sendall(head.format(10**12).encode())  # and nothing of it
+        connection.sendall(head.format(10**12).encode())  # without any of the body
         assert connection.recv(100).startswith(b"HTTP/1.1 413")
 
 
@@ -801,7 +778,7 @@ def test_errors_of_routes_and_models(server):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Routes beside the completions
+# Other routes
 
 
 def test_models_are_listed(server):
@@ -811,7 +788,7 @@ def test_models_are_listed(server):
     assert server.http.get("/models").json() == server.http.get("/v1/models").json()
 
 
-def test_routes_without_prefix_are_the_same(server):
+def test_routes_work_without_the_prefix_v1(server):
     for path, prompt in ((CHAT, {"messages": QUESTION}), (TEXT, {"prompt": "Once"})):
         body = prompt | {"temperature": 0, "max_tokens": 9}
         answers = [server.post(p, body).raise_for_status().json() for p in (path, path.removeprefix("/v1"))]
@@ -842,7 +819,7 @@ def test_the_page_may_run_its_own_script_and_nothing_else(server):
     assert server.http.get("/logo.svg").headers["content-type"].startswith("image/svg+xml")
 
 
-def test_request_ids_are_echoed_or_made(server):
+def test_request_ids_are_echoed_or_generated(server):
     echoed = server.http.get("/health", headers={"X-Request-Id": "abc-123"})
     made = [server.http.get("/health").headers["x-request-id"] for _ in range(2)]
     assert echoed.headers["x-request-id"] == "abc-123" and made[0] and made[0] != made[1]
@@ -879,7 +856,7 @@ def test_metrics_are_the_sums_of_all_usages(server):
         after = server.metrics()
         return {name: after[name] - before[name] for name in expected}
 
-    with contextlib.suppress(AssertionError):  # the last request may be counted just after it was answered
+    with contextlib.suppress(AssertionError):  # the last request may be counted just after its response
         eventually(lambda: counted() == expected, "all is counted", seconds=5)
     assert counted() == expected
     samples = server.samples()
@@ -888,7 +865,7 @@ def test_metrics_are_the_sums_of_all_usages(server):
     assert len(labels) == len({*labels}) and {"200", "400"} <= {status for _, status in labels}
 
 
-def test_metrics_do_not_grow_with_what_strangers_ask_for(server):
+def test_unknown_paths_and_methods_add_no_metrics(server):
     for i in range(20):
         server.http.get(f"/nothing/{i}")
         server.http.request(f"ODD{i}", "/v1/models")
@@ -896,10 +873,10 @@ def test_metrics_do_not_grow_with_what_strangers_ask_for(server):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Keys and origins
+# API keys and CORS
 
 
-def test_every_route_but_the_page_and_health_wants_the_key(guarded):
+def test_every_route_except_page_and_health_needs_the_key(guarded):
     schema = guarded.http.get("/openapi.json")
     assert schema.status_code == 200
     routes = {(m.upper(), re.sub(r"\{.*?\}", "x", p)) for p, ms in schema.json()["paths"].items() for m in ms}
@@ -924,12 +901,12 @@ def test_every_route_but_the_page_and_health_wants_the_key(guarded):
     assert guarded.client.models.list().data[0].id == LONG_MODEL
 
 
-def test_without_a_key_any_key_will_do(server):
+def test_a_server_without_a_key_accepts_any_key(server):
     assert server.client.with_options(api_key="whatever").models.list().data
     assert httpx.get(f"{server.url}/v1/models").status_code == 200
 
 
-def test_only_origins_that_were_named_may_read_answers(server, guarded):
+def test_only_configured_origins_may_read_answers(server, guarded):
     def allowed(server, origin, method="GET", **headers):
         response = httpx.request(method, f"{server.url}/v1/models", headers={"Origin": origin} | headers)
         return response.headers.get("access-control-allow-origin"), response
@@ -943,7 +920,7 @@ def test_only_origins_that_were_named_may_read_answers(server, guarded):
     origin, response = allowed(guarded, "https://chat.example", "OPTIONS", **preflight)
     assert origin == "https://chat.example" and response.is_success and LONG_MODEL not in response.text
     assert "authorization" in response.headers["access-control-allow-headers"].lower()
-    for origin in ("http://localhost:3000", "http://127.0.0.1", "https://[::1]:3000"):  # by default, this machine's
+    for origin in ("http://localhost:3000", "http://127.0.0.1", "https://[::1]:3000"):  # the default: this machine's
         assert allowed(server, origin)[0] == origin and allowed(guarded, origin, **key)[0] is None
     for origin in ("https://evil.example", "http://localhost.evil.com", "https://chat.example.evil.com", "null"):
         assert allowed(guarded, origin, **key)[0] is None
@@ -952,17 +929,15 @@ def test_only_origins_that_were_named_may_read_answers(server, guarded):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Many at once
+# Concurrent requests
 
 
-def test_every_answer_is_its_solo_answer_in_any_company(server):
-    requests = [
-        dict(
-            messages=[{"role": "user", "content": f"Tell me about {i} {'owls ' * (i % 4 * 9)}"}], max_tokens=20 + 5 * i
-        )
-        | (dict(temperature=1, seed=i) if i % 2 else {})
-        for i in range(12)
-    ]
+def test_answers_do_not_depend_on_concurrent_requests(server):
+    requests = []
+    for i in range(12):
+        question = {"role": "user", "content": f"Tell me about {i} {'owls ' * (i % 4 * 9)}"}
+        sampling = dict(temperature=1, seed=i) if i % 2 else {}
+        requests.append(dict(messages=[question], max_tokens=20 + 5 * i) | sampling)
     alone = [server.text(**request) for request in requests]
 
     def streamed(request):
@@ -990,15 +965,15 @@ def test_the_async_client_streams_many_answers_at_once(server, reference):
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "at once"])
-def test_a_client_that_goes_away_frees_its_row(guarded, stream):
+def test_a_client_that_disconnects_frees_its_row(guarded, stream):
     connection = guarded.connect({"messages": QUESTION, "max_tokens": LONG, "stream": stream})
     guarded.running(1)
-    assert guarded.http.get("/health").status_code == 200  # while an answer is being written
+    assert guarded.http.get("/health").status_code == 200  # responsive while an answer is generated
     connection.close()
     guarded.running(0)
 
 
-def test_after_many_clients_have_gone_one_is_answered(server, reference):
+def test_the_server_answers_after_many_clients_disconnected(server, reference):
     for i in range(100):
         body = {"messages": QUESTION, "max_tokens": 200, "stream": i % 2 == 0, "n": 1 + i % 3}
         with server.connect(body, path=CHAT) as connection:
@@ -1009,7 +984,7 @@ def test_after_many_clients_have_gone_one_is_answered(server, reference):
     assert server.text() == reference.text(QUESTION)
 
 
-def test_a_full_queue_is_said_and_moves_on(guarded):
+def test_a_full_queue_gets_429_and_frees_up(guarded):
     long, short = ({"messages": QUESTION, "max_tokens": n, "stream": True} for n in (LONG, 3))
     with guarded.connect(long):
         guarded.running(1)
@@ -1019,7 +994,7 @@ def test_a_full_queue_is_said_and_moves_on(guarded):
             assert error_of(full, 429)["type"] == "rate_limit_error" and int(full.headers["retry-after"]) > 0
             with pytest.raises(openai.RateLimitError):
                 guarded.chat(model=LONG_MODEL)
-        guarded.waiting(0)  # who goes away while waiting leaves the place to another
+        guarded.waiting(0)  # a client that disconnects while waiting leaves the queue
         queued = guarded.connect(short)
         guarded.waiting(1)
     with queued:
@@ -1027,7 +1002,7 @@ def test_a_full_queue_is_said_and_moves_on(guarded):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The life of a server
+# Start, shutdown, crashes
 
 
 def descendants(server):
@@ -1036,7 +1011,7 @@ def descendants(server):
 
 def test_sigterm_lets_short_answers_finish_and_ends_long_ones(served_base):
     with serving(served_base, "-g", "long", "--shutdown_timeout=3") as server:
-        health, chat = server.refusals[:2]  # what it said before the model was there
+        health, chat = server.refusals[:2]  # responses during loading
         assert health.json().items() >= {"status": "loading", "ready": False}.items() and error_of(chat, 503)
         assert int(health.headers["retry-after"]) > 0 and int(chat.headers["retry-after"]) > 0
 
@@ -1063,7 +1038,7 @@ def test_a_worker_that_dies_ends_streams_with_an_error(served_base):
             stream = pool.submit(server.post, CHAT, body | {"stream": True})
             whole = pool.submit(server.post, CHAT, body)
             server.running(2)
-            max(descendants(server), key=lambda p: p.memory_info().rss).kill()  # the one that has the model
+            max(descendants(server), key=lambda p: p.memory_info().rss).kill()  # the worker: it holds the model
             *_, last = frames(stream.result())
             assert last["error"]["message"]
             error_of(whole.result(), 503)
@@ -1076,7 +1051,7 @@ def test_a_worker_that_dies_ends_streams_with_an_error(served_base):
 
 
 @pytest.mark.parametrize("mode", ["positive", "negative"])
-def test_the_schema_is_kept(server, tmp_path, mode):
+def test_responses_conform_to_the_openapi_schema(server, tmp_path, mode):
     command = ["schemathesis", "run", f"{server.url}/openapi.json", f"--mode={mode}", "--max-examples=50", "--seed=1"]
     command += ["--phases=examples,coverage,fuzzing", "--exclude-checks=positive_data_acceptance", "--no-color"]
     command += ["--generation-allow-x00=false", "--continue-on-failure", "--request-timeout=60"]
@@ -1087,6 +1062,6 @@ def test_the_schema_is_kept(server, tmp_path, mode):
 @pytest.mark.parametrize(
     "flag", ["--num_workers=-1", "--temperature=-1", "--temperature=nan", "--top_k=-3", "--request_timeout=-5"]
 )
-def test_an_absurd_setting_is_refused_at_once(flag):
+def test_out_of_range_flags_are_refused_at_once(flag):
     with pytest.raises(UserError, match=f"{flag}(.0)?: give"):
         chat_web.main([flag])

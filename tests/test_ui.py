@@ -1,4 +1,4 @@
-"""The chat page in a real Chromium, against a server that follows a script."""
+"""The chat page in a real Chromium, against a server with scripted replies."""
 
 import base64
 import hashlib
@@ -61,7 +61,7 @@ def says(*pieces):
 
 
 class Server(ThreadingHTTPServer):
-    """Answers every chat with what `reply(body)` yields, a piece per write, and notes the requests."""
+    """Answers every chat with the pieces that `reply(body)` yields, one write for each, and records the requests."""
 
     daemon_threads = True
 
@@ -71,7 +71,7 @@ class Server(ThreadingHTTPServer):
         self.ready, self.key, self.refusals, self.headers = True, None, [], {}
         self.models = [{"id": "nanochat-d4-sft", "context_length": 512}]
         self.chats = []  # bodies of the chat requests
-        self.go, self.gone = threading.Event(), threading.Event()  # go on with the answer; the client hung up
+        self.go, self.gone = threading.Event(), threading.Event()  # the reply may go on; the client has disconnected
         self.reply = lambda body: says(f"Answer {len(self.chats)}.")
 
 
@@ -147,7 +147,7 @@ def server():
 
 @pytest.fixture
 def new_context(browser, server):
-    """new_context(**options): whatever its pages do, no script fails, no dialog opens, nothing leaves the origin."""
+    """new_context(**options) opens a browser context; fails on script errors, dialogs and requests to other origins."""
     contexts, problems, addresses = [], [], []
 
     def watch(page):
@@ -212,12 +212,12 @@ def chat_titles(page):
 
 
 def render(page, text):
-    """HTML of an answer with this text."""
+    """The HTML of an answer with this Markdown."""
     return page.evaluate("content => { const b = el('div'); renderAnswer(b, {content}); return b.innerHTML }", text)
 
 
 def tab_to(page, name):
-    """Press Tab until the button with that name has the focus."""
+    """Press Tab until the button `name` has the focus."""
     for _ in range(60):
         page.keyboard.press("Tab")
         if page.evaluate("document.activeElement.ariaLabel || document.activeElement.textContent") == name:
@@ -228,7 +228,7 @@ def tab_to(page, name):
 # ---- The file
 
 
-def test_the_page_is_one_file_with_nothing_from_outside():
+def test_the_page_is_one_file_without_external_resources():
     assert HTML.count("<script") == HTML.count("<style") == 1
     assert inline_source("script") and inline_source("style")
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", HTML)
@@ -267,7 +267,7 @@ def test_an_answer_appears_while_it_streams(server, page):
 
 
 @pytest.mark.parametrize("way", ["button", "Escape"])
-def test_stop_hangs_up_and_the_answer_can_be_continued(way, server, page):
+def test_stop_disconnects_and_the_answer_can_be_continued(way, server, page):
     def endless(body):
         yield delta("Once upon")
         while True:
@@ -288,7 +288,7 @@ def test_stop_hangs_up_and_the_answer_can_be_continued(way, server, page):
     assert server.chats[1]["messages"][-1] == {"role": "assistant", "content": "Once upon"}
 
 
-def test_every_byte_may_arrive_alone(server, page):
+def test_a_stream_may_arrive_byte_by_byte(server, page):
     text = "Grüße 👩‍🚀🎉 — 你好, data: not a frame\nend"
     stream = b": hello\r\n\r\n" + b"".join(says(text[:9], text[9:])).replace(b"\n", b"\r\n")
     server.reply = lambda body: (stream[i : i + 1] for i in range(len(stream)))
@@ -425,7 +425,7 @@ def test_edit_and_regenerate_by_keyboard_keep_the_older_versions(server, page):
     assert messages(page) == ["one\nmore", "Answer 2."]
 
 
-def test_an_edit_can_be_called_off(server, page):
+def test_an_edit_can_be_canceled(server, page):
     ask(page, "one")
     page.locator("article.own").hover()
     page.get_by_role("button", name="Edit").click()
@@ -435,7 +435,7 @@ def test_an_edit_can_be_called_off(server, page):
     expect(page.get_by_label("Message", exact=True)).to_be_focused()
 
 
-def test_two_tabs_do_not_destroy_each_others_conversations(server, page):
+def test_two_tabs_do_not_overwrite_each_others_conversations(server, page):
     ask(page, "from the first tab")
     other = page.context.new_page()
     other.goto(server.url)
@@ -443,7 +443,7 @@ def test_two_tabs_do_not_destroy_each_others_conversations(server, page):
     expect(page.locator("#chats button")).to_have_count(2)
     other.get_by_role("button", name="from the first tab").click()
 
-    # Both tabs now show the same chat. While one of them answers, the other says something in it as well.
+    # Both tabs now show the same chat. While the first tab gets an answer, the second one sends a message too.
     def reply(body):
         if body["messages"][-1]["content"] == "slow":
             yield delta("held")
@@ -467,7 +467,7 @@ def test_two_tabs_do_not_destroy_each_others_conversations(server, page):
         tab.reload()
         expect(tab.locator("#chats button")).to_have_text(titles)
     assert messages(page)[-1] == "held back" and messages(other)[-1] == "quick"
-    # What one tab deletes, the other does not bring back, not even when it is just being answered there.
+    # A chat that one tab deletes stays deleted, even if another tab is getting an answer in it.
     server.go.clear()
     ask(page, "slow", wait=False)
     expect(page.locator(LAST + ".body")).to_have_text("held")
@@ -481,7 +481,7 @@ def test_two_tabs_do_not_destroy_each_others_conversations(server, page):
     expect(page.locator("#chats button")).to_have_text(titles[1:])
 
 
-def test_full_storage_is_said_and_the_chat_goes_on(page):
+def test_full_storage_is_reported_and_the_chat_goes_on(page):
     page.evaluate("localStorage.setItem('filler', 'x'.repeat(5 * 2 ** 20 - 200))")
     ask(page, "hi")
     expect(page.get_by_role("alert").filter(has_text="storage is full")).to_be_visible()
@@ -523,13 +523,13 @@ def test_markdown(page):
 
 
 @pytest.mark.parametrize("tail", ["", "\n```\nafter"])
-def test_a_code_block_also_when_it_is_unfinished(tail, page):
+def test_finished_and_unfinished_code_blocks(tail, page):
     html = render(page, "Look:\n```python\ndef f():\n\n    return '<b>' * 2 * 3" + tail)
     assert "<code>def f():\n\n    return '&lt;b&gt;' * 2 * 3</code></pre>" in html and ">python</span>" in html
     assert html.endswith("<p>after</p>" if tail else "</div>")
 
 
-def test_what_is_finished_is_not_built_again_while_the_rest_streams(page):
+def test_finished_blocks_are_not_rebuilt_while_the_rest_streams(page):
     kept = page.evaluate(
         """() => {
             const body = el("div"), node = {content: "# Title\\n\\nfirst\\n\\nsec"};
@@ -555,7 +555,7 @@ def test_copy_an_answer_and_a_code_block(server, open_page):
         page.evaluate("announce('')")
 
 
-def test_tool_calls_stand_where_they_happened(server, page):
+def test_tool_calls_are_shown_at_their_position(server, page):
     first, second = "🎉 Twelve apples: ", "84 dollars.\n\n- and that: "
     steps = [
         {"type": "calculator", "expression": "12*7", "result": "84", "position": len(first)},
@@ -596,7 +596,7 @@ XSS = [
 ]
 
 
-def test_nothing_a_model_writes_becomes_markup_or_runs(server, page):
+def test_model_output_never_becomes_markup_or_runs(server, page):
     server.reply = lambda body: says(*re.findall(r"(?s).{1,7}", body["messages"][-1]["content"]))
     elements = page.evaluate("document.querySelectorAll('script, style, link, base, meta, iframe').length")
     for text in XSS:
@@ -610,33 +610,30 @@ def test_nothing_a_model_writes_becomes_markup_or_runs(server, page):
     page.keyboard.press("Enter")
     page.reload()
     expect(page.locator("#log article")).to_have_count(2 * len(XSS) + 2)
-    html = (
-        "script, img, svg, iframe, object, embed, form, input, style, link, base, meta, math, details, video, [style]"
-    )
-    assert page.locator("#log").locator(html).count() == 0
+    html = "script, img, svg, iframe, object, embed, form, input, style, link, base, meta, math, details, video, "
+    assert page.locator("#log").locator(html + "[style]").count() == 0
     assert page.evaluate("document.querySelectorAll('script, style, link, base, meta, iframe').length") == elements
     attributes = "[...document.querySelectorAll('*')].flatMap(e => e.getAttributeNames())"
     assert [name for name in page.evaluate(attributes) if name.startswith("on") or name == "srcdoc"] == []
     links = page.evaluate("[...document.querySelectorAll('#log a')].map(a => [a.protocol, a.rel, a.target])")
     assert links and {tuple(link) for link in links} == {("https:", "noopener noreferrer", "_blank")}
-    for text in XSS[:5]:  # shown as it was written
+    for text in XSS[:5]:  # shown verbatim
         expect(page.locator("article.answer .body").filter(has_text=text.strip()).first).to_be_attached()
     assert page.evaluate("window.__pwned") is None
 
 
-NASTY = '*a **b |[|[a](|![a](b "|`a``b```c|$a |\\(|\\[x|<http://|http://!|> |- |1. |_a*b~~c|#|\\|[a](b(| |~|`'.split(
-    "|"
-)
-NASTY += ["|-", "a|b\n|-|-|\n", "$$\n", "```\n~~~\n", " \n", "- a\n\n", "\t- x\n", "- a\nb\n", "> a\nb|c\n"]
+PATHOLOGICAL = '*a **b |[|[a](|![a](b "|`a``b```c|$a |\\(|\\[x|<http://|http://!|> |- |1. |_a*b~~c|#|\\|[a](b(| |~|`'
+PATHOLOGICAL = PATHOLOGICAL.split("|")
+PATHOLOGICAL += ["|-", "a|b\n|-|-|\n", "$$\n", "```\n~~~\n", " \n", "- a\n\n", "\t- x\n", "- a\nb\n", "> a\nb|c\n"]
 
 
-def test_nasty_text_is_shown_whole_and_in_bounded_depth(page):
+def test_pathological_text_is_shown_completely_with_bounded_depth(page):
     js = """content => {
         const body = el("div"), depth = node => node ? 1 + depth(node.parentElement) : 0;
         renderAnswer(body, {content});
         return [Math.max(...[...body.querySelectorAll("*")].map(depth)), body.textContent];
     }"""
-    for text in NASTY:
+    for text in PATHOLOGICAL:
         depth, shown = page.evaluate(js, text * 5000 + "end")
         assert depth < 25 and "end" in shown
 
@@ -648,7 +645,7 @@ def error(page, text):
     return page.get_by_role("alert").filter(has_text=text)
 
 
-def test_a_loading_model_is_waited_for(server, open_page):
+def test_the_page_waits_for_a_loading_model(server, open_page):
     server.ready = False
     page = open_page(wait=False)
     expect(page.locator("#server")).to_have_text("Loading the model…")
@@ -668,14 +665,14 @@ def test_waiting_can_be_stopped(server, page):
     expect(page.locator(LAST + ".note")).to_have_text("Stopped")
 
 
-def test_a_busy_server_is_asked_again(server, page):
+def test_requests_to_a_busy_server_are_retried(server, page):
     server.refusals = [(429, {"message": "queue full", "type": "rate_limit_error"})]
     ask(page, "hi", wait=False)
     expect(page.locator(LAST + ".waiting")).to_have_text("The server is busy, next try in 1 s…")
     expect(page.locator(LAST + ".body")).to_have_text("Answer 2.")
 
 
-def test_a_server_that_stays_busy_is_said_after_some_tries(server, page):
+def test_a_server_that_stays_busy_is_reported_after_some_tries(server, page):
     server.refusals = [(429, {"message": "queue full", "type": "rate_limit_error"})] * 4
     ask(page, "hi")
     expect(error(page, "The server is busy")).to_be_visible()
@@ -683,7 +680,7 @@ def test_a_server_that_stays_busy_is_said_after_some_tries(server, page):
     expect(page.locator(LAST + ".body")).to_have_text("Answer 5.")
 
 
-def test_the_api_key_is_asked_for(server, open_page):
+def test_the_page_asks_for_the_api_key(server, open_page):
     server.key = "sesame"
     page = open_page(wait=False)
     expect(page.locator("#server")).to_have_text("API key needed")
@@ -738,7 +735,7 @@ def test_a_stream_that_breaks_off_keeps_its_text_and_can_be_retried(headers, ser
     assert messages(page) == ["hi", "Half of"]
 
 
-def test_an_error_in_the_stream_and_any_other_are_shown(server, page):
+def test_errors_in_and_before_the_stream_are_shown(server, page):
     server.reply = lambda body: [delta("Half"), sse({"error": {"message": "the worker died"}}), b"data: [DONE]\n\n"]
     ask(page, "hi")
     expect(error(page, "the worker died")).to_be_visible()
@@ -746,12 +743,12 @@ def test_an_error_in_the_stream_and_any_other_are_shown(server, page):
     ask(page, "again")
     expect(error(page, "temperature is 3, at most 2")).to_be_visible()
     server.reply = lambda body: says("fine")
-    ask(page, "and again")  # the two questions without an answer between them become one turn
+    ask(page, "and again")  # two questions in a row are sent as one message
     assert [turn["role"] for turn in server.chats[-1]["messages"]] == ["user", "assistant", "user"]
     assert server.chats[-1]["messages"][-1]["content"] == "again\n\nand again"
 
 
-# ---- Settings and looks
+# ---- Settings and appearance
 
 
 def test_settings_are_sent_and_kept(server, page):
@@ -781,7 +778,7 @@ def background(page):
     return page.evaluate("getComputedStyle(document.body).backgroundColor")
 
 
-def test_the_theme_follows_the_system_until_it_is_switched(open_page):
+def test_the_theme_follows_the_system_by_default(open_page):
     page = open_page(color_scheme="dark")
     dark = background(page)
     page.emulate_media(color_scheme="light")
@@ -801,7 +798,7 @@ WIDE = (
 )
 
 
-def test_a_phone_shows_it_all_without_horizontal_scrolling(server, open_page):
+def test_a_phone_needs_no_horizontal_scrolling(server, open_page):
     page = open_page(**PHONE)
 
     def fits():
@@ -858,16 +855,15 @@ def test_targets_are_large_enough_and_motion_can_be_reduced(server, page):
     finished(page)
     page.get_by_role("button", name="Regenerate").click()
     finished(page)
-    sizes = (
-        "[...document.querySelectorAll('button')].filter(b => b.checkVisibility()).map(b => b.getBoundingClientRect())"
-    )
-    boxes = page.evaluate(f"{sizes}.map(box => Math.min(box.width, box.height))")
+    visible = "[...document.querySelectorAll('button')].filter(b => b.checkVisibility())"
+    sizes = ".map(b => b.getBoundingClientRect()).map(box => Math.min(box.width, box.height))"
+    boxes = page.evaluate(visible + sizes)
     assert len(boxes) > 10 and min(boxes) >= 24
 
 
 @pytest.fixture(scope="module")
 def axe():
-    """The source of axe-core, kept in a cache folder."""
+    """The source of axe-core, cached in AXE_DIR."""
     path = AXE_DIR / "node_modules" / "axe-core" / "axe.min.js"
     if not path.exists():
         AXE_DIR.mkdir(parents=True, exist_ok=True)
@@ -880,7 +876,7 @@ def axe():
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_serious(scheme, axe, server, open_page):
+def test_axe_finds_only_minor_accessibility_problems(scheme, axe, server, open_page):
     page = open_page(color_scheme=scheme, bypass_csp=True)
     page.evaluate(axe)
 

@@ -1,15 +1,16 @@
 """
-Load on a running server: speed for growing numbers of clients, or a soak with clients that misbehave.
+Load test of a running server: throughput and latency by number of clients, or a soak test with misbehaving clients.
 
     python -m dev.bench.bench_serve --url=http://127.0.0.1:8000 --clients 1 4 16 64 --requests=64 --pid=<of chat_web>
     python -m dev.bench.bench_serve --soak=30 --pid=<of chat_web>
 
-Every request is a streamed chat with a question about the pocket world, answered with ten tokens mostly, or with
---prompt; one that is told 429 waits as long as it is told and asks again. Times are in ms: of the first token the
-median and the 95th percentile, between pieces of a stream the 95th percentile, and the worst of /health, which is
-asked for every 20 ms meanwhile. With --pid, also the microseconds of a core that a token takes, of the server and of
-this program, and how many cores were busy: once all are, more clients cannot be faster. Exit code 1 if a well-formed
-request was not answered, or if rows are still taken when everybody has gone.
+Every request is a streamed chat: --prompt, or by default a question about the pocket world, with an answer of about
+ten tokens. A client that gets status 429 retries after the time in Retry-After. The columns: median and 95th percentile
+of the time to the first token, 95th percentile of the time between chunks, slowest response of /health, which is
+requested every 20 ms meanwhile; all in ms. With --pid also the CPU time per token of the server and of this program in
+us, and the number of busy cores: once all cores are busy, more clients cannot add throughput.
+
+Exit code 1 if a valid request was not answered, or if rows are still in use after all clients have disconnected.
 """
 
 import asyncio
@@ -32,28 +33,21 @@ from nanochat.pocket.problems import fact
 from nanochat.pocket.world import load_world
 
 PATH = "/v1/chat/completions"
-RUBBISH = (
-    b"",
-    b"[]",
-    b"{",
-    b"\xff",
-    b'{"messages": 3}',
-    b'{"messages": []}',
-    b'{"messages": [{}], "n": 1e99}',
-    b"[" * 9999,
-)
-PROBE = 0.02  # seconds between requests for /health
-SAMPLE = 10  # seconds between looks at the memory
-SOAKERS = 12  # clients of a soak
+INVALID_BODIES = [b"", b"[]", b"{", b"\xff", b'{"messages": 3}', b'{"messages": []}', b"[" * 9999]
+INVALID_BODIES.append(b'{"messages": [{}], "n": 1e99}')
+HEALTH_SECONDS = 0.02  # between requests for /health
+MEMORY_SECONDS = 10  # between measurements of the memory
+SOAK_CLIENTS = 12
 
 
 class Load:
-    """What clients do and how it went."""
+    """Clients of the server, and their measurements."""
 
     def __init__(self, http, args, seed=0):
         self.http, self.url, self.max_tokens, self.prompt = http, URL(args.url), args.max_tokens, args.prompt
         self.rng, self.world = Random(seed), load_world()
-        self.tokens, self.first, self.gaps, self.health = 0, [], [], []  # the last three in seconds
+        self.tokens = 0  # in all answers
+        self.first, self.gaps, self.health = [], [], []  # seconds: to first tokens, between chunks, of /health
         self.outcomes = Counter()
 
     def body(self, **settings):
@@ -62,7 +56,7 @@ class Load:
         return {"messages": [{"role": "user", "content": question}]} | settings
 
     async def ask(self, pause=0.0):
-        """One request, until it is answered; `pause` seconds after each piece make a slow reader."""
+        """Send one request until it is accepted and read the answer; a `pause` (s) after each line: a slow reader."""
         body = self.body(stream_options={"include_usage": True})
         while True:
             start = last = time.perf_counter()
@@ -94,34 +88,33 @@ class Load:
                 self.outcomes[type(e).__name__] += 1
             return
 
-    async def probe(self):
-        """Ask for /health every now and then, for ever."""
+    async def poll_health(self):
+        """Request /health again and again, forever."""
         while True:
             start = time.perf_counter()
             async with self.http.get("/health") as response:
                 await response.read()
             self.health.append(time.perf_counter() - start)
-            await asyncio.sleep(PROBE)
+            await asyncio.sleep(HEALTH_SECONDS)
 
     # -----------------------------------------------------------------------------------------------------------------
-    # Clients one would rather not have
+    # Misbehaving clients
 
-    async def leave(self):
-        """Go away at some point of an answer, streamed or not."""
+    async def disconnect(self):
+        """Disconnect at a random time during an answer, streamed or whole."""
         body = self.body(stream=self.rng.random() < 0.5, n=self.rng.randint(1, 4))
+        timeout = aiohttp.ClientTimeout(self.rng.uniform(0, 2))
         with suppress(TimeoutError):
-            async with self.http.post(
-                PATH, json=body, timeout=aiohttp.ClientTimeout(self.rng.uniform(0, 2))
-            ) as response:
+            async with self.http.post(PATH, json=body, timeout=timeout) as response:
                 await response.read()
 
-    async def send_rubbish(self):
+    async def send_invalid(self):
         headers = {"Content-Type": "application/json"}
-        async with self.http.post(PATH, data=self.rng.choice(RUBBISH), headers=headers) as response:
-            self.outcomes["rubbish refused" if 400 <= response.status < 500 else "rubbish not refused"] += 1
+        async with self.http.post(PATH, data=self.rng.choice(INVALID_BODIES), headers=headers) as response:
+            self.outcomes["invalid refused" if 400 <= response.status < 500 else "invalid not refused"] += 1
 
     async def stall(self):
-        """Send half of a request and wait."""
+        """Send an incomplete request, wait, and disconnect."""
         _, writer = await asyncio.open_connection(self.url.host, self.url.port)
         writer.write(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{" % PATH.encode())
         await asyncio.sleep(self.rng.uniform(0, 5))
@@ -129,17 +122,18 @@ class Load:
 
     async def misbehave_until(self, deadline):
         while time.monotonic() < deadline:
-            kind = self.rng.choices(["ask", "slow", "leave", "rubbish", "stall"], [4, 1, 4, 2, 1])[0]
+            kind = self.rng.choices(["ask", "slow", "disconnect", "invalid", "stall"], [4, 1, 4, 2, 1])[0]
             self.outcomes[f"sent: {kind}"] += 1
             if kind in ("ask", "slow"):
                 await self.ask(pause=0.2 if kind == "slow" else 0.0)
             else:
+                actions = {"disconnect": self.disconnect, "invalid": self.send_invalid, "stall": self.stall}
                 with suppress(OSError, aiohttp.ClientError):
-                    await {"leave": self.leave, "rubbish": self.send_rubbish, "stall": self.stall}[kind]()
+                    await actions[kind]()
 
 
-async def rows_left(http):
-    """Rows and requests that the server still has after all clients have gone, 10 seconds later at most."""
+async def unfinished_rows(http):
+    """The number of rows and waiting requests that the server still has 10 s after the last client disconnected."""
     for _ in range(100):
         async with http.get("/metrics") as response:
             families = text_string_to_metric_families(await response.text())
@@ -151,8 +145,8 @@ async def rows_left(http):
     return int(left)
 
 
-def processor_seconds(pid):
-    """(of a process and its descendants, of this one)."""
+def cpu_seconds(pid):
+    """(CPU time of a process and its descendants, CPU time of this process)."""
     times = [process.cpu_times() for process in family(pid)] if pid else []
     own = psutil.Process().cpu_times()
     return sum(t.user + t.system for t in times), own.user + own.system
@@ -164,30 +158,30 @@ def family(pid):
 
 
 def ms(seconds, share=0.5):
-    """A quantile in milliseconds, as text."""
+    """The quantile `share` of `seconds` in milliseconds, as text."""
     return f"{1000 * sorted(seconds)[int(share * (len(seconds) - 1))]:.1f}" if seconds else "-"
 
 
 async def speed(http, args):
-    """Print the table; returns how many requests were not answered."""
-    await Load(http, args).ask()  # the first one warms the engine
-    columns = ["clients", "tokens/s", "of one client", "first token, ms", "p95", "inter-token", "worst /health"]
-    columns += ["core us/token: server", "client", "cores"] if args.pid else []
+    """Print the table; returns the number of unanswered requests."""
+    await Load(http, args).ask()  # warms up the engine
+    columns = ["clients", "tokens/s", "x one client", "first token, ms", "p95", "inter-token", "worst /health"]
+    columns += ["CPU us/token: server", "client", "cores"] if args.pid else []
     columns += ["429", "errors"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     missing, alone = 0, None
     for clients in args.clients:
         load = Load(http, args, seed=clients)
-        left, probe = iter(range(args.requests)), asyncio.create_task(load.probe())
+        left, probe = iter(range(args.requests)), asyncio.create_task(load.poll_health())
 
         async def client(load=load, left=left):
             for _ in left:
                 await load.ask()
 
-        start, before = time.perf_counter(), processor_seconds(args.pid)
+        start, before = time.perf_counter(), cpu_seconds(args.pid)
         await asyncio.gather(*(client() for _ in range(clients)))
         wall = time.perf_counter() - start
-        busy = [after - was for after, was in zip(processor_seconds(args.pid), before, strict=True)]
+        busy = [after - was for after, was in zip(cpu_seconds(args.pid), before, strict=True)]
         rate = load.tokens / wall
         probe.cancel()
         alone = alone or rate
@@ -204,7 +198,7 @@ async def speed(http, args):
 
 
 def resident(pid):
-    """MiB of a process and its descendants."""
+    """Resident memory of a process and its descendants in MiB."""
     total = 0
     for process in family(pid):
         with suppress(psutil.NoSuchProcess):
@@ -213,27 +207,28 @@ def resident(pid):
 
 
 async def soak(http, args):
-    """Misbehave for --soak minutes and print how that went; returns how many requests were not answered."""
+    """Run the clients for --soak minutes and print the outcomes; returns the number of unanswered requests."""
     load, start, memory = Load(http, args), time.monotonic(), []
 
     async def watch():
         while True:
             memory.append(resident(args.pid))
-            await asyncio.sleep(SAMPLE)
+            await asyncio.sleep(MEMORY_SECONDS)
 
-    tasks = [asyncio.create_task(work) for work in ([load.probe(), watch()] if args.pid else [load.probe()])]
-    await asyncio.gather(*(load.misbehave_until(start + 60 * args.soak) for _ in range(SOAKERS)))
+    background = [load.poll_health(), watch()] if args.pid else [load.poll_health()]
+    tasks = [asyncio.create_task(work) for work in background]
+    await asyncio.gather(*(load.misbehave_until(start + 60 * args.soak) for _ in range(SOAK_CLIENTS)))
     for task in tasks:
         task.cancel()
     for what, n in sorted(load.outcomes.items(), key=str):
         print(f"{what}: {n}")
     print(f"worst /health: {ms(load.health, 1)} ms")
     if len(memory) > 1:
-        sixth = max(1, len(memory) // 6)  # the first one is for warming up
+        sixth = max(1, len(memory) // 6)  # the first sixth is for warming up
         early, late = statistics.median(memory[sixth : 2 * sixth] or memory), statistics.median(memory[-sixth:])
         print(f"memory: {early:.0f} MiB after the first sixth, {late:.0f} MiB in the last ({late / early - 1:+.1%})")
     missing = load.outcomes["sent: ask"] + load.outcomes["sent: slow"] - load.outcomes["answered"]
-    return missing + load.outcomes["rubbish not refused"]
+    return missing + load.outcomes["invalid not refused"]
 
 
 async def drive(args):
@@ -246,7 +241,7 @@ async def drive(args):
         except aiohttp.ClientError as e:
             raise UserError(f"no server is ready at {args.url} ({e}); start one with python -m scripts.chat_web") from e
         missing = await (soak if args.soak else speed)(http, args)
-        stuck = await rows_left(http)
+        stuck = await unfinished_rows(http)
     print(f"not answered: {missing}, rows stuck: {stuck}")
     return missing or stuck
 
@@ -255,14 +250,14 @@ def main(argv=None):
     parser = make_parser("dev.bench.bench_serve", __doc__)
     add = parser.add_argument
     add("--url", default="http://127.0.0.1:8000")
-    add("--clients", type=int, nargs="+", default=[1, 4, 16, 64], help="a line of the table for each number")
-    add("--requests", type=int, default=64, help="of all clients together, per line (default 64)")
-    add("--max_tokens", type=int, default=64, help="longest answer (default 64)")
-    add("--prompt", default="", help='asked every time, e.g. "Tell me a story." (default: questions about the world)')
-    add("--api_key", default="", help="if the server wants one")
-    add("--timeout", type=float, default=60, help="seconds without a byte after which an answer counts as none")
-    add("--soak", type=float, default=0, help="minutes to misbehave instead")
-    add("--pid", type=int, help="the server's process, to watch its memory (soak) or time")
+    add("--clients", type=int, nargs="+", default=[1, 4, 16, 64], help="numbers of clients, one line of the table each")
+    add("--requests", type=int, default=64, help="requests per line, by all clients together (default 64)")
+    add("--max_tokens", type=int, default=64, help="limit per answer (default 64)")
+    add("--prompt", default="", help='sent by every request, e.g. "Tell me a story." (default: random questions)')
+    add("--api_key", default="", help="if the server needs one")
+    add("--timeout", type=float, default=60, help="seconds without data until a request fails (default 60)")
+    add("--soak", type=float, default=0, help="minutes of the soak test; 0 = measure speed (default 0)")
+    add("--pid", type=int, help="process id of the server, to measure its memory (soak) or CPU time")
     args = parse_args(parser, argv)
     if asyncio.run(drive(args)):
         sys.exit(1)

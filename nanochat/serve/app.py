@@ -1,8 +1,8 @@
 """
-The web server: OpenAI's API over the engine, and a page to talk to the model.
+The HTTP app: OpenAI's API over the workers, and a page to chat with the model.
 
-create_app(options) makes the FastAPI app; each worker owns a model in a process of its own, so that the event loop is
-always free to answer. The page and its logo are the only files served.
+create_app(options) builds the FastAPI app. This process never imports torch: each worker has a model in a process of
+its own. The page and its logo are the only files served.
 """
 
 import asyncio
@@ -21,22 +21,25 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import generate_latest
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
-from nanochat.serve.schemas import ApiError, ChatRequest, CompletionRequest, ErrorBody
-from nanochat.serve.service import RETRY_AFTER, Service, chat, complete, guarded
-from nanochat.serve.worker import TooSlow, WorkerError
+from nanochat.serve.completions import ChatCompletion, TextCompletion
+from nanochat.serve.schemas import RETRY, ApiError, ChatRequest, CompletionRequest, ErrorBody
+from nanochat.serve.service import Service
+from nanochat.serve.worker import RequestTimeout, WorkerError
 
 HERE = Path(__file__).parent
-PUBLIC = {"/", "/logo.svg", "/health", "/health/"}
-LOCAL = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
+PUBLIC_PATHS = {"/", "/logo.svg", "/health", "/health/"}  # need no API key
+LOCAL_ORIGINS = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 MAX_BODY = 1 << 20  # bytes
 TOO_LARGE = f"the body is larger than {MAX_BODY:,} bytes"
+CLIENT_GONE = Response(status_code=499)  # nobody reads it, but the metrics count it
 ERRORS = {status: {"model": ErrorBody} for status in (400, 401, 404, 405, 413, 429, 500, 503, 504)}
 
 
 class Gate:
-    """Around the whole app: request ids, authentication, the size of bodies, and the count of answers."""
+    """ASGI middleware around the whole app: assigns request ids, checks API keys and body sizes, counts requests."""
 
     def __init__(self, app, api_key, metrics):
         self.app, self.api_key, self.metrics = app, api_key, metrics
@@ -44,12 +47,13 @@ class Gate:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        given = headers.get("x-request-id", "")
-        request_id = given if re.fullmatch(r"[\w.:-]{1,128}", given) else uuid.uuid4().hex
-        size, status = 0, None
+        headers = Headers(scope=scope)
+        request_id = headers.get("x-request-id", "")
+        if not re.fullmatch(r"[\w.:-]{1,128}", request_id):
+            request_id = uuid.uuid4().hex
+        size, status = 0, "aborted"
 
-        async def limited():
+        async def receive_limited():
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
@@ -57,39 +61,38 @@ class Gate:
                 raise HTTPException(413, TOO_LARGE)
             return message
 
-        async def answer(message):
+        async def send_with_id(message):
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)
 
-        length = headers.get("content-length", "0")
         try:
-            if not self._allowed(scope, headers):
-                error = ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", "authentication_error")
-                await error_response(error)(scope, limited, answer)
-            elif length.isdecimal() and int(length) > MAX_BODY:
-                await error_response(ApiError(413, TOO_LARGE))(scope, limited, answer)
-            else:
-                await self.app(scope, limited, answer)
+            error = self._refusal(scope, headers)
+            await (error_response(error) if error else self.app)(scope, receive_limited, send_with_id)
         finally:
             route = scope.get("route")
-            self.metrics.requests.labels(route.path if route else "other", status or "aborted").inc()
+            self.metrics.requests.labels(route.path if route else "other", status).inc()
 
-    def _allowed(self, scope, headers):
+    def _refusal(self, scope, headers):
+        """The ApiError for a request that the app should not see, else None."""
         preflight = scope["method"] == "OPTIONS" and "origin" in headers and "access-control-request-method" in headers
-        if self.api_key is None or preflight or scope["path"] in PUBLIC:
-            return True
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        return scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), self.api_key.encode())
+        if self.api_key is not None and not preflight and scope["path"] not in PUBLIC_PATHS:
+            scheme, _, key = headers.get("authorization", "").partition(" ")
+            same_key = hmac.compare_digest(key.strip().encode(), self.api_key.encode())  # takes constant time
+            if scheme.lower() != "bearer" or not same_key:
+                return ApiError(401, "a valid API key is needed: Authorization: Bearer KEY")
+        length = headers.get("content-length", "0")
+        return ApiError(413, TOO_LARGE) if length.isdecimal() and int(length) > MAX_BODY else None
 
 
 class EventStream(Response):
     """
-    Server-sent events from an async generator of JSON values, sent together up to a None, which is none.
+    Server-sent events from an async generator of JSON values, then [DONE]; a client that disconnects closes it.
 
-    A client that goes away closes the generator.
+    None is a flush marker, not an event: the events before it are sent in one write. A WorkerError before the first
+    event gets an HTTP status of its own, a later one becomes an event.
     """
 
     media_type = "text/event-stream"
@@ -97,33 +100,42 @@ class EventStream(Response):
     def __init__(self, events):
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self.events = events
+        self.events, self.started = events, False
 
     async def __call__(self, scope, receive, send):
-        async def stream():
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            data = ""
+        with contextlib.suppress(OSError):  # the client disconnected
+            await while_connected(receive, self._send_events(send))
+        if not self.started:
+            await CLIENT_GONE(scope, receive, send)
+
+    async def _send_events(self, send):
+        data = ""
+        try:
             async with contextlib.aclosing(self.events):
                 async for event in self.events:
+                    if not self.started:
+                        self.started = True
+                        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                     if event is not None:
-                        data += f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n"
+                        data += f"data: {json.dumps(event)}\n\n"
                     elif data:
                         await send({"type": "http.response.body", "body": data.encode(), "more_body": True})
                         data = ""
-            await send({"type": "http.response.body", "body": data.encode()})
-
-        with contextlib.suppress(OSError):  # the client went away
-            await while_connected(receive, stream())
+        except WorkerError as e:
+            if not self.started:
+                raise
+            data += f"data: {json.dumps(ApiError(500, str(e)).body)}\n\n"
+        await send({"type": "http.response.body", "body": f"{data}data: [DONE]\n\n".encode()})
 
 
 async def while_connected(receive, work):
-    """The result of the coroutine `work`, which is cancelled when the client goes away; None then."""
+    """The result of the coroutine `work`. If the client disconnects first, `work` is cancelled and this is None."""
 
-    async def gone():
+    async def disconnected():
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(disconnected())]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         return tasks[0].result() if tasks[0].done() else None
@@ -134,12 +146,35 @@ async def while_connected(receive, work):
 
 
 def error_response(error):
-    headers = {"Retry-After": str(error.retry_after)} if error.retry_after is not None else {}
-    return JSONResponse(error.body, error.status, headers)
+    return JSONResponse(error.body, error.status, error.headers)
 
 
-def page():
-    """(html, Content-Security-Policy): only the page's own script and style run, and only this server is talked to."""
+async def handle_exception(request, error):
+    """The response to a request that raised `error`, in OpenAI's format."""
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        where = [str(part) for part in first["loc"][1:]]
+        message = f"{'.'.join(where)}: {first['msg']}" if where else first["msg"]
+        error = ApiError(400, message, param=where[0] if where else None)
+    elif isinstance(error, HTTPException):
+        error = ApiError(error.status_code, str(error.detail), error.headers)
+    elif isinstance(error, WorkerError):
+        error = ApiError(504 if isinstance(error, RequestTimeout) else 503, str(error))
+    elif not isinstance(error, ApiError):
+        error = ApiError(500, "the server failed, see its log")
+    return error_response(error)
+
+
+async def respond(request, completion):
+    """The response to a chat or text completion."""
+    if completion.body.stream:
+        return EventStream(completion.chunks())
+    answer = await while_connected(request.receive, completion.answer())
+    return CLIENT_GONE if answer is None else JSONResponse(answer)
+
+
+def load_page():
+    """(HTML, Content-Security-Policy). Only the page's own script and style may run, and only call this server."""
     html = (HERE / "ui.html").read_text(encoding="utf-8")
 
     def digest(tag):
@@ -152,99 +187,74 @@ def page():
     )
 
 
-def create_app(options):
-    """The app. `options` are chat_web's flags as a dict; the model loads when the app starts."""
-    service = Service(options)
-    html, policy = page()
+@contextlib.asynccontextmanager
+async def lifespan(app):
+    """Start the workers before the app serves requests, and stop them at the end."""
+    service = app.state.service
 
-    @contextlib.asynccontextmanager
-    async def lifespan(app):
-        for worker in service.workers:
-            await worker.start()
-        watching = asyncio.create_task(watch(app))
-        gc.freeze()  # looking through all that is loaded would hold everybody up for tens of milliseconds
-        yield
-        watching.cancel()
-        service.draining = True
-        for worker in service.workers:
-            worker.stop()
-
-    async def watch(app):
-        """Say when the model is there; without any, there is nothing to serve."""
-        for worker in service.workers:
-            await worker.changed.wait()
+    async def announce():
+        """Wait until all workers have loaded. If all have failed, stop the server."""
+        await asyncio.gather(*(worker.loaded.wait() for worker in service.workers))
         if service.status == "ok":
-            print(f"{service.told()['name']} is ready", flush=True)
+            print(f"{service.model.name} is ready", flush=True)
         else:
             app.state.stop()
 
-    app = FastAPI(title="nanochat", version="0.2.0", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.service = service
-    app.add_middleware(
-        CORSMiddleware,
-        allow_origins=options["cors"] or (),
-        allow_origin_regex=None if options["cors"] else LOCAL,
-        allow_methods=["GET", "POST"],
-        allow_headers=["*"],
-    )
-    app.add_middleware(Gate, api_key=options["api_key"], metrics=service.metrics)
+    for worker in service.workers:
+        await worker.start()
+    announcement = asyncio.create_task(announce())
+    gc.freeze()  # collecting all that is loaded by now would block the event loop for tens of milliseconds
+    yield
+    announcement.cancel()
+    service.draining = True
+    for worker in service.workers:
+        worker.stop()
 
-    @app.exception_handler(ApiError)
-    async def api_error(request, error):
-        return error_response(error)
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request, error):
-        first = error.errors()[0]
-        where = [str(part) for part in first["loc"][1:]]
-        message = f"{'.'.join(where)}: {first['msg']}" if where else first["msg"]
-        return error_response(ApiError(400, message, param=where[0] if where else None))
+class Api(FastAPI):
+    def openapi(self):
+        """FastAPI's schema without status 422, which it lists for all routes and this server never sends."""
+        schema = super().openapi()
+        for operation in (operation for path in schema["paths"].values() for operation in path.values()):
+            operation["responses"].pop("422", None)
+        return schema
 
-    @app.exception_handler(HTTPException)
-    async def http_error(request, error):
-        kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
-        response = error_response(ApiError(error.status_code, str(error.detail), kind))
-        response.headers.update(error.headers or {})
-        return response
 
-    @app.exception_handler(WorkerError)
-    async def worker_error(request, error):
-        if isinstance(error, TooSlow):
-            return error_response(ApiError(504, str(error), "timeout_error"))
-        return error_response(ApiError(503, str(error), "service_unavailable_error", RETRY_AFTER))
+def create_app(options):
+    """The FastAPI app. Its workers load the model when the app starts. `options`: ServeOptions."""
+    app = Api(title="nanochat", version="0.2.0", docs_url=None, redoc_url=None, lifespan=lifespan)
+    for exception in (ApiError, RequestValidationError, HTTPException, WorkerError, Exception):
+        app.add_exception_handler(exception, handle_exception)
+    app.state.service = service = Service(options)
+    origins = {"allow_origins": options.cors} if options.cors else {"allow_origin_regex": LOCAL_ORIGINS}
+    app.add_middleware(CORSMiddleware, allow_methods=["GET", "POST"], allow_headers=["*"], **origins)
+    app.add_middleware(Gate, api_key=options.api_key, metrics=service.metrics)
+    add_completions(app, service)
+    add_status(app, service)
+    add_page(app)
+    return app
 
-    @app.exception_handler(Exception)
-    async def failure(request, error):
-        return error_response(ApiError(500, "the server failed, see its log", "server_error"))
 
-    async def respond(request, work):
-        """The answer to a completion: `work` gives a generator of chunks, or the whole."""
-        result = await while_connected(request.receive, work)
-        if result is None:
-            return Response(status_code=499)  # nobody reads it; for the metrics
-        if isinstance(result, dict):
-            return JSONResponse(result)
-        return EventStream(guarded(result))
+def add_completions(app, service):
+    responses = ERRORS | {200: {"content": {"text/event-stream": {}}}}
 
-    events = {"content": {"text/event-stream": {}}}
-    completion = dict(responses=ERRORS | {200: events})
-
-    @app.post("/v1/chat/completions", **completion)
-    @app.post("/chat/completions", **completion, include_in_schema=False)
+    @app.post("/v1/chat/completions", responses=responses)
+    @app.post("/chat/completions", include_in_schema=False)
     async def chat_completions(body: ChatRequest, request: Request):
-        return await respond(request, chat(service, body))
+        return await respond(request, ChatCompletion(service, body))
 
-    @app.post("/v1/completions", **completion)
-    @app.post("/completions", **completion, include_in_schema=False)
+    @app.post("/v1/completions", responses=responses)
+    @app.post("/completions", include_in_schema=False)
     async def completions(body: CompletionRequest, request: Request):
-        return await respond(request, complete(service, body))
+        return await respond(request, TextCompletion(service, body))
 
+
+def add_status(app, service):
     def models():
-        if service.status != "ok":
+        if service.model is None:
             return []
-        told = service.told()
-        model = {"id": told["name"], "object": "model", "created": service.created, "owned_by": "nanochat"}
-        return [model | {"context_length": told["context"]}]
+        model = {"id": service.model.name, "object": "model", "created": service.created, "owned_by": "nanochat"}
+        return [model | {"context_length": service.model.context}]
 
     @app.get("/v1/models", responses=ERRORS)
     @app.get("/models", include_in_schema=False)
@@ -256,52 +266,34 @@ def create_app(options):
         for model in models():
             if model["id"] == name:
                 return model
-        raise ApiError(404, f"no model {name[:100]!r} here", "not_found_error", param="model", code="model_not_found")
+        raise ApiError(404, f"no model {name[:100]!r} here", param="model", code="model_not_found")
 
     @app.get("/health", responses=ERRORS)
     @app.get("/health/", include_in_schema=False)
     async def health():
-        status, n = service.status, len(service.workers)
-        told = {"status": status, "ready": status == "ok", "num_gpus": n, "available_workers": service.free_workers}
-        headers = {} if status == "ok" else {"Retry-After": str(RETRY_AFTER)}
-        return JSONResponse(told, 200 if status == "ok" else 503, headers)
+        ready, n, free = service.status == "ok", len(service.workers), service.free_workers
+        body = {"status": service.status, "ready": ready, "num_gpus": n, "available_workers": free}
+        return JSONResponse(body, 200 if ready else 503, None if ready else RETRY)
 
     @app.get("/stats", responses=ERRORS)
     async def stats():
-        workers = service.workers
-        free = service.free_workers
-        listed = [
-            {"gpu_id": w.index, "device": w.told.get("device"), "state": w.state, "in_flight": w.in_flight} | w.load
-            for w in workers
-        ]
-        busy = len(workers) - free
-        return {"total_workers": len(workers), "available_workers": free, "busy_workers": busy, "workers": listed}
+        total, free = len(service.workers), service.free_workers
+        counts = {"total_workers": total, "available_workers": free, "busy_workers": total - free}
+        return counts | {"workers": [worker.stats() for worker in service.workers]}
 
     @app.get("/metrics", responses=ERRORS, response_class=PlainTextResponse)
     async def metrics():
         return PlainTextResponse(generate_latest(service.metrics.registry), media_type="text/plain; version=0.0.4")
 
+
+def add_page(app):
+    html, policy = load_page()
+    headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+
     @app.get("/", include_in_schema=False)
-    async def index():
-        headers = {
-            "Content-Security-Policy": policy,
-            "X-Content-Type-Options": "nosniff",
-            "Referrer-Policy": "no-referrer",
-        }
+    async def page():
         return Response(html, media_type="text/html; charset=utf-8", headers=headers)
 
     @app.get("/logo.svg", include_in_schema=False)
     async def logo():
         return Response((HERE / "logo.svg").read_bytes(), media_type="image/svg+xml")
-
-    schema = app.openapi
-
-    def openapi():
-        """FastAPI's, without the 422 that it lists everywhere and this server never answers."""
-        for path in (found := schema())["paths"].values():
-            for operation in path.values():
-                operation["responses"].pop("422", None)
-        return found
-
-    app.openapi = openapi
-    return app

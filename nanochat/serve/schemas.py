@@ -1,4 +1,4 @@
-"""The shapes of OpenAI's API: requests with their limits, and answers put together from tokens."""
+"""The JSON of OpenAI's API: request bodies with their limits, errors, and the parts of answers."""
 
 import time
 from typing import Annotated, Literal
@@ -7,12 +7,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nanochat.common import well_formed
 
-MAX_MESSAGE_CHARS, MAX_CHARS = 8_000, 32_000  # of one message, and of all
-Stop = Annotated[str, Field(min_length=1)]
+MAX_MESSAGE_CHARS, MAX_CHARS = 8_000, 32_000  # in one message, and in all messages of a request
+RETRY = {"Retry-After": "1"}  # seconds
+ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error"}
+ERROR_TYPES |= {503: "service_unavailable_error", 504: "timeout_error"}
+StopString = Annotated[str, Field(min_length=1)]
 
 
 class Schema(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
 class TextPart(Schema):
@@ -37,28 +40,28 @@ class StreamOptions(Schema):
     include_usage: bool | None = None
 
 
-class Sampling(Schema):
-    """What both kinds of completions take; null is the default."""
+class CompletionBody(Schema):
+    """The fields that chat and text completions share; null means the default."""
 
     model: str | None = None
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=2, allow_inf_nan=False)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
     stop_token_ids: list[int] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
 
-class ChatRequest(Sampling):
+class ChatRequest(CompletionBody):
     messages: list[Message] = Field(min_length=1, max_length=500)
     max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     logprobs: bool | None = None
@@ -66,7 +69,7 @@ class ChatRequest(Sampling):
     response_format: ResponseFormat | None = None
 
 
-class CompletionRequest(Sampling):
+class CompletionRequest(CompletionBody):
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -87,60 +90,16 @@ class ErrorBody(BaseModel):
 
 
 class ApiError(Exception):
-    """What a client is told instead of an answer."""
+    """An error that the client gets in place of an answer: HTTP status, JSON body and headers."""
 
-    def __init__(self, status, message, type="invalid_request_error", retry_after=None, **detail):
-        self.status, self.retry_after = status, retry_after
-        message = well_formed(message)  # it may quote half a character of the client's
-        self.body = {"error": {"message": message, "type": type, "param": None, "code": None} | detail}
-
-
-def chat_logprobs(tokenizer, entries):
-    """OpenAI's form of [(token, (log-probability, [(token, log-probability)]))]."""
-
-    def one(token, logprob):
-        data = tokenizer.decode_bytes([token])
-        return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": [*data]}
-
-    return {
-        "content": [one(token, own) | {"top_logprobs": [one(*other) for other in top]} for token, (own, top) in entries]
-    }
+    def __init__(self, status, message, headers=None, **detail):
+        self.status, self.headers = status, RETRY if status in (429, 503) else headers
+        message = well_formed(message)  # it may quote a lone surrogate from the request
+        error = {"message": message, "type": ERROR_TYPES.get(status, "invalid_request_error")}
+        self.body = {"error": error | {"param": None, "code": None} | detail}
 
 
-def text_logprobs(tokenizer, entries):
-    """The older form, of plain completions; `entries` as above, or (token, None) for the first of a prompt."""
-    tokens = [tokenizer.decode([token]) for token, _ in entries]
-    offsets, offset, bos = [], 0, tokenizer.get_bos_token_id()
-    for (token, _), text in zip(entries, tokens, strict=True):
-        offsets.append(offset)
-        offset += 0 if token == bos else len(text)  # which is no part of the text
-    return {
-        "tokens": tokens,
-        "token_logprobs": [found and found[0] for _, found in entries],
-        "top_logprobs": [found and {tokenizer.decode([t]): p for t, p in found[1]} for _, found in entries],
-        "text_offset": offsets,
-    }
-
-
-def usage(answers, n_prompt):
-    """Of the answers to a prompt of `n_prompt` tokens, which is counted once."""
-    return token_counts(n_prompt, sum(answer.n_tokens for answer in answers), answers[0].cached)
-
-
-def token_counts(n_prompt, n_completion, n_cached):
-    return {
-        "prompt_tokens": n_prompt,
-        "completion_tokens": n_completion,
-        "total_tokens": n_prompt + n_completion,
-        "prompt_tokens_details": {"cached_tokens": n_cached},
-    }
-
-
-def envelope(object, key, model):
-    return {
-        "id": key,
-        "object": object,
-        "created": int(time.time()),
-        "model": model,
-        "system_fingerprint": "nanochat",
-    }
+def envelope(object, id, model):
+    """The first fields of every answer and of every chunk of a stream."""
+    created, system = int(time.time()), "nanochat"
+    return {"id": id, "object": object, "created": created, "model": model, "system_fingerprint": system}

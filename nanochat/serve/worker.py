@@ -1,13 +1,17 @@
 """
-An engine in a process of its own, so that the server's event loop never computes, and the server's handle on it.
+Worker processes. Each one owns an engine, so the event loop of the HTTP server never computes.
 
-The two send each other pickled messages, their sizes before them. To the worker: ("submit", id, settings of a
-Request), ("cancel", id), ("score", id, tokens, top). Back: ("ready", what it runs), ("failed", why), ("step",
-{id: events}, load), ("scored", id, result) and ("error", id, why); an event is (sample, token, log-probabilities or
-None, finish or None, cached tokens).
+Server and worker exchange pickled messages over a socket, each preceded by its size in bytes:
+
+    to the worker     ("submit", key, fields of an engine's Request), ("cancel", key), ("score", key, tokens, top)
+    to the server     first a ModelInfo, or a WorkerError if loading failed; then ({key: reply}, Load), where a reply
+                      is a list of TokenEvents, the result of a score, or a WorkerError
+
+`key` identifies a request. run_worker() is the process, Worker is its handle in the server.
 """
 
 import asyncio
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -21,136 +25,220 @@ import threading
 import time
 import traceback
 from collections import defaultdict
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from nanochat.common import UserError, compute_init
 
 SIZE = struct.Struct("!I")
-PIECE_SECONDS = 0.001  # of an answer, each: more pieces than these would keep the server from its own work
+# The shortest time between two messages about one request, per row in the batch. Events that arrive sooner are
+# coalesced: the server has to write every message to a client, and would otherwise fall behind the engine.
+SEND_INTERVAL = 0.001  # seconds
 
 
-def packed(*message):
+@dataclass(frozen=True)
+class ServeOptions:
+    """Settings of the server and its workers, from the flags of scripts/chat_web.py with the same names."""
+
+    source: str
+    model_tag: str | None
+    step: int | None
+    device_type: str
+    dtype: str
+    quantize: str | None
+    num_workers: int
+    temperature: float
+    top_k: int
+    max_tokens: int
+    overflow: str
+    api_key: str | None
+    cors: list[str] | None
+    max_rows: int
+    max_queue: int
+    prefix_tokens: int
+    request_timeout: float
+
+
+class ModelInfo(NamedTuple):
+    """The model that a worker has loaded."""
+
+    name: str
+    context: int  # tokens of prompt and answer together
+    device: str
+
+
+class TokenEvent(NamedTuple):
+    """One generated token."""
+
+    sample: int  # 0 to num_samples - 1 of the request
+    token: int
+    logprobs: tuple | None  # see log_probabilities() in nanochat/inference/sampling.py
+    finish: str | None  # "stop" or "length" if this is the sample's last token
+    cached: int  # prompt tokens taken from the prefix cache
+
+
+class Load(NamedTuple):
+    """The load on a worker's engine."""
+
+    rows: int = 0  # in the batch
+    waiting: int = 0  # groups of rows that wait for a place in the batch
+    cached_tokens: int = 0  # in the prefix cache
+
+
+class WorkerError(Exception):
+    """The worker cannot answer: its engine failed, or its process has ended."""
+
+
+class RequestTimeout(WorkerError):
+    """The answer took longer than --request_timeout."""
+
+
+def pack(message):
+    """The bytes of a message, preceded by their number."""
     data = pickle.dumps(message)
     return SIZE.pack(len(data)) + data
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The worker process
+
+
 def run_worker(connection, index, options):
-    """The worker's process: loads the model, then decodes until the socket is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides when to end
-    os.environ["LOCAL_RANK"] = str(index)  # which GPU
+    """Load the model, then decode until the server closes the socket."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the server stops us
+    os.environ["LOCAL_RANK"] = str(index)  # selects the GPU
     inbox = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
-    try:
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the server has ended
         try:
-            engine, told = _load(options)
+            engine, model_info = _load(options)
         except UserError as e:
-            connection.sendall(packed("failed", str(e)))
-            return
-        connection.sendall(packed("ready", told))
-        gc.freeze()  # what is there now stays: no need to look through it again and again
-        _serve(connection, inbox, engine, options["max_rows"])
-    except (BrokenPipeError, ConnectionResetError):
-        pass  # the server is gone
+            return connection.sendall(pack(WorkerError(str(e))))
+        connection.sendall(pack(model_info))
+        gc.freeze()  # keeps the garbage collector from traversing the loaded model again and again
+        EngineLoop(connection, inbox, engine, options.max_rows).run()
 
 
 def _receive(connection, inbox):
-    """Put messages into `inbox`, None at the end: looking there costs the engine less than asking the system."""
-    try:
-        with connection.makefile("rb") as file:
-            while size := file.read(SIZE.size):
-                inbox.put(pickle.loads(file.read(*SIZE.unpack(size))))
-    except (OSError, EOFError, pickle.UnpicklingError, struct.error):
-        pass  # the server is gone, in the middle of a message
-    finally:
-        inbox.put(None)
+    """Move messages from the socket to `inbox`, which the engine polls without a system call; None marks the end."""
+    # All errors mean that the server has ended, possibly in the middle of a message.
+    with contextlib.suppress(OSError, EOFError, pickle.UnpicklingError, struct.error):
+        file = connection.makefile("rb")
+        while size := file.read(SIZE.size):
+            inbox.put(pickle.loads(file.read(*SIZE.unpack(size))))
+    inbox.put(None)
 
 
 def _load(options):
+    """(Engine, ModelInfo)."""
     import torch
 
     from nanochat.checkpoint_manager import load_model
     from nanochat.engine import Engine
 
-    compute = compute_init(options["device_type"], options["dtype"])
-    if compute.device.type == "cpu" and options["num_workers"] > 1:
-        torch.set_num_threads(max(1, torch.get_num_threads() // options["num_workers"]))
-    model, tokenizer, meta = load_model(
-        options["source"], compute, options["model_tag"], options["step"], quantize=options["quantize"]
-    )
-    engine = Engine(model, tokenizer, compute, options["prefix_tokens"])
-    name = f"nanochat-{meta['model_tag']}-{options['source']}"
-    return engine, {"name": name, "context": model.config.sequence_len, "device": str(compute.device)}
+    compute = compute_init(options.device_type, options.dtype)
+    if compute.device.type == "cpu" and options.num_workers > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // options.num_workers))
+    source, tag = options.source, options.model_tag
+    model, tokenizer, meta = load_model(source, compute, tag, options.step, quantize=options.quantize)
+    engine = Engine(model, tokenizer, compute, options.prefix_tokens)
+    return engine, ModelInfo(f"nanochat-{meta['model_tag']}-{source}", model.config.sequence_len, str(compute.device))
 
 
-def _serve(connection, inbox, engine, max_rows):
-    from nanochat.engine import Request
+class EngineLoop:
+    """Steps the engine, handles the messages in `inbox` between steps, and sends the new tokens to the server."""
 
-    loop = engine.decode_loop(max_rows)
-    owners = {}  # row -> id
-    events, sent = defaultdict(list), {}  # by id: what is not sent yet, and when the last was
-    while True:
-        while not (loop.busy and inbox.empty()):
-            message = inbox.get()
-            if message is None:
-                return
-            kind, key, *rest = message
+    def __init__(self, connection, inbox, engine, max_rows):
+        self.connection, self.inbox, self.engine, self.max_rows = connection, inbox, engine, max_rows
+        self.handlers = {"submit": self._submit, "cancel": self._cancel, "score": self._score}
+        self._reset()
+
+    def _reset(self):
+        self.loop = self.engine.decode_loop(self.max_rows)
+        self.keys = {}  # unfinished row -> key of its request
+        self.pending = defaultdict(list)  # key -> events that are not sent yet
+        self.sent_at = {}  # key -> time of its last message
+
+    def run(self):
+        """Decode until the server has ended."""
+        while self._handle_messages():
             try:
-                if kind == "submit":
-                    owners |= dict.fromkeys(loop.submit(Request(**rest[0])), key)
-                elif kind == "cancel":
-                    rows = [row for row, owner in owners.items() if owner == key]
-                    loop.cancel(rows)
-                    owners = {row: owner for row, owner in owners.items() if owner != key}
-                    events.pop(key, None)
-                    sent.pop(key, None)
-                elif kind == "score":
-                    connection.sendall(packed("scored", key, engine.score(*rest)))
+                rows = self.loop.step()
+            except Exception:  # out of memory, for example: fail the requests in the batch, later ones may fit
+                traceback.print_exc(file=sys.stderr)
+                error = WorkerError("the engine failed, see the server's log")
+                self._send(dict.fromkeys(self.keys.values(), error))
+                self._reset()
+                rows = []
+            self._send_events(rows)
+
+    def _handle_messages(self):
+        """Handle all messages in the inbox, or wait for one if the engine is idle. False if the server has ended."""
+        while not (self.loop.busy and self.inbox.empty()):
+            message = self.inbox.get()
+            if message is None:
+                return False
+            kind, key, *arguments = message
+            try:
+                self.handlers[kind](key, *arguments)
             except UserError as e:
-                connection.sendall(packed("error", key, str(e)))
-        try:
-            stepped = loop.step()
-        except Exception:  # out of memory, say: those in the batch fail, the next ones may fit
-            traceback.print_exc(file=sys.stderr)
-            for key in set(owners.values()):
-                connection.sendall(packed("error", key, "the engine failed, see the server's log"))
-            owners, events, sent = {}, defaultdict(list), {}
-            loop, stepped = engine.decode_loop(loop.max_rows), []
-        now, due = time.perf_counter(), set()
-        for row in stepped:
-            key = owners.pop(row) if row.finish else owners[row]
+                self._send({key: WorkerError(str(e))})
+        return True
+
+    def _submit(self, key, fields):
+        from nanochat.engine import Request
+
+        self.keys |= dict.fromkeys(self.loop.submit(Request(**fields)), key)
+
+    def _cancel(self, key):
+        self.loop.cancel([row for row, owner in self.keys.items() if owner == key])
+        self.keys = {row: owner for row, owner in self.keys.items() if owner != key}
+        self.pending.pop(key, None)
+        self.sent_at.pop(key, None)
+
+    def _score(self, key, tokens, top):
+        self._send({key: self.engine.score(tokens, top)})
+
+    def _send_events(self, rows):
+        """Queue the newest token of each of `rows`; send what is due, and everything of requests with finished rows."""
+        keys, pending, sent_at = self.keys, self.pending, self.sent_at
+        now, due, interval = time.perf_counter(), set(), SEND_INTERVAL * len(rows)
+        for row in rows:
+            key = keys.pop(row) if row.finish else keys[row]
             logprobs = row.logprobs[-1] if row.logprobs else None
-            events[key].append((row.sample, row.tokens[-1], logprobs, row.finish, row.cached))
-            if row.finish or now - sent.get(key, 0.0) >= PIECE_SECONDS * len(stepped):
+            # The fields of a TokenEvent: a plain tuple is pickled ten times faster. Worker.generate() converts it.
+            pending[key].append((row.sample, row.tokens[-1], logprobs, row.finish, row.cached))
+            if row.finish or now - sent_at.get(key, 0.0) >= interval:
                 due.add(key)
             if row.finish:
-                sent.pop(key, None)
-        if not due and loop.busy:
-            continue
-        # Those that are half due go along, so that next time many go together.
-        due |= {key for key in events if now - sent.get(key, 0.0) >= PIECE_SECONDS * len(stepped) / 2}
-        sent |= dict.fromkeys(due & set(owners.values()), now)
-        held = engine.prefix_cache.num_tokens if engine.prefix_cache else 0
-        load = {"rows": len(loop.rows), "waiting": len(loop.waiting), "cached_tokens": held}
-        connection.sendall(packed("step", {key: events.pop(key) for key in due}, load))
+                sent_at.pop(key, None)
+        if not due and self.loop.busy:
+            return
+        # Requests that are half due are sent too: then they become due together, and share their next message.
+        due |= {key for key in pending if now - sent_at.get(key, 0.0) >= interval / 2}
+        sent_at |= dict.fromkeys(due & set(keys.values()), now)
+        self._send({key: pending.pop(key) for key in due})
+
+    def _send(self, replies):
+        cached_tokens = self.engine.prefix_cache.num_tokens if self.engine.prefix_cache else 0
+        load = Load(len(self.loop.rows), len(self.loop.waiting), cached_tokens)
+        self.connection.sendall(pack((replies, load)))
 
 
-class WorkerError(Exception):
-    """The worker cannot answer: its engine failed, or it is dead."""
-
-
-class TooSlow(WorkerError):
-    """The answer took longer than a request may take."""
+# ---------------------------------------------------------------------------------------------------------------------
+# The server's side
 
 
 class Worker:
-    """The server's handle: start() it in the event loop, then generate() and score() as often as wanted."""
+    """The server's handle on a worker process: start() it in the event loop, then generate() and score()."""
 
     def __init__(self, index, options):
         self.index, self.options = index, options
-        self.state, self.error, self.told = "loading", None, {}
-        self.load = {"rows": 0, "waiting": 0, "cached_tokens": 0}
-        self.in_flight = 0  # answers asked for and not ended
-        self.inboxes = {}  # id -> queue of what came for it
-        self.changed = asyncio.Event()  # no longer loading
+        self.state = "loading"  # then "ready" or "dead"
+        self.error, self.model = None, None  # why it is dead; its ModelInfo
+        self.load, self.in_flight = Load(), 0  # `in_flight`: unfinished answers
+        self.queues = {}  # key -> queue of the replies
+        self.loaded = asyncio.Event()  # set when the state is no longer "loading"
 
     async def start(self):
         self.loop = asyncio.get_running_loop()
@@ -167,68 +255,75 @@ class Worker:
         self.process.kill()
         self.process.join()
 
+    def stats(self):
+        """The worker's entry in GET /stats."""
+        device = self.model and self.model.device
+        stats = {"gpu_id": self.index, "device": device, "state": self.state, "in_flight": self.in_flight}
+        return stats | self.load._asdict()
+
     async def _read(self, reader):
+        """Give each reply to the request that waits for it, until the process ends."""
+
+        async def receive():
+            (size,) = SIZE.unpack(await reader.readexactly(SIZE.size))
+            return pickle.loads(await reader.readexactly(size))
+
         try:
+            self.model = checked(await receive())
+            self.state = "ready"
+            self.loaded.set()
             while True:
-                (size,) = SIZE.unpack(await reader.readexactly(SIZE.size))
-                self._dispatch(*pickle.loads(await reader.readexactly(size)))
-        except (asyncio.IncompleteReadError, OSError):
-            self._dispatch("failed", "the engine's process has ended")
+                replies, self.load = await receive()
+                for key in replies.keys() & self.queues.keys():
+                    self.queues[key].put_nowait(replies[key])
+        except (WorkerError, asyncio.IncompleteReadError, OSError) as e:
+            self.error = str(e) if isinstance(e, WorkerError) else "the engine's process has ended"
+            self.state, self.load = "dead", Load()
+            self.loaded.set()
+            for replies in self.queues.values():
+                replies.put_nowait(WorkerError(self.error))
 
-    def _dispatch(self, kind, *rest):
-        if kind == "step":
-            events, self.load = rest
-            for key in events.keys() & self.inboxes.keys():
-                self.inboxes[key].put_nowait(events[key])
-        elif kind in ("scored", "error"):
-            key, what = rest
-            if key in self.inboxes:
-                self.inboxes[key].put_nowait(WorkerError(what) if kind == "error" else what)
-        elif kind == "ready":
-            self.state, self.told = "ready", rest[0]
-            self.changed.set()
-        elif self.state != "dead":
-            self.state, self.error = "dead", rest[0]
-            self.load = {"rows": 0, "waiting": 0, "cached_tokens": 0}
-            for inbox in self.inboxes.values():
-                inbox.put_nowait(WorkerError(self.error))
-            self.changed.set()
+    async def generate(self, key, **fields):
+        """
+        Yield lists of TokenEvents as they arrive, until all samples are finished. Raises WorkerError.
 
-    async def generate(self, key, **request):
-        """Yield lists of events (sample, token, ...) as they come; leaving early cancels. Raises WorkerError."""
-        n, ended = request.get("num_samples", 1), 0
-        inbox = self.inboxes[key] = asyncio.Queue()
+        `fields` are those of an engine's Request. Closing the generator early cancels the request.
+        """
+        unfinished = n = fields["num_samples"]
+        replies = self.queues[key] = asyncio.Queue()
         self.in_flight += n
-        late = TooSlow("the answer took too long")
-        timer = self.loop.call_later(self.options["request_timeout"], inbox.put_nowait, late)
+        timeout = RequestTimeout("the answer took too long")
+        timer = self.loop.call_later(self.options.request_timeout, replies.put_nowait, timeout)
         try:
-            self._send("submit", key, request)
-            while ended < n:
-                events = await inbox.get()
-                if isinstance(events, WorkerError):
-                    raise events
-                ended += sum(event[3] is not None for event in events)
+            self._send("submit", key, fields)
+            while unfinished:
+                events = [TokenEvent._make(event) for event in checked(await replies.get())]
+                unfinished -= sum(event.finish is not None for event in events)
                 yield events
         finally:
             timer.cancel()
             self.in_flight -= n
-            del self.inboxes[key]
-            if ended < n:
-                self.writer.write(packed("cancel", key))
+            del self.queues[key]
+            if unfinished:
+                self.writer.write(pack(("cancel", key)))
 
     async def score(self, key, tokens, top):
-        """Log-probabilities of a prompt's own tokens, see Engine.score. Raises WorkerError."""
-        inbox = self.inboxes[key] = asyncio.Queue()
+        """Log-probabilities of a prompt's tokens, see Engine.score(). Raises WorkerError."""
+        replies = self.queues[key] = asyncio.Queue()
         try:
             self._send("score", key, tokens, top)
-            result = await inbox.get()
+            return checked(await replies.get())
         finally:
-            del self.inboxes[key]
-        if isinstance(result, WorkerError):
-            raise result
-        return result
+            del self.queues[key]
 
     def _send(self, *message):
         if self.state != "ready":
             raise WorkerError(self.error or "the model is loading")
-        self.writer.write(packed(*message))
+        self.writer.write(pack(message))
+
+
+def checked(reply):
+    """`reply`, unless it is a WorkerError, which is raised."""
+    if isinstance(reply, WorkerError):
+        raise reply
+    return reply

@@ -1,0 +1,214 @@
+"""Chat and text completions: from a request's body to OpenAI's JSON, whole or in chunks."""
+
+import asyncio
+import contextlib
+import itertools
+import time
+import uuid
+from collections import defaultdict
+
+from nanochat.inference.answer import Answer
+from nanochat.serve.schemas import ApiError, envelope
+from nanochat.serve.service import listed
+
+
+class Generation:
+    """The answers to one prompt, while a worker generates them."""
+
+    def __init__(self, completion, key, tokens):
+        self.completion, self.key, self.tokens = completion, key, tokens
+        settings = completion.settings
+        stop, n = (settings["stop"], settings["stop_tokens"]), settings["num_samples"]
+        self.answers = [Answer(completion.tokenizer, i, *stop) for i in range(n)]
+        self.n_cached = 0  # prompt tokens taken from the prefix cache
+
+    async def batches(self):
+        """
+        Yield {answer: [one delta per new token]} as tokens arrive, and update the metrics. Raises WorkerError.
+
+        A delta is what the token adds to the message: {}, or text as "content", or a calculator step as "tool_steps".
+        """
+        completion, start = self.completion, time.perf_counter()
+        metrics, last_time = completion.service.metrics, {}  # `last_time`: answer -> time of its newest token
+        metrics.prompt_tokens.inc(len(self.tokens))
+        events = completion.worker.generate(self.key, tokens=self.tokens, **completion.settings)
+        async with contextlib.aclosing(events):
+            async for batch in events:
+                now, deltas = time.perf_counter(), defaultdict(list)
+                if not last_time:
+                    metrics.first_token.observe(now - start)
+                    self.n_cached = batch[0].cached
+                    metrics.cached_tokens.inc(self.n_cached)
+                for sample, token, logprobs, finish, _ in batch:
+                    answer = self.answers[sample]
+                    deltas[answer].append(answer.push(token, logprobs, finish))
+                for answer, new in deltas.items():
+                    n_gaps = len(new) - (answer not in last_time)  # no gap before the first token
+                    gap = (now - last_time.get(answer, now)) / len(new)
+                    for _ in range(n_gaps):
+                        metrics.inter_token.observe(gap)
+                    last_time[answer] = now
+                metrics.completion_tokens.inc(len(batch))
+                yield deltas
+
+    async def run(self):
+        """Generate all answers to the end."""
+        async for _ in self.batches():
+            pass
+
+
+class Completion:
+    """
+    A request for a chat or text completion. The constructor raises ApiError if the request is invalid.
+
+    answer() generates everything at once, chunks() streams. Subclasses turn the body into prompts and format the
+    choices; a choice is the JSON of one answer, or of a piece of it.
+    """
+
+    def __init__(self, service, body, n_prompts=1):
+        if body.stream_options is not None and not body.stream:
+            raise ApiError(400, "stream_options needs stream=true", param="stream_options")
+        self.service, self.body, self.tokenizer = service, body, service.tokenizer
+        self.worker = service.pick_worker((body.n or 1) * n_prompts, body.model)
+        self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
+
+    def _set_prompts(self, prompts, max_tokens, logprobs):
+        """Prepare one Generation for each of `prompts`, lists of tokens."""
+        self.settings = self.service.engine_settings(self.body, max_tokens, logprobs)
+        self.generations = [Generation(self, f"{self.id}-{i}", tokens) for i, tokens in enumerate(prompts)]
+
+    async def answer(self):
+        """The whole answer as JSON."""
+        choices = itertools.chain(*await asyncio.gather(*map(self._choices, self.generations)))
+        choices = [choice | {"index": i} for i, choice in enumerate(choices)]
+        head = envelope(self.object, self.id, self.worker.model.name)
+        return head | {"choices": choices, "usage": usage(self.generations)}
+
+    async def chunks(self):
+        """Yield the chunks of a stream. None is a flush marker: the chunks so far should be sent without delay."""
+        (generation,) = self.generations
+        with_usage = self.body.stream_options and self.body.stream_options.include_usage
+        head = envelope(self.chunk_object, self.id, self.worker.model.name) | ({"usage": None} if with_usage else {})
+        async with contextlib.aclosing(generation.batches()) as batches:
+            async for batch in batches:
+                for answer, deltas in batch.items():
+                    is_first = answer.n_tokens == len(deltas)  # there were no tokens before this batch
+                    for choice in self._chunk_choices(answer, deltas, is_first):
+                        yield head | {"choices": [choice]}
+                if any(answer.finish is None for answer in generation.answers):
+                    yield None
+        if with_usage:
+            yield head | {"choices": [], "usage": usage([generation])}
+
+    def _choice(self, index, finish, logprobs, **content):
+        """
+        The JSON of a choice; `content` is its message, delta or text.
+
+        `logprobs`: [(token, (its log-probability, [(alternative token, its log-probability)]))].
+        """
+        wanted = self.settings["logprobs"] is not None and (logprobs or not self.body.stream)
+        formatted = self._formatted(logprobs) if wanted else None
+        return {"index": index, **content, "finish_reason": finish, "logprobs": formatted}
+
+
+class ChatCompletion(Completion):
+    id_prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, service, body):
+        if body.top_logprobs is not None and not body.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
+        super().__init__(service, body)
+        max_tokens = body.max_completion_tokens or body.max_tokens or service.options.max_tokens
+        prompt = service.chat_prompt(body.messages, max_tokens)
+        self._set_prompts([prompt], max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
+
+    async def _choices(self, generation):
+        await generation.run()
+        return [self._choice(a.index, a.finish, a.logprobs, message=a.message()) for a in generation.answers]
+
+    def _chunk_choices(self, answer, deltas, is_first):
+        if is_first:
+            yield self._choice(answer.index, None, [], delta={"role": "assistant", "content": ""})
+        for delta in merged(deltas):
+            yield self._choice(answer.index, None, answer.new_logprobs(), delta=delta)
+        if answer.finish:
+            yield self._choice(answer.index, answer.finish, answer.new_logprobs(), delta={})
+
+    def _formatted(self, logprobs):
+        """`logprobs` in the format of chat completions."""
+
+        def entry(token, logprob):
+            data = self.tokenizer.decode_bytes([token])
+            return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": [*data]}
+
+        content = [entry(t, p) | {"top_logprobs": [entry(*other) for other in top]} for t, (p, top) in logprobs]
+        return {"content": content}
+
+
+class TextCompletion(Completion):
+    id_prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, service, body):
+        super().__init__(service, body, len(listed(body.prompt)))
+        self.max_tokens = 16 if body.max_tokens is None else body.max_tokens
+        if self.max_tokens == 0 and not body.echo:
+            raise ApiError(400, "max_tokens=0 needs echo=true", param="max_tokens")
+        prompts, n = service.text_prompts(body.prompt), body.n or 1
+        if len(prompts) * n > 128:
+            raise ApiError(400, f"{len(prompts)} prompts with {n} answers each are more than 128", param="prompt")
+        if body.stream and (len(prompts) > 1 or self.max_tokens == 0):
+            raise ApiError(400, "a stream is for the answer to one prompt", param="stream")
+        self._set_prompts(prompts, max(1, self.max_tokens), body.logprobs)
+
+    async def _choices(self, generation):
+        tokens, prompt, scored = generation.tokens, self._echoed(generation), []
+        if self.body.echo and self.body.logprobs is not None:
+            scores = await self.worker.score(f"{generation.key}-score", tokens, self.body.logprobs)
+            scored = list(zip(tokens, scores, strict=True))
+        if self.max_tokens == 0:
+            self.service.metrics.prompt_tokens.inc(len(tokens))
+            return [self._choice(0, "length", scored, text=prompt)]
+        await generation.run()
+        return [self._choice(0, a.finish, scored + a.logprobs, text=prompt + a.text) for a in generation.answers]
+
+    def _chunk_choices(self, answer, deltas, is_first):
+        text = self._echoed(self.generations[0]) if is_first else ""
+        text += "".join(delta.get("content", "") for delta in deltas)
+        if text or answer.finish:
+            yield self._choice(answer.index, answer.finish, answer.new_logprobs(), text=text)
+
+    def _echoed(self, generation):
+        """The text of the prompt if the request has echo=true, else ""."""
+        has_bos = generation.tokens[0] == self.tokenizer.get_bos_token_id()
+        return self.tokenizer.decode(generation.tokens[has_bos:]) if self.body.echo else ""
+
+    def _formatted(self, logprobs):
+        """`logprobs` in the format of text completions. The first token of an echoed prompt has none, but None."""
+        texts, bos = [self.tokenizer.decode([token]) for token, _ in logprobs], self.tokenizer.get_bos_token_id()
+        lengths = [0 if token == bos else len(text) for (token, _), text in zip(logprobs, texts, strict=True)]
+        return {
+            "tokens": texts,
+            "token_logprobs": [entry and entry[0] for _, entry in logprobs],
+            "top_logprobs": [entry and {self.tokenizer.decode([t]): p for t, p in entry[1]} for _, entry in logprobs],
+            "text_offset": list(itertools.accumulate(lengths, initial=0))[:-1],
+        }
+
+
+def usage(generations):
+    """The token counts of a response. A prompt with several answers counts once."""
+    n_prompt = sum(len(generation.tokens) for generation in generations)
+    n_cached = sum(generation.n_cached for generation in generations)
+    n_completion = sum(answer.n_tokens for generation in generations for answer in generation.answers)
+    counts = {"prompt_tokens": n_prompt, "completion_tokens": n_completion, "total_tokens": n_prompt + n_completion}
+    return counts | {"prompt_tokens_details": {"cached_tokens": n_cached}}
+
+
+def merged(deltas):
+    """The deltas of one answer, with consecutive pieces of text joined and empty deltas left out."""
+    result = []
+    for delta in filter(None, deltas):
+        if result and result[-1].keys() == delta.keys() == {"content"}:
+            result[-1] = {"content": result[-1]["content"] + delta["content"]}
+        else:
+            result.append(delta)
+    return result
