@@ -1,16 +1,14 @@
-"""Fixtures: a base directory with a small pocket corpus and tokenizer, made once per session; running scripts."""
+"""Fixtures: base directories, a small pocket corpus and tokenizer made once per session, and running scripts."""
 
 import importlib
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-# Threads slow such small models down, up to 100 times on a busy machine. Must be set before torch is imported.
+# More threads slow such small models down, up to 100 times on a busy machine. Must be set before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+from helpers import CPU, MIRROR, random_model, run_python  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +27,7 @@ def pocket_base(tmp_path_factory):
 
 @pytest.fixture
 def base(pocket_base, tmp_path, monkeypatch):
-    """A new base directory that links to the text and tokenizer of pocket_base; NANOCHAT_BASE_DIR points at it."""
+    """A new base directory that links to the corpus and tokenizer of pocket_base; also the working directory."""
     for name in ("base_data", "tokenizer"):
         (tmp_path / name).symlink_to(pocket_base / name)
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
@@ -38,19 +36,39 @@ def base(pocket_base, tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def empty_base(tmp_path, monkeypatch):
+    """A base directory without files, tmp_path/base. The working directory is tmp_path."""
+    base = tmp_path / "base"
+    base.mkdir()
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    monkeypatch.chdir(tmp_path)
+    return base
+
+
+@pytest.fixture
+def sft_checkpoint(base):
+    """`base` with step 3 of a tiny random sft model, d1, whose metadata names the pocket corpus."""
+    from nanochat.checkpoint_manager import checkpoint_dir, save_checkpoint
+
+    # "data" is what "corpus" was called before version 0.3.
+    model = random_model(600, sequence_len=128, n_layer=1)
+    save_checkpoint(checkpoint_dir("sft", "d1"), 3, model, [], {"data": "pocket", "user_config": {}}, CPU)
+    return base
+
+
+@pytest.fixture
+def mirror(monkeypatch):
+    """Makes the local mirror the host of all public data sets."""
+    for host, folder in (("HUB", MIRROR), ("GITHUB", MIRROR), ("BUCKET", MIRROR / "karpathy-public")):
+        monkeypatch.setenv(f"NANOCHAT_{host}_URL", str(folder))
+
+
+@pytest.fixture
 def run_script(base):
     """run_script("scripts.base_train", "--depth=2", ranks=2) runs a script in new processes -> CompletedProcess."""
 
     def run_script(module, *flags, ranks=1, check=True):
-        command = [sys.executable, "-m"]
-        if ranks > 1:
-            command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
-        env = os.environ | {"PYTHONPATH": str(ROOT)}
-        command += [module, *map(str, flags)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
-        if check and done.returncode:
-            raise AssertionError(f"{module} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
-        return done
+        return run_python("-m", module, *flags, ranks=ranks, check=check)
 
     return run_script
 

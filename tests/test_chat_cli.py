@@ -10,9 +10,19 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import test_chat_eval
-from conftest import ROOT
-from test_engine import BOS, END, OUTPUT, OUTPUT_END, PYTHON, PYTHON_END, ByteTokenizer, ScriptedModel
+from helpers import (
+    BOS,
+    END,
+    OUTPUT,
+    OUTPUT_END,
+    PYTHON,
+    PYTHON_END,
+    ByteTokenizer,
+    ScriptedModel,
+    environment,
+    python_command,
+    run_python,
+)  # fmt: skip
 
 from nanochat.common import UserError
 from nanochat.engine import Engine
@@ -22,19 +32,13 @@ from nanochat.terminal.session import Chat
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, get_tokenizer
 from scripts import chat_cli
 
-checkpoint = test_chat_eval.checkpoint  # a fixture
 SAMPLING = {"temperature": 0, "top_k": None, "seed": 1}
 # The four tokens ???? are replaced by the calculator's result: <|output_start|>42<|output_end|>.
 CALL = [*b"So ", PYTHON, *b"6*7", PYTHON_END, *b"????", *b"42\n", END]
 
 
-class ByteChat(ByteTokenizer):
-    def render_for_completion(self, conversation, max_tokens=None):
-        return [BOS, *"\n\n".join(m["content"] for m in conversation["messages"]).encode()]
-
-
 def chat_with(script, source="sft", max_tokens=16, sequence_len=64, **settings):
-    engine = Engine(ScriptedModel(script, sequence_len), ByteChat())
+    engine = Engine(ScriptedModel(script, sequence_len), ByteTokenizer())
     return Chat(engine, source, max_tokens, **SAMPLING | settings)
 
 
@@ -78,7 +82,7 @@ def test_base_model_prompt_is_only_the_question():
 
 
 def test_oldest_turns_are_dropped_when_the_context_is_full():
-    script = FixedAnswer("answer")  # a turn has 4 + 6 + 1 tokens, the context 64; 16 are reserved for the answer
+    script = FixedAnswer("answer")  # a turn has 4 + 6 + 1 tokens; of the context's 64, 16 are reserved for the answer
     chat = chat_with(script)
     for i in range(20):
         assert joined_text(chat.ask(f"ask{i % 10}")) == "answer"
@@ -224,7 +228,7 @@ def test_ctrl_c_twice_in_a_row_ends_the_conversation(talk):
 
 
 @pytest.mark.parametrize("word", ["quit", "EXIT", "/quit", "/exit"])
-def test_words_that_end_the_conversation(talk, word):
+def test_quit_commands_end_the_conversation(talk, word):
     assert len(talk(chat_with(FixedAnswer("ok")), word, "not reached")) == 1
 
 
@@ -311,29 +315,25 @@ def test_verbose_prints_the_speed_on_standard_error(monkeypatch, tmp_path, capsy
 # The command line
 
 FLAGS = ["-m", "8", "-t", "1", "--device-type=cpu", "--dtype=float32"]
-COMMAND = [sys.executable, "-m", "scripts.chat_cli", *FLAGS]
+COMMAND = ["-m", "scripts.chat_cli", *FLAGS]
 
 
-def environment():
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "dumb"}
+def run_chat_cli(*flags, **options):
+    return run_python(*COMMAND, *flags, env=environment(TERM="dumb"), check=False, text=False, **options)
 
 
-def start(*flags, **kw):
-    return subprocess.run([*COMMAND, *flags], env=environment(), capture_output=True, timeout=120, **kw)
-
-
-def test_question_from_flag_and_from_pipe_get_the_same_answer(checkpoint):
+def test_question_from_flag_and_from_pipe_get_the_same_answer(sft_checkpoint):
     """Standard output has only the answer; warnings go to standard error."""
-    piped = start(input=b"Who are you?\n")
+    piped = run_chat_cli(input=b"Who are you?\n")
     assert (piped.returncode, piped.stderr) == (0, b"") and piped.stdout.strip()
-    newer = checkpoint / "chatsft_checkpoints" / "d1" / "step_000009"
+    newer = sft_checkpoint / "chatsft_checkpoints" / "d1" / "step_000009"
     newer.mkdir()
-    flag = start("-p", "Who are you?", "-v", stdin=subprocess.DEVNULL)
+    flag = run_chat_cli("-p", "Who are you?", "-v", stdin=subprocess.DEVNULL)
     assert flag.stdout == piped.stdout
     assert flag.stderr.startswith(b"warning: ") and b"tokens/s" in flag.stderr
 
 
-def test_json_has_the_answer_and_token_counts(checkpoint, monkeypatch, capsys):
+def test_json_has_the_answer_and_token_counts(sft_checkpoint, monkeypatch, capsys):
     flags = [*FLAGS, "-p", "Who are you?"]
     chat_cli.main(flags)
     answer = capsys.readouterr().out
@@ -400,18 +400,18 @@ def test_ctrl_c_during_a_single_answer():
                 yield "text", "never"
         run_script(lambda: console.print_answer(Chat(), "q"))
     """
-    done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, timeout=120)
+    done = run_python("-c", program, env=environment(TERM="dumb"), check=False, text=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, b"Hello\n", b"\ninterrupted\n")
 
 
-def test_closed_output_pipe_ends_the_program_silently(checkpoint):
-    pipe = f"set -o pipefail; {shlex.join(COMMAND)} -m 100 -p Who | true"
-    done = subprocess.run(["bash", "-c", pipe], env=environment(), capture_output=True, timeout=120)
+def test_closed_output_pipe_ends_the_program_silently(sft_checkpoint):
+    pipe = f"set -o pipefail; {shlex.join(python_command(*COMMAND))} -m 100 -p Who | true"
+    done = subprocess.run(["bash", "-c", pipe], env=environment(TERM="dumb"), capture_output=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"")
 
 
 def test_wrong_flag_prints_one_line_and_exits_with_2():
-    done = start("-k", "many", stdin=subprocess.DEVNULL)
+    done = run_chat_cli("-k", "many", stdin=subprocess.DEVNULL)
     assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (2, b"", 1)
 
 
@@ -425,7 +425,7 @@ def test_wrong_flag_prints_one_line_and_exits_with_2():
         (["-p", "hi", "-i", "base", "--system", "Be brief."], "no base checkpoint"),
     ],
 )
-def test_user_errors(checkpoint, flags, message):
+def test_user_errors(sft_checkpoint, flags, message):
     with pytest.raises(UserError, match=message):
         chat_cli.main([*FLAGS, *flags])
 

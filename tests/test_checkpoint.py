@@ -1,20 +1,21 @@
-"""Checkpoints: whole or absent, verified, and falling back to the newest good one."""
+"""Checkpoints: atomic saves, verification on loading, and the fallback to the newest undamaged one."""
 
 import json
 import os
 
 import pytest
 import torch
+from helpers import CPU
 
 from nanochat import checkpoint_manager as cm
-from nanochat.common import Compute, UserError
+from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 
-CPU = Compute(torch.device("cpu"), torch.float32)
 CONFIG = GPTConfig(sequence_len=16, vocab_size=600, n_layer=1, n_head=2, n_kv_head=2, n_embd=32)
 
 
-def trained(steps=1):
+def trained_model(steps=1):
+    """(model, optimizers) after `steps` optimizer steps on random tokens."""
     torch.manual_seed(0)
     model = GPT(CONFIG)
     model.init_weights("cpu")
@@ -29,20 +30,20 @@ def trained(steps=1):
 
 
 def save(folder, step, keep=0, **meta):
-    model, optimizers = trained(step)
+    model, optimizers = trained_model(step)
     cm.save_checkpoint(folder, step, model, optimizers, {"user_config": {}, **meta}, CPU, keep)
     return model, optimizers
 
 
-def test_weights_and_moments_come_back_exactly(base):
+def test_weights_and_optimizer_state_are_restored_exactly(base):
     folder = cm.checkpoint_dir("base", "d1")
     model, optimizers = save(folder, 3, note="kept")
     path, meta = cm.find_checkpoint(folder)
     assert (meta["step"], meta["note"], meta["model_config"]["n_embd"]) == (3, "kept", 32)
-    again, new_optimizers = trained(1)
-    cm.load_weights(again, path)
+    restored, new_optimizers = trained_model(1)
+    cm.load_weights(restored, path)
     cm.load_optimizers(path, meta, new_optimizers)
-    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+    for p, q in zip(model.parameters(), restored.parameters(), strict=True):
         assert torch.equal(p, q)
     for a, b in zip(optimizers, new_optimizers, strict=True):
         for name, value in a.state_shard().items():
@@ -53,27 +54,27 @@ def test_weights_and_moments_come_back_exactly(base):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optim_rank0.pt", "meta.json"])
-@pytest.mark.parametrize("harm", ["cut", "empty", "flip", "gone"])
-def test_a_damaged_checkpoint_is_passed_over(base, capsys, name, harm):
+@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped byte", "missing"])
+def test_damaged_checkpoint_is_skipped_with_a_warning(base, capsys, name, damage):
     folder = cm.checkpoint_dir("base", "d1")
     for step in (1, 2):
         save(folder, step)
-    victim = folder / "step_000002" / name
-    data = victim.read_bytes()
-    if harm == "gone":
-        victim.unlink()
+    damaged = folder / "step_000002" / name
+    data = damaged.read_bytes()
+    if damage == "missing":
+        damaged.unlink()
     else:
         half = len(data) // 2
         flipped = data[:half] + bytes([data[half] ^ 255]) + data[half + 1 :]
-        victim.write_bytes({"cut": data[:half], "empty": b"", "flip": flipped}[harm])
+        damaged.write_bytes({"truncated": data[:half], "empty": b"", "flipped byte": flipped}[damage])
     path, meta = cm.find_checkpoint(folder)
     assert (path.name, meta["step"]) == ("step_000001", 1)
     assert "step_000002" in capsys.readouterr().err
-    with pytest.raises(UserError, match="step_000002"):  # what was asked for is not replaced
+    with pytest.raises(UserError, match="step_000002"):  # an explicit step has no fallback
         cm.find_checkpoint(folder, step=2)
 
 
-def test_an_unfinished_save_is_not_seen(base, monkeypatch):
+def test_failed_save_leaves_no_readable_checkpoint(base, monkeypatch):
     folder = cm.checkpoint_dir("base", "d1")
     save(folder, 1)
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
@@ -87,14 +88,14 @@ def test_an_unfinished_save_is_not_seen(base, monkeypatch):
     assert cm.find_checkpoint(folder)[1]["step"] == 2
 
 
-def test_only_the_newest_are_kept(base):
+def test_only_the_newest_checkpoints_are_kept(base):
     folder = cm.checkpoint_dir("base", "d1")
     for step in (1, 2, 3):
         save(folder, step, keep=2)
     assert sorted(p.name for p in folder.iterdir()) == ["step_000002", "step_000003"]
 
 
-def test_tags(base):
+def test_default_tag_is_the_deepest_model(base):
     for tag in ("d2", "d10", "d9_tuned", "d300.old1"):
         save(cm.checkpoint_dir("base", tag), 1)
     assert cm.find_model_tag("base") == "d10"
@@ -102,7 +103,7 @@ def test_tags(base):
         cm.find_model_tag("sft")
 
 
-def test_a_new_run_sets_an_old_one_aside(base):
+def test_set_aside_renames_the_old_checkpoint_folder(base):
     folder = cm.checkpoint_dir("base", "d1")
     for n in (1, 2):
         save(folder, n)
@@ -111,14 +112,14 @@ def test_a_new_run_sets_an_old_one_aside(base):
         assert (folder.with_name(f"d1.old{n}") / f"step_{n:06d}" / "meta.json").exists()
 
 
-def test_meta_can_be_added_to(base):
+def test_update_meta_adds_a_value(base):
     folder = cm.checkpoint_dir("base", "d1")
     save(folder, 1)
     cm.update_meta(folder / "step_000001", CPU, val_bpb=1.5)
     assert cm.find_checkpoint(folder)[1]["val_bpb"] == 1.5
 
 
-def test_other_tokenizer_other_model(base):
+def test_model_with_another_vocabulary_size_than_the_tokenizer_is_refused(base):
     folder = cm.checkpoint_dir("base", "d1")
     save(folder, 1)
     meta_path = folder / "step_000001" / "meta.json"
@@ -129,17 +130,17 @@ def test_other_tokenizer_other_model(base):
         cm.load_model("base", CPU)
 
 
-def test_nothing_that_runs_code_is_loaded(base):
-    """A pickle that would run code on loading, in place of the optimizer's state, is refused."""
+def test_optimizer_state_that_would_run_code_is_refused(base):
+    """A pickle in place of the optimizer state is not executed."""
     folder = cm.checkpoint_dir("base", "d1")
     _, optimizers = save(folder, 1)
     path, meta = cm.find_checkpoint(folder)
 
-    class Evil:
+    class Exploit:
         def __reduce__(self):
-            return os.mkdir, (str(base / "pwned"),)
+            return os.mkdir, (str(base / "executed"),)
 
-    torch.save(Evil(), path / "optim_rank0.pt")
+    torch.save(Exploit(), path / "optim_rank0.pt")
     with pytest.raises(UserError, match="cannot be read"):
         cm.load_optimizers(path, meta, optimizers)
-    assert not (base / "pwned").exists()
+    assert not (base / "executed").exists()

@@ -1,34 +1,27 @@
-"""The model against transformers' NanoChat class, its loss against the plain formula, its sizes against the spec."""
+"""The model against transformers' NanoChat class, its loss against plain cross entropy, its sizes against the spec."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import random_model, transformers_model
 
 from nanochat import ops
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.hf import hf_config, hf_weights
 from nanochat.inference.kv_cache import KVCache
 
 
-def random_model(n_kv_head=4, vocab_size=100, **changes):
-    torch.manual_seed(1)
-    shape = {"sequence_len": 32, "n_layer": 3, "n_head": 4, "n_embd": 64} | changes
-    model = GPT(GPTConfig(vocab_size=vocab_size, n_kv_head=n_kv_head, **shape))
-    model.init_weights("cpu")
-    for p in model.parameters():  # the recipe's zeros would hide half of the model
-        torch.nn.init.normal_(p, std=0.3)
-    return model
+def small_model(n_kv_head=4, vocab_size=100):
+    shape = {"sequence_len": 32, "n_layer": 3, "n_head": 4, "n_embd": 64}
+    return random_model(vocab_size, seed=1, n_kv_head=n_kv_head, **shape)
 
 
 @pytest.mark.parametrize("n_kv_head", [4, 2])
 @pytest.mark.parametrize("use_cache", [False, True])
 def test_logits_equal_transformers(n_kv_head, use_cache):
-    transformers = pytest.importorskip("transformers")
-    model = random_model(n_kv_head)
+    model = small_model(n_kv_head)
     c = model.config
-    hf = transformers.NanoChatForCausalLM(transformers.NanoChatConfig(**hf_config(c))).eval()
-    hf.load_state_dict(hf_weights(model))
+    hf = transformers_model(model)
     ids = torch.randint(0, c.vocab_size, (2, 24))
     with torch.no_grad():
         if use_cache:
@@ -46,8 +39,8 @@ def test_logits_equal_transformers(n_kv_head, use_cache):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_chunked_loss_equals_plain_cross_entropy(reduction, monkeypatch):
-    model = random_model(vocab_size=130)
-    monkeypatch.setattr("nanochat.ops.CPU_CHUNK_ELEMENTS", 130 * 5)  # 5 rows a chunk, the last one shorter
+    model = small_model(vocab_size=130)
+    monkeypatch.setattr("nanochat.ops.CPU_CHUNK_ELEMENTS", 130 * 5)  # chunks of 5 rows; the last one is shorter
     idx, targets = torch.randint(0, 130, (2, 2, 16))
     targets[0, 3:9] = -1
     weights = torch.rand(2, 16) if reduction == "none" else torch.tensor(0.7)
@@ -66,8 +59,8 @@ def test_chunked_loss_equals_plain_cross_entropy(reduction, monkeypatch):
         torch.testing.assert_close(ours, p.grad, atol=1e-5, rtol=1e-4)
 
 
-def test_loss_without_any_target_is_zero_and_harmless():
-    model = random_model()
+def test_loss_without_targets_and_its_gradients_are_zero():
+    model = small_model()
     idx = torch.randint(0, 100, (1, 8))
     loss = model(idx, torch.full_like(idx, -1))
     loss.backward()
@@ -75,7 +68,7 @@ def test_loss_without_any_target_is_zero_and_harmless():
     assert all(p.grad.abs().sum() == 0 for p in model.parameters())
 
 
-def test_fresh_model_predicts_every_token_equally():
+def test_new_model_predicts_all_tokens_with_equal_probability():
     model = GPT(GPTConfig.from_depth(2, 16, 300))
     model.init_weights("cpu")
     idx = torch.randint(0, 300, (2, 16))
@@ -87,7 +80,7 @@ def test_fresh_model_predicts_every_token_equally():
 
 
 @pytest.mark.parametrize(("depth", "vocab", "params"), [(20, 65536, 560_988_160), (32, 65536, 1_879_048_192)])
-def test_sizes_of_the_recipe(depth, vocab, params):
+def test_parameter_counts_of_the_recipe(depth, vocab, params):
     model = GPT(GPTConfig.from_depth(depth, 2048, vocab))
     assert model.num_params() == params
 
@@ -98,7 +91,7 @@ def test_flops_of_the_recipe():
     assert model.estimate_flops() == pytest.approx(3.4603e7, rel=1e-4)
 
 
-def test_any_depth_gives_heads_that_fit():
+def test_head_size_divides_the_width_at_every_depth():
     for depth in range(1, 40):
         config = GPTConfig.from_depth(depth, 64, 256)
         assert config.n_embd == 64 * depth
@@ -107,8 +100,8 @@ def test_any_depth_gives_heads_that_fit():
     assert GPTConfig.from_depth(20, 64, 256).n_head == 10
 
 
-def test_gradient_checkpointing_changes_nothing():
-    model = random_model()
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model = small_model()
     idx = torch.randint(0, 100, (2, 16))
     model(idx, idx).backward()
     grads = [p.grad.clone() for p in model.parameters()]
@@ -119,21 +112,21 @@ def test_gradient_checkpointing_changes_nothing():
         torch.testing.assert_close(before, p.grad)
 
 
-def test_positions_past_the_training_length():
-    model = random_model()
-    long = torch.randint(0, 100, (1, 80))  # trained on 32: the rotary table grows
+def test_sequence_longer_than_the_training_length():
+    model = small_model()
+    long = torch.randint(0, 100, (1, 80))  # sequence_len is 32: the rotary table grows
     short = model(long[:, :40])
     torch.testing.assert_close(model(long)[:, :40], short, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [{"n_head": 3}, {"n_kv_head": 3}, {"n_layer": 0}, {"n_embd": 64, "n_head": 64}])
-def test_impossible_shapes_are_refused(shape):
+def test_invalid_shapes_raise_user_errors(shape):
     with pytest.raises(UserError):
         GPTConfig(**({"n_embd": 64, "n_head": 4, "n_kv_head": 4} | shape))
 
 
-def test_naive_generation_is_seeded():
-    model = random_model()
+def test_generate_is_reproducible_from_its_seed():
+    model = small_model()
     sample = [list(model.generate([1, 2, 3], 8, seed=s)) for s in (1, 1, 2)]
     assert sample[0] == sample[1] != sample[2]
     greedy = list(model.generate([1, 2, 3], 4, temperature=0))
@@ -141,25 +134,25 @@ def test_naive_generation_is_seeded():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The CPU's own operations against the plain formulas
+# The CPU versions of operations against PyTorch's
 
 
 @pytest.mark.parametrize("T", [1, 7, 256, 600])
-def test_attention_in_blocks_is_attention(T):
+def test_attention_in_blocks_equals_sdpa(T):
     q, k, v = (torch.randn(2, 3, T, 16, requires_grad=True) for _ in range(3))
     ours = ops.causal_attention(q, k, v)
     plain = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    assert_same_gradients(ours, plain, (q, k, v))
+    assert_equal_with_gradients(ours, plain, (q, k, v))
 
 
-def test_squared_relu_and_norm_are_their_formulas():
+def test_squared_relu_and_rms_norm_equal_their_formulas():
     x = torch.randn(4, 5, 32, requires_grad=True)
-    assert_same_gradients(ops.SquaredReLU.apply(x), F.relu(x).square(), (x,))
+    assert_equal_with_gradients(ops.SquaredReLU.apply(x), F.relu(x).square(), (x,))
     for scale in (1e-6, 1.0, 1e3):
-        assert_same_gradients(ops.RMSNorm.apply(x * scale, 1e-6), F.rms_norm(x * scale, (32,), eps=1e-6), (x,))
+        assert_equal_with_gradients(ops.RMSNorm.apply(x * scale, 1e-6), F.rms_norm(x * scale, (32,), eps=1e-6), (x,))
 
 
-def assert_same_gradients(ours, plain, inputs):
+def assert_equal_with_gradients(ours, plain, inputs):
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
     weights = torch.randn_like(plain)
     for a, b in zip(*(torch.autograd.grad((y * weights).sum(), inputs) for y in (ours, plain)), strict=True):

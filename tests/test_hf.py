@@ -1,12 +1,12 @@
-"""The exported folder, loaded with transformers' Auto classes, against our own model and tokenizer."""
+"""The exported folder as transformers' Auto classes load it, against our own model and tokenizer."""
 
 import pytest
 import torch
+from helpers import random_model
 
 from nanochat import hf
 from nanochat.common import UserError
 from nanochat.engine import Engine
-from nanochat.gpt import GPT, GPTConfig
 from nanochat.hf import export
 from nanochat.tokenizer import get_tokenizer
 
@@ -22,40 +22,34 @@ CHAT = [
 
 @pytest.fixture
 def exported(base):
+    """(model, tokenizer, folder they are exported to)."""
     tokenizer = get_tokenizer()
-    torch.manual_seed(0)
-    config = GPTConfig(
-        sequence_len=128, vocab_size=tokenizer.get_vocab_size(), n_layer=2, n_head=4, n_kv_head=2, n_embd=64
-    )
-    model = GPT(config)
-    model.init_weights("cpu")
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
+    model = random_model(tokenizer.get_vocab_size(), std=0.1, sequence_len=128, n_head=4, n_embd=64)
     model.requires_grad_(False)
     export(model, tokenizer, base / "out")
     return model, tokenizer, base / "out"
 
 
-def test_same_ids_logits_and_completions(exported):
+def test_exported_model_gives_the_same_ids_logits_and_completions(exported):
     model, tokenizer, folder = exported
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    hf_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     for text in TEXTS:
-        assert theirs.encode(text) == tokenizer.encode(text)
-        assert theirs.decode(tokenizer.encode(text)) == text
-    assert theirs.bos_token_id == tokenizer.get_bos_token_id()
+        assert hf_tokenizer.encode(text) == tokenizer.encode(text)
+        assert hf_tokenizer.decode(tokenizer.encode(text)) == text
+    assert hf_tokenizer.bos_token_id == tokenizer.get_bos_token_id()
     hf_model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    ids = theirs.apply_chat_template(CHAT, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    ids = hf_tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_tensors="pt")["input_ids"]
     assert ids[0].tolist() == tokenizer.render_for_completion({"messages": CHAT})
     torch.testing.assert_close(hf_model(ids).logits, model(ids), atol=1e-5, rtol=0)
     generated = hf_model.generate(ids, max_new_tokens=20, do_sample=False)[0].tolist()
     engine = Engine(model, tokenizer)
     results, masks = engine.generate_batch(ids[0].tolist(), max_tokens=20, temperature=0)
-    # Equal up to the first call of the calculator, which transformers lacks.
+    # Equal up to the first calculator result (mask 0), which transformers does not insert.
     n = next((i for i, m in enumerate(masks[0][ids.size(1) :]) if not m), 20)
     assert generated[: ids.size(1) + n] == results[0][: ids.size(1) + n]
 
 
-def test_an_existing_folder_is_not_overwritten(base):
+def test_existing_folder_is_not_overwritten(base):
     (base / "out").mkdir()
     with pytest.raises(UserError, match="already exists"):
         hf.main(["-i", "sft", str(base / "out")])

@@ -1,17 +1,15 @@
-"""Verdicts on single examples, compared with lm-evaluation-harness on the exported model and the same items."""
+"""Verdicts on single examples against lm-evaluation-harness, which runs the exported model on the same examples."""
 
 import json
 import random
 
 import pytest
-import torch
-from test_core_eval import CPU, words
+from helpers import CPU, random_model, random_words
 
 from nanochat.chat_eval import evaluate_task
 from nanochat.core_eval import evaluate_core, scored_rows
 from nanochat.dclm.tasks import CoreTask
 from nanochat.engine import Engine
-from nanochat.gpt import GPT, GPTConfig
 from nanochat.hf import export
 from nanochat.tokenizer import get_tokenizer
 from tasks.common import Task, render_mc
@@ -19,7 +17,9 @@ from tasks.common import Task, render_mc
 pytestmark = pytest.mark.slow
 
 
-class Letters(Task):
+class RandomChoices(Task):
+    """Multiple choice problems of random words."""
+
     eval_type = "categorical"
 
     def num_examples(self):
@@ -27,8 +27,8 @@ class Letters(Task):
 
     def get_example(self, index):
         rng = random.Random(index)
-        choices, letters = [words(rng, rng.randint(1, 4)) for _ in range(4)], tuple("ABCD")
-        question = render_mc(words(rng, rng.randint(3, 30)) + "?", letters, choices)
+        choices, letters = [random_words(rng, rng.randint(1, 4)) for _ in range(4)], tuple("ABCD")
+        question = render_mc(random_words(rng, rng.randint(3, 30)) + "?", letters, choices)
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": rng.choice(letters)}]
         return {"messages": messages, "letters": letters}
 
@@ -40,11 +40,7 @@ class Letters(Task):
 def model(base):
     """(model, tokenizer): a random model whose weights are large enough for distinct predictions."""
     tokenizer = get_tokenizer()
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(256, tokenizer.get_vocab_size(), n_layer=2, n_head=4, n_kv_head=2, n_embd=64))
-    model.init_weights("cpu")
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.2)
+    model = random_model(tokenizer.get_vocab_size(), std=0.2, sequence_len=256, n_head=4, n_embd=64)
     return model.requires_grad_(False), tokenizer
 
 
@@ -92,24 +88,24 @@ def argmax(numbers):
     return max(range(len(numbers)), key=numbers.__getitem__)
 
 
-def test_letters_equal_the_harness(model, harness):
-    task = Letters()
+def test_letters_equal_those_of_the_harness(model, harness):
+    task = RandomChoices()
     records = evaluate_task(task, Engine(*model, CPU)).records
     questions = [record["messages"][0]["content"] for record in records]
     items = [{"context": question, "choices": list("ABCD")} for question in questions]
-    theirs = ["ABCD"[argmax([ll for ll, _ in choices])] for choices in harness(items, chat=True)]
-    assert [record["answers"][0] for record in records] == theirs
-    assert len(set(theirs)) > 1
+    expected = ["ABCD"[argmax([ll for ll, _ in choices])] for choices in harness(items, chat=True)]
+    assert [record["answers"][0] for record in records] == expected
+    assert len(set(expected)) > 1
 
 
 @pytest.mark.parametrize("shots", [0, 3])
-def test_core_choices_equal_the_harness(model, harness, shots):
+def test_core_multiple_choice_losses_equal_those_of_the_harness(model, harness, shots):
     rng = random.Random(shots)
     starts = ["cat", "dog", "sun", "mat"]  # no two options begin with the same token
     rows = [
         {
-            "query": words(rng, rng.randint(1, 12)),
-            "choices": [f"{start} {words(rng, rng.randint(0, 3))}".strip() for start in starts],
+            "query": random_words(rng, rng.randint(1, 12)),
+            "choices": [f"{start} {random_words(rng, rng.randint(0, 3))}".strip() for start in starts],
             "gold": rng.randrange(4),
         }
         for _ in range(30)
@@ -124,30 +120,30 @@ def test_core_choices_equal_the_harness(model, harness, shots):
         items.append({"context": "<|bos|>" + context, "choices": [prompt[len(context) :] for prompt in prompts]})
         encoded = [tokenizer.encode(prompt, tokenizer.get_bos_token_id()) for prompt in prompts]
         lengths.append([len(row) - start for row, start in scored_rows("multiple_choice", encoded)])
-    theirs = [
+    expected = [
         [-ll / n for (ll, _), n in zip(choices, counts, strict=True)]
         for choices, counts in zip(harness(items), lengths, strict=True)
     ]
     records = result.records["t"]
-    for record, losses in zip(records, theirs, strict=True):
+    for record, losses in zip(records, expected, strict=True):
         assert record["losses"] == pytest.approx(losses, abs=1e-3)
-    assert [record["chosen"] for record in records] == [argmax([-loss for loss in losses]) for losses in theirs]
+    assert [record["chosen"] for record in records] == [argmax([-loss for loss in losses]) for losses in expected]
     assert len({record["chosen"] for record in records}) > 1
 
 
-def test_core_continuations_equal_the_harness(model, harness):
+def test_core_language_modeling_verdicts_equal_those_of_the_harness(model, harness):
     """Half of the continuations are the model's own greedy ones."""
     gpt, tokenizer = model
     rows = []
     for i in range(30):
         rng = random.Random(i)
-        context = words(rng, rng.randint(2, 12))
+        context = random_words(rng, rng.randint(2, 12))
         ids = tokenizer.encode(context, tokenizer.get_bos_token_id())
         greedy = tokenizer.decode(list(gpt.generate(ids, 2, temperature=0)))
-        rows.append({"context": context, "continuation": greedy if i % 2 else words(rng, rng.randint(1, 2))})
+        rows.append({"context": context, "continuation": greedy if i % 2 else random_words(rng, rng.randint(1, 2))})
     task = CoreTask("t", "language_modeling", 0, "", 0.0, rows)
     records = evaluate_core(gpt, tokenizer, CPU, tasks=[task]).records["t"]
     items = [{"context": "<|bos|>" + row["context"], "choices": [row["continuation"]]} for row in task.examples()]
-    theirs = [is_greedy for ((_, is_greedy),) in harness(items)]
-    assert [record["correct"] for record in records] == theirs
-    assert 0 < sum(theirs) < len(theirs)
+    expected = [is_greedy for ((_, is_greedy),) in harness(items)]
+    assert [record["correct"] for record in records] == expected
+    assert 0 < sum(expected) < len(expected)
