@@ -2,9 +2,9 @@
 
 import ast
 from graphlib import TopologicalSorter
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from helpers import ROOT
+
 LAYERS = ("scripts", "tasks", "nanochat")  # each imports only from itself and from later ones
 
 
