@@ -16,27 +16,13 @@
 #![deny(missing_docs)]
 #![deny(unsafe_code)]
 
-#[cfg(feature = "python")]
-#[allow(unsafe_code)] // it works in the memory of torch's tensors
-mod decoder;
 mod error;
 mod key;
-#[cfg(feature = "python")]
-#[allow(unsafe_code)]
-mod lanes;
-#[cfg(feature = "python")]
-#[allow(unsafe_code)]
-mod matmul;
-#[cfg(feature = "python")]
-mod sampler;
 mod scanner;
 mod split;
 mod tokenizer;
 mod trainer;
 mod words;
-
-#[cfg(feature = "python")]
-mod python;
 
 pub use error::Error;
 pub use split::{GPT4_PATTERN, Splitter};
