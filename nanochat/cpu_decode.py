@@ -1,10 +1,10 @@
 """
-The forward pass on a CPU: a step of decoding, or prompts.
+The forward pass on a CPU: decoding, or prefilling prompts.
 
-A step reads every weight once, and the memory sets its pace; the hundreds of small operations of the model's own
-forward pass would take as long again. So the extension does all of it in one call (rustbpe/src/decoder.rs), from the
-weights as they lie in torch's tensors, with activations in float32. Prompts take the same way: a row's logits are the
-same to the bit whatever rows are beside it, and in whatever pieces its prompt came.
+Decoding is memory-bandwidth-bound, and the hundreds of small operations of the model's own forward pass would take as
+long again. So the extension runs the whole pass in one call (rustbpe/kernels), on the weights in torch's tensors, with
+float32 activations. A row's logits are the same to the bit whatever other rows are in the batch, and however its prompt
+is split into chunks.
 """
 
 import contextlib
@@ -16,10 +16,10 @@ from nanochat.gpt import NORM_EPS, SOFTCAP
 
 class CPUDecoder:
     """
-    Forward passes of `model`, a GPT on a CPU that is not trained any more: its weights are from here on views of ours.
+    Forward passes of `model`, a GPT on a CPU that is not being trained.
 
-    With `quantize` the blocks' matrices and the head are held in int8 too, with a scale for each row, and the model's
-    own weights become what these stand for.
+    With `quantize` the blocks' matrices and the head are also held in int8 with a scale per row, and the model's own
+    weights become the dequantized ones.
     """
 
     def __init__(self, model, quantize=False):
@@ -27,40 +27,32 @@ class CPUDecoder:
 
         c = self.config = model.config
         self.threads = torch.get_num_threads()
-        self.model, self.kept = model, []  # tensors that the extension has the addresses of
+        self.model = model
+
+        def weights(parameter):
+            return quantize_in_place(parameter.data) if quantize else parameter.data
+
         layers = []
         for block in model.transformer.h:
-            attn = block.attn
-            parts = [attn.c_q, attn.c_k, attn.c_v]
-            qkv = torch.cat([part.weight.data for part in parts])
-            for part, view in zip(parts, qkv.split([part.out_features for part in parts]), strict=True):
-                part.weight.data = view  # so that nothing is held twice
-            weights = [qkv, attn.c_proj.weight, block.mlp.c_fc.weight, block.mlp.c_proj.weight]
-            layers.append([self._place(weight, quantize) for weight in weights])
+            attn, mlp = block.attn, block.mlp
+            modules = (attn.c_q, attn.c_k, attn.c_v, attn.c_proj, mlp.c_fc, mlp.c_proj)
+            layers.append(tuple(weights(module.weight) for module in modules))
         self.inner = rustbpe.Decoder(
-            self._place(model.transformer.wte.weight),
+            model.transformer.wte.weight.data,
             layers,
-            self._place(model.lm_head.weight[: c.vocab_size], quantize),
-            (c.n_head, c.n_kv_head, c.head_dim),
+            weights(model.lm_head.weight[: c.vocab_size]),
+            c.n_head,
+            c.n_kv_head,
+            c.head_dim,
             NORM_EPS,
             SOFTCAP,
         )
 
-    def _place(self, weight, quantize=False):
-        """Where the extension finds a matrix."""
-        weight, scales = weight.data, None
-        if quantize:
-            whole, scales = to_int8(weight)
-            weight.copy_(whole * scales)
-            weight = whole
-        self.kept += [weight, scales]
-        return name(weight.dtype), weight.data_ptr(), *weight.shape, 0 if scales is None else scales.data_ptr()
-
     def __call__(self, tokens, cache, logits=True):
         """
-        Logits (B, V) in float32 after `tokens`, a list of one id for each row, which join `cache`.
+        Append `tokens`, a list of ids for each row, to `cache`; returns float32 logits (sum of tokens, V).
 
-        Without `logits` the lists may be of any lengths, and nothing is returned.
+        With `logits=False` only the cache is filled, and the result is None.
         """
         c, dtype = self.config, self.model.lm_head.weight.dtype
         counts = [len(ids) for ids in tokens]
@@ -68,24 +60,20 @@ class CPUDecoder:
         cache.reserve(len(tokens), max(lengths), c.n_kv_head, c.head_dim, dtype)
         cos, sin = self.model.rotary(max(lengths))
         out = torch.empty(sum(counts), c.vocab_size) if logits else None
-        self.inner.forward(
-            tokens,
-            cache.lengths,
-            (name(cache.data.dtype), cache.data.data_ptr(), cache.data.size(2), cache.data.size(4)),
-            (cos.data_ptr(), sin.data_ptr()),
-            out.data_ptr() if logits else None,
-            self.threads,
-        )
+        self.inner.forward(tokens, cache.lengths, cache.data, cos, sin, out, self.threads)
         cache.lengths = lengths
         return out
 
 
-def name(dtype):
-    return str(dtype).removeprefix("torch.")
+def quantize_in_place(weight):
+    """(int8, scales) of `weight` (n_out, n_in), which becomes what these stand for."""
+    values, scales = to_int8(weight)
+    weight.copy_(values * scales)
+    return values, scales
 
 
 def to_int8(weight):
-    """(int8, scales): `weight` (n_out, n_in) in whole numbers, of which each row has a unit of its own (n_out, 1)."""
+    """(int8 (n_out, n_in), float32 scales (n_out, 1)) of `weight`, rounded to 127 steps of each row's largest value."""
     scales = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
     return (weight.float() / scales).round().to(torch.int8), scales
 
