@@ -1,7 +1,7 @@
 //! Exact, parallel training of byte-level BPE tokenizers.
 //!
-//! Text goes through four small parts: [`Splitter`] cuts it into pieces, [`WordCounter`] counts the distinct ones on
-//! all threads, [`train`] finds the merges, and [`Tokenizer`] holds the result, encodes with it and lists its ranks.
+//! Training has three steps: [`Splitter`] splits text into pieces, [`WordCounter`] counts the distinct pieces on all
+//! threads, and [`train`] finds the merges. [`Tokenizer`] encodes with them and lists the tokens' bytes.
 //!
 //! ```
 //! use rustbpe::{Error, GPT4_PATTERN, Splitter, Tokenizer, WordCounts, train};
@@ -14,7 +14,7 @@
 //! # Ok::<(), Error>(())
 //! ```
 #![deny(missing_docs)]
-#![deny(unsafe_code)]
+#![forbid(unsafe_code)]
 
 mod error;
 mod key;

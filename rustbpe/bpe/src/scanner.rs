@@ -1,15 +1,15 @@
-//! GPT-4's split pattern without a regex engine: one pass over the bytes, looking ahead by one character.
+//! GPT-4's split pattern without a regex engine: one pass over the bytes, with one character of lookahead.
 //!
-//! The alternatives of the pattern begin with different kinds of characters, so the first character (and, for a space
-//! or a mark, the second) tells which one matches. No position is looked at more than twice, except that a run of white
-//! space may be walked once more by the next piece.
+//! The alternatives of the pattern begin with different kinds of characters, so the first character (and the second,
+//! after a space or a mark) decides which one matches. Each position is read at most twice; a run of white space may be
+//! read once more for the next piece.
 
 use std::ops::Range;
 use std::sync::LazyLock;
 
 use regex_syntax::hir::{Class, HirKind};
 
-/// What the pattern sees of a character.
+/// The kinds of characters that the pattern distinguishes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     /// `[^\s\p{L}\p{N}]`
@@ -22,22 +22,22 @@ enum Kind {
     Newline,
     /// `\s` but not `[\r\n]`
     Space,
-    /// Behind the last character.
+    /// The end of the text.
     End,
 }
 
-/// The kinds of all characters: in pages of 256, of which most are alike.
+/// The kinds of all characters, in pages of 256. Equal pages are stored once.
 struct Kinds {
     page_of: Vec<u8>,
     pages: Vec<[Kind; 256]>,
 }
 
-/// Made from the tables of the regex engine, so that both know the same Unicode.
+/// Built from the regex engine's tables, so that both use the same version of Unicode.
 static KINDS: LazyLock<Kinds> = LazyLock::new(|| {
     let mut kinds = vec![Kind::Mark; 0x11_0000];
     for (class, kind) in [(r"\p{L}", Kind::Letter), (r"\p{N}", Kind::Number), (r"\s", Kind::Space)] {
-        let parsed = regex_syntax::parse(class).expect("a class that the crate knows");
-        let HirKind::Class(Class::Unicode(ranges)) = parsed.kind() else { unreachable!("a class of characters") };
+        let parsed = regex_syntax::parse(class).map(|parsed| parsed.into_kind());
+        let Ok(HirKind::Class(Class::Unicode(ranges))) = parsed else { unreachable!("{class} is a Unicode class") };
         for range in ranges.iter() {
             kinds[range.start() as usize..=range.end() as usize].fill(kind);
         }
@@ -45,25 +45,27 @@ static KINDS: LazyLock<Kinds> = LazyLock::new(|| {
     kinds['\r' as usize] = Kind::Newline;
     kinds['\n' as usize] = Kind::Newline;
     let mut pages: Vec<[Kind; 256]> = Vec::new();
-    let page_of = kinds.chunks_exact(256).map(|page| {
-        let known = pages.iter().position(|p| p[..] == *page).unwrap_or_else(|| {
-            pages.push(page.try_into().expect("256 kinds"));
+    let page_of = kinds.as_chunks().0.iter().map(|page| {
+        let index = pages.iter().position(|known| known == page).unwrap_or_else(|| {
+            pages.push(*page);
             pages.len() - 1
         });
-        u8::try_from(known).expect("most pages are alike")
+        index as u8
     });
-    Kinds { page_of: page_of.collect(), pages }
+    let page_of = page_of.collect();
+    assert!(pages.len() <= 256, "{} distinct pages do not fit into u8", pages.len());
+    Kinds { page_of, pages }
 });
 
-/// Finds pieces of text one after the other.
+/// Splits text into pieces.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Scanner {
-    /// Numbers in a row that make a piece.
+    /// Digits per piece, at most.
     pub(crate) max_digits: usize,
 }
 
 impl Scanner {
-    /// Calls `each` with where every piece is. Together they are all of `text`.
+    /// Calls `each` with the range of every piece, in order. The pieces cover `text`.
     pub(crate) fn split(self, text: &str, mut each: impl FnMut(Range<usize>)) {
         let text = Text { bytes: text.as_bytes(), kinds: &KINDS, ascii: &KINDS.pages[0] };
         let mut start = 0;
@@ -74,7 +76,7 @@ impl Scanner {
         }
     }
 
-    /// The end of the piece that begins at `start`.
+    /// The end of the piece that starts at `start`.
     fn piece(self, text: &Text, start: usize) -> usize {
         let (first, second) = text.at(start);
         match first {
@@ -116,7 +118,7 @@ struct Text<'t> {
 }
 
 impl Text<'_> {
-    /// The kind of the character at `i`, and where the next one begins.
+    /// The kind of the character at `i`, and the start of the next one.
     #[inline]
     fn at(&self, i: usize) -> (Kind, usize) {
         match self.bytes.get(i) {
@@ -126,7 +128,7 @@ impl Text<'_> {
         }
     }
 
-    /// The same for a character of several bytes, the first of them `byte`.
+    /// The same for a multi-byte character that starts with `byte`.
     fn at_wide(&self, byte: u8, i: usize) -> (Kind, usize) {
         let tail = |n: usize| usize::from(self.bytes[i + n] & 0x3F);
         let (code, len) = match byte {
@@ -137,23 +139,23 @@ impl Text<'_> {
         (self.kinds.pages[usize::from(self.kinds.page_of[code >> 8])][code & 0xFF], i + len)
     }
 
-    /// The end of the run of `kind` that begins at `i`.
+    /// The end of the run of `kind` that starts at `i`.
     #[inline]
     fn skip(&self, mut i: usize, kind: Kind) -> usize {
         loop {
             match self.at(i) {
-                (found, next) if found == kind => i = next,
+                (other, next) if other == kind => i = next,
                 _ => return i,
             }
         }
     }
 
-    /// The end of the run of letters that goes on at `i`: eight bytes at a time while they are ASCII.
+    /// The end of the run of letters at `i`. Reads eight bytes at a time while they are ASCII.
     #[inline]
     fn skip_letters(&self, mut i: usize) -> usize {
         loop {
-            while let Some(eight) = self.bytes.get(i..i + 8) {
-                let letters = leading_letters(u64::from_le_bytes(eight.try_into().expect("8 bytes")));
+            while let Some(eight) = self.bytes.get(i..).and_then(<[u8]>::first_chunk) {
+                let letters = leading_letters(u64::from_le_bytes(*eight));
                 i += letters;
                 if letters < 8 {
                     break;
@@ -166,7 +168,7 @@ impl Text<'_> {
         }
     }
 
-    /// `'(?i:[sdmt]|ll|ve|re)`, where `(?i:s)` is also the long s.
+    /// The end of `'(?i:[sdmt]|ll|ve|re)` at `start`. `(?i:s)` includes the long s.
     fn contraction(&self, start: usize) -> Option<usize> {
         let rest = self.bytes[start..].strip_prefix(b"'")?;
         let lower = |i: usize| rest.get(i).map(u8::to_ascii_lowercase);
@@ -177,8 +179,8 @@ impl Text<'_> {
         }
     }
 
-    /// `\s*[\r\n]|\s+(?!\S)|\s+`: up to the last line break of the run; without one, the whole run if it ends the
-    /// text, else all but its last character, which may belong to the next piece.
+    /// The end of `\s*[\r\n]|\s+(?!\S)|\s+` at `start`: after the last line break of the run of white space. Without a
+    /// line break, the end of the run if it ends the text, else its last character, which may begin the next piece.
     fn white_space(&self, start: usize) -> usize {
         let (mut end, mut last, mut broken) = (start, start, None);
         loop {
@@ -192,9 +194,9 @@ impl Text<'_> {
     }
 }
 
-/// How many of eight bytes, from the lowest, are ASCII letters before one is not.
+/// The number of ASCII letters at the start of eight bytes; the lowest byte is the first.
 ///
-/// All eight are compared at once: the high bit of each byte of a sum tells whether that byte reached a bound.
+/// Compares all eight at once: adding sets a byte's high bit if the byte is at least the bound.
 #[inline]
 fn leading_letters(eight: u64) -> usize {
     const ONES: u64 = 0x0101_0101_0101_0101;

@@ -1,3 +1,5 @@
+//! Splitting of text into pieces, by the scanner or by a regex engine.
+
 use std::ops::Range;
 
 use fancy_regex::{Regex, RegexBuilder};
@@ -5,7 +7,7 @@ use fancy_regex::{Regex, RegexBuilder};
 use crate::Error;
 use crate::scanner::Scanner;
 
-/// GPT-4's split pattern, with digits in groups of one or two instead of one to three.
+/// GPT-4's split pattern, with digits in groups of 1 or 2 instead of 1 to 3.
 pub const GPT4_PATTERN: &str = concat!(
     r"'(?i:[sdmt]|ll|ve|re)",
     r"|[^\r\n\p{L}\p{N}]?+\p{L}+",
@@ -16,7 +18,7 @@ pub const GPT4_PATTERN: &str = concat!(
     r"|\s+",
 );
 
-/// Cuts text into the pieces that merges never cross.
+/// Splits text into pieces. Merges never cross the border of a piece.
 #[derive(Debug, Clone)]
 pub struct Splitter {
     pattern: String,
@@ -25,13 +27,13 @@ pub struct Splitter {
 
 #[derive(Debug, Clone)]
 enum Engine {
-    /// For [`GPT4_PATTERN`] and its variants with other groups of digits: the same pieces, many times faster.
+    /// For [`GPT4_PATTERN`] and its variants with other groups of digits: the same pieces, much faster.
     Scanner(Scanner),
     Regex(Regex),
 }
 
 impl Splitter {
-    /// A splitter for `pattern`; pieces are its matches, and text between them is left out.
+    /// A splitter whose pieces are the matches of `pattern`. Text between matches is dropped.
     ///
     /// # Errors
     /// [`Error::Pattern`] if `pattern` is not a regular expression.
@@ -40,7 +42,7 @@ impl Splitter {
             Some(max_digits) => Engine::Scanner(Scanner { max_digits }),
             None => Engine::Regex(
                 RegexBuilder::new(pattern)
-                    .backtrack_limit(usize::MAX) // a long run of spaces takes a step back for each: no error
+                    .backtrack_limit(usize::MAX) // a long run of spaces backtracks once per space, which is no error
                     .build()
                     .map_err(|e| Error::Pattern(e.to_string()))?,
             ),
@@ -48,12 +50,12 @@ impl Splitter {
         Ok(Self { pattern: pattern.to_owned(), engine })
     }
 
-    /// The pattern as it was given.
+    /// The pattern that was given to [`new`](Self::new).
     pub fn pattern(&self) -> &str {
         &self.pattern
     }
 
-    /// Calls `each` with where every piece of `text` is, in order.
+    /// Calls `each` with the range of every piece of `text`, in order.
     ///
     /// # Errors
     /// [`Error::Split`] if the pattern fails on this text.
@@ -70,7 +72,7 @@ impl Splitter {
     }
 }
 
-/// The largest group of digits, if `pattern` is [`GPT4_PATTERN`] or differs in nothing else.
+/// The largest group of digits, if `pattern` is [`GPT4_PATTERN`] up to the size of these groups.
 fn digits_of(pattern: &str) -> Option<usize> {
     let (head, tail) = GPT4_PATTERN.split_once("{1,2}")?;
     let digits = pattern.strip_prefix(head)?.strip_suffix(tail)?;
@@ -90,7 +92,7 @@ mod tests {
         out
     }
 
-    /// The pattern as the regex engine reads it: in a group, so that it is not known.
+    /// An equivalent pattern that goes to the regex engine, because the group makes it unknown.
     fn regex(pattern: &str) -> String {
         format!("(?:{pattern})")
     }

@@ -1,3 +1,5 @@
+//! Encoding with merges.
+
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::ops::Range;
@@ -9,20 +11,21 @@ use rayon::prelude::*;
 use crate::key::{self, Key};
 use crate::{Error, Pair, Splitter};
 
-/// A split pattern and its merges: all that it takes to encode.
+/// A byte-level BPE tokenizer: a split pattern and merges.
 #[derive(Debug)]
 pub struct Tokenizer {
     splitter: Splitter,
     merges: Vec<Pair>,
-    /// What each pair makes; those of two bytes are in a table of their own.
+    /// The token that each pair merges into.
     tokens: HashTable<(Pair, u32)>,
+    /// The same for pairs of bytes, at `left << 8 | right`; NONE for others.
     of_bytes: Vec<u32>,
-    /// What threads learnt while they encoded, for the next ones.
+    /// Caches that no thread is using.
     caches: Mutex<Vec<Cache>>,
 }
 
 impl Tokenizer {
-    /// A tokenizer from `merges` as [`train`](crate::train) returns them: merge `i` makes token `256 + i`.
+    /// A tokenizer from the merges that [`train`](crate::train) returns: merge `i` makes token `256 + i`.
     pub fn new(splitter: Splitter, merges: Vec<Pair>) -> Self {
         let mut tokenizer = Self {
             splitter,
@@ -37,10 +40,10 @@ impl Tokenizer {
         tokenizer
     }
 
-    /// A tokenizer from the bytes of its tokens, as [`token_bytes`](Self::token_bytes) lists them.
+    /// A tokenizer from the bytes of its tokens in the order of [`token_bytes`](Self::token_bytes).
     ///
     /// # Errors
-    /// [`Error::Tokens`] if they are not the 256 bytes and then, each time, two earlier tokens joined.
+    /// [`Error::Tokens`] unless they are the 256 bytes followed by tokens that merge two earlier ones.
     pub fn from_tokens<B: AsRef<[u8]>>(splitter: Splitter, tokens: &[B]) -> Result<Self, Error> {
         let mut tokenizer = Self::new(splitter, Vec::new());
         let (mut parts, mut ids) = (Parts::default(), Vec::new());
@@ -64,13 +67,13 @@ impl Tokenizer {
         self.splitter.pattern()
     }
 
-    /// The bytes of every token, in the order of the ids: a token's id is its rank.
+    /// The bytes of every token, in the order of the ids. A token's id is its rank.
     ///
-    /// No two tokens have the same bytes, so that the ranks can be kept in a map from bytes, as tiktoken does. Why:
-    /// merges never cross a token's borders while it grows, so how its bytes merge depends on those bytes alone, and
-    /// the same bytes end in the same pair wherever they stand. (Only runs of one token could differ, by where the
-    /// pairing starts; but an odd offset would pair across the border.) For the same reason, joining the neighbours
-    /// whose bytes have the lowest rank gives the same ids as replaying the merges.
+    /// No two tokens have the same bytes, so ranks can be stored by bytes, as in tiktoken. Proof: while a token grows,
+    /// merges do not cross its borders, so its merges depend on its bytes alone, and equal bytes end in the same pair.
+    /// (Only runs of one token could differ, by the offset at which pairs start; but an odd offset would merge across the
+    /// border.) For the same reason, always merging the neighbors of lowest rank gives the same ids as replaying all
+    /// merges in order.
     pub fn token_bytes(&self) -> Vec<Vec<u8>> {
         let mut bytes: Vec<Vec<u8>> = (0..=255).map(|byte| vec![byte]).collect();
         for &(left, right) in &self.merges {
@@ -79,7 +82,7 @@ impl Tokenizer {
         bytes
     }
 
-    /// The token ids of `text`. There are no special tokens.
+    /// The token ids of `text`; names of special tokens are treated as text.
     ///
     /// # Errors
     /// [`Error::Split`] if the split pattern fails on this text.
@@ -95,7 +98,7 @@ impl Tokenizer {
     /// The token ids of each text, on all threads of the current rayon pool.
     ///
     /// # Errors
-    /// As for [`encode`](Self::encode), of the first text that fails.
+    /// As for [`encode`](Self::encode).
     pub fn encode_batch<T: AsRef<str> + Sync>(&self, texts: &[T]) -> Result<Vec<Vec<u32>>, Error> {
         texts.par_iter().map(|text| self.encode(text.as_ref())).collect()
     }
@@ -123,7 +126,7 @@ impl Tokenizer {
         cache.insert_short(hash, key, &ids[first..]);
     }
 
-    /// The token that two tokens make, or [`NONE`].
+    /// The token that two tokens merge into, or [`NONE`].
     #[inline]
     fn rank(&self, left: u32, right: u32) -> u32 {
         let pair = (left, right);
@@ -140,19 +143,18 @@ impl Tokenizer {
         }
     }
 
-    /// Joins the leftmost pair of lowest rank until none is left, looking for it from the start each time: O(n^2), but
-    /// faster than a heap for a word.
+    /// Merges the leftmost pair of lowest rank until none is left, by scanning all pairs each time. This takes O(n^2),
+    /// but is faster than a heap for short pieces.
     fn merge_scanning(&self, piece: &[u8], parts: &mut Parts, ids: &mut Vec<u32>) {
         let Parts { tokens, ranks } = parts;
         tokens.clear();
         tokens.extend(piece.iter().map(|&byte| u32::from(byte)));
         ranks.clear();
         ranks.extend(piece.windows(2).map(|pair| self.of_bytes[usize::from(pair[0]) << 8 | usize::from(pair[1])]));
-        while let Some(&rank) = ranks.iter().min() {
-            if rank == NONE {
-                break;
-            }
-            let i = ranks.iter().position(|&other| other == rank).expect("the minimum is there");
+        while let Some(&rank) = ranks.iter().min()
+            && rank != NONE
+            && let Some(i) = ranks.iter().position(|&other| other == rank)
+        {
             tokens[i] = rank;
             tokens.remove(i + 1);
             ranks.remove(i);
@@ -166,22 +168,22 @@ impl Tokenizer {
         ids.extend_from_slice(tokens);
     }
 
-    /// The same in O(n log n): neighbours are a linked list, and the heap may hold pairs that are gone, known by the
-    /// tokens they name.
+    /// The same in O(n log n): tokens are a linked list, and pairs wait on a heap. A pair on the heap is stale if its two
+    /// tokens are not there any more.
     fn merge_with_heap(&self, piece: &[u8], ids: &mut Vec<u32>) {
         const GONE: u32 = u32::MAX;
         let n = piece.len();
         let mut tokens: Vec<u32> = piece.iter().map(|&byte| u32::from(byte)).collect();
         let mut next: Vec<usize> = (1..=n).collect(); // n is the end
-        let mut previous: Vec<usize> = (0..n).map(|i| i.wrapping_sub(1)).collect(); // of 0: out of range
-        let job = |tokens: &[u32], left: usize, right: usize| {
+        let mut previous: Vec<usize> = (0..n).map(|i| i.wrapping_sub(1)).collect(); // out of range for 0
+        let candidate = |tokens: &[u32], left: usize, right: usize| {
             let pair = (*tokens.get(left)?, *tokens.get(right)?);
             Some(self.rank(pair.0, pair.1)).filter(|&rank| rank != NONE).map(|rank| Reverse((rank, left, right)))
         };
-        let mut heap: BinaryHeap<_> = (1..n).filter_map(|right| job(&tokens, right - 1, right)).collect();
+        let mut heap: BinaryHeap<_> = (1..n).filter_map(|right| candidate(&tokens, right - 1, right)).collect();
         while let Some(Reverse((rank, left, right))) = heap.pop() {
             if (tokens[left], tokens[right]) != self.merges[rank as usize - 256] {
-                continue; // one of the two is gone
+                continue; // stale
             }
             tokens[left] = rank;
             tokens[right] = GONE;
@@ -189,27 +191,27 @@ impl Tokenizer {
             if let Some(back) = previous.get_mut(next[left]) {
                 *back = left;
             }
-            heap.extend(job(&tokens, previous[left], left));
-            heap.extend(job(&tokens, left, next[left]));
+            heap.extend(candidate(&tokens, previous[left], left));
+            heap.extend(candidate(&tokens, left, next[left]));
         }
         ids.extend(tokens.into_iter().filter(|&token| token != GONE));
     }
 }
 
-/// Longer pieces are merged with a heap.
+/// Bytes of the longest piece that is merged by scanning.
 const MAX_SCANNED: usize = 200;
 
-/// In place of a token that no merge makes.
+/// Marks pairs that no merge joins.
 const NONE: u32 = u32::MAX;
 
-/// The tokens of a word as it merges, and the token that each would make with the next one.
+/// Buffers for merging: the tokens of a piece, and the token that each would merge into with the next one.
 #[derive(Debug, Default)]
 struct Parts {
     tokens: Vec<u32>,
     ranks: Vec<u32>,
 }
 
-/// The tokens of words that one thread has met.
+/// Tokens of words that were encoded before. Each is used by one thread at a time.
 #[derive(Debug, Default)]
 struct Cache {
     short: HashTable<Known>,
@@ -226,8 +228,7 @@ struct Known {
 }
 
 impl Cache {
-    /// Words of either kind that are kept, a few MiB of them; then all are forgotten, and the frequent ones are soon
-    /// back.
+    /// Cached words, at most: a few MiB. A full cache is cleared; frequent words are soon back.
     const MAX_SHORT: usize = 1 << 16;
     const MAX_LONG: usize = 1 << 15;
 

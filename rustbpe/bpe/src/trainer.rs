@@ -1,3 +1,5 @@
+//! Greedy BPE: finds the merges of counted words.
+
 use std::cmp::{Ordering, Reverse};
 use std::collections::BinaryHeap;
 use std::ops::Range;
@@ -12,37 +14,36 @@ use crate::{Error, WordCounts, key};
 /// Two adjacent token ids, left and right.
 pub type Pair = (u32, u32);
 
-/// How often the caller hears of progress, and can stop the training.
+/// Time between two calls of `tick`.
 const TICK: Duration = Duration::from_millis(100);
 
-/// By how much the floor falls when no pair is above it any more.
+/// The floor is divided by this when no pair reaches it any more.
 const FLOOR_STEP: u64 = 8;
 
-/// Pairs are counted in at most 2^20 buckets, which are 4 MiB for each of at most 8 threads.
+/// Pairs are counted in at most 2^20 buckets: 4 MiB for each of at most 8 threads.
 const MAX_BUCKET_BITS: u32 = 20;
 const MAX_PARTS: usize = 8;
 
-/// In how many parts all pairs are counted.
+/// The number of parts in which pairs are counted in parallel.
 fn parts() -> usize {
     rayon::current_num_threads().min(MAX_PARTS)
 }
 
 /// The merges of greedy BPE, in order: merge `i` joins its pair into token `256 + i`.
 ///
-/// Each step merges the pair that occurs most often in the words, from left to right and without overlap; of pairs
-/// that occur equally often, the smaller one (left id first). There are `vocab_size - 256` merges, or fewer when no
-/// pairs are left. `tick` is called about ten times a second with the number of merges done; an error from it ends
-/// the training.
+/// Each step merges the most frequent pair in all words, from left to right and without overlap. Of equally frequent
+/// pairs, the smaller one is merged (left id first). There are `vocab_size - 256` merges, or fewer when no pairs are
+/// left. `tick` is called about ten times a second with the number of merges done; an error from it ends the training.
 ///
 /// # Errors
-/// [`Error::VocabTooSmall`] below 256, [`Error::TooManyWords`] beyond 4 GiB of distinct words, or whatever `tick` returns.
+/// [`Error::VocabTooSmall`] below 256, [`Error::TooManyWords`] beyond 4 GiB of distinct words, or an error of `tick`.
 pub fn train<E: From<Error>>(
     words: WordCounts,
     vocab_size: u32,
     tick: impl FnMut(usize) -> Result<(), E>,
 ) -> Result<Vec<Pair>, E> {
     let n_merges = vocab_size.checked_sub(256).ok_or(Error::VocabTooSmall(vocab_size))?;
-    // the words are the largest thing in memory, so their tokens are as small as may be
+    // The words take most of the memory, so their tokens have the smallest type that fits.
     if vocab_size <= 1 << u16::BITS {
         find_merges(State::<u16>::new(words)?, n_merges, tick)
     } else {
@@ -70,9 +71,9 @@ fn find_merges<T: Token, E: From<Error>>(
     Ok(merges)
 }
 
-/// A token id as it is kept in words.
+/// The type of token ids in words.
 trait Token: Copy + Eq + Send + Sync + From<u8> + Into<u32> {
-    /// The id again, which is known to be small enough.
+    /// Narrows an id that is known to fit.
     fn of(id: u32) -> Self;
 }
 
@@ -88,7 +89,8 @@ impl Token for u32 {
     }
 }
 
-/// A pair's count when it was put on the heap. Counts only fall after that, so a stale top is lowered and put back.
+/// A pair, and its count when it was pushed on the heap. Counts only fall after that, so a stale top is pushed back with
+/// its current count.
 #[derive(PartialEq, Eq)]
 struct Candidate {
     count: u64,
@@ -108,12 +110,12 @@ impl PartialOrd for Candidate {
     }
 }
 
-/// Where a pair is.
+/// The occurrences of a pair.
 #[derive(Default)]
 struct Sites {
-    /// Occurrences in the text as it is now.
+    /// Current number of occurrences in the text.
     count: u64,
-    /// Words that contain the pair, or once did; each is listed once.
+    /// Words that contain the pair, or did; each is listed once.
     words: Vec<u32>,
 }
 
@@ -126,11 +128,11 @@ impl Sites {
     }
 }
 
-/// All words as they are now, and the pairs that come next.
+/// The words with all merges so far, and the candidates for the next ones.
 ///
-/// Most pairs are too rare ever to be merged. So only those are kept that occur `floor` times or more; since a pair is
-/// never more frequent than when it comes up, the others can be forgotten until all these are used up. Then the floor
-/// falls, and the pairs are counted anew, in words that are much shorter by then.
+/// Most pairs are too rare ever to be merged, so only pairs that occur at least `floor` times are stored. A pair's count
+/// only falls, so no other pair can reach the floor later, except new ones. When none is left, the floor is lowered and
+/// the pairs are counted again, in words that are much shorter by then.
 struct State<T> {
     words: Words<T>,
     floor: u64,
@@ -169,20 +171,20 @@ impl<T: Token> State<T> {
             match self.sites.get(&top.pair) {
                 Some(sites) if sites.count == top.count => return Some(top.pair),
                 Some(sites) => self.heap.push(Candidate { count: sites.count, ..top }),
-                None => {} // fell below the floor
+                None => {} // below the floor by now
             }
         }
     }
 
-    /// Finds the pairs above a lower floor, when there are none above this one.
+    /// Lowers the floor, and finds the pairs that reach it.
     ///
-    /// Nearly all pairs are rare, and a table of all would be the largest thing in memory. So they are first counted
-    /// in buckets, several pairs in one: none is more frequent than its bucket, and most buckets are below the floor.
+    /// Nearly all pairs are rare, and a table of all of them would take most of the memory. So they are first counted in
+    /// hash buckets: no pair is more frequent than its bucket, and most buckets stay below the floor.
     fn lower_floor(&mut self) {
         let bits = (self.words.tokens.len() | 2).ilog2().min(MAX_BUCKET_BITS);
         let bucket = |pair| (key::hash_pair(pair) >> (u64::BITS - bits)) as usize;
         let counted = self.words.parts().map(|part| {
-            let mut buckets = vec![0_u32; 1 << bits]; // full is more than any floor
+            let mut buckets = vec![0_u32; 1 << bits]; // saturating
             part.for_each_pair(|_, pair, count| {
                 let sum = &mut buckets[bucket(pair)];
                 *sum = sum.saturating_add(u32::try_from(count).unwrap_or(u32::MAX));
@@ -198,7 +200,7 @@ impl<T: Token> State<T> {
         self.floor = (u64::from(most).min(self.floor) / FLOOR_STEP).max(1);
         self.sites = HashMap::new();
         let n = parts();
-        let found = (0..n).into_par_iter().map(|i| {
+        let parts = (0..n).into_par_iter().map(|i| {
             let mut sites: HashMap<Pair, Sites> = HashMap::new();
             self.words.all().for_each_pair(|word, pair, count| {
                 let bucket = bucket(pair);
@@ -209,7 +211,7 @@ impl<T: Token> State<T> {
             sites.retain(|_, sites| sites.count >= self.floor);
             sites
         });
-        for sites in found.collect::<Vec<_>>() {
+        for sites in parts.collect::<Vec<_>>() {
             self.sites.extend(sites);
         }
         self.heap = self.sites.iter().map(|(&pair, sites)| Candidate { count: sites.count, pair }).collect();
@@ -217,8 +219,8 @@ impl<T: Token> State<T> {
 
     /// Replaces `pair` by `token` in every word.
     ///
-    /// An occurrence turns the pairs with its neighbors into pairs with `token`. What that adds up to is gathered by
-    /// neighbor first, so that the map of pairs is asked once for each, not at every occurrence.
+    /// Each occurrence replaces its two pairs with its neighbors by pairs with `token`. These changes are summed by
+    /// neighbor first, so that the map of pairs is updated once per neighbor and not once per occurrence.
     fn merge(&mut self, pair: Pair, token: u32) {
         let Self { words, floor, sites, heap, left, right, lost } = self;
         for word in sites.remove(&pair).unwrap_or_default().words {
@@ -233,7 +235,7 @@ impl<T: Token> State<T> {
         };
         left.drain(|neighbor, gained| change((neighbor, pair.0), (neighbor, token), gained));
         right.drain(|neighbor, gained| change((pair.1, neighbor), (token, neighbor), gained));
-        // all gains come first: in "abab" the pair of `token` and "a" is gained, and lost again
+        // Losses come after all gains: in "abab", the pair (token, a) is gained and lost.
         for (old, count) in lost.drain(..) {
             if let Entry::Occupied(mut entry) = sites.entry(old) {
                 entry.get_mut().count -= count;
@@ -245,7 +247,7 @@ impl<T: Token> State<T> {
     }
 }
 
-/// What a merge changes on one side: for each token that stands there, how often and in which words.
+/// The neighbors of a merged pair on one side: how often and in which words each token occurs there.
 #[derive(Default)]
 struct Neighbors {
     sites: Vec<Sites>,
@@ -264,19 +266,19 @@ impl Neighbors {
         self.sites[i].add(word, count);
     }
 
-    /// Calls `each` for every token that was seen, and forgets them.
+    /// Calls `each` for every neighbor, and clears them.
     fn drain(&mut self, mut each: impl FnMut(u32, &mut Sites)) {
         for token in self.seen.drain(..) {
             let sites = &mut self.sites[token as usize];
             each(token, sites);
             sites.count = 0;
-            sites.words.clear(); // the space is kept for the next merge
+            sites.words.clear(); // a small allocation is kept for the next merge
             sites.words.shrink_to(16);
         }
     }
 }
 
-/// The distinct words as tokens, one behind the other in one arena; a word shrinks in place as its pairs merge.
+/// The distinct words as tokens, in one arena. A word shrinks in place as its pairs are merged.
 struct Words<T> {
     tokens: Vec<T>,
     words: Vec<Word>,
@@ -318,14 +320,14 @@ impl<T: Token> Words<T> {
         Part { first: 0, words: &self.words, tokens: &self.tokens }
     }
 
-    /// The words in parts, one for each thread.
+    /// The words in one part per thread.
     fn parts(&self) -> impl ParallelIterator<Item = Part<'_, T>> {
         let len = self.words.len().div_ceil(parts()).max(1);
         let part = move |(i, words)| Part { first: (i * len) as u32, words, tokens: &self.tokens };
         self.words.par_chunks(len).enumerate().map(part)
     }
 
-    /// Replaces `pair` by `token` in one word, from left to right, and notes what stands beside it.
+    /// Replaces `pair` by `token` in one word, from left to right, and adds its neighbors to `left` and `right`.
     fn merge(&mut self, id: u32, pair: Pair, token: u32, left: &mut Neighbors, right: &mut Neighbors) {
         let (first, second, token) = (T::of(pair.0), T::of(pair.1), T::of(token));
         let word = &mut self.words[id as usize];
@@ -351,7 +353,7 @@ impl<T: Token> Words<T> {
     }
 }
 
-/// Some of the words, from the one with the id `first`.
+/// Consecutive words, from id `first` on.
 struct Part<'a, T> {
     first: u32,
     words: &'a [Word],
@@ -359,7 +361,7 @@ struct Part<'a, T> {
 }
 
 impl<T: Token> Part<'_, T> {
-    /// Calls `each(word, pair, count)` for all pairs of neighbors.
+    /// Calls `each(word, pair, count)` for all adjacent tokens.
     fn for_each_pair(&self, mut each: impl FnMut(u32, Pair, u64)) {
         for (id, word) in (self.first..).zip(self.words) {
             for pair in self.tokens[word.range()].windows(2) {

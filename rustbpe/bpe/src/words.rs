@@ -1,3 +1,5 @@
+//! Counting of distinct words, in parallel and in bounded memory.
+
 use std::ops::Range;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,7 +10,7 @@ use hashbrown::HashTable;
 use crate::key::{self, Key};
 use crate::{Error, Splitter};
 
-/// Texts in one buffer, on their way to the threads that count.
+/// Texts in one buffer, to be handed to the counting threads.
 #[derive(Debug, Default)]
 pub struct Texts {
     text: String,
@@ -16,16 +18,16 @@ pub struct Texts {
 }
 
 impl Texts {
-    /// Enough that handing it over costs nothing, little enough that memory stays flat.
+    /// Bytes of a full buffer: enough to make the handover negligible, few enough to keep memory flat.
     const FULL: usize = 1 << 20;
 
-    /// Copies a text into the buffer.
+    /// Appends a copy of `text`.
     pub fn push(&mut self, text: &str) {
         self.text.push_str(text);
         self.ends.push(self.text.len());
     }
 
-    /// Whether it is time to hand the buffer over.
+    /// Whether the buffer should be handed over.
     pub fn is_full(&self) -> bool {
         self.text.len() >= Self::FULL
     }
@@ -36,8 +38,8 @@ impl Texts {
     }
 }
 
-/// Counts the distinct pieces of texts on threads of its own. Memory grows with the distinct pieces, not with the
-/// text: few buffers wait in the queue, and who adds more has to wait as well.
+/// Counts the distinct pieces of texts on its own threads. Memory grows with the distinct pieces and not with the text:
+/// the queue of buffers is short, and [`add`](Self::add) blocks while it is full.
 #[derive(Debug)]
 pub struct WordCounter {
     queue: SyncSender<Texts>,
@@ -45,37 +47,37 @@ pub struct WordCounter {
     shards: Arc<[Mutex<Words>; SHARDS]>,
 }
 
-/// The table of all words is in parts, so that threads seldom wait for each other, and no part is large when it grows.
+/// Parts of the table of all words: threads seldom wait for each other, and growing one part needs little memory.
 const SHARDS: usize = 8;
 
 impl WordCounter {
-    /// Counts pieces as `splitter` cuts them, on as many threads as the current rayon pool has.
+    /// A counter of `splitter`'s pieces, with as many threads as the current rayon pool.
     pub fn new(splitter: &Splitter) -> Self {
         let n = rayon::current_num_threads();
         let (queue, waiting) = sync_channel(n.max(8));
         let waiting = Arc::new(Mutex::new(waiting));
         let shards = Arc::<[Mutex<Words>; SHARDS]>::default();
         let threads = (0..n).map(|_| {
-            // a splitter each: threads that share a regex wait for each other
+            // One splitter per thread: threads that share a regex wait for each other.
             let (splitter, waiting, shards) = (splitter.clone(), Arc::clone(&waiting), Arc::clone(&shards));
             spawn(move || count(&splitter, &waiting, &*shards))
         });
         Self { threads: threads.collect(), queue, shards }
     }
 
-    /// Adds the pieces of `texts`; waits while the queue is full.
+    /// Counts the pieces of `texts`; blocks while the queue is full.
     ///
     /// # Errors
-    /// [`Error::Split`] if the pattern fails on a text, perhaps one that was added before.
+    /// [`Error::Split`] if the pattern failed on one of the texts so far.
     pub fn add(&mut self, texts: Texts) -> Result<(), Error> {
-        let failed = self.threads.iter().any(JoinHandle::is_finished); // the queue is still open: only by an error
+        let failed = self.threads.iter().any(JoinHandle::is_finished); // with an open queue: by an error
         if failed || self.queue.send(texts).is_err() {
             return self.threads.drain(..).filter(|thread| !failed || thread.is_finished()).try_for_each(joined);
         }
         Ok(())
     }
 
-    /// The counts, when all texts are done.
+    /// Waits for all texts, and returns the counts.
     ///
     /// # Errors
     /// As for [`add`](Self::add).
@@ -95,8 +97,8 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// One thread's work: takes texts until the queue is closed. It counts in a table that fits its core's cache, which
-/// knows the frequent words of the hour, and moves that to the shards when it is full.
+/// One thread's work: counts texts until the queue is closed, in a table that fits into its core's cache. A full table
+/// is added to the shards.
 fn count(splitter: &Splitter, waiting: &Mutex<Receiver<Texts>>, shards: &[Mutex<Words>]) -> Result<(), Error> {
     const FULL: usize = 1 << 16;
     let mut recent = Words::default();
@@ -114,14 +116,14 @@ fn count(splitter: &Splitter, waiting: &Mutex<Receiver<Texts>>, shards: &[Mutex<
     Ok(())
 }
 
-/// How often each distinct piece occurs.
+/// The number of occurrences of each distinct piece.
 #[derive(Debug)]
 pub struct WordCounts {
     pub(crate) shards: Vec<Words>,
 }
 
 impl WordCounts {
-    /// The counts of texts that are at hand.
+    /// The counts of the pieces of `texts`.
     ///
     /// # Errors
     /// As for [`WordCounter::add`].
@@ -139,8 +141,7 @@ impl WordCounts {
     }
 }
 
-/// Distinct words and their counts. Most are short enough to be integers in the table itself; the others are in one
-/// arena.
+/// Distinct words and their counts. Short words are integers in the table; the bytes of long ones are in an arena.
 #[derive(Debug, Default)]
 pub(crate) struct Words {
     short: HashTable<Short>,
@@ -161,7 +162,7 @@ struct Long {
 }
 
 impl Words {
-    /// Counts `text[word]` another `count` times.
+    /// Adds `count` to the count of `text[word]`.
     #[inline]
     fn add(&mut self, text: &[u8], word: Range<usize>, count: u64) {
         match key::of(text, word.clone()) {
@@ -190,7 +191,7 @@ impl Words {
         long.insert_unique(hash, new, |known| key::hash_bytes(&bytes[known.bytes.clone()]));
     }
 
-    /// Adds all counts to the shards, and forgets them.
+    /// Adds all counts to the shards, and clears this table.
     fn move_to(&mut self, shards: &[Mutex<Self>]) {
         for (i, shard) in shards.iter().enumerate() {
             let mut shard = locked(shard);
@@ -214,17 +215,17 @@ impl Words {
         self.bytes.clear();
     }
 
-    /// The length of all words together.
+    /// Bytes of all words together.
     pub(crate) fn total_len(&self) -> usize {
         self.short.iter().map(|short| key::bytes(short.key).1).sum::<usize>() + self.bytes.len()
     }
 
-    /// How many words there are.
+    /// The number of words.
     pub(crate) fn len(&self) -> usize {
         self.short.len() + self.long.len()
     }
 
-    /// Calls `each(word, count)` for all words, for those of either kind in the order of their bytes.
+    /// Calls `each(word, count)` for all words: the short ones sorted by their bytes, then the long ones.
     pub(crate) fn for_each(&self, mut each: impl FnMut(&[u8], u64)) {
         let mut sorted: Vec<&Short> = self.short.iter().collect();
         sorted.sort_unstable_by_key(|short| short.key.map(u64::swap_bytes));

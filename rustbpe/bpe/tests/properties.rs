@@ -1,11 +1,11 @@
-//! What must hold for any text: the scanner cuts as the regex does, and encoding is what replaying the merges gives.
+//! Properties of any text: the scanner splits as the regex does, and encoding equals replaying the merges.
 
 mod replay;
 
 use proptest::prelude::*;
 use rustbpe::{Error, GPT4_PATTERN, Pair, Splitter, Tokenizer, WordCounts, train};
 
-/// Texts of the characters that the pattern treats in a way of their own, and of any others.
+/// Texts of characters that the pattern treats specially, and of any others.
 fn texts() -> impl Strategy<Value = String> {
     let special = prop::sample::select(
         "aZſé漢٣½7 \t\r\n\u{a0}\u{85}\u{2028}\u{3000}'’.,-_\u{301}\u{200d}\u{378}😀\u{10FFFF}sdmtlvre"
@@ -27,7 +27,7 @@ fn pieces<'t>(pattern: &str, text: &'t str) -> Vec<&'t str> {
     out
 }
 
-/// Counts all pairs anew for each merge; of those that occur most often, the smallest.
+/// Greedy BPE that counts all pairs again for each merge; ties go to the smallest pair.
 fn naive(texts: &[String], n_merges: usize) -> Vec<Pair> {
     let mut words: Vec<Vec<u32>> = texts
         .iter()
@@ -56,7 +56,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(1000))]
 
     #[test]
-    fn the_scanner_cuts_as_the_regex_does(text in texts(), digits in 1..=3) {
+    fn the_scanner_splits_as_the_regex_does(text in texts(), digits in 1..=3) {
         let pattern = GPT4_PATTERN.replace("{1,2}", &format!("{{1,{digits}}}"));
         prop_assert_eq!(pieces(&pattern, &text), pieces(&format!("(?:{pattern})"), &text));
     }

@@ -57,12 +57,7 @@ impl<'a> Decoder<'a> {
     ///
     /// # Errors
     /// [`Error::Config`] for numbers that no model has, [`Error::Shape`] for matrices that do not fit together.
-    pub fn new(
-        embedding: Matrix<'a>,
-        layers: Vec<Layer<'a>>,
-        head: Matrix<'a>,
-        config: Config,
-    ) -> Result<Self, Error> {
+    pub fn new(embedding: Matrix<'a>, layers: Vec<Layer<'a>>, head: Matrix<'a>, config: Config) -> Result<Self, Error> {
         let Config { n_head, n_kv_head, head_dim, .. } = config;
         let check = |valid, name, given, expected| {
             if valid { Ok(()) } else { Err(Error::Config { name, given, expected }) }

@@ -293,8 +293,7 @@ impl<'a> ForwardPass<'a> {
         let (queries, keys, values) = unsafe {
             let first = span.start * self.qkv_width() + head * group * head_dim;
             let len = (span.len() - 1) * self.qkv_width() + group * head_dim;
-            let [keys, values] =
-                [Half::Keys, Half::Values].map(|half| cache.columns(layer, half, row, head, columns));
+            let [keys, values] = [Half::Keys, Half::Values].map(|half| cache.columns(layer, half, row, head, columns));
             (self.qkv.read(first, len), keys, values)
         };
         let attention = Attention {

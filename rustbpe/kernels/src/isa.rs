@@ -58,44 +58,18 @@ impl Isa {
     /// # Panics
     /// If the CPU lacks the instruction set.
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
-        #[cfg(target_arch = "x86_64")]
-        {
-            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
-            fn avx512_bf16<K: Kernel>(kernel: K) -> K::Output {
-                // SAFETY: the enabled features are those of `Avx512Bf16`.
-                unsafe { kernel.run::<Avx512Bf16>() }
-            }
-            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-            fn avx512<K: Kernel>(kernel: K) -> K::Output {
-                // SAFETY: the enabled features are those of `Avx512`.
-                unsafe { kernel.run::<Avx512>() }
-            }
-            #[target_feature(enable = "avx2,fma")]
-            fn fma<K: Kernel>(kernel: K) -> K::Output {
-                // SAFETY: the enabled features are those of `Fma`.
-                unsafe { kernel.run::<Fma>() }
-            }
-            assert!(self.is_available(), "this CPU has no {self:?}");
+        assert!(self.is_available(), "this CPU has no {self:?}");
+        // SAFETY: the assertion checked that the CPU has the instruction set.
+        unsafe {
             match self {
-                // SAFETY: `Portable` needs no features.
-                Self::Portable => unsafe { kernel.run::<Portable>() },
-                // SAFETY: the assertion checked that the CPU has the features.
-                Self::Fma => unsafe { fma(kernel) },
-                // SAFETY: the assertion checked that the CPU has the features.
-                Self::Avx512 => unsafe { avx512(kernel) },
-                // SAFETY: the assertion checked that the CPU has the features.
-                Self::Avx512Bf16 => unsafe { avx512_bf16(kernel) },
-            }
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        {
-            assert!(self.is_available(), "this CPU has no {self:?}");
-            if self == Self::Fma {
-                // SAFETY: AArch64 always has fused multiply-add, and only AArch64 has `Fma` available here.
-                unsafe { kernel.run::<Fma>() }
-            } else {
-                // SAFETY: `Portable` needs no features.
-                unsafe { kernel.run::<Portable>() }
+                Self::Portable => Portable::call(kernel),
+                Self::Fma => Fma::call(kernel),
+                #[cfg(target_arch = "x86_64")]
+                Self::Avx512 => Avx512::call(kernel),
+                #[cfg(target_arch = "x86_64")]
+                Self::Avx512Bf16 => Avx512Bf16::call(kernel),
+                #[cfg(not(target_arch = "x86_64"))]
+                Self::Avx512 | Self::Avx512Bf16 => unreachable!("asserted above"),
             }
         }
     }
@@ -122,23 +96,57 @@ pub(crate) trait Simd {
     const WIDE: bool;
     /// Has dot products of bfloat16 pairs. Vectors are then rounded to bfloat16 unless the weights are float32.
     const BF16_DOT: bool;
+
+    /// The result of `kernel`, compiled for this instruction set as a function of its own. It is never inlined, so what
+    /// the compiler makes of a hot loop does not depend on its caller.
+    ///
+    /// # Safety
+    /// The CPU must have the instruction set.
+    unsafe fn call<K: Kernel>(kernel: K) -> K::Output;
 }
 
 macro_rules! simd {
-    ($name:ident, fma: $fma:literal, wide: $wide:literal, bf16_dot: $bf16_dot:literal) => {
+    ($name:ident, $features:meta, fma: $fma:literal, wide: $wide:literal, bf16_dot: $bf16_dot:literal) => {
         /// See [`Isa`]'s variant of this name.
         pub(crate) struct $name;
+
         impl Simd for $name {
             const FMA: bool = $fma;
             const WIDE: bool = $wide;
             const BF16_DOT: bool = $bf16_dot;
+
+            #[inline(always)]
+            unsafe fn call<K: Kernel>(kernel: K) -> K::Output {
+                #[inline(never)]
+                #[$features]
+                fn compiled<K: Kernel>(kernel: K) -> K::Output {
+                    // SAFETY: this function has the features of the instruction set.
+                    unsafe { kernel.run::<$name>() }
+                }
+                // SAFETY: the caller guarantees that the CPU has the instruction set.
+                #[allow(unused_unsafe)] // `Portable` needs no features
+                unsafe {
+                    compiled(kernel)
+                }
+            }
         }
     };
 }
 
-simd!(Portable, fma: false, wide: false, bf16_dot: false);
-simd!(Fma, fma: true, wide: false, bf16_dot: false);
+simd!(Portable, cfg(true), fma: false, wide: false, bf16_dot: false);
 #[cfg(target_arch = "x86_64")]
-simd!(Avx512, fma: true, wide: true, bf16_dot: false);
+simd!(Fma, target_feature(enable = "avx2,fma"), fma: true, wide: false, bf16_dot: false);
+#[cfg(not(target_arch = "x86_64"))]
+simd!(Fma, cfg(true), fma: true, wide: false, bf16_dot: false);
 #[cfg(target_arch = "x86_64")]
-simd!(Avx512Bf16, fma: true, wide: true, bf16_dot: true);
+simd!(
+    Avx512,
+    target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"),
+    fma: true, wide: true, bf16_dot: false
+);
+#[cfg(target_arch = "x86_64")]
+simd!(
+    Avx512Bf16,
+    target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma"),
+    fma: true, wide: true, bf16_dot: true
+);

@@ -129,10 +129,10 @@ impl<'a> Matrix<'a> {
             // 2 * LANES; the caller guarantees AVX512-BF16, which `rounds_inputs` implies, and answers for `out`.
             unsafe {
                 return match self.weights {
-                    Weights::Bf16(w) => multiply_blocks::<Bf16Dot<_>>(w.as_ptr(), x, n_in, n, rows, out),
+                    Weights::Bf16(w) => S::call(Blocks::<Bf16Dot<_>, _> { w: w.as_ptr(), x, n_in, n, rows, out }),
                     Weights::Int8(w, scales) => {
-                        let mut out = Rescale { out, scales };
-                        multiply_blocks::<Bf16Dot<_>>(w.as_ptr(), x, n_in, n, rows, &mut out);
+                        let out = &mut Rescale { out, scales };
+                        S::call(Blocks::<Bf16Dot<_>, _> { w: w.as_ptr(), x, n_in, n, rows, out });
                     }
                     Weights::F32(_) => unreachable!("float32 weights take float32 vectors"),
                 };
@@ -247,8 +247,8 @@ impl<T: Output> Output for Rescale<'_, T> {
 
 /// The innermost part of a product: a block of `V` vectors and `O` rows, with the sums in registers.
 ///
-/// What the compiler makes of these is fragile. A closure around intrinsics that was not inlined made int8 five times
-/// as slow; a loop instead of `from_fn` made float32 half as fast. After a change, run `cargo bench -p nanochat-kernels`.
+/// What the compiler makes of a block is fragile: a closure around intrinsics that was not inlined made int8 five times
+/// as slow. After a change, run `cargo bench -p nanochat-kernels`.
 pub(crate) trait MicroKernel {
     type Weight;
     type Value;
@@ -296,7 +296,9 @@ impl<E: Element, S: Simd> MicroKernel for F32Dot<E, S> {
                 }
             }
         }
-        sums.map(|rows| rows.map(sum_lanes))
+        // black_box ends the vectorisation here: otherwise LLVM transposes the loop for the sake of these sums, which
+        // takes twice as long (rustc 1.95, AVX2 and AVX-512).
+        std::hint::black_box(sums).map(|rows| rows.map(sum_lanes))
     }
 }
 
@@ -312,70 +314,76 @@ pub(crate) fn prefetch_rows<E, const O: usize>(w: *const E, n_in: usize, i: usiz
 }
 
 /// Passes the products of `n` vectors with the rows in `rows` to `out`, block by block.
-///
-/// # Safety
-/// `w` must be valid for reads up to the end of `rows`, `x` for `n` vectors; `n_in` must be a multiple of the kernel's
-/// step, the CPU must have its instructions, and `out` must accept these products.
-#[inline(always)]
-unsafe fn multiply_blocks<M: MicroKernel>(
+struct Blocks<'a, M: MicroKernel, T> {
     w: *const M::Weight,
     x: *const M::Value,
     n_in: usize,
     n: usize,
     rows: Range<usize>,
-    out: &mut impl Output,
-) {
-    // Macros and not closures, see MicroKernel.
-    macro_rules! blocks {
-        ($O:literal, $rows:expr, $first:expr, $end:expr) => {
-            for o in $rows.step_by($O) {
-                let mut v = $first;
-                macro_rules! vectors {
-                    ($V:literal) => {{
-                        // SAFETY: rows o..o + $O are in `rows` and vectors v..v + $V below n; the rest is as the
-                        // caller guarantees.
-                        unsafe {
-                            let products = M::block::<$V, $O>(w.add(o * n_in), x.add(v * n_in), n_in);
-                            out.store(v, o, products);
+    out: &'a mut T,
+}
+
+impl<M: MicroKernel, T: Output> Kernel for Blocks<'_, M, T> {
+    type Output = ();
+
+    /// # Safety
+    /// `w` must be valid for reads up to the end of `rows`, `x` for `n` vectors; `n_in` must be a multiple of the
+    /// kernel's step, `out` must accept these products, and the CPU must have the instructions of `S` and `M`.
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let Self { w, x, n_in, n, rows, out } = self;
+        // Macros and not closures, see MicroKernel.
+        macro_rules! blocks {
+            ($O:literal, $rows:expr, $first:expr, $end:expr) => {
+                for o in $rows.step_by($O) {
+                    let mut v = $first;
+                    macro_rules! vectors {
+                        ($V:literal) => {{
+                            // SAFETY: rows o..o + $O are in `rows` and vectors v..v + $V below n; the rest is as the
+                            // caller guarantees.
+                            unsafe {
+                                let products = M::block::<$V, $O>(w.add(o * n_in), x.add(v * n_in), n_in);
+                                out.store(v, o, products);
+                            }
+                            v += $V;
+                        }};
+                    }
+                    while v < $end {
+                        match $end - v {
+                            1 => vectors!(1),
+                            _ if !M::WIDE => vectors!(2),
+                            2 | 3 => vectors!(2),
+                            4 | 5 | 8 => vectors!(4),
+                            _ => vectors!(6),
                         }
-                        v += $V;
-                    }};
-                }
-                while v < $end {
-                    match $end - v {
-                        1 => vectors!(1),
-                        _ if !M::WIDE => vectors!(2),
-                        2 | 3 => vectors!(2),
-                        4 | 5 | 8 => vectors!(4),
-                        _ => vectors!(6),
                     }
                 }
-            }
-        };
-    }
-    // Short rows, such as keys, are read within a page anyway.
-    if n == 1 && M::ONE_ROW && n_in >= 256 {
-        blocks!(1, rows, 0, 1);
-        return;
-    }
-    let in_blocks = rows.end - rows.len() % if M::WIDE { 4 } else { 2 };
-    // As many vectors as stay in the cache while the rows pass.
-    let cached = if n_in > 1536 { 6 } else { 18 };
-    for first in (0..n).step_by(cached) {
-        let end = n.min(first + cached);
-        if M::WIDE {
-            blocks!(4, rows.start..in_blocks, first, end);
-        } else {
-            blocks!(2, rows.start..in_blocks, first, end);
+            };
         }
-        blocks!(1, in_blocks..rows.end, first, end);
+        // Short rows, such as keys, are read within a page anyway.
+        if n == 1 && M::ONE_ROW && n_in >= 256 {
+            blocks!(1, rows, 0, 1);
+            return;
+        }
+        let in_blocks = rows.end - rows.len() % if M::WIDE { 4 } else { 2 };
+        // As many vectors as stay in the cache while the rows pass.
+        let cached = if n_in > 1536 { 6 } else { 18 };
+        for first in (0..n).step_by(cached) {
+            let end = n.min(first + cached);
+            if M::WIDE {
+                blocks!(4, rows.start..in_blocks, first, end);
+            } else {
+                blocks!(2, rows.start..in_blocks, first, end);
+            }
+            blocks!(1, in_blocks..rows.end, first, end);
+        }
     }
 }
 
 /// The same for rows of any length, with float32 vectors.
 ///
 /// # Safety
-/// As for [`multiply_blocks`], but `n_in` may be any number.
+/// As for [`Blocks::run`], but `n_in` may be any number.
 #[inline(always)]
 unsafe fn multiply_any<E: Element, S: Simd>(
     w: *const E,
@@ -387,7 +395,7 @@ unsafe fn multiply_any<E: Element, S: Simd>(
 ) {
     if n_in.is_multiple_of(LANES) {
         // SAFETY: as the caller guarantees, and n_in is a multiple of the kernel's step.
-        return unsafe { multiply_blocks::<F32Dot<E, S>>(w, x, n_in, n, rows, out) };
+        return unsafe { S::call(Blocks::<F32Dot<E, S>, _> { w, x, n_in, n, rows, out }) };
     }
     for (v, o) in (0..n).flat_map(|v| rows.clone().map(move |o| (v, o))) {
         // SAFETY: the caller guarantees that row o and vector v exist, and answers for `out`.

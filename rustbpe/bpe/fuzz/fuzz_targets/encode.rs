@@ -1,4 +1,4 @@
-//! A tokenizer trained on the first half of any text encodes the second as when its merges are replayed.
+//! A tokenizer trained on one text encodes that and another as replaying its merges does.
 #![no_main]
 
 #[path = "../../tests/replay/mod.rs"]

@@ -1,4 +1,4 @@
-//! The scanner cuts any text as the regex does.
+//! The scanner splits any text as the regex does.
 #![no_main]
 
 use std::sync::LazyLock;
@@ -7,7 +7,7 @@ use libfuzzer_sys::fuzz_target;
 use rustbpe::{GPT4_PATTERN, Splitter};
 
 static SPLITTERS: LazyLock<[Splitter; 2]> = LazyLock::new(|| {
-    // in a group the pattern is not known, and goes to the regex engine
+    // The group makes the pattern unknown, so it goes to the regex engine.
     [GPT4_PATTERN.to_owned(), format!("(?:{GPT4_PATTERN})")].map(|pattern| Splitter::new(&pattern).unwrap())
 });
 

@@ -1,8 +1,8 @@
-//! Slow merging that is right by definition; for the properties and the fuzz targets.
+//! Reference encoding by replaying all merges, for the properties and the fuzz targets.
 
 use rustbpe::Pair;
 
-/// Joins every occurrence of `pair` into `token`, from the left.
+/// Replaces every occurrence of `pair` by `token`, from the left.
 pub fn join(tokens: &mut Vec<u32>, pair: Pair, token: u32) {
     let mut i = 0;
     while i + 1 < tokens.len() {
@@ -14,7 +14,7 @@ pub fn join(tokens: &mut Vec<u32>, pair: Pair, token: u32) {
     }
 }
 
-/// Every merge in its turn, over the whole piece.
+/// The tokens of `piece` after all merges in order.
 pub fn replay(merges: &[Pair], piece: &str) -> Vec<u32> {
     let mut tokens: Vec<u32> = piece.bytes().map(u32::from).collect();
     for (&pair, token) in merges.iter().zip(256..) {
