@@ -83,8 +83,57 @@ impl CacheElement for Bf16 {
 }
 
 mod private {
-    pub trait Sealed {}
-    impl Sealed for f32 {}
-    impl Sealed for super::Bf16 {}
-    impl Sealed for i8 {}
+    #[cfg(target_arch = "x86_64")]
+    use std::arch::x86_64::*;
+
+    use super::Bf16;
+
+    /// Loads of elements as float32; the addresses need not be aligned.
+    pub trait Sealed {
+        /// 8 elements from `p` on.
+        ///
+        /// # Safety
+        /// `p` must be valid for reads of 8 elements, and the CPU must have AVX2.
+        #[cfg(target_arch = "x86_64")]
+        unsafe fn load_avx2(p: *const Self) -> __m256;
+
+        /// 16 elements from `p` on.
+        ///
+        /// # Safety
+        /// `p` must be valid for reads of 16 elements, and the CPU must have AVX-512 F.
+        #[cfg(target_arch = "x86_64")]
+        unsafe fn load_avx512(p: *const Self) -> __m512;
+    }
+
+    macro_rules! impl_sealed {
+        ($element:ty, |$p:ident| avx2: $avx2:expr, avx512: $avx512:expr) => {
+            impl Sealed for $element {
+                #[cfg(target_arch = "x86_64")]
+                #[inline(always)]
+                unsafe fn load_avx2($p: *const Self) -> __m256 {
+                    // SAFETY: the caller guarantees the elements and the instructions.
+                    unsafe { $avx2 }
+                }
+
+                #[cfg(target_arch = "x86_64")]
+                #[inline(always)]
+                unsafe fn load_avx512($p: *const Self) -> __m512 {
+                    // SAFETY: the caller guarantees the elements and the instructions.
+                    unsafe { $avx512 }
+                }
+            }
+        };
+    }
+
+    impl_sealed!(f32, |p| avx2: _mm256_loadu_ps(p), avx512: _mm512_loadu_ps(p));
+    impl_sealed!(
+        Bf16,
+        |p| avx2: _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())))),
+        avx512: _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()))))
+    );
+    impl_sealed!(
+        i8,
+        |p| avx2: _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))),
+        avx512: _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast())))
+    );
 }

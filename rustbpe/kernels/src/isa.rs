@@ -1,5 +1,9 @@
 //! Instruction sets: which ones the CPU has, and how a kernel is compiled for each.
 
+use crate::vector::{Array, Vector};
+#[cfg(target_arch = "x86_64")]
+use crate::vector::{Avx2, Avx512Vector};
+
 /// An instruction set that the kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
@@ -96,6 +100,8 @@ pub(crate) trait Simd {
     const WIDE: bool;
     /// Has dot products of bfloat16 pairs. Vectors are then rounded to bfloat16 unless the weights are float32.
     const BF16_DOT: bool;
+    /// The accumulators of products.
+    type Vector: Vector;
 
     /// The result of `kernel`, compiled for this instruction set as a function of its own. It is never inlined, so what
     /// the compiler makes of a hot loop does not depend on its caller.
@@ -106,7 +112,7 @@ pub(crate) trait Simd {
 }
 
 macro_rules! simd {
-    ($name:ident, $features:meta, fma: $fma:literal, wide: $wide:literal, bf16_dot: $bf16_dot:literal) => {
+    ($name:ident, $vector:ty, $features:meta, fma: $fma:literal, wide: $wide:literal, bf16_dot: $bf16_dot:literal) => {
         /// See [`Isa`]'s variant of this name.
         pub(crate) struct $name;
 
@@ -114,6 +120,7 @@ macro_rules! simd {
             const FMA: bool = $fma;
             const WIDE: bool = $wide;
             const BF16_DOT: bool = $bf16_dot;
+            type Vector = $vector;
 
             #[inline(always)]
             unsafe fn call<K: Kernel>(kernel: K) -> K::Output {
@@ -133,20 +140,22 @@ macro_rules! simd {
     };
 }
 
-simd!(Portable, cfg(true), fma: false, wide: false, bf16_dot: false);
+simd!(Portable, Array<false>, cfg(true), fma: false, wide: false, bf16_dot: false);
 #[cfg(target_arch = "x86_64")]
-simd!(Fma, target_feature(enable = "avx2,fma"), fma: true, wide: false, bf16_dot: false);
+simd!(Fma, Avx2, target_feature(enable = "avx2,fma"), fma: true, wide: false, bf16_dot: false);
 #[cfg(not(target_arch = "x86_64"))]
-simd!(Fma, cfg(true), fma: true, wide: false, bf16_dot: false);
+simd!(Fma, Array<true>, cfg(true), fma: true, wide: false, bf16_dot: false);
 #[cfg(target_arch = "x86_64")]
 simd!(
     Avx512,
+    Avx512Vector,
     target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"),
     fma: true, wide: true, bf16_dot: false
 );
 #[cfg(target_arch = "x86_64")]
 simd!(
     Avx512Bf16,
+    Avx512Vector,
     target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma"),
     fma: true, wide: true, bf16_dot: true
 );

@@ -31,6 +31,7 @@ pub mod ops;
 mod sampler;
 mod schedule;
 mod simd;
+mod vector;
 
 pub use decoder::{Config, Decoder, Layer};
 pub use element::{Bf16, CacheElement, Element};

@@ -12,7 +12,8 @@ use crate::avx512::Bf16Dot;
 use crate::element::{Bf16, CacheElement, Element};
 use crate::isa::{Isa, Kernel, Simd};
 use crate::memory::{AlignedVec, SharedSlice};
-use crate::simd::{CACHE_LINE, LANES, PREFETCH_BYTES, load, mul_add, prefetch, sum_lanes};
+use crate::simd::{CACHE_LINE, LANES, PREFETCH_BYTES, prefetch, sum_lanes};
+use crate::vector::Vector;
 
 /// The elements of a weight matrix, row by row.
 #[derive(Debug, Clone, Copy)]
@@ -281,24 +282,31 @@ impl<E: Element, S: Simd> MicroKernel for F32Dot<E, S> {
     #[inline(always)]
     #[allow(clippy::needless_range_loop)]
     unsafe fn block<const V: usize, const O: usize>(w: *const E, x: *const f32, n_in: usize) -> [[f32; O]; V] {
-        let mut sums = [[[0.0; LANES]; O]; V];
-        for i in (0..n_in).step_by(LANES) {
-            prefetch_rows::<E, O>(w, n_in, i, LANES);
-            // SAFETY: n_in is a multiple of LANES, so i + LANES <= n_in, and the caller guarantees O rows of n_in.
-            let rows: [[f32; LANES]; O] = std::array::from_fn(|o| unsafe { load(w.add(o * n_in + i)) });
-            for v in 0..V {
-                // SAFETY: likewise, and the caller guarantees V vectors of n_in.
-                let x = unsafe { load(x.add(v * n_in + i)) };
+        // SAFETY: n_in is a multiple of LANES, so i + LANES <= n_in; the caller guarantees O rows, V vectors and the
+        // instructions of S.
+        unsafe {
+            let mut sums = [[S::Vector::zero(); O]; V];
+            for i in (0..n_in).step_by(LANES) {
+                prefetch_rows::<E, O>(w, n_in, i, LANES);
+                let mut rows = [S::Vector::zero(); O];
                 for o in 0..O {
-                    for lane in 0..LANES {
-                        sums[v][o][lane] = mul_add::<S>(rows[o][lane], x[lane], sums[v][o][lane]);
+                    rows[o] = S::Vector::load(w.add(o * n_in + i));
+                }
+                for v in 0..V {
+                    let x = S::Vector::load(x.add(v * n_in + i));
+                    for o in 0..O {
+                        sums[v][o] = sums[v][o].add_product(rows[o], x);
                     }
                 }
             }
+            let mut products = [[0.0; O]; V];
+            for v in 0..V {
+                for o in 0..O {
+                    products[v][o] = sums[v][o].sum();
+                }
+            }
+            products
         }
-        // black_box ends the vectorisation here: otherwise LLVM transposes the loop for the sake of these sums, which
-        // takes twice as long (rustc 1.95, AVX2 and AVX-512).
-        std::hint::black_box(sums).map(|rows| rows.map(sum_lanes))
     }
 }
 
