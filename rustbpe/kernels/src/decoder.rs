@@ -148,6 +148,9 @@ impl<'a> Decoder<'a> {
         if let Some(logits) = &logits {
             Error::check_length("logits", logits.len(), flat.len().checked_mul(self.vocab_size()))?;
         }
+        if flat.is_empty() {
+            return Ok(());
+        }
         ForwardPass::run(self, &flat, cache.pointer(), rotary, logits, threads, self.isa);
         Ok(())
     }
