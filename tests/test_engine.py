@@ -229,14 +229,6 @@ def test_int8_stays_close_and_the_model_follows():
     assert 0 < off < 0.5, off
 
 
-def test_the_decoder_refuses_tokens_and_caches_that_do_not_fit():
-    backend = CPUBackend(decoder_model(torch.float32))
-    with pytest.raises(ValueError, match="token 100000"):
-        backend.forward([[100_000]], KVCache(3, rows=1))
-    with pytest.raises(ValueError, match="cache"):
-        backend.decoder.forward([[1]], [7], ("float32", 0, 1, 7), (0, 0), None, 1)
-
-
 class Plain(ByteTokenizer):
     """Without tokens that end an answer or call the calculator."""
 

@@ -15,39 +15,19 @@ from nanochat.inference.kv_cache import KVCache
 
 
 class CPUBackend:
-    """Runs `model`, a GPT on the CPU. Layers quantized by quantize() are read as int8."""
+    """Runs `model`, a GPT on the CPU. Layers that quantize() rounded are read as int8."""
 
     def __init__(self, model, compute=None):
         import rustbpe
 
-        c, self.model = model.config, model
-        self.threads, self.kept = torch.get_num_threads(), []
+        c, self.model, self.threads = model.config, model, torch.get_num_threads()
         layers = []
         for block in model.transformer.h:
             attn, mlp = block.attn, block.mlp
-            layers.append(
-                [self._place(*m) for m in ((attn.c_q, attn.c_k, attn.c_v), (attn.c_proj,), (mlp.c_fc,), (mlp.c_proj,))]
-            )
-        self.decoder = rustbpe.Decoder(
-            self._place(model.transformer.wte),
-            layers,
-            self._place(model.lm_head, rows=c.vocab_size),
-            (c.n_head, c.n_kv_head, c.head_dim),
-            NORM_EPS,
-            SOFTCAP,
-        )
-
-    def _place(self, *linears, rows=None):
-        int8, scales = hasattr(linears[0], "int8"), None
-        parts = [m.int8[0] if int8 else m.weight.data for m in linears]
-        weight = torch.cat(parts) if len(parts) > 1 else parts[0][:rows]
-        if int8:
-            scales = torch.cat([m.int8[1] for m in linears])
-        elif len(parts) > 1:
-            for m, view in zip(linears, weight.split([len(part) for part in parts]), strict=True):
-                m.weight.data = view  # until the extension takes q, k and v apart
-        self.kept += [weight, scales]
-        return name(weight.dtype), weight.data_ptr(), *weight.shape, scales.data_ptr() if int8 else 0
+            layers.append([matrix(m) for m in (attn.c_q, attn.c_k, attn.c_v, attn.c_proj, mlp.c_fc, mlp.c_proj)])
+        embedding, head = model.transformer.wte.weight.data, matrix(model.lm_head, c.vocab_size)
+        heads = c.n_head, c.n_kv_head, c.head_dim
+        self.decoder = rustbpe.Decoder(embedding, layers, head, *heads, NORM_EPS, SOFTCAP)
 
     def new_cache(self, rows=0):
         return KVCache(self.model.config.n_layer, rows)
@@ -76,20 +56,14 @@ class CPUBackend:
         c, dtype = self.model.config, self.model.lm_head.weight.dtype
         lengths = [held + len(new) for held, new in zip(cache.lengths, tokens, strict=True)]
         cache.reserve(len(tokens), max(lengths), c.n_kv_head, c.head_dim, dtype)
-        cos, sin = self.model.rotary(max(lengths))
-        self.decoder.forward(
-            tokens,
-            cache.lengths,
-            (name(cache.data.dtype), cache.data.data_ptr(), cache.data.size(2), cache.data.size(4)),
-            (cos.data_ptr(), sin.data_ptr()),
-            None if logits is None else logits.data_ptr(),
-            self.threads,
-        )
+        self.decoder.forward(tokens, cache.lengths, cache.data, *self.model.rotary(max(lengths)), logits, self.threads)
         cache.lengths = lengths
 
 
-def name(dtype):
-    return str(dtype).removeprefix("torch.")
+def matrix(linear, rows=None):
+    """A layer's weight for the kernels: the tensor (n_out, n_in), or (int8 weight, float32 scales (n_out, 1))."""
+    int8 = getattr(linear, "int8", None)
+    return tuple(tensor[:rows] for tensor in int8) if int8 else linear.weight.data[:rows]
 
 
 @torch.no_grad()
@@ -99,7 +73,7 @@ def quantize(model):
 
     The float weights become the dequantized values, so every backend computes the same model.
     """
-    for linear in [m for m in model.modules() if isinstance(m, torch.nn.Linear)]:
+    for linear in [module for module in model.modules() if isinstance(module, torch.nn.Linear)]:
         weight = linear.weight.float()
         scales = weight.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
         rounded = (weight / scales).round().to(torch.int8)

@@ -86,8 +86,7 @@ def sample(logits, temperature, top_k, rngs, top_p=1.0, min_p=0.0):
     if logits.device.type == "cpu":
         import rustbpe
 
-        logits = logits.float().contiguous()
-        return rustbpe.sample(logits.data_ptr(), logits.size(-1), uniforms, temperature, top_k or 0, top_p, min_p)
+        return rustbpe.sample(logits.float().contiguous(), uniforms, temperature, top_k or 0, top_p, min_p)
     return sample_on_device(logits, uniforms, temperature, top_k, top_p, min_p).tolist()
 
 
