@@ -26,11 +26,11 @@ class TorchBackend:
         return self.compute.autocast() if self.compute else contextlib.nullcontext()
 
     def limit_threads(self):
-        """Context for the small torch operations around a forward pass."""
+        """Context manager for the small torch operations around a forward pass; some backends limit torch's threads."""
         return contextlib.nullcontext()
 
     def fill(self, tokens, cache):
-        """Append `tokens`, one list of any length per row, to `cache`; computes no logits."""
+        """Prefill: append `tokens`, one list of any length per row, to `cache`; computes no logits."""
         if any(tokens):
             self.hidden(tokens, cache, fill_only=True)
 
@@ -61,7 +61,7 @@ def pad(rows, device):
 
 
 def default_backend(model, compute=None):
-    """The fastest backend for `model`: kernels and graphs need a GPT whose weights are not being trained."""
+    """The fastest backend for `model`. Kernels and CUDA graphs need a GPT with frozen weights."""
     from nanochat.gpt import GPT
     from nanochat.inference.cpu_backend import CPUBackend
     from nanochat.inference.cuda_graphs import CUDAGraphBackend
