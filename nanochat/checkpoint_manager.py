@@ -139,9 +139,10 @@ def _read_meta(path):
 
 def find_checkpoint(folder, step=None):
     """
-    (path, meta) of the checkpoint of `step`; by default the newest intact one.
+    (path, meta) of the checkpoint of `step`, or by default of the newest intact one.
 
-    Prints a warning if newer checkpoints are damaged. Raises UserError if there is none, or if the requested `step` is missing or damaged.
+    Prints a warning if newer checkpoints are damaged. Raises UserError if there is no checkpoint, or if the one of
+    `step` is missing or damaged.
     """
     steps = _step_dirs(folder)
     if step is not None:
