@@ -55,7 +55,7 @@ def add_checkpoint_flags(parser, dtype=BF16_DEFAULT):
     add("-g", "--model_tag", help="model to load, e.g. d20 (default: the deepest)")
     add("-s", "--step", "--model_step", type=int, help="step to load (default: the newest)")
     add_machine_flags(parser, ["-d"], dtype)
-    add("--quantize", choices=["int8"], help="int8 weights (CPU only): decoding is twice as fast as in bfloat16")
+    add("--quantize", choices=["int8"], help="int8 weights (CPU only): decoding is almost twice as fast as in bfloat16")
 
 
 def add_run_flags(parser, device_batch_size, save_every=-1):
