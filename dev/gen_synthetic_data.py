@@ -1,5 +1,5 @@
 """
-Generate conversations that teach a model its identity from a persona file: from templates, or with another model.
+Generate conversations that teach a model its persona, from templates or with another model.
 
     python -m dev.gen_synthetic_data                                        # -> identity_conversations.jsonl
     python dev/gen_synthetic_data.py --persona=me.json > my_identity.jsonl
@@ -25,7 +25,7 @@ from nanochat.pocket.talk import informal
 from nanochat.pocket.world import fill
 from nanochat.tokenizer import check_conversation
 
-# Topics of every persona, in the format of its "facts". The slots {name}, {maker}, {about}, {trait} are filled from it.
+# Topics for every persona, in the format of its "facts". Slots such as {name} are filled with the persona's fields.
 TOPICS = [
     {
         "ask": [
@@ -68,7 +68,7 @@ Answer with nothing but a JSON array of 2 to 8 messages that take turns, user fi
 
 
 def load_persona(path):
-    """The validated persona. Raises UserError."""
+    """The persona in a JSON file. Raises UserError if the file is missing or a field is invalid."""
     try:
         persona = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -85,7 +85,7 @@ def load_persona(path):
 
 
 def by_template(persona, rng):
-    """Messages of a random conversation: one to three topics, sometimes a greeting before and thanks after them."""
+    """Messages of a random conversation from templates: one to three topics, sometimes with greeting and thanks."""
     slots = {key: persona[key] for key in ("name", "maker", "about")}
     slots |= {"trait": rng.choice(persona["traits"]), "Maker": persona["maker"][:1].upper() + persona["maker"][1:]}
     topics = TOPICS * 2 + persona["facts"]

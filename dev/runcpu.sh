@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs every stage on the public corpus on a CPU, with the smallest sizes: bash dev/runcpu.sh
-# This only tests that all parts work together. For a useful model on a CPU, use the pocket tier of speedrun.sh.
+# Runs every stage on a CPU with the public corpus and tiny settings: bash dev/runcpu.sh
+# It only tests that all parts work together. For a useful model on a CPU, use the pocket tier of speedrun.sh.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

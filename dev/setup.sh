@@ -1,6 +1,6 @@
 # Sourced by the scripts that run everything:  . dev/setup.sh; set_up [extra]
-# Makes .venv in the repository with uv, else with venv and pip, installs the project into it (`extra`: a group of
-# pyproject.toml, such as dev) and puts it first on PATH. Quick when nothing has changed since the last time.
+# Creates .venv in the repository with uv, or with venv and pip, installs the project into it (`extra`: an optional
+# dependency group of pyproject.toml, such as dev) and puts it first on PATH. Does nothing if it is up to date.
 
 die() {
     echo "error: $*" >&2
@@ -17,14 +17,14 @@ set_up() {
     hash=$(cat pyproject.toml dev/constraints.txt rustbpe/Cargo.toml $(find rustbpe/src -name '*.rs' | sort) | cksum)
     for done in ".venv/installed-$extra" .venv/installed-dev; do
         if [[ -e $done && $(cat "$done") == "$hash" ]]; then
-            echo "set up already: $VIRTUAL_ENV"
+            echo "up to date: $VIRTUAL_ENV"
             return
         fi
     done
     find_rust
-    echo "installing the project into $VIRTUAL_ENV: minutes the first time, most of them for PyTorch"
+    echo "installing the project into $VIRTUAL_ENV: takes minutes the first time, mostly for PyTorch"
     install_project "$extra" -c dev/constraints.txt || {
-        echo "the tested versions in dev/constraints.txt do not all install here; trying the ranges of pyproject.toml"
+        echo "cannot install the tested versions of dev/constraints.txt; trying the ranges of pyproject.toml"
         install_project "$extra" || die "the installation failed, see above (it needs a package registry and 6 GB)"
     }
     echo "$hash" >".venv/installed-$extra"
@@ -48,13 +48,13 @@ install_project() { # <extra> [flags]
         .venv/bin/python -m pip install --progress-bar off "$@" -e "$target"
         return
     fi
-    # Without a GPU, PyTorch's CPU build is better, a tenth of the size, if its index can be reached.
+    # Without a GPU, PyTorch's CPU build suffices, at a tenth of the size, if its index can be reached.
     if [[ $(uname) == Linux ]] && ! nvidia-smi -L >/dev/null 2>&1; then
         local probe=(uv pip install --quiet --python .venv/bin/python --dry-run --no-deps --reinstall torch)
         if UV_HTTP_RETRIES=0 timeout 15 "${probe[@]}" --torch-backend=cpu 2>/dev/null; then
             flags=(--torch-backend=cpu)
         else
-            echo "the index of PyTorch's CPU builds is out of reach; the default build serves as well"
+            echo "cannot reach the index of PyTorch's CPU builds; installing the default build instead"
         fi
     fi
     uv pip install --python .venv/bin/python ${flags[@]+"${flags[@]}"} "$@" -e "$target"
@@ -63,16 +63,16 @@ install_project() { # <extra> [flags]
 find_rust() {
     export PATH="$PATH:$HOME/.cargo/bin"
     if ! command -v cargo >/dev/null; then
-        echo "no cargo here: getting Rust with rustup"
+        echo "cargo not found: installing Rust with rustup"
         local fetch=(curl --proto '=https' --connect-timeout 15 -sSf https://sh.rustup.rs)
         command -v curl >/dev/null || fetch=(wget -q -T 15 -O - https://sh.rustup.rs)
         "${fetch[@]}" | sh -s -- -y -q --profile minimal -c rustfmt -c clippy ||
-            die "Rust cannot be had by itself; install cargo 1.89 or newer (https://rustup.rs or brew install rust)"
+            die "cannot install Rust automatically; install cargo 1.89 or newer (https://rustup.rs or brew install rust)"
     fi
     local version
     version=$(cargo --version | cut -d' ' -f2)
     [[ $(printf '1.89\n%s\n' "$version" | sort -V | head -1) == 1.89 ]] ||
         die "cargo $version is too old, 1.89 is needed; run rustup update stable (https://rustup.rs)"
     command -v cc >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null ||
-        die "no C compiler, which Rust links with (apt-get install build-essential, or xcode-select --install)"
+        die "no C compiler; Rust needs one for linking (apt-get install build-essential, or xcode-select --install)"
 }

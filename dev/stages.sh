@@ -60,7 +60,7 @@ set_aside() {
     echo "$1 was made with other flags or data: renamed to ${1##*/}.old$n"
 }
 
-# duration <seconds>: prints them in seconds, minutes or hours.
+# duration <seconds>: prints a duration in seconds, minutes or hours.
 duration() {
     if (($1 < 90)); then
         echo "$1 s"
@@ -82,7 +82,7 @@ wait_for_other_runs() {
 }
 
 # downloading <shards> <command...>: runs the command while shards download in the background. The command does not see
-# the new shards, because readers only see them when all have arrived.
+# the new shards, because the manifest lists them only when all have been downloaded.
 downloading() {
     python -m nanochat.dataset -n "$1" >"$NANOCHAT_BASE_DIR/download.log" 2>&1 9>&- &
     trap 'kill $(jobs -p) 2>/dev/null || true' EXIT

@@ -8,7 +8,7 @@ from nanochat.sharded import ShardedOptimizer, Unit
 
 
 class AdamW(ShardedOptimizer):
-    """Equals torch.optim.AdamW with the same arguments, but the moments are always float32."""
+    """Equals torch.optim.AdamW with the same arguments, except that the moments are always float32."""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})

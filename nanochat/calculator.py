@@ -38,10 +38,10 @@ def calculate(expr):
     if match := _COUNT.fullmatch(expr):
         text, part = (quoted[1:-1] for quoted in match.groups())
         return str(text.count(part))
-    if _TOKEN.sub("", expr):  # characters that belong to no token
+    if _TOKEN.sub("", expr):  # text that is no token
         return None
     tokens = [token for token in _TOKEN.findall(expr) if token]  # white space gives ""
-    tokens.reverse()  # so that the parser takes the next token with pop()
+    tokens.reverse()  # so that pop() takes the next token
     try:
         result = _format(_sum(tokens, 0))
     except (_SyntaxError, ZeroDivisionError):

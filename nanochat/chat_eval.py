@@ -25,7 +25,7 @@ class Score:
 
     @property
     def stderr(self):
-        """Standard error of `accuracy` over the choice of problems."""
+        """Standard error of `accuracy`, with the problem as the sampling unit."""
         shares = [sum(r["verdicts"]) / len(r["verdicts"]) for r in self.records]
         variance = sum((s - self.accuracy) ** 2 for s in shares) / max(1, len(shares) - 1)
         return math.sqrt(variance / len(shares))
@@ -34,7 +34,7 @@ class Score:
     def interval(self):
         """(low, high): 95 % confidence interval of `accuracy` (Wilson 1927)."""
         p, z = self.accuracy, 1.96
-        # The effective sample size: samples of one problem are correlated.
+        # Effective sample size: samples of one problem are correlated.
         n = p * (1 - p) / self.stderr**2 if self.stderr else len(self.records)
         center, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
         return max(0.0, (center - half) / (1 + z * z / n)), min(1.0, (center + half) / (1 + z * z / n))
@@ -82,7 +82,8 @@ def evaluate_task(
     if task.eval_type == "categorical":
         results = choose_letters(engine, problems, batch_size)
     else:
-        copies = num_samples if temperature < MIN_TEMPERATURE else 1  # greedy samples are equal: one is generated
+        # Greedy samples are identical, so one is generated and copied.
+        copies = num_samples if temperature < MIN_TEMPERATURE else 1
         sampling = (max_new_tokens, num_samples // copies, temperature, top_k)
         samples = generate_answers(engine, problems, {i: seed + i for i in problems}, max_rows, *sampling)
         results = ((i, [text for _, text in answers] * copies) for i, answers in samples)
@@ -118,11 +119,11 @@ def generate_answers(engine, problems, seeds, max_rows, max_new_tokens, num_samp
     """
     Yield (index, [(row, text) of each sample]) for each problem, when its last sample is finished.
 
-    `problems` is {index: problem} and `seeds` {index: seed}. A row is the engine's Row, its text what the user sees. At
-    most `max_rows` rows are decoded at once; a sample does not depend on the others.
+    `problems` is {index: problem} and `seeds` {index: seed}. A row is the engine's Row, its text excludes
+    calculator calls. At most `max_rows` rows are decoded at once; a sample does not depend on the others.
     """
     tokenizer, context = engine.tokenizer, engine.model.config.sequence_len
-    reserved = min(max_new_tokens, context // 2)  # for the answer; a prompt that leaves less is cut on the left
+    reserved = min(max_new_tokens, context // 2)  # for the answer; longer prompts are truncated
     indices, finished = {}, {i: [] for i in problems}
     for i, problem in problems.items():
         prompt = tokenizer.render_for_completion(problem, max_tokens=context - reserved)

@@ -5,7 +5,7 @@ Checkpoints: written atomically, verified when read, resumable on any number of 
                                                    (likewise mid_checkpoints, chatsft_checkpoints, chatrl_checkpoints)
 
 A checkpoint is written to step_XXXXXX.tmp, synced and renamed. meta.json holds the state that resumes the run, and
-size and sha256 of the other files. Reading verifies them and falls back, with a warning, to the newest good step.
+size and sha256 of the other files. Reading verifies them and falls back, with a warning, to the newest intact step.
 """
 
 import itertools
@@ -70,7 +70,8 @@ def save_checkpoint(folder, step, model, optimizers, meta, compute, keep=0):
     """
     Write `folder`/step_<step> and return its path. All ranks call it; each writes its shard of the optimizer state.
 
-    `meta`: JSON-able; step, model_config and checksums are added. Only the newest `keep` checkpoints stay, 0 = all.
+    `meta` must be JSON-serializable; step, model_config and checksums are added. Only the newest `keep` checkpoints are
+    kept (0 = all).
     """
     final, draft = folder / f"step_{step:06d}", folder / f"step_{step:06d}.tmp"
     if compute.rank == 0:
@@ -120,7 +121,7 @@ def _barrier(compute):
 
 
 def _read_meta(path):
-    """meta.json as a dict, after verifying all files. Raises UserError naming the damaged or missing one."""
+    """Content of meta.json, after verifying all files. Raises UserError that names the damaged or missing file."""
     try:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         files, _ = meta["files"], meta["model_config"]
@@ -138,9 +139,10 @@ def _read_meta(path):
 
 def find_checkpoint(folder, step=None):
     """
-    (path, meta) of the checkpoint of `step`; by default the newest good one, with a warning if newer ones are damaged.
+    (path, meta) of the checkpoint of `step`, or by default of the newest intact one.
 
-    Raises UserError if there is none, or if the requested `step` is missing or damaged.
+    Prints a warning if newer checkpoints are damaged. Raises UserError if there is no checkpoint, or if the one of
+    `step` is missing or damaged.
     """
     steps = _step_dirs(folder)
     if step is not None:
@@ -159,25 +161,25 @@ def find_checkpoint(folder, step=None):
             print0(f"warning: {'; '.join(problems)}; using step {s} instead", file=sys.stderr)
         return steps[s], meta
     if problems:
-        raise UserError(f"no good checkpoint in {folder}: {'; '.join(problems)}")
-    others = [path.name for path in _tags(folder.parent)]
-    there = f"; there are checkpoints of {', '.join(others)}" if others else ""
-    raise UserError(f"no checkpoint in {folder}{there}")
+        raise UserError(f"no intact checkpoint in {folder}: {'; '.join(problems)}")
+    models = [path.name for path in _model_folders(folder.parent)]
+    hint = f"; there are checkpoints of {', '.join(models)}" if models else ""
+    raise UserError(f"no checkpoint in {folder}{hint}")
 
 
-def _tags(root):
-    """A stage's model folders that contain checkpoints."""
+def _model_folders(root):
+    """Folders of a stage's models that have checkpoints, sorted by name."""
     return sorted(path for path in root.iterdir() if _step_dirs(path)) if root.is_dir() else []
 
 
 def find_model_tag(source):
-    """The default model tag: the deepest d<depth>, else the last saved. Raises UserError if there is none."""
+    """Default model tag: the deepest d<depth>, else the most recently saved. Raises UserError if there is none."""
     root = base_dir() / FOLDERS[source]
-    tags = _tags(root)
-    if not tags:
+    folders = _model_folders(root)
+    if not folders:
         raise UserError(f"no {source} checkpoint in {root}; make one with `python -m scripts.{SCRIPTS[source]}`")
-    depths = {int(m[1]): p for p in tags if (m := re.fullmatch(r"d(\d+)", p.name))}
-    return (depths[max(depths)] if depths else max(tags, key=lambda p: p.stat().st_mtime)).name
+    depths = {int(m[1]): p for p in folders if (m := re.fullmatch(r"d(\d+)", p.name))}
+    return (depths[max(depths)] if depths else max(folders, key=lambda p: p.stat().st_mtime)).name
 
 
 def load_weights(model, path):
@@ -190,7 +192,7 @@ def load_weights(model, path):
 
 
 def load_optimizers(path, meta, optimizers):
-    """Load the optimizers' state, saved by any number of ranks. Raises UserError if the checkpoint has none."""
+    """Load optimizer state that any number of ranks has saved. Raises UserError if the checkpoint has none."""
     names = [f"optim_rank{r}.pt" for r in range(meta["world_size"])]
     if any(n not in meta["files"] for n in names):
         raise UserError(f"{path} has no optimizer state, so a run cannot resume from it")
@@ -204,11 +206,11 @@ def load_optimizers(path, meta, optimizers):
 
 def load_model(source, compute, model_tag=None, step=None, inference=True, quantize=None):
     """
-    (model, tokenizer, meta) of the stage `source`: "base", "mid", "sft" or "rl"; by default the deepest model's newest
-    step.
+    (model, tokenizer, meta) of a stage: `source` is "base", "mid", "sft" or "rl".
 
-    `inference` casts the weights to compute.dtype and freezes them; quantize="int8" also rounds them, for the CPU
-    backend. Raises UserError if there is no such checkpoint, or if the tokenizer's size does not fit the model's.
+    By default it loads the newest step of the deepest model. `inference` casts the weights to compute.dtype and freezes
+    them; quantize="int8" also quantizes them for the CPU backend. Raises UserError if there is no such checkpoint, or
+    if the vocabularies of tokenizer and model differ in size.
     """
     model_tag = model_tag or find_model_tag(source)
     path, meta = find_checkpoint(checkpoint_dir(source, model_tag), step)
@@ -227,7 +229,7 @@ def load_model(source, compute, model_tag=None, step=None, inference=True, quant
         from nanochat.inference.cpu_backend import quantize as to_int8
 
         if compute.device.type != "cpu":
-            raise UserError(f"--quantize={quantize} is for models on a CPU; leave it out here")
+            raise UserError(f"--quantize={quantize} works on CPUs only; leave it out")
         to_int8(model)
     corpus = meta.get("corpus", meta.get("data", "public"))  # "data" before version 0.3
     return model, tokenizer, meta | {"model_tag": model_tag, "corpus": corpus}

@@ -1,5 +1,5 @@
 """
-Command lines: flags that scripts share, --a-b and --a_b as the same flag, and one line and exit code 2 for mistakes.
+Command lines: flags shared by several scripts, --a-b as a spelling of --a_b, one-line errors with exit code 2.
 
     def build_parser(): ...; def main(argv=None): args = parse_args(build_parser(), argv); ...
     if __name__ == "__main__":
@@ -16,14 +16,14 @@ from nanochat.common import UserError, compute_cleanup, is_rank0
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        """Print one line and where to read more, instead of argparse's usage."""
+        """Print a one-line error that points to --help, instead of argparse's usage text, and exit with code 2."""
         if is_rank0():
             print(f"error: {message}; see python -m {self.prog} --help", file=sys.stderr)
         sys.exit(2)
 
 
 def make_parser(module, doc):
-    """A parser for the script `module` ("scripts.base_train"), whose --help begins with the script's docstring."""
+    """Parser for the script `module` ("scripts.base_train"). Its --help begins with `doc`, the script's docstring."""
     return _Parser(
         prog=module,
         description=doc.strip(),
@@ -36,40 +36,41 @@ BF16_DEFAULT = "bfloat16 where the hardware has it"
 
 
 def add_machine_flags(parser, short=(), dtype=BF16_DEFAULT):
+    """Flags --device_type and --dtype. `short`: list of short names of --dtype; `dtype`: its default, in words."""
     add = parser.add_argument
     add("--device_type", default="", help="cuda, mps or cpu (default: the first that is available)")
     add(*short, "--dtype", default="", help=f"float32 or bfloat16 (default: {dtype})")
 
 
 def add_model_flags(parser, source=None):
-    """--source, with `source` as the default stage (None = required), and the flags of add_checkpoint_flags()."""
+    """Flag --source, with default `source` (None = required), and the flags of add_checkpoint_flags()."""
     text, stages = "stage of the model" + (f" (default {source})" if source else ""), ["base", "mid", "sft", "rl"]
     parser.add_argument("-i", "--source", choices=stages, default=source, required=not source, help=text)
     add_checkpoint_flags(parser)
 
 
 def add_checkpoint_flags(parser, dtype=BF16_DEFAULT):
-    """Flags that choose a stage's checkpoint, the device and the precision; `dtype` describes the default one."""
+    """Flags for checkpoint, device and precision. `dtype`: the default of --dtype, in words."""
     add = parser.add_argument
     add("-g", "--model_tag", help="model to load, e.g. d20 (default: the deepest)")
     add("-s", "--step", "--model_step", type=int, help="step to load (default: the newest)")
     add_machine_flags(parser, ["-d"], dtype)
-    add("--quantize", choices=["int8"], help="on a CPU: int8 weights; decoding then takes half of bfloat16's time")
+    add("--quantize", choices=["int8"], help="int8 weights (CPU only): decoding is almost twice as fast as in bfloat16")
 
 
 def add_run_flags(parser, device_batch_size, save_every=-1):
-    """Flags of all training stages, with the stage's defaults."""
+    """Flags that all training stages share, with the defaults of one stage."""
     add, flag = parser.add_argument, dict(type=boolean, nargs="?", const=True, default=False)
     add("--run", default="dummy", help='wandb run name; "dummy" = no wandb')
     add_machine_flags(parser)
     add("--device_batch_size", type=int, default=device_batch_size, help="rows per forward pass and device")
-    add("--embedding_lr", type=float, default=0.2, help="AdamW, embedding")
-    add("--unembedding_lr", type=float, default=0.004, help="AdamW, head")
-    add("--matrix_lr", type=float, default=0.02, help="Muon, the blocks' matrices")
-    add("--weight_decay", type=float, default=0.0, help="AdamW, embedding and head")
-    add("--seed", type=int, default=42, help="of weights, data order and sampling")
-    add("--resume", **flag, help="continue from the newest good checkpoint")
-    add("--resume_from_step", type=int, default=-1, help="continue from this checkpoint; -1 = start anew")
+    add("--embedding_lr", type=float, default=0.2, help="learning rate of the embedding (AdamW)")
+    add("--unembedding_lr", type=float, default=0.004, help="learning rate of the output head (AdamW)")
+    add("--matrix_lr", type=float, default=0.02, help="learning rate of the blocks' matrices (Muon)")
+    add("--weight_decay", type=float, default=0.0, help="weight decay of embedding and head (AdamW)")
+    add("--seed", type=int, default=42, help="random seed of weights, data order and sampling")
+    add("--resume", **flag, help="continue from the newest intact checkpoint")
+    add("--resume_from_step", type=int, default=-1, help="continue from the checkpoint of this step; -1 = off")
     add("--save_every", type=int, default=save_every, help="steps between checkpoints; -1 = only at the end")
     add("--keep", type=int, default=0, help="number of newest checkpoints to keep; 0 = all")
 
@@ -83,14 +84,14 @@ def boolean(text):
 
 
 def parse_args(parser, argv=None):
-    """Parse; dashes in a flag's name become underscores, its value is left alone."""
+    """Parsed flags. Dashes in the names of flags become underscores; values are unchanged."""
     argv = sys.argv[1:] if argv is None else argv
     name = re.compile(r"(?<=^--)\w[\w-]*")
     return parser.parse_args([name.sub(lambda m: m[0].replace("-", "_"), a) for a in argv])
 
 
 def run_script(main):
-    """Run main() and exit: 0 on success, 2 and one line for a user's mistake, 130 for Ctrl-C."""
+    """Run main(). Exit code: 0 = success, 2 = UserError (prints its message), 130 = Ctrl-C."""
     try:
         main()
         compute_cleanup()
@@ -109,7 +110,7 @@ def run_script(main):
 
 
 def _exit(code):
-    """Exit at once: a failed rank must not wait in a collective, and loader threads must not keep it alive."""
+    """Exit without cleanup: a failed rank must not wait in a collective, nor for its loader thread."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

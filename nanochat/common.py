@@ -1,5 +1,5 @@
 """
-The machine: base directory, device and dtype, process group, printing on rank 0, atomic files and downloads.
+What every module shares: base directory, device and dtype, process group, rank-0 printing, atomic files, downloads.
 
 Only this module reads environment variables; the README lists them.
 """
@@ -23,7 +23,7 @@ GITHUB_URL = "https://raw.githubusercontent.com"  # <base>/<owner>/<repository>/
 
 
 class UserError(ValueError):
-    """A mistake the user can correct (flag, file, environment). One line: what was given, what to do."""
+    """A mistake the user can correct (flag, file, environment). The message is one line that says what to do."""
 
 
 def require(condition, message):
@@ -33,7 +33,7 @@ def require(condition, message):
 
 
 def base_dir():
-    """The folder of all artifacts, NANOCHAT_BASE_DIR or ~/.cache/nanochat; created if missing."""
+    """Folder of all outputs: NANOCHAT_BASE_DIR, by default ~/.cache/nanochat. Created if missing."""
     path = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,8 @@ class Compute:
 
     # torch is imported inside functions, so that --help is instant.
     device: "torch.device"  # noqa: F821
-    dtype: "torch.dtype"  # noqa: F821 of activations and matmuls; master weights are float32
+    # Dtype of activations and matmuls; master weights are float32.
+    dtype: "torch.dtype"  # noqa: F821
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
@@ -86,7 +87,7 @@ class Compute:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def all_gather(self, value):
-        """[value of each rank], on every rank; `value` is any object that pickles."""
+        """List of all ranks' `value`s in rank order, on every rank; `value` is any picklable object."""
         import torch.distributed as dist
 
         values = [value] * self.world_size
@@ -95,7 +96,7 @@ class Compute:
         return values
 
     def all_reduce(self, tensor):
-        """`tensor`, summed over all ranks in place."""
+        """Sum `tensor` over all ranks, in place, and return it."""
         import torch.distributed as dist
 
         if self.world_size > 1:
@@ -131,26 +132,26 @@ def choose_device(device_type=""):
     """`device_type`, or if empty the first available of cuda, mps, cpu. Raises UserError if it is not available."""
     import torch
 
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device_type and device_type not in present:
-        raise UserError(f"--device_type={device_type}: choose one of {', '.join(present)}")
-    if device_type and not present[device_type]:
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device_type and device_type not in available:
+        raise UserError(f"--device_type={device_type}: choose one of {', '.join(available)}")
+    if device_type and not available[device_type]:
         raise UserError(
             f"--device_type={device_type}: not available on this machine; leave the flag out to detect a device"
         )
-    return device_type or next(d for d, here in present.items() if here)
+    return device_type or next(d for d, usable in available.items() if usable)
 
 
 def choose_dtype(device_type, dtype=""):
     """torch dtype for `dtype` ("float32" or "bfloat16"); if empty, bfloat16 where the hardware supports it natively."""
     import torch
 
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp32": torch.float32, "bf16": torch.bfloat16}
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp32": torch.float32, "bf16": torch.bfloat16}
     dtype = dtype or os.environ.get("NANOCHAT_DTYPE", "")
     if dtype:
-        if dtype not in names:
+        if dtype not in dtypes:
             raise UserError(f"--dtype={dtype}: choose float32 or bfloat16")
-        return names[dtype]
+        return dtypes[dtype]
     if device_type == "cuda":
         native = torch.cuda.get_device_capability() >= (8, 0)
     else:  # Zen 5 (AVX512-BF16), 2026-11: bfloat16 matmuls are 4 times as fast as float32
@@ -167,9 +168,8 @@ def compute_init(device_type="", dtype="", seed=42):
     rank, local_rank, world_size = dist_env()
     torch.manual_seed(seed)
     if device_type == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            have = torch.cuda.device_count()
-            raise UserError(f"{local_rank + 1} GPUs requested, {have} available; lower --nproc_per_node or --num_gpus")
+        if local_rank >= (n := torch.cuda.device_count()):
+            raise UserError(f"{local_rank + 1} GPUs requested, {n} available; lower --nproc_per_node or --num_gpus")
         torch.cuda.manual_seed(seed)
         torch.set_float32_matmul_precision("high")  # tf32
         torch.cuda.set_device(local_rank)
@@ -181,7 +181,7 @@ def compute_init(device_type="", dtype="", seed=42):
 
 
 def compute_cleanup():
-    """Leave the process group: free tensors, wait at a barrier, destroy. Any other order may abort."""
+    """Leave the process group: free tensors, wait at a barrier, destroy the group. Other orders may abort."""
     if "torch" not in sys.modules:
         return
     import torch.distributed as dist
@@ -198,7 +198,7 @@ def compute_cleanup():
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """Context with a temporary path; if the block succeeds, it is synced to disk and renamed to `path`."""
+    """Context manager of a temporary path. If the block succeeds, the file is synced to disk and renamed to `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -212,7 +212,7 @@ def atomic_path(path):
 
 
 def write_jsonl(path, records):
-    """Write `records` as JSON, one per line; the file appears whole or not at all."""
+    """Write `records` as JSON, one per line, atomically."""
     with atomic_path(path) as draft:
         draft.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
 
@@ -256,26 +256,26 @@ def fetch(url, path, attempts=5, timeout=30, progress=None):
 
 
 def _fetch_part(url, part, timeout, progress, chunk=1 << 20):
-    """One attempt: append to `part` from its end. Raises OSError if the connection ends early."""
+    """One attempt of fetch(): append the missing bytes to `part`. Raises OSError if the connection ends early."""
     import urllib.request
 
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    received = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={received}-"} if received else {})
     with urllib.request.urlopen(request, timeout=timeout) as response:
         if response.status != 206:  # the host ignored the range and sends the whole file
-            have = 0
+            received = 0
         length = response.headers.get("Content-Length")
-        total = have + int(length) if length else None
-        with open(part, "ab" if have else "wb") as f:
+        total = received + int(length) if length else None
+        with open(part, "ab" if received else "wb") as f:
             while block := response.read(chunk):
                 f.write(block)
-                have += len(block)
+                received += len(block)
                 if progress:
-                    progress(have, total)
+                    progress(received, total)
             f.flush()
             os.fsync(f.fileno())
-    if total is not None and have < total:
-        raise OSError(f"connection closed after {have:,} of {total:,} bytes")
+    if total is not None and received < total:
+        raise OSError(f"connection closed after {received:,} of {total:,} bytes")
 
 
 def file_fingerprint(path):

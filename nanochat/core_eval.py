@@ -28,7 +28,7 @@ from nanochat.ops import chunk_rows
 
 WINDOW = 256  # examples tokenized at a time
 PASS_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 16384}  # padded tokens in one forward pass; bounds its memory
-MIN_SHARED = 0.5  # least share of a sequence that its group's prefix covers
+MIN_SHARED = 0.5  # a group's prefix must cover at least this share of each of its sequences
 
 
 @dataclass(frozen=True)
@@ -68,31 +68,31 @@ def evaluate_core(model, tokenizer, compute, max_per_task=-1, tasks=None, progre
     scorer = GPTScorer(model, compute) if isinstance(model, GPT) else model
     pass_tokens, tasks, records = pass_tokens or PASS_TOKENS[compute.device.type], tasks or load_tasks(), {}
     for task in tasks:
-        mine = _evaluate(task, scorer, tokenizer, compute, max_per_task, pass_tokens, progress)
-        by_rank = compute.all_gather(mine)
+        own_records = _evaluate(task, scorer, tokenizer, compute, max_per_task, pass_tokens, progress)
+        by_rank = compute.all_gather(own_records)
         records[task.label] = sorted(itertools.chain(*by_rank), key=lambda record: record["index"])
     return CoreScore(records, {task.label: task.baseline for task in tasks})
 
 
 @torch.inference_mode()
 def _evaluate(task, scorer, tokenizer, compute, max_examples, pass_tokens, progress):
-    """Records of this rank's examples of `task`."""
+    """Records of this rank's examples of `task`, in the order of evaluation."""
     examples, records = task.examples(max_examples), []
     # Sorted by question: without few-shot examples, questions about the same story then share a prefix.
-    mine = sorted(range(compute.rank, len(examples), compute.world_size), key=lambda i: task.question(examples[i]))
+    own = sorted(range(compute.rank, len(examples), compute.world_size), key=lambda i: task.question(examples[i]))
 
-    def show(start, size, share):
+    def show_progress(start, size, share):
         if progress:
-            progress(task.label, start + int(share * size), len(mine))
+            progress(task.label, start + int(share * size), len(own))
 
-    for start in range(0, len(mine), WINDOW):
-        prompts = {i: task.prompts(examples, i) for i in mine[start : start + WINDOW]}
+    for start in range(0, len(own), WINDOW):
+        prompts = {i: task.prompts(examples, i) for i in own[start : start + WINDOW]}
         ids = iter(tokenizer.encode(list(itertools.chain(*prompts.values())), tokenizer.get_bos_token_id()))
-        rows = {}  # (index of the example, option) -> (tokens, start of the scored ones)
+        rows = {}  # (example index, option) -> (tokens, start of the scored tokens)
         for i, texts in prompts.items():
             for option, row in enumerate(scored_rows(task.kind, [next(ids) for _ in texts])):
                 rows[i, option] = crop(*row, scorer.max_tokens)
-        results = score(scorer, rows, pass_tokens, partial(show, start, len(prompts)))
+        results = score(scorer, rows, pass_tokens, partial(show_progress, start, len(prompts)))
         for i, keys in itertools.groupby(rows, key=lambda key: key[0]):
             options = [results[key] for key in keys]
             if task.kind == "language_modeling":
@@ -146,7 +146,7 @@ def score(scorer, rows, pass_tokens, progress=None):
 
     The keys keep their order; without scored tokens the loss is NaN. `progress(share)` is called after each pass.
     """
-    # A row's input is all but its last token. Rows with equal inputs, such as options of one token, share one run.
+    # A row's input is all but its last token. Rows with equal inputs, such as one-token options, are computed once.
     keys_by_input = {}
     for key, (tokens, start) in rows.items():
         if start < len(tokens):
@@ -160,7 +160,7 @@ def score(scorer, rows, pass_tokens, progress=None):
         cache = scorer.prefill([members[0][:prefix] for prefix, members in batch])
         inputs = [(row, ids, prefix) for row, (prefix, members) in enumerate(batch) for ids in members]
         inputs.sort(key=lambda item: len(item[1]) - item[2], reverse=True)
-        longest_prefix = batch[0][0]  # counts too, since the cache's rows are repeated
+        longest_prefix = batch[0][0]  # included, since every input gets a copy of its prefix's cache row
         for part in _batches(inputs, lambda item, n=longest_prefix: n + len(item[1]) - item[2], 2 * pass_tokens):
             targets = {key: (i, *rows[key]) for i, (_, ids, _) in enumerate(part) for key in keys_by_input[ids]}
             results |= _score_part(scorer, cache, part, targets)
@@ -174,8 +174,8 @@ def prefix_groups(first_scored):
     """
     [(prefix length, [input, ...])]: groups of inputs that start with the same prefix.
 
-    `first_scored` is {input, a tuple of tokens: its first position whose prediction is scored}; a prefix ends before
-    that position. An input joins its predecessor's group in sorted order if that leaves fewer tokens to compute.
+    `first_scored` is {input (a tuple of tokens): first position whose prediction is scored}; a prefix ends before that
+    position. An input joins its predecessor's group in sorted order if that leaves fewer tokens to compute.
     """
     groups = []
     for ids in sorted(first_scored):
@@ -212,22 +212,22 @@ def _score_part(scorer, cache, part, rows):
     `part` is [(row of `cache`, input, prefix length)].
     """
     spans = [(i, start - 1 - part[i][2], tokens[start:]) for i, tokens, start in rows.values()]
-    at_row = [i for i, _, targets in spans for _ in targets]
-    at_column = [column + n for _, column, targets in spans for n in range(len(targets))]
+    row_index = [i for i, _, targets in spans for _ in targets]
+    column_index = [column + n for _, column, targets in spans for n in range(len(targets))]
     suffixes = [list(ids[prefix:]) for _, ids, prefix in part]
     targets = torch.tensor([t for _, _, targets in spans for t in targets], device=scorer.device)
-    losses, predicted, at = [], [], 0
-    for logits in scorer.logits(cache, [row for row, _, _ in part], suffixes, at_row, at_column):
-        losses.append(F.cross_entropy(logits, targets[at : at + len(logits)], reduction="none"))
+    losses, predicted, offset = [], [], 0
+    for logits in scorer.logits(cache, [row for row, _, _ in part], suffixes, row_index, column_index):
+        losses.append(F.cross_entropy(logits, targets[offset : offset + len(logits)], reduction="none"))
         predicted.append(logits.argmax(-1))
-        at += len(logits)
+        offset += len(logits)
     sizes = [len(targets) for _, _, targets in spans]
     losses, predicted = (torch.cat(x).cpu().split(sizes) for x in (losses, predicted))
     return {key: (loss.mean().item(), ids.tolist()) for key, loss, ids in zip(rows, losses, predicted, strict=True)}
 
 
 class GPTScorer:
-    """Runs a GPT: prefills the groups' prefixes into a KV cache, then the suffixes that continue them."""
+    """Scores a GPT: prefills prefixes into a KV cache, then computes logits of the suffixes."""
 
     max_tokens = None  # no limit: the rotary table grows with the prompts
     shares_prefixes, equal_prefixes = True, False

@@ -2,7 +2,7 @@
 Documents to batches of token ids. The batches do not depend on the number of processes or on restarts.
 
 The global batch has one lane per row. A source groups its documents into blocks. Every epoch has a seeded order of the
-blocks, and block u of that order belongs to lane u mod lanes. A lane reads its blocks in turn and cuts them into
+blocks, and the n-th block belongs to lane n mod (number of lanes). A lane reads its blocks in turn and cuts them into
 rows, so its position is three integers: epoch, block, and the tokens (or packed rows) used of that block. Each rank
 owns a contiguous range of lanes. Reading and tokenizing run ahead of training on a background thread.
 """
@@ -21,7 +21,7 @@ from nanochat.dataset import read_row_group
 
 SHARD_BLOCK = 128  # documents per block
 TASK_BLOCK = 16  # conversations per block
-CACHED_ROW_GROUPS = 32  # decoded row groups kept in memory: the lanes' current blocks are close to each other
+CACHED_ROW_GROUPS = 32  # decoded row groups in memory; the lanes read blocks that are close to each other
 
 
 @dataclass
@@ -30,12 +30,12 @@ class Batch:
 
     # [(inputs, targets)], each (rows, T): int32 ids, and int64 ids with -1 = not trained on
     micro_batches: list
-    progress: float  # epochs started by this rank's lanes, on average; fractional, 0 at the start
+    progress: float  # in epochs, the mean over this rank's lanes: 1.5 = halfway through the second
     state: dict  # resumes the loader right after this batch; for lanes: lane -> [epoch, block, used]
 
 
 class Source:
-    """Documents in blocks: `groups` is a list of lists of blocks, and every epoch shuffles the groups."""
+    """Documents in blocks. `groups` is a list of lists of blocks; every epoch shuffles the groups."""
 
     def __init__(self, groups, seed):
         self.groups, self.seed = groups, seed
@@ -49,7 +49,7 @@ class Source:
 
 
 class ShardSource(Source):
-    """Documents of parquet shards, tokenized after a bos token. A block is part of a row group, a group all of it."""
+    """Documents of parquet shards, tokenized with bos in front. A group is a row group; a block is a part of one."""
 
     def __init__(self, row_groups, tokenizer, lanes, seed=42):
         """`row_groups` is the result of dataset.row_groups(): [(path, index in the file, number of documents)]."""
@@ -95,7 +95,7 @@ def _block_ranges(n, block_size, total, lanes):
 
 
 class Lane:
-    """One endless sequence of rows, each of T inputs and T targets, the targets one token later."""
+    """Endless sequence of rows of T inputs and T targets; targets are the inputs shifted by one token."""
 
     def __init__(self, source, index, lanes, T, packing, state):
         self.source, self.index, self.lanes, self.T, self.packed = source, index, lanes, T, packing == "bos"
@@ -108,7 +108,7 @@ class Lane:
         return order[self.index :: self.lanes] or [order[(self.index + epoch) % len(order)]]
 
     def progress(self):
-        """Number of epochs started, as a fraction: 2.5 is halfway through the third."""
+        """Position in epochs: 2.5 = halfway through the third."""
         return self.epoch + self.block / len(self.blocks(self.epoch))
 
     def next_row(self):
@@ -143,7 +143,7 @@ class Lane:
             missing -= len(ids)
             self.used += len(ids)
             if self.used == len(self.data()[0]):
-                # A last token that ends a row is not read again: the next row starts with the next block.
+                # The row ends with its block, so the next row starts with the next block and repeats no token.
                 self._next_block()
             elif not missing:
                 self.used -= 1  # the row's last token is the first input of the next row
@@ -180,10 +180,11 @@ def pack_best_fit(docs, targets, T):
 
 def lane_batches(source, rows, T, device_batch_size, compute, packing="stream", states=None):
     """
-    Endless Batches on the CPU, `rows` x T tokens per step over all ranks, in micro batches of `device_batch_size` rows.
+    Yield Batches on the CPU forever: `rows` x T tokens per step, over all ranks.
 
-    packing "stream" cuts rows from a stream of tokens; "bos" starts every row with a document (pack_best_fit). `states`
-    (lane -> [epoch, block, used] of all lanes) resumes a run exactly. Raises UserError for another number of lanes.
+    A micro-batch has `device_batch_size` rows. packing "stream" cuts rows from a stream of tokens; "bos" starts every
+    row with a document (pack_best_fit). `states` (lane -> [epoch, block, used] of all lanes) resumes a run exactly.
+    Raises UserError for another number of lanes.
     """
     own_rows = rows // compute.world_size
     assert own_rows * compute.world_size == rows and own_rows % device_batch_size == 0
@@ -201,10 +202,11 @@ def lane_batches(source, rows, T, device_batch_size, compute, packing="stream", 
 
 def conversation_batches(task, tokenizer, rows, T, device_batch_size, compute, seed=42, states=None):
     """
-    Endless Batches on the CPU with one conversation per row, truncated to T inputs; trains on the assistant's tokens.
+    Yield Batches on the CPU forever, with one conversation per row, truncated to T inputs.
 
-    Each epoch is a seeded permutation of `task`. A rank sorts its rows of a step by length and pads each micro batch to
-    its longest row. `states` is the state of the batch to resume after.
+    Only the assistant's tokens are trained on. Each epoch is a seeded permutation of `task`. A rank sorts its rows of a
+    step by length and pads each micro-batch to its longest row. `states` is the `state` of the last Batch before the
+    resume.
     """
     own_rows = rows // compute.world_size
     pad = tokenizer.encode_special("<|assistant_end|>")
@@ -217,9 +219,9 @@ def conversation_batches(task, tokenizer, rows, T, device_batch_size, compute, s
         rendered = sorted((tokenizer.render_conversation(e, T + 1) for e in examples), key=lambda row: len(row[0]))
         micro_batches = []
         for start in range(0, own_rows, device_batch_size):
-            part = [torch.tensor(row) for row in rendered[start : start + device_batch_size]]  # each (2, length)
-            x = pad_rows([ids for ids, _ in part], padding_value=pad).int()
-            y = pad_rows([ids.where(mask > 0, -1) for ids, mask in part], padding_value=-1)
+            pairs = [torch.tensor(row) for row in rendered[start : start + device_batch_size]]  # each (2, length)
+            x = pad_rows([ids for ids, _ in pairs], padding_value=pad).int()
+            y = pad_rows([ids.where(mask > 0, -1) for ids, mask in pairs], padding_value=-1)
             micro_batches.append((x[:, :-1].contiguous(), y[:, 1:].contiguous()))
         used += rows
         yield Batch(micro_batches, used / len(task), {"examples": used})
@@ -231,10 +233,10 @@ def _permutation(seed, epoch, n):
 
 
 class Prefetch:
-    """Iterator that computes the next `ahead` batches on a background thread and returns them on `device`."""
+    """Iterator over `batches`, moved to `device`; a background thread computes `ahead` batches in advance."""
 
     def __init__(self, batches, device, ahead=2):
-        self.device, self.state = device, {}  # state resumes the loader after the last batch returned
+        self.device, self.state = device, {}  # state: of the last batch returned
         self.ready, self.stopped = queue.Queue(maxsize=ahead), threading.Event()
         self.thread = threading.Thread(target=self._produce, args=(batches,), daemon=True, name="dataloader")
         self.thread.start()
@@ -280,8 +282,8 @@ def eval_batches(source, rows, T, steps, compute):
     """
     The first steps x rows x T tokens of a source in file order: this rank's list of (inputs, targets) on the CPU.
 
-    The tokens are one stream, cut into rows, whatever the world size; each rank takes a contiguous range of rows.
-    Small data gives fewer steps. Raises UserError if it is too small for one step.
+    The rows do not depend on the world size; each rank takes a contiguous range of them. A small source gives fewer
+    steps. Raises UserError if it is too small for one step.
     """
     own_rows = rows // compute.world_size
     ids, targets, total = [], [], 0

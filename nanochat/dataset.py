@@ -3,7 +3,7 @@ Parquet shards of training text: their format, the manifest, and the command tha
 
     python -m nanochat.dataset -n 8                     # download 8 shards (about 100 MB each) and the validation shard
     python -m nanochat.dataset --pocket                 # generate the pocket corpus; needs no network
-    python -m nanochat.dataset --from-files books/      # own txt, md, jsonl ("text") and parquet (`text`)
+    python -m nanochat.dataset --from-files books/      # your txt, md, jsonl ("text") and parquet (`text`)
     python -m nanochat.dataset --verify                 # compare every shard with its sha256
 
 Writes base_data/: a set of shards with one column `text`, the last of which is the validation split, and manifest.json.
@@ -188,7 +188,7 @@ def write_pocket(folder, chars, seed, overwrite=False):
 
 
 def write_files(folder, paths, val_share, seed, overwrite=False):
-    """Write a set from the documents of own files, a share `val_share` of them (0 to 1) for validation."""
+    """Write a set from the user's own files; a share `val_share` (0 to 1) of the documents is for validation."""
     from nanochat.ingest.documents import labeled_documents, source_files
 
     if not 0 < val_share < 1:
@@ -210,12 +210,13 @@ def download(folder, num_files=-1, num_workers=4, overwrite=False):
     if manifest and manifest["kind"] == PUBLIC and count <= (last := manifest["settings"]["last_shard"]) + 1:
         names = shard_names(count, last)
         if not _incomplete(folder, names, manifest["shards"]):
-            return print0(f"{folder} already holds these {len(names)} shards")  # works offline
+            return print0(f"{folder} already holds these {len(names)} shards")  # also without a network
     settings = {"last_shard": find_last_shard()}
     shards = _claim(folder, PUBLIC, settings, overwrite)
     names = _incomplete(folder, shard_names(count, settings["last_shard"]), shards)
     for name in shards.keys() & names:
-        (folder / name).unlink(missing_ok=True)  # listed with another size; an unlisted file may be whole
+        # The file has another size than the manifest lists. An unlisted file stays: fetch_shards() checks it.
+        (folder / name).unlink(missing_ok=True)
 
     def manifest_entry(path):
         _open(path)
@@ -236,9 +237,9 @@ def build_parser():
     add("-n", "--num_files", type=int, default=-1, help="public shards to download besides the last (-1 = all 1,823)")
     add("-w", "--num_workers", type=int, default=4, help="number of parallel downloads")
     add_mode("--pocket", **flag, help="generate the pocket corpus instead")
-    add("--chars", type=int, default=30_000_000, help="size of the pocket corpus in characters of training text")
+    add("--chars", type=int, default=30_000_000, help="--pocket: characters of training text")
     add_mode("--from_files", nargs="+", metavar="PATH", help="make shards from these files and folders instead")
-    add("--val_share", type=float, default=0.01, help="share of the documents of own files used for validation, 0 to 1")
+    add("--val_share", type=float, default=0.01, help="--from_files: share of the documents for validation, 0 to 1")
     add("--seed", type=int, default=42, help="seed of the pocket corpus and of the order of documents")
     add("--data_dir", help="folder of the shards (default: base_data in NANOCHAT_BASE_DIR)")
     add("--overwrite", **flag, help="replace existing shards that have another origin or other settings")
@@ -261,7 +262,7 @@ def main(argv=None):
 
 
 def _lock(folder):
-    """Context that holds the folder's lock: two downloads at once would append to the same partial file."""
+    """Context manager of the folder's lock: two concurrent downloads would append to the same partial file."""
     import filelock
 
     folder.mkdir(parents=True, exist_ok=True)

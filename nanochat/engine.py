@@ -1,10 +1,10 @@
 """
-Inference in one class: prompts in, tokens out. The work is done in nanochat/inference/.
+The inference API: prompts in, tokens out. nanochat/inference/ implements it.
 
     engine = Engine(model, tokenizer, compute)
     results, masks = engine.generate_batch(tokens, num_samples=4, max_tokens=64)
 
-generate() streams, generate_batch() returns everything at once, generate_many() runs many requests in one batch.
+generate() streams tokens, generate_batch() returns complete answers, generate_many() batches many requests.
 """
 
 import torch
@@ -44,8 +44,8 @@ class Engine:
     """
     Generates with `model`; `compute` (nanochat.common.Compute) sets the precision, None = the dtype of the weights.
 
-    `backend`: a TorchBackend, CPUBackend or CUDAGraphBackend; None = default_backend(). Keys and values of
-    up to `prefix_tokens` tokens of finished rows are kept, and reused by prompts that begin with the same tokens.
+    `backend`: a TorchBackend, CPUBackend or CUDAGraphBackend; None = default_backend(). The prefix cache stores keys
+    and values of up to `prefix_tokens` tokens of finished rows, for later prompts; 0 = no prefix cache.
     """
 
     def __init__(self, model, tokenizer, compute=None, prefix_tokens=0, backend=None):
@@ -55,13 +55,14 @@ class Engine:
         self.prefix_cache = PrefixCache(prefix_tokens) if prefix_tokens else None
 
     def decode_loop(self, max_rows, gather=1):
+        """A DecodeLoop on this engine's backend and prefix cache."""
         return DecodeLoop(self.backend, self.tokenizer, max_rows, self.prefix_cache, gather)
 
     def generate(self, tokens, num_samples=1, max_tokens=None, temperature=1.0, top_k=None, seed=42):
         """
-        Yield (token_column, token_masks) per step, two lists of num_samples; mask 1 = sampled, 0 = forced.
+        Yield (tokens, masks) per step, two lists with one entry per sample; mask 1 = sampled, 0 = forced.
 
-        A row's last token is <|assistant_end|> or <|bos|>, unless it was cut off. Finished rows are padded with
+        A row's last token is <|assistant_end|> or <|bos|>, unless it reached `max_tokens`. Finished rows yield
         <|assistant_end|> and mask 0 until all rows are done.
         """
         loop, step = self.decode_loop(num_samples), 0
@@ -102,11 +103,9 @@ class Engine:
 
     @torch.inference_mode()
     def score(self, tokens, top):
-        """log_probabilities() of each of `tokens` given those before it; None for the first."""
-        ids, torch_backend = (
-            torch.tensor([tokens], device=self.model.get_device()),
-            TorchBackend(self.model, self.compute),
-        )
+        """log_probabilities() of each token given the tokens before it; None for the first."""
+        ids = torch.tensor([tokens], device=self.model.get_device())
+        torch_backend = TorchBackend(self.model, self.compute)
         with torch_backend.precision():
             logits = self.model(ids)[0, :-1]
         return [None, *(log_probabilities(x, token, top) for x, token in zip(logits, tokens[1:], strict=True))]

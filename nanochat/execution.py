@@ -1,8 +1,8 @@
 """
 Runs untrusted Python programs, each in a fresh interpreter inside a sandbox.
 
-The sandbox consists of independent layers. Each is tested once per run and used if it works here; sandbox/jail.py
-applies them.
+The sandbox consists of independent layers. Each is tested once per process and used if it works on this machine;
+sandbox/jail.py applies them.
 
     rlimits     limits on CPU time, memory, threads, file sizes and descriptors; always in use
     namespaces  a file system of read-only libraries and an empty scratch folder, no other processes, no network
@@ -42,7 +42,7 @@ JAIL = Path(__file__).parent / "sandbox" / "jail.py"
 LEVELS = ("basic", "strict")
 MAX_OUTPUT = 1 << 20  # bytes per stream; a program that writes more is stopped
 KEPT_OUTPUT = 1 << 16  # bytes of each stream that are returned
-# For each layer, a program that only runs to its end if the layer works.
+# A test program for each layer; it runs to its end only if the layer works.
 PROBES = {
     "namespaces": "import os; assert os.getpid() < 3",
     "landlock": "try: open('/'); assert False\nexcept PermissionError: pass",
@@ -52,7 +52,7 @@ PROBES = {
 
 @dataclass(frozen=True)
 class ExecutionResult:
-    success: bool  # the program ran to its end
+    success: bool  # True if the program ran to its end
     stdout: str
     stderr: str
     error: str | None = None  # why the program failed, None on success
@@ -72,7 +72,7 @@ def layers():
 
 
 def sandbox_level():
-    """The level that this machine reaches: "strict" or "basic"."""
+    """Highest level that this machine supports: "strict" or "basic"."""
     working = set(layers())
     return "strict" if "seccomp" in working and working & {"namespaces", "landlock"} else "basic"
 
@@ -91,7 +91,7 @@ def check_level(level="strict"):
 
 def execute_code(code, timeout=5.0, maximum_memory_bytes=256 * 1024 * 1024, level="strict"):
     """
-    Run `code` as __main__ in a sandbox of its own. Returns an ExecutionResult.
+    Run `code` as __main__ in a new sandbox. Returns an ExecutionResult.
 
     `timeout` is wall time in seconds, including the start of the interpreter. `maximum_memory_bytes` limits the
     address space, None = no limit. Only the standard library can be imported. Raises UserError if the sandbox of this
@@ -102,7 +102,7 @@ def execute_code(code, timeout=5.0, maximum_memory_bytes=256 * 1024 * 1024, leve
 
 
 def execute_many(programs, workers=None, **options):
-    """Run programs, `workers` at a time (default: this rank's share of the cores). Returns results in their order."""
+    """ExecutionResults of `programs`, in order; `workers` run at a time (default: this rank's share of the cores)."""
     check_level(options.get("level", "strict"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with ThreadPoolExecutor(workers or max(1, cores // dist_env()[2])) as pool:
@@ -145,9 +145,9 @@ def _execute(code, timeout, memory, layers):
 
 def _collect(process, pipes, deadline):
     """
-    Read the pipes until the process ends or has to be stopped.
+    Read the pipes until the process ends, the deadline passes or there is too much output.
 
-    Returns the bytes that each pipe delivered, and why the process has to be stopped, None if it ended by itself.
+    Returns (bytes of each pipe, reason to stop the process or None if it has ended).
     """
     outputs = [bytearray() for _ in pipes]
     with selectors.DefaultSelector() as selector:

@@ -1,8 +1,8 @@
 """
 The Transformer: rotary embeddings, QK-norm, squared ReLU, grouped-query attention, untied embeddings, capped logits.
 
-There are no biases and no norm weights. The loss head works on chunks of tokens, so the logits of a whole batch never
-exist at once. GPT(config) allocates nothing: weights are on the meta device until allocate() or init_weights().
+Linear layers have no biases, norms no weights. The loss is computed in chunks of tokens, so the logits of a batch are
+never materialized. GPT(config) allocates nothing: weights are on the meta device until allocate() or init_weights().
 """
 
 import math
@@ -18,8 +18,8 @@ from nanochat.common import UserError
 from nanochat.muon import Muon
 
 SOFTCAP = 15.0  # logits are 15 tanh(logits / 15), so they stay within (-15, 15)
-NORM_EPS = 1.1920929e-07  # float32 epsilon, torch's default; explicit, since older versions use the input dtype's
-VOCAB_MULTIPLE = 64  # wte and lm_head are padded to it: aligned matmuls, and rows divide by any usual world size
+NORM_EPS = 1.1920929e-07  # float32 epsilon; older versions of torch default to the epsilon of the input's dtype
+VOCAB_MULTIPLE = 64  # rows of wte and lm_head are padded to a multiple, for aligned matmuls and equal shards
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class GPTConfig:
 
     @classmethod
     def from_depth(cls, depth, sequence_len, vocab_size):
-        """The recipe's only size parameter: width 64 x depth, heads of about 128 (the next size that divides it)."""
+        """Config of a model of `depth` layers: width 64 x depth, head size at most 128 and a multiple of 8."""
         if depth < 1:
             raise UserError(f"--depth={depth}: expected at least 1")
         n_embd = 64 * depth
@@ -68,7 +68,7 @@ def norm(x):
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding, rotating by -theta, halves split. x (B, T, H, D); cos, sin (1 or B, T, 1, D/2) float32."""
+    """Rotary embedding by angle -theta on dimensions (i, i + D/2). x (B, T, H, D); cos, sin (1 or B, T, 1, D/2)."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).to(x.dtype)
 
@@ -128,10 +128,10 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.grad_checkpoint = False  # recompute blocks in the backward pass: less memory, a third more time
+        self.grad_checkpoint = False  # recompute blocks in the backward pass: less memory, a third slower
         self._rotary = None  # (cos, sin), each (positions, head_dim / 2); grows on demand
         with torch.device("meta"):
-            # nn.Embedding() would draw its weights, which on meta takes as long as importing torch.
+            # nn.Embedding() would initialize its weights, which on meta takes as long as importing torch.
             wte = nn.Embedding.from_pretrained(torch.empty(config.padded_vocab_size, config.n_embd), freeze=False)
             blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
             self.transformer = nn.ModuleDict({"wte": wte, "h": blocks})
@@ -139,18 +139,18 @@ class GPT(nn.Module):
 
     def allocate(self, device):
         """Allocate uninitialized weights on `device`, in the dtypes that training uses there."""
-        # Like to_empty(), which would import sympy for tensors on meta: more than a second.
+        # The same as to_empty(), but that imports sympy for meta tensors, which takes more than a second.
         self._apply(lambda p: torch.empty(p.shape, dtype=p.dtype, device=device))
         self.transformer.wte.to(dtype=ops.embedding_dtype(device))
 
     def init_weights(self, device):
-        """Allocate on `device` and draw the weights from torch's global generator."""
+        """Allocate the weights on `device` and draw them from torch's global generator."""
         self.allocate(device)
         for name, p in self.named_parameters():
             if name == "transformer.wte.weight":
                 nn.init.normal_(p)
             elif name.endswith("c_proj.weight") or name == "lm_head.weight":
-                nn.init.zeros_(p)  # every block starts as the identity, all tokens equally likely
+                nn.init.zeros_(p)  # blocks start as the identity, logits as zero
             else:  # activations keep their scale for any aspect ratio (spectral condition, Yang et al. 2023)
                 fan_out, fan_in = p.shape
                 nn.init.normal_(p, std=min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in))
@@ -162,13 +162,13 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def estimate_flops(self):
-        """FLOPs per trained token, forward and backward, without the embedding (PaLM, Chowdhery et al. 2022)."""
+        """FLOPs per token, forward and backward, without the embedding (PaLM, Chowdhery et al. 2022, appendix B)."""
         c = self.config
         matmul_params = self.num_params() - self.transformer.wte.weight.numel()
         return 6 * matmul_params + 12 * c.n_layer * c.n_head * c.head_dim * c.sequence_len
 
     def rotary(self, length):
-        """cos and sin tables of at least `length` positions; float32, so angles do not depend on the precision."""
+        """cos and sin tables of at least `length` positions; float32 in every precision."""
         device = self.get_device()
         if self._rotary is None or self._rotary[0].size(0) < length or self._rotary[0].device != device:
             length = max(self.config.sequence_len, 1 << (length - 1).bit_length())
@@ -181,7 +181,7 @@ class GPT(nn.Module):
 
     def hidden(self, idx, kv_cache=None, fill_only=False):
         """
-        Final normed activations (B, T, C) of token ids (B, T), before the head.
+        Activations (B, T, C) of token ids (B, T) after the last norm, before the head.
 
         `fill_only` writes keys and values to the cache, skips the rest of the last layer, and returns None.
         """
@@ -193,7 +193,7 @@ class GPT(nn.Module):
             positions, mask = kv_cache.begin(T)
             cos, sin = (t[positions][:, :, None] for t in self.rotary(kv_cache.max_position(T)))
         x = self.transformer.wte(idx)
-        if torch.is_autocast_enabled(x.device.type):  # also the residual stream, or every norm would read float32
+        if torch.is_autocast_enabled(x.device.type):  # casts the residual stream too; norms then read half the bytes
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = norm(x)
         for block in self.transformer.h:
@@ -208,7 +208,7 @@ class GPT(nn.Module):
         return None if fill_only else norm(x)
 
     def logits(self, x):
-        """Soft-capped logits (..., V), float32, of final activations (..., C)."""
+        """Soft-capped float32 logits (..., V) of activations (..., C) from hidden()."""
         return SOFTCAP * torch.tanh(self.lm_head(x)[..., : self.config.vocab_size].float() / SOFTCAP)
 
     def forward(self, idx, targets=None, kv_cache=None, loss_reduction="mean", last_only=False, weights=None):
@@ -230,7 +230,7 @@ class GPT(nn.Module):
         return total / (flat >= 0).sum().clamp(min=1) if loss_reduction == "mean" else total
 
     def _token_losses(self, x, targets):
-        """Cross entropy of each token (N,), 0 where the target is -1; in chunks, but backward needs all of them."""
+        """Cross entropy of each token (N,), 0 where the target is -1. Backward keeps the logits of all chunks."""
         chunks = zip(*(t.split(ops.chunk_rows(x, self.config.vocab_size)) for t in (x, targets)), strict=True)
         return torch.cat([F.cross_entropy(self.logits(c), t, ignore_index=-1, reduction="none") for c, t in chunks])
 
@@ -238,9 +238,10 @@ class GPT(nn.Module):
         self, unembedding_lr=0.004, embedding_lr=0.2, matrix_lr=0.02, weight_decay=0.0, ns_dtype=torch.bfloat16
     ):
         """
-        [AdamW for head and embedding, Muon for the blocks' matrices]. AdamW's rates are scaled from width 768.
+        [AdamW for head and embedding, Muon for the blocks' matrices].
 
-        ns_dtype: precision of Muon's Newton-Schulz; float32 makes a float32 run independent of the world size.
+        AdamW's learning rates are for width 768; they are scaled by (n_embd / 768) ** -0.5. `ns_dtype` is the precision
+        of Muon's Newton-Schulz iteration; float32 makes a float32 run independent of the world size.
         """
         scale = (self.config.n_embd / 768) ** -0.5
         tables = (self.lm_head.weight, unembedding_lr), (self.transformer.wte.weight, embedding_lr)

@@ -11,7 +11,7 @@ from pathlib import Path
 from nanochat.cli import add_model_flags, make_parser, parse_args, run_script
 from nanochat.common import UserError, base_dir, compute_init
 
-# Parts of parameter names: ours -> transformers'
+# Parts of parameter names, ours -> transformers'.
 NAMES = {
     "transformer.wte": "model.embed_tokens",
     "transformer.h": "model.layers",
@@ -89,7 +89,7 @@ def main(argv=None):
     parser.add_argument("folder", help="output folder; must not exist")
     args = parse_args(parser, argv)
     if Path(args.folder).exists():
-        raise UserError(f"{args.folder} already exists; name a new folder")
+        raise UserError(f"{args.folder} already exists; choose a new folder")
     try:
         import transformers  # noqa: F401
     except ImportError as e:

@@ -1,5 +1,5 @@
 """
-Evaluation of a language model on text: bits per byte, which is independent of the tokenizer, mean loss, and samples.
+Evaluation of a language model on text: bits per byte (comparable across tokenizers), mean loss and samples.
 """
 
 import itertools
@@ -13,8 +13,8 @@ def evaluate_bpb(model, batches, token_bytes, compute):
     """
     Bits per byte over `batches` of (inputs, targets), each (B, T), and over all ranks; inf if there are no bytes.
 
-    `token_bytes` (V,) is each token's length in bytes, 0 for special tokens. Special tokens, and targets of -1, count
-    neither in the nats nor in the bytes.
+    `token_bytes` (V,) is the length of each token in bytes, 0 for special tokens. Special tokens and targets of -1 are
+    excluded from nats and bytes.
     """
     token_bytes = token_bytes.to(compute.device)
     dtype = torch.float32 if compute.device.type == "mps" else torch.float64  # MPS has no float64

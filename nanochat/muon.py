@@ -4,18 +4,15 @@ import torch
 
 from nanochat.sharded import ShardedOptimizer, Unit
 
-COEFFICIENTS = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # of the quintic: steepest slope at 0, so five steps suffice
+# Of the quintic polynomial a x + b x^3 + c x^5: the steep slope at 0 makes five iterations sufficient.
+COEFFICIENTS = 3.4445, -4.7750, 2.0315
 
 
 def orthogonalize(g, steps=5, dtype=torch.bfloat16):
     """
     Approximate nearest semi-orthogonal matrices (K, r, c) to `g` (K, r, c): singular values end up near 0.7 to 1.2.
 
-    All K matrices go through each product together. A zero matrix stays zero.
+    The products are batched over the K matrices. A zero matrix stays zero.
     """
     a, b, c = COEFFICIENTS
     x = g.to(dtype)
@@ -30,7 +27,7 @@ def orthogonalize(g, steps=5, dtype=torch.bfloat16):
 
 
 class Muon(ShardedOptimizer):
-    """For the blocks' 2-D matrices. Equals torch.optim.Muon with weight_decay=0 and adjust_lr_fn="original"."""
+    """Muon for 2-D weight matrices. Equals torch.optim.Muon with weight_decay=0 and adjust_lr_fn="original"."""
 
     def __init__(self, params, lr=0.02, momentum=0.95, nesterov=True, ns_steps=5, ns_dtype=torch.bfloat16):
         super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps})
@@ -39,9 +36,9 @@ class Muon(ShardedOptimizer):
             by_shape = {}
             for p in group["params"]:
                 by_shape.setdefault(tuple(p.shape), []).append(p)
-            for shape, same in by_shape.items():
-                unit = Unit(same, group, row_shape=shape)
-                unit.state = {"momentum_buffer": same[0].new_zeros(self.own_rows(unit), *shape)}
+            for shape, members in by_shape.items():
+                unit = Unit(members, group, row_shape=shape)
+                unit.state = {"momentum_buffer": members[0].new_zeros(self.own_rows(unit), *shape)}
                 self.units.append(unit)
 
     def update(self, unit):

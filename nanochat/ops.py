@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 QUERY_BLOCK = 256  # queries per block of causal_attention()
-# Logits held at once by the loss head. On a CPU 8 MiB of float32 stay in the cache; on a GPU it is 2 GiB.
+# Maximum number of logits in one chunk of the loss: 8 MiB of float32 on a CPU, which fits its cache; 2 GiB on a GPU.
 CPU_CHUNK_ELEMENTS, CUDA_CHUNK_ELEMENTS = 1 << 21, 1 << 29
 
 
@@ -37,32 +37,32 @@ def attention(q, k, v, mask=None, causal=False):
 
 
 def embedding_dtype(device):
-    """Dtype of the embedding table in training: on CUDA bfloat16, half the memory, which AdamW tolerates there."""
+    """Dtype of the embedding table in training: bfloat16 on CUDA, which halves its memory, else float32."""
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
 def chunk_rows(x, vocab_size):
-    """How many tokens' logits to compute at a time, on the device of `x`."""
+    """Number of tokens per chunk of logits, on the device of `x`."""
     return max(1, (CUDA_CHUNK_ELEMENTS if x.is_cuda else CPU_CHUNK_ELEMENTS) // vocab_size)
 
 
 def cross_entropy_sum(x, weight, targets, token_weights, vocab_size, softcap):
     """
-    Weighted sum of the cross entropy of soft-capped logits, in nats, without holding all logits at once.
+    Weighted sum of the cross entropy of soft-capped logits, in nats, without materializing all logits.
 
     x (N, C) activations; weight (>= vocab_size, C) the head; targets (N,) ids, -1 = ignored; token_weights (N,) or
     None = 1.
     """
     trained = targets >= 0
     token_weights = trained.float() if token_weights is None else trained * token_weights
-    if x.device.type == "cpu":  # on a GPU selecting would wait for the device, which costs more than it saves
+    if x.device.type == "cpu":  # on a GPU, boolean indexing would wait for the device
         x, targets, token_weights = x[trained], targets[trained], token_weights[trained]
     return ChunkedCrossEntropy.apply(x, weight, targets, token_weights, vocab_size, softcap)
 
 
 def causal_attention(q, k, v):
     """
-    Causal attention on a CPU, all (B, H, T, D): one block of queries at a time against the keys up to its end.
+    Causal attention on a CPU; q, k, v and the result are (B, H, T, D). Blocks of queries skip all later keys.
 
     In bfloat16 it is two to three times as fast as scaled_dot_product_attention, forward and backward.
     """
@@ -78,7 +78,7 @@ def causal_attention(q, k, v):
 
 
 class RMSNorm(torch.autograd.Function):
-    """rms_norm() with a backward pass that saves only the output and the scale."""
+    """rms_norm() that saves only its output and scale for the backward pass."""
 
     @staticmethod
     def forward(ctx, x, eps):
@@ -97,7 +97,7 @@ class RMSNorm(torch.autograd.Function):
 
 
 class SquaredReLU(torch.autograd.Function):
-    """squared_relu() with a backward pass that saves only relu(x)."""
+    """squared_relu() that saves only relu(x) for the backward pass."""
 
     @staticmethod
     def forward(ctx, x):
@@ -114,10 +114,10 @@ class SquaredReLU(torch.autograd.Function):
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """
-    cross_entropy_sum(). The forward pass computes the gradients too, chunk by chunk, while a chunk's logits exist.
+    cross_entropy_sum(). The forward pass also computes the gradients, from each chunk's logits.
 
-    Nothing is computed twice and nothing of size N x V is stored. Capped logits stay below `softcap`, so exp() needs
-    no maximum subtracted.
+    Nothing is computed twice and nothing of size N x V is stored. Capped logits are below `softcap`, so exp() cannot
+    overflow.
     """
 
     @staticmethod

@@ -1,5 +1,5 @@
 """
-The report of a whole run: the machine, one section per stage, and a table of how the model improved.
+The report of a whole run: machine, one section per stage, and a table of the metrics after each stage.
 
     python -m nanochat.report reset       # before a run: delete the old sections, record machine and time
     python -m nanochat.report generate    # after it: write report/report.md, copied to ./report.md
@@ -35,10 +35,10 @@ OPTIONAL_SECTIONS = ("Chat evaluation base", "Chat RL", "Chat evaluation rl")
 #   task_scores          {task name: accuracy, 0 to 1}
 #   wall_clock_seconds   duration of the stage
 METRICS = ("val_bpb", "train_bpb", "core", "chat_core", "task_scores", "wall_clock_seconds")
-# Chat tasks in the order of the summary; others follow.
+# Order of chat tasks in the summary; other tasks follow.
 TASKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee", "PocketSums", "PocketFacts")
 COLUMNS = ("BASE", "MID", "SFT", "RL")
-# Section -> name of its metrics file, metrics/<name>.jsonl
+# Section -> stem of its metrics file, metrics/<stem>.jsonl.
 CURVES = {"Base model training": "base", "Midtraining": "mid", "Chat SFT": "sft", "Chat RL": "rl"}
 HOURLY_RATES = {"H100": 3.00, "A100": 1.79, "V100": 0.55}  # rent in dollars per GPU; 2.00 for any other
 
@@ -58,10 +58,10 @@ class Report:
 
     def log(self, section, data, metrics=None):
         """
-        Write one section; on ranks other than 0 do nothing.
+        Write one section; does nothing on ranks other than 0.
 
-        data     for people: a list of dicts (written as lists), strings (markdown) and None (ignored)
-        metrics  for the summary: a dict with keys of METRICS; None values count as missing
+        `data`, for readers: a list of dicts (printed as bullet lists), strings (markdown) and None (ignored).
+        `metrics`, for the summary: a dict with keys of METRICS; None values count as missing.
         """
         metrics = metrics or {}
         assert set(metrics) <= set(METRICS), f"unknown metrics: {sorted(set(metrics) - set(METRICS))}"
@@ -173,15 +173,15 @@ def hourly_rate(gpus):
 def _git(*args):
     """Output of a git command in the repository; "" without git or outside a checkout."""
     try:
-        done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, timeout=20)
-        return done.stdout.decode("utf-8", "replace").strip("\n") if done.returncode == 0 else ""
+        result = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, timeout=20)
+        return result.stdout.decode("utf-8", "replace").strip("\n") if result.returncode == 0 else ""
     except (OSError, subprocess.TimeoutExpired):
         return ""
 
 
 def bloat():
     """Size of the text files that git tracks, as a dict."""
-    # Deleted and binary files give None.
+    # _read_text() returns None for deleted and binary files.
     texts = [text for name in _git("ls-files", "-z").split("\0") if (text := _read_text(ROOT / name)) is not None]
     if not texts:
         return {"Size": "unknown (not a git checkout)"}
@@ -191,7 +191,7 @@ def bloat():
 
 
 def header(gpus, started):
-    """Markdown about code, hardware and software; "unknown" where the machine gives no answer."""
+    """Markdown about code, hardware and software; "unknown" for values that cannot be determined."""
     try:
         import torch
 
@@ -232,8 +232,8 @@ def summary(logged, names, start):
     """
     The last section: a table of metrics by stage, and the wall-clock time of each stage and of the run.
 
-    logged {section: content of its JSON file}; names lists its sections in the order of the report; start is the
-    content of header.json.
+    `logged` is {section: content of its JSON file}; `names` lists the sections in the order of the report; `start` is
+    the content of header.json.
     """
 
     def get(section, key):
@@ -273,7 +273,7 @@ def curve_svg(rows, width=720, height=260, points=400):
     """
     An SVG of loss, val_bpb and val_loss over steps; None if there is nothing to draw.
 
-    rows are the records of a metrics.jsonl file; neighboring records are averaged to at most `points` points.
+    `rows` are the records of a metrics file; neighboring records are averaged to at most `points` points.
     """
     curves = {}
     for key in ("loss", "val_bpb", "val_loss"):
@@ -288,7 +288,7 @@ def curve_svg(rows, width=720, height=260, points=400):
     low, high = (pick(y for curve in curves.values() for _, y in curve) for pick in (min, max))
     left, top, right, bottom = 48, 12, width - 12, height - 28
 
-    def at(x, y):
+    def to_pixels(x, y):
         return left + x / last * (right - left), bottom - (y - low) / (high - low or 1) * (bottom - top)
 
     def label(x, y, anchor, text, color="#000"):
@@ -298,11 +298,11 @@ def curve_svg(rows, width=720, height=260, points=400):
     out += [' font-size="11"><rect width="100%" height="100%" fill="white"/>']
     for share in (0, 0.25, 0.5, 0.75, 1):
         step, value = share * last, low + share * (high - low)
-        x, y = at(step, value)
+        x, y = to_pixels(step, value)
         out += [f'<path d="M{left} {y:.0f}H{right}" stroke="#ddd"/>', label(x, height - 10, "middle", round(step))]
         out += [label(left - 4, y + 4, "end", f"{value:.2f}")]
     for i, (key, curve) in enumerate(curves.items()):
-        color, path = ("#36c", "#c33", "#393")[i], " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in curve)
+        color, path = ("#36c", "#c33", "#393")[i], " ".join("{:.1f},{:.1f}".format(*to_pixels(x, y)) for x, y in curve)
         out += [f'<polyline points="{path}" fill="none" stroke="{color}"/>']
         out += [label(right - 4, top + 12 + 14 * i, "end", key, color)]
     return "\n".join([*out, "</svg>"]) + "\n"

@@ -3,8 +3,8 @@ Reinforcement learning: rollouts, their rewards and advantages, and training bat
 
 REINFORCE (Williams 1992) on samples from the model itself, with the mean reward of a problem's group of samples as the
 baseline. This is GRPO (Shao et al. 2024) without clipping, KL penalty and division by the standard deviation. Every
-sampled token is trained, including the terminal token; tokens forced by the calculator are not. A rollout depends on
-the weights, its problem, seed and sample number, and not on the batch it runs in.
+sampled token is trained on, including the terminal token; tokens forced by the calculator are not. A rollout depends on
+the weights, its problem, seed and sample number, not on the batch it runs in.
 """
 
 from dataclasses import dataclass
@@ -30,9 +30,9 @@ class Rollout:
 
 def make_sampler(model, tokenizer, compute):
     """
-    An engine on a copy of `model` in compute.dtype, which decodes faster than a model that is being trained.
+    Engine on a copy of `model` in compute.dtype, without gradients: it decodes faster than the model in training.
 
-    sync() fills in the weights.
+    sync() sets the weights of the copy.
     """
     copy = GPT(model.config)
     copy.allocate(compute.device)
@@ -41,16 +41,16 @@ def make_sampler(model, tokenizer, compute):
 
 @torch.no_grad()
 def sync(sampler, model):
-    """Copy the model's weights into the sampler, in place, since its backend holds their addresses."""
-    for to, p in zip(sampler.model.parameters(), model.parameters(), strict=True):
-        to.copy_(p)
+    """Copy the model's weights into the sampler's, in place, since its backend stores their addresses."""
+    for copy, p in zip(sampler.model.parameters(), model.parameters(), strict=True):
+        copy.copy_(p)
 
 
 def roll_out(sampler, task, seeds, num_samples, max_new_tokens, max_rows):
     """
     {index: [Rollout of each sample]} for the problems of `task` in `seeds`, {index: seed}.
 
-    Sampling is at temperature 1 without top-k, because the loss is that of the model's own distribution.
+    Sampling is at temperature 1 without top-k, because the loss assumes samples of the model's own distribution.
     """
     max_new_tokens = min(max_new_tokens, sampler.model.config.sequence_len // 2)
     problems, groups = {i: task[i] for i in seeds}, dict.fromkeys(seeds)
@@ -71,11 +71,11 @@ def advantages(group):
 
 def policy_batches(groups, rows, device):
     """
-    (micro_batches, skipped_tokens) for train_step: `rows` rollouts each, as (inputs, targets, weights), all (rows, T).
+    (micro_batches, skipped_tokens) for train_step(). A micro-batch is (inputs, targets, weights), each (rows, T).
 
-    Targets that were not sampled are -1. A token's weight is its rollout's advantage. Groups whose rewards are
-    all equal are skipped, since their advantages are 0; `skipped_tokens` is the number of their sampled tokens, which
-    the mean over the batch still counts.
+    Targets that were not sampled are -1. A token's weight is its rollout's advantage. Groups with
+    equal rewards are skipped, since their advantages are 0; `skipped_tokens` is the number of their sampled tokens,
+    which the mean loss still counts.
     """
     weighted, skipped_tokens = [], 0
     for group in groups:

@@ -2,16 +2,16 @@
 
 
 def lr_multiplier(progress, warmup_ratio=0.0, warmdown_ratio=0.2, final_lr_frac=0.0):
-    """Linear rise to 1 over the first `warmup_ratio`, then 1, then linear fall to `final_lr_frac` at the end."""
+    """Rises linearly to 1 over the first `warmup_ratio`, falls to `final_lr_frac` over the last `warmdown_ratio`."""
     progress = min(max(progress, 0.0), 1.0)
     if progress < warmup_ratio:
         return progress / warmup_ratio
-    left = min(1.0, (1 - progress) / warmdown_ratio) if warmdown_ratio else 1.0
-    return final_lr_frac + (1 - final_lr_frac) * left
+    remaining = min(1.0, (1 - progress) / warmdown_ratio) if warmdown_ratio else 1.0
+    return final_lr_frac + (1 - final_lr_frac) * remaining
 
 
 def muon_momentum(step, warmup_steps=300):
-    """Rises linearly from 0.85 to 0.95: early in training, old gradients are soon out of date."""
+    """Muon's momentum rises linearly from 0.85 to 0.95, since early gradients are soon out of date."""
     return 0.85 + 0.10 * min(step / warmup_steps, 1.0)
 
 

@@ -1,11 +1,11 @@
 """
-Base class of both optimizers: gradients averaged over ranks, optimizer state sharded over them (ZeRO-2, Rajbhandari
-et al. 2020).
+Base class of both optimizers: averages gradients over ranks and shards optimizer state (ZeRO-2, Rajbhandari et al.
+2020).
 
 Parameters are grouped into units. A unit is a stack of rows: single numbers for AdamW, whole matrices for Muon. Each
-rank owns an equal, contiguous run of a unit's rows, zero-padded to a multiple of the world size. It receives the
-averaged gradient of its rows (reduce-scatter) and computes their update; all ranks apply all updates (all-gather). So
-rank r's state is the r-th slice of a tensor that does not depend on the world size.
+rank owns an equal, contiguous range of a unit's rows, zero-padded to a multiple of the world size. A rank receives the
+averaged gradient of its rows (reduce-scatter) and computes their update; all ranks apply all updates (all-gather).
+Therefore rank r's state is the r-th slice of a tensor that does not depend on the world size.
 """
 
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ class Unit:
     row_shape: tuple = ()
     state: dict = field(default_factory=dict)
     grad: torch.Tensor = None  # this rank's rows of the averaged gradient, between reduce_grads() and step()
-    work: object = None
+    work: object = None  # handle of the reduce-scatter in progress
 
     @property
     def num_rows(self):
@@ -49,6 +49,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def own_rows(self, unit):
+        """Rows of a unit per rank, including padding."""
         return -(-unit.num_rows // self.world_size)
 
     @torch.no_grad()

@@ -2,12 +2,12 @@
 The tokenizer: text to token ids and back, and conversations to ids with a loss mask.
 
 Byte-level BPE as in GPT-4. Our Rust extension (rustbpe) learns the merges and encodes with them; tiktoken encodes with
-third-party vocabularies. Nine special tokens follow the merges. Only `encode_special` and the rendering of
-conversations produce them: `encode` treats its input as plain text, so a user who types <|assistant_start|> cannot
-inject the token.
+third-party vocabularies. The ids of the nine special tokens follow those of the merges. Only `encode_special` and the
+rendering of conversations produce special tokens: `encode` treats its input as plain text, so a user who types
+<|assistant_start|> cannot inject the token.
 
 Files: tokenizer.json (pattern, special tokens, checksums), ranks.tiktoken (tiktoken's format: one line per token with
-its bytes in base64 and its rank), token_bytes.pt (int32 tensor (V,): number of bytes of each token, 0 if special).
+its bytes in base64 and its rank), token_bytes.pt (int32 tensor (V,): length of each token in bytes, 0 if special).
 """
 
 import base64
@@ -39,7 +39,7 @@ SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 
-# Types of the parts of an assistant's message: (token before, token after, loss mask).
+# Part type of an assistant's message -> (special token before, special token after, loss mask).
 PARTS = {
     "text": (None, None, 1),
     "python": ("<|python_start|>", "<|python_end|>", 1),
@@ -60,7 +60,7 @@ class Tokenizer:
         try:
             bpe = rustbpe.Tokenizer.from_tokens(sorted(ranks, key=ranks.get), pattern)
             self.encode_ordinary, self.encode_ordinary_batch = bpe.encode, bpe.encode_batch
-        except ValueError:  # rustbpe needs byte b to have rank b; GPT-2's vocabulary has another order
+        except ValueError:  # rustbpe requires rank b for byte b; GPT-2's vocabulary has another order
             import tiktoken
 
             bpe = tiktoken.Encoding("other", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
@@ -69,12 +69,12 @@ class Tokenizer:
     @classmethod
     def train_from_iterator(cls, iterator, vocab_size, progress=None, max_chars=None, arrow=False):
         """
-        Tokenizer of `vocab_size` tokens, including the special ones, trained on an iterator of str.
+        Train a tokenizer of `vocab_size` tokens, including special tokens, on an iterator of str.
 
-        The vocabulary is smaller if the text runs out of pairs to merge. Only the first `max_chars` characters of each
+        The vocabulary is smaller if no pairs to merge are left. Only the first `max_chars` characters of each
         text are used. With `arrow` the iterator yields pyarrow string arrays, which are read without creating Python
-        strings. `progress(phase, done, total)` is called repeatedly: phase "counting" with bytes and None, then phase
-        "merging" with merges.
+        strings. `progress(phase, done, total)` is called repeatedly: phase "counting" with (bytes, None),
+        then phase "merging" with (merges, total merges).
         """
         import rustbpe
 
@@ -143,7 +143,7 @@ class Tokenizer:
         return self.decode([token])
 
     def count_bytes(self):
-        """Number of bytes of each token, a list indexed by id; 0 for special tokens and unused ids."""
+        """List of the length of each token in bytes, indexed by id; 0 for special tokens and unused ids."""
         sizes = {rank: len(token) for token, rank in self.ranks.items()}
         return [sizes.get(i, 0) for i in range(self.get_vocab_size())]
 
@@ -152,7 +152,7 @@ class Tokenizer:
 
     def encode(self, text, prepend=None, append=None, num_threads=8):
         """
-        Ids of a str, or a list of ids for each str of a list, which is encoded on `num_threads` threads.
+        Ids of a str, or for a list of str a list of ids each, encoded on `num_threads` threads.
 
         `prepend` and `append` are special tokens, given by id or name.
         """
@@ -171,6 +171,7 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids):
+        """Bytes of `ids`, possibly invalid UTF-8. Special tokens appear by name."""
         return b"".join([self.tokens[i] for i in ids])
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -196,8 +197,8 @@ class Tokenizer:
         """
         Prompt ids for the assistant's next message. A final assistant message in the conversation is ignored.
 
-        A prompt of more than `max_tokens` loses whole turns, oldest first, but keeps the system message. If the last
-        user message alone is too long, its beginning is cut off.
+        If the prompt is longer than `max_tokens`, whole turns are dropped, oldest first; the system message is kept. If
+        the last user message alone is too long, its beginning is cut off.
         """
         system, messages = check_conversation(conversation)
         if messages[-1]["role"] == "assistant":
@@ -234,14 +235,14 @@ class Tokenizer:
             return ids, [0] * len(ids)
         ids, mask = [self.encode_special("<|assistant_start|>")], [0]
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            before, after, learned = PARTS[part["type"]]
+            before, after, in_loss = PARTS[part["type"]]
             part_ids = self.encode(part["text"], before, after)
             ids += part_ids
-            mask += [learned] * len(part_ids)
+            mask += [in_loss] * len(part_ids)
         return [*ids, self.encode_special("<|assistant_end|>")], [*mask, 1]
 
 
-RustBPETokenizer = Tokenizer  # the name in older scripts
+RustBPETokenizer = Tokenizer  # former name, for older scripts
 
 
 def get_tokenizer():
@@ -250,7 +251,7 @@ def get_tokenizer():
 
 
 def get_token_bytes(device="cpu"):
-    """int32 tensor (V,): number of bytes of each token, 0 for special tokens."""
+    """int32 tensor (V,): length of each token in bytes, 0 for special tokens."""
     import torch
 
     directory = base_dir() / "tokenizer"
@@ -260,10 +261,10 @@ def get_token_bytes(device="cpu"):
 
 def check_conversation(conversation):
     """
-    Check a conversation {"messages": [...]} and return (text of the system message or "", the other messages).
+    Validate a conversation {"messages": [...]}; returns (text of the system message or "", other messages).
 
-    Roles must alternate user, assistant, ..., after at most one system message. Raises UserError with the number of
-    the first wrong message, what it has, and what was expected.
+    Roles must alternate user, assistant, ..., after at most one system message. Raises UserError that describes the
+    first invalid message and what was expected.
     """
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not messages:
@@ -306,7 +307,7 @@ def _torch_file(numbers):
     """
     The bytes that torch.save would write for an int32 tensor (N,): a zip of a pickle and the raw numbers.
 
-    Written without torch, because importing it takes longer than training on 100 MB of text.
+    Does not use torch, because importing it takes longer than training on 100 MB of text.
     """
     n = struct.pack("<i", len(numbers))
     pickled = (

@@ -1,4 +1,4 @@
-"""Progress lines, metrics files, wandb, and how fast and how large a run is."""
+"""Progress lines, metrics files, wandb, throughput, MFU and peak memory."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import psutil
 from nanochat.common import base_dir, format_duration, print0
 from nanochat.report import get_report
 
-# Dense bfloat16 FLOP/s from the vendors' data sheets; the first key that is part of the device's name counts.
+# Dense bfloat16 FLOP/s from the vendors' data sheets, by the first key that the device's name contains.
 PEAK_FLOPS = {
     "b300": 2250e12,
     "b200": 2250e12,
@@ -33,7 +33,7 @@ PEAK_FLOPS = {
     "3090": 71e12,
     "mi300": 1307e12,
 }
-UNTIMED_STEPS = 10  # at the start, excluded from speed: compilation, cold caches
+UNTIMED_STEPS = 10  # the first steps do not count in the throughput: compilation, cold caches
 PRINT_SECONDS = 2.0  # minimum time between progress lines
 
 
@@ -47,7 +47,7 @@ def peak_flops(compute):
             return flops
     n = 4096 if name else 1024
     a = torch.randn(n, n, device=compute.device, dtype=compute.dtype)
-    best, end = float("inf"), time.perf_counter() + 0.5  # the best time: the loader runs beside it
+    best, end = float("inf"), time.perf_counter() + 0.5  # the minimum: the loader uses the CPU meanwhile
     while (start := time.perf_counter()) < end:
         a @ a
         compute.synchronize()
@@ -59,8 +59,8 @@ class StageLog:
     """
     Progress lines, report/metrics/<source>.jsonl and wandb for one training stage; only rank 0 writes.
 
-    `num_steps` 0: not known in advance. `state`: what state() returned when the checkpoint was saved; the log then
-    continues from there, and drops what was logged later.
+    `num_steps` is 0 if it is not known in advance. `state` is the state() saved with a checkpoint: the log continues
+    from there and drops lines of later steps.
     """
 
     def __init__(self, source, args, compute, num_steps, flops_per_token, state=None):
@@ -81,20 +81,19 @@ class StageLog:
                 self.wandb = wandb.init(project=project, name=args.run, config=vars(args))
 
     def _open(self, path):
+        """Open the metrics file for appending, without the lines of steps after the resumed one."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
-        if self.step_count and path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step_count]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        lines = path.read_text(encoding="utf-8").splitlines() if self.step_count and path.exists() else []
+        lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step_count]
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         return open(path, "a", encoding="utf-8")
 
     def state(self):
-        """JSON-able state for StageLog(state=...)."""
+        """JSON-serializable state for StageLog(state=...)."""
         return {k: getattr(self, k) for k in ("smooth_loss", "step_count", "train_seconds")}
 
     def metrics(self, step, **values):
-        """Log named numbers of this step (bpb, accuracies, ...)."""
+        """Log named numbers of this step to the metrics file and to wandb."""
         if self.file:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
             self.file.flush()
@@ -102,7 +101,7 @@ class StageLog:
             self.wandb.log({"step": step, **values})
 
     def validation(self, step, bpb, results):
-        """Log and print a validation; keeps the last and the lowest bits per byte in the dict `results`."""
+        """Log and print the validation loss in bits per byte; updates val_bpb and min_val_bpb in the dict `results`."""
         results["val_bpb"] = bpb
         results["min_val_bpb"] = min(bpb, results["min_val_bpb"] or bpb)
         self.metrics(step, val_bpb=bpb)
@@ -119,7 +118,7 @@ class StageLog:
 
     @property
     def loss(self):
-        """Training loss, as a debiased moving average over about ten steps."""
+        """Training loss: bias-corrected exponential moving average over about ten steps."""
         return self.smooth_loss / (1 - 0.9**self.step_count) if self.step_count else float("nan")
 
     def start_step(self):
@@ -128,9 +127,10 @@ class StageLog:
 
     def end_step(self, step, result, tokens, lr_mult, progress=None, **extra):
         """
-        Log optimizer step `step` (from 0) on `tokens` positions, timed since start_step(); print every few seconds.
+        Log optimizer step `step`, counted from 0, on `tokens` tokens; prints every few seconds.
 
-        `progress`: share of the stage done, if num_steps is not known. `extra`: more numbers, logged and printed.
+        The step is timed since start_step(). `progress` is the completed share of the stage, needed if num_steps is
+        unknown. `extra` numbers are logged and printed too.
         """
         self.compute.synchronize()
         seconds = time.perf_counter() - self.step_started
@@ -148,10 +148,10 @@ class StageLog:
         if time.time() - self.last_printed < PRINT_SECONDS and progress < 1:
             return
         self.last_printed = time.time()
-        left = self.train_seconds / max(progress, 1e-9) * (1 - progress)
-        of = f"/{self.num_steps:05d}" if self.num_steps else ""
+        remaining = self.train_seconds / max(progress, 1e-9) * (1 - progress)
+        total = f"/{self.num_steps:05d}" if self.num_steps else ""
         print0(
-            f"step {step + 1:05d}{of} ({min(progress, 1):6.1%})",
+            f"step {step + 1:05d}{total} ({min(progress, 1):6.1%})",
             f"loss {self.loss:.4f}",
             *(f"{name.replace('_', ' ')} {value:.3f}" for name, value in extra.items()),
             f"grad norm {result.grad_norm:.3f}",
@@ -159,12 +159,12 @@ class StageLog:
             f"{seconds * 1e3:,.0f} ms",
             f"{speed:,.0f} tok/s",
             f"mfu {self.mfu:.1%}",
-            f"{format_duration(self.train_seconds)}, {format_duration(max(0, left))} left",
+            f"{format_duration(self.train_seconds)}, {format_duration(max(0, remaining))} left",
             sep=" | ",
         )
 
     def report(self, section, args, facts, **metrics):
-        """Write the stage's section of the report: flags, `facts`, speed and memory; `metrics`: see Report.log()."""
+        """Write the stage's section of the report: flags, `facts`, speed and memory. `metrics`: see Report.log()."""
         speed = {
             "World size": self.compute.world_size,
             "Precision": str(self.compute.dtype).removeprefix("torch."),
@@ -186,34 +186,33 @@ class StageLog:
 
 def progress_printer(unit, every=10.0):
     """
-    A function show(label, done, total, note="") that prints progress and the time left, on rank 0 only.
+    A thread-safe function show(label, done, total, note="") that prints progress and remaining time on rank 0.
 
-    In a terminal it redraws one line; elsewhere it prints a line every `every` seconds. `total` None: unknown. Threads
-    may share it.
+    In a terminal it redraws one line; elsewhere it prints a line every `every` seconds. `total` is None if unknown.
     """
-    label = start = last = None
+    label = start = last_printed = None
     lock = threading.Lock()
 
     def show(name, done, total, note=""):
-        nonlocal label, start, last
+        nonlocal label, start, last_printed
         with lock:
             now, terminal = time.perf_counter(), sys.stdout.isatty()
             if name != label:
-                label, start, last = name, now, now
+                label, start, last_printed = name, now, now
             if terminal and total and done >= total:
                 return print0("\r\x1b[K", end="")  # erase the line
-            if now - last < (min(0.3, every) if terminal else every) or not done:
+            if now - last_printed < (min(0.3, every) if terminal else every) or not done:
                 return
-            last, speed = now, done / (now - start)
-            of, left = (f"{total:,}", format_duration((total - done) / speed)) if total else ("?", "?")
-            text = f"{label}: {done:,}/{of} {unit}, {speed:,.1f}/s, {left} left{note and ', ' + note}"
+            last_printed, speed = now, done / (now - start)
+            total_text, time_left = (f"{total:,}", format_duration((total - done) / speed)) if total else ("?", "?")
+            text = f"{label}: {done:,}/{total_text} {unit}, {speed:,.1f}/s, {time_left} left{note and ', ' + note}"
             print0(f"\r{text}\x1b[K" if terminal else text, end="" if terminal else "\n")
 
     return show
 
 
 def peak_memory_mib(compute):
-    """Peak memory of this process in MiB: allocated on the GPU if it uses one, else resident."""
+    """Peak memory of this process in MiB: GPU memory if it uses a GPU, else resident memory."""
     if compute.device.type == "cuda":
         import torch
 

@@ -1,4 +1,4 @@
-"""What every training stage's loop calls: batch geometry, one optimizer step, and the stage's checkpoints."""
+"""Building blocks of every training stage: batch geometry, one optimizer step, checkpoints of a run."""
 
 import math
 import signal
@@ -21,7 +21,7 @@ from nanochat.dataloader import Prefetch, eval_batches, lane_batches
 
 
 def rows_per_step(args, world_size):
-    """Rows of the global batch. Raises UserError unless every rank gets whole micro-batches."""
+    """Number of rows of the global batch. Raises UserError unless every rank gets whole micro-batches."""
     for name in ("total_batch_size", "device_batch_size"):
         require(getattr(args, name) >= 1, f"--{name}={getattr(args, name)}: expected at least 1")
     per_pass = args.device_batch_size * args.max_seq_len * world_size  # tokens in one forward pass over all ranks
@@ -34,14 +34,14 @@ def rows_per_step(args, world_size):
 
 
 def epoch_steps(args, task, per_step):
-    """Optimizer steps: --num_iterations, else --num_epochs passes over `task`. Raises UserError if there are none."""
+    """Number of optimizer steps: --num_iterations, else --num_epochs passes over `task`. Raises UserError if 0."""
     steps = args.num_iterations if args.num_iterations > 0 else args.num_epochs * len(task) // per_step
     require(steps >= 1, f"nothing to train: {len(task)} examples, {per_step} per step")
     return steps
 
 
 def due(step, every, last=False):
-    """Whether something that happens every `every` steps, and on the last one, is due; -1 or 0 = never."""
+    """Whether a periodic action is due: every `every` steps and at the last step. `every` -1 or 0 = never."""
     return every > 0 and (last or step % every == 0)
 
 
@@ -59,17 +59,18 @@ class StepResult:
 
 
 class Diverged(UserError):
-    """The loss or the gradient is not finite. The step changed nothing."""
+    """Loss or gradient is not finite. The step has changed neither weights nor optimizer state."""
 
 
 def train_step(model, optimizers, micro_batches, compute, grad_clip=0.0, progress=0.0, stop=False, skipped_tokens=0):
     """
-    One optimizer step on all ranks' micro-batches: (inputs, targets) or (inputs, targets, token weights).
+    One optimizer step. `micro_batches`: this rank's (inputs, targets) or (inputs, targets, token weights).
 
-    The loss is the mean over the trained tokens of the global batch, however they are spread over micro-batches and
-    ranks. Without any trained token it is 0 and no weight changes. `skipped_tokens`: trained tokens of weight 0 that
-    this rank left out of its batches; they count in the mean. Gradients are averaged, then clipped by their global norm
-    (`grad_clip` 0 = off). Raises Diverged, before anything is changed, if loss or gradient is not finite.
+    The loss is the mean over all trained tokens of the global batch, so it does not depend on how they are split into
+    micro-batches and ranks. Without any trained token it is 0 and no weight changes. `skipped_tokens`: number of
+    trained tokens of weight 0 that this rank omitted from its micro-batches; the mean includes them. Gradients are
+    averaged, then clipped by their global norm (`grad_clip` 0 = off). Raises Diverged, before any change, if loss or
+    gradient is not finite.
     """
     totals = torch.tensor([0.0, progress, float(stop)], device=compute.device)
     totals[0] = skipped_tokens + sum((y >= 0).sum() for _, y, *_ in micro_batches)
@@ -100,9 +101,9 @@ def train_step(model, optimizers, micro_batches, compute, grad_clip=0.0, progres
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints of a stage: resumed, saved, and stopped by SIGTERM or Ctrl-C
+# A stage's run: checkpoints, resume, stop on SIGTERM or Ctrl-C
 
-# Flags that a resumed run must not change, or it would not continue the same run.
+# A run can be resumed only with the same values of these flags.
 RESUME_INVARIANTS = (
     *("total_batch_size", "max_seq_len", "packing", "seed", "corpus", "target_examples_per_step"),
     *("task", "examples_per_step", "num_samples", "max_new_tokens"),
@@ -111,10 +112,10 @@ RESUME_INVARIANTS = (
 
 class Stage:
     """
-    A training stage's run and its checkpoint folder.
+    One run of a training stage, and its checkpoint folder.
 
-    --resume continues from the newest good checkpoint, if there is one; --resume_from_step from that one. A fresh run
-    sets an earlier run's folder aside, at its own first save. `num_steps` -1: the stage ends with its data.
+    --resume continues from the newest intact checkpoint if there is one, --resume_from_step from the given one. When a
+    fresh run first saves, it renames the folder of an earlier run. `num_steps` is -1 if the run is one epoch long.
     """
 
     def __init__(self, source, model_tag, args, compute, config, num_steps):
@@ -135,9 +136,9 @@ class Stage:
                 signal.signal(signum, self._on_signal)
 
     def _check_invariants(self, config):
-        """Raises UserError if the checkpoint is of another model, or of other batches."""
+        """Raises UserError if the checkpoint has another model config or other values of RESUME_INVARIANTS."""
         saved = self.meta["user_config"]
-        saved.setdefault("corpus", saved.get("data"))  # its name before version 0.3
+        saved.setdefault("corpus", saved.get("data"))  # the flag was --data before version 0.3
         pairs = [(name, value, self.meta["model_config"].get(name)) for name, value in asdict(config).items()]
         pairs += [(name, getattr(self.args, name, None), saved.get(name)) for name in RESUME_INVARIANTS]
         if differences := [f"{name}={new} (saved: {old})" for name, new, old in pairs if new != old]:
@@ -147,7 +148,7 @@ class Stage:
             )
 
     def setup_optimizers(self, model):
-        """The model's optimizers with the flags' rates. When resuming, also loads their state and the weights."""
+        """Optimizers with the learning rates of the flags. When resuming, also loads weights and optimizer state."""
         args = self.args
         rates = args.unembedding_lr, args.embedding_lr, args.matrix_lr
         optimizers = model.setup_optimizers(*rates, args.weight_decay, self.compute.dtype)
@@ -157,12 +158,12 @@ class Stage:
         return optimizers
 
     def compile(self, model):
-        """torch.compile(model) with --compile, by default on CUDA; else the model itself."""
-        compiles = self.args.compile if self.args.compile is not None else self.compute.device.type == "cuda"
-        return torch.compile(model, dynamic=False) if compiles else model
+        """torch.compile(model) if --compile is set (default: on CUDA only), else the model itself."""
+        enabled = self.args.compile if self.args.compile is not None else self.compute.device.type == "cuda"
+        return torch.compile(model, dynamic=False) if enabled else model
 
     def training_loader(self, source, rows):
-        """Prefetched Batches of `source` with the flags' geometry, from the checkpoint's position when resuming."""
+        """Prefetch of training Batches from `source`; when resuming, from the checkpoint's position."""
         T, rank_rows, states = self.args.max_seq_len, self.args.device_batch_size, self.meta.get("loader_state")
         batches = lane_batches(source, rows, T, rank_rows, self.compute, self.args.packing, states)
         return Prefetch(batches, self.compute.device)
@@ -173,11 +174,11 @@ class Stage:
         return eval_batches(source, rows, T, max(1, self.args.eval_tokens // (rows * T)), self.compute)
 
     def restored(self, *names):
-        """{name: value saved in the checkpoint's meta.json, None in a fresh run}."""
+        """{name: its value in the checkpoint's meta.json}; the values are None in a fresh run."""
         return {name: self.meta.get(name) for name in names}
 
     def train_step(self, model, optimizers, micro_batches, **settings):
-        """train_step() on this stage's ranks; a signal that one rank received stops all of them after the step."""
+        """Call train_step(). If any rank has received a stop signal, `self.stopping` is then True on all ranks."""
         stop = self.signum is not None
         result = train_step(model, optimizers, micro_batches, self.compute, stop=stop, **settings)
         self.stopping = result.stop
@@ -185,9 +186,9 @@ class Stage:
 
     def checkpoint(self, step, last, model, optimizers, loader, log, state):
         """
-        Save if a checkpoint is due after `step` steps, and exit if a signal asked for it. All ranks call it.
+        Save a checkpoint if one is due after `step` steps, and exit after a stop signal. All ranks call it.
 
-        `state`: JSON-able, merged into meta.json, as are the positions of `loader` (a Prefetch, or None).
+        `state` (JSON-serializable) and the positions of `loader` (a Prefetch, or None) are added to meta.json.
         """
         requested = last or self.stopping or due(step, self.args.save_every)
         if step > self.first_step and requested and not getattr(self.args, "dry_run", False):
@@ -199,14 +200,14 @@ class Stage:
             self.path = save_checkpoint(self.folder, step, model, optimizers, meta, self.compute, self.args.keep)
         if self.stopping:
             log.close()
-            print0(f"stopped; saved {self.path}. Go on with the same command and --resume")
+            print0(f"stopped; saved {self.path}. Continue with the same command and --resume")
             raise SystemExit(130 if self.signum == signal.SIGINT else 0)  # 130 stops a calling shell script too
         if last:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def close(self, loader, log, **values):
-        """End the loader and the log; add `values`, known only after the last save, to the checkpoint's meta.json."""
+        """Close loader and log, and add `values`, which are known only after the last save, to meta.json."""
         if loader:
             loader.close()
         log.close()
@@ -214,7 +215,7 @@ class Stage:
             update_meta(self.path, self.compute, **values)
 
     def _on_signal(self, signum, frame):
-        print0(f"\n{signal.Signals(signum).name}: saving after this step, then exiting; once more exits at once")
+        print0(f"\n{signal.Signals(signum).name}: saving after this step, then exiting; a second signal exits at once")
         self.signum = signum
         for s in (signal.SIGTERM, signal.SIGINT):
             signal.signal(s, signal.SIG_DFL)

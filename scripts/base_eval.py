@@ -22,10 +22,10 @@ from nanochat.tracking import progress_printer
 def build_parser():
     p = make_parser("scripts.base_eval", __doc__)
     p.add_argument("--hf_path", help="evaluate this Hugging Face model: a name on the Hub, or a folder")
-    add_checkpoint_flags(p, dtype="float32 on a CPU, else what the device multiplies natively")
+    add_checkpoint_flags(p, dtype="float32; on CUDA bfloat16 where the hardware has it")
     p.add_argument("--max_per_task", type=int, default=-1, help="examples per task; -1 = all")
     p.add_argument("--tasks", help="only these tasks, e.g. 'copa|winograd' (default: all)")
-    p.add_argument("--pass_tokens", type=int, help="padded tokens per forward pass; fewer take less memory")
+    p.add_argument("--pass_tokens", type=int, help="maximum padded tokens per forward pass; limits memory")
     p.add_argument("--save_samples", metavar="FILE", help="write every example, answer and verdict to this .jsonl")
     return p
 
@@ -35,8 +35,8 @@ def check_flags(args):
     n, pass_tokens, samples = args.max_per_task, args.pass_tokens, args.save_samples
     require(n >= 1 or n == -1, f"--max_per_task={n}: expected at least 1, or -1 for all")
     require(pass_tokens is None or pass_tokens >= 1, f"--pass_tokens={pass_tokens}: expected at least 1")
-    ours = args.model_tag or args.step is not None or args.quantize
-    require(args.hf_path is None or not ours, "give either --hf_path or --model_tag, --step and --quantize, not both")
+    conflict = args.hf_path is not None and (args.model_tag or args.step is not None or args.quantize)
+    require(not conflict, "give either --hf_path or --model_tag, --step and --quantize, not both")
     require(not samples or Path(samples).absolute().parent.is_dir(), f"--save_samples={samples}: no such folder")
 
 
@@ -51,7 +51,7 @@ def main(argv=None):
     from nanochat.report import get_report
 
     # Machine and model
-    # float32 on a CPU, as in the reference, even where bfloat16 is faster: rounding can decide between close options.
+    # float32 on a CPU, as in the reference, even if bfloat16 is faster: rounding can change which option is chosen.
     default_dtype = "" if choose_device(args.device_type) == "cuda" else "float32"
     compute = compute_init(args.device_type, args.dtype or default_dtype)
     if args.hf_path is None:
@@ -62,7 +62,7 @@ def main(argv=None):
         name = re.sub(r"[^\w.-]+", "-", args.hf_path).strip("-.")
         section = f"Base model evaluation of {name}"
 
-    # Tasks: all files are read before the first task is scored
+    # Tasks; all files are read before the first task is scored
     show_download, show_examples = progress_printer("bytes"), progress_printer("examples")
     labels = args.tasks.split("|") if args.tasks else None
     tasks = load_tasks(labels, lambda done, total: show_download("eval_bundle.zip", done, total))
@@ -92,7 +92,7 @@ def main(argv=None):
         write_csv(path, score)
         print0(f"written to {path}")
     facts = {"Model": name, "CORE metric": score.core, **score.centered}
-    # The report's sum of wall clock times is of the run that made our model.
+    # The report sums the wall clock times of a training run; scoring a Hugging Face model is not part of it.
     clock = {"wall_clock_seconds": time.time() - started} if args.hf_path is None else {}
     get_report().log(section, [vars(args), facts, clock], {"core": score.core, **clock})
 

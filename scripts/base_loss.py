@@ -15,7 +15,7 @@ def build_parser():
     p = make_parser("scripts.base_loss", __doc__)
     add_checkpoint_flags(p)
     p.add_argument("--device_batch_size", type=int, default=32, help="rows per forward pass and device")
-    p.add_argument("--split_tokens", type=int, default=20 * 524288, help="tokens of each split to evaluate")
+    p.add_argument("--split_tokens", type=int, default=20 * 524288, help="tokens per split to evaluate")
     return p
 
 

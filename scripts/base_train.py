@@ -19,17 +19,17 @@ def build_parser():
     add = parser.add_argument
     add("--compile", type=boolean, nargs="?", const=True, help="torch.compile; default: on CUDA only")
     add("--depth", type=int, default=20, help="number of layers; the width is 64 times this")
-    add("--max_seq_len", type=int, default=2048, help="context, tokens")
-    add("--num_iterations", type=int, default=-1, help="optimizer steps; -1 = from the next two flags")
-    add("--target_flops", type=float, default=-1.0, help="train for this many FLOPs; -1 = from the ratio")
-    add("--target_param_data_ratio", type=float, default=20, help="tokens per parameter (Chinchilla: 20)")
+    add("--max_seq_len", type=int, default=2048, help="context length in tokens")
+    add("--num_iterations", type=int, default=-1, help="optimizer steps; -1 = from a --target_* flag")
+    add("--target_flops", type=float, default=-1.0, help="total training FLOPs; -1 = from --target_param_data_ratio")
+    add("--target_param_data_ratio", type=float, default=20, help="training tokens per parameter (Chinchilla: 20)")
     add("--total_batch_size", type=int, default=524288, help="tokens per optimizer step, over all devices")
-    add("--packing", default="stream", choices=("stream", "bos"), help="rows cut anywhere, or starting at documents")
+    add("--packing", default="stream", choices=("stream", "bos"), help="cut rows anywhere, or start them at documents")
     add("--grad_clip", type=float, default=1.0, help="maximum global gradient norm; 0 = off")
-    add("--warmup_ratio", type=float, default=0.0, help="share of the steps with rising learning rates")
-    add("--warmdown_ratio", type=float, default=0.2, help="share of the steps with falling learning rates")
+    add("--warmup_ratio", type=float, default=0.0, help="learning rate warmup, as a share of the steps")
+    add("--warmdown_ratio", type=float, default=0.2, help="learning rate decay, as a share of the steps")
     add("--final_lr_frac", type=float, default=0.0, help="final learning rates, as a multiple of the initial ones")
-    add("--grad_checkpoint", type=boolean, nargs="?", const=True, default=False, help="less memory, slower")
+    add("--grad_checkpoint", type=boolean, nargs="?", const=True, default=False, help="save memory, a third slower")
     add("--eval_every", type=int, default=250, help="steps between validations; -1 = never")
     add("--eval_tokens", type=int, default=20 * 524288, help="tokens per validation")
     add("--core_metric_every", type=int, default=2000, help="steps between CORE evaluations; -1 = never")
@@ -40,7 +40,7 @@ def build_parser():
 
 
 def steps_to_train(args, num_params, flops_per_token):
-    """Optimizer steps: --num_iterations, else from --target_flops, else from --target_param_data_ratio."""
+    """Number of optimizer steps, from --num_iterations, else --target_flops, else --target_param_data_ratio."""
     if args.num_iterations > 0:
         return args.num_iterations
     if args.target_flops > 0:
@@ -51,7 +51,7 @@ def steps_to_train(args, num_params, flops_per_token):
 
 
 def load_core_tasks(args, corpus):
-    """CORE's tasks if they will be needed; loaded before training, so that missing data is reported at once."""
+    """The tasks of CORE, None if it will not be evaluated. Loaded before training, to report missing data early."""
     if args.core_metric_every <= 0 or corpus != "public":
         return None
     from nanochat.dclm.tasks import load_tasks
@@ -102,7 +102,7 @@ def main(argv=None):
     source = ShardSource(row_groups("train"), tokenizer, rows, args.seed)
     loader = stage.training_loader(source, rows)
     val_source = functools.partial(ShardSource, row_groups("val"), tokenizer, rows)
-    val_batches = functools.cache(lambda: stage.validation_batches(val_source()))  # at the first validation
+    val_batches = functools.cache(lambda: stage.validation_batches(val_source()))  # read at the first validation
     core_tasks = load_core_tasks(args, corpus)
 
     # Horizon

@@ -6,8 +6,8 @@ Chat with a model in the terminal.
     cat poem.txt | python -m scripts.chat_cli -p "Explain this poem."   # the piped text comes before the question
     python -m scripts.chat_cli -p - --json < question.txt               # the answer with token counts, as JSON
 
-Reads the newest checkpoint of a stage. A terminal shows the calculator's calls, dimmed unless NO_COLOR is set; other
-outputs have only the text. Exit codes: 1 = failure, 2 = user error, 130 = Ctrl-C.
+Loads the newest checkpoint of a stage. In a terminal, calculator calls are shown, dimmed unless NO_COLOR is set; pipes
+and files get only the text. Exit codes: 1 = failure, 2 = user error, 130 = Ctrl-C.
 """
 
 import io

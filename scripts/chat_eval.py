@@ -32,7 +32,7 @@ def build_parser():
     add("--max_rows", type=int, default=64, help="answers generated at once (default 64)")
     add("--seed", type=int, default=42, help="seed of the sampling (default 42)")
     add("--data_seed", type=int, default=0, help="seed of tasks that generate their problems (default 0)")
-    unsafe = "run HumanEval's programs even where the kernel cannot isolate them"
+    unsafe = "run HumanEval's programs even if this machine cannot isolate them"
     add("--unsafe_exec", type=boolean, nargs="?", const=True, default=False, help=unsafe)
     add("--save_samples", metavar="FILE", help="write every problem, answer and verdict to this .jsonl")
     return parser
@@ -58,7 +58,7 @@ def check_flags(args):
 
 
 def describe(name, score, seconds):
-    """One line: accuracy with its 95 % confidence interval, pass@k if there are several samples, and speed."""
+    """One line of results: accuracy with its 95 % confidence interval, pass@k for several samples, and speed."""
     n, samples = len(score.records), len(score.records[0]["verdicts"])
     ks = [2**i for i in range(1, samples.bit_length()) if 2**i < samples] + [samples] if samples > 1 else []
     pass_at = "".join(f", pass@{k} {score.pass_at(k):.2%}" for k in ks)
@@ -91,7 +91,7 @@ def main(argv=None):
         try:
             check_level(args.level)
             print0(f"HumanEval's programs run behind {', '.join(layers())}")
-        except UserError as e:  # only without -a, see check_flags(): the other tasks are scored all the same
+        except UserError as e:  # without -a (see check_flags), skip HumanEval and evaluate the other tasks
             names.remove("HumanEval")
             print0(f"warning: HumanEval is skipped: {e}", file=sys.stderr)
     tasks = {name: find_task(name) for name in names}

@@ -1,10 +1,10 @@
 """
-Reinforcement learning on a task with right answers, from the model's own attempts.
+Reinforcement learning (REINFORCE) on a task whose answers can be verified.
 
-    python -m scripts.chat_rl                                                # the pocket world: three minutes
+    python -m scripts.chat_rl                                                # pocket corpus: three minutes
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_rl               # GSM8K
 
-Reads an sft checkpoint and the tokenizer. Writes chatrl_checkpoints/<the same tag>/.
+Reads an sft checkpoint and the tokenizer. Writes chatrl_checkpoints/<tag of that model>/.
 """
 
 from random import Random
@@ -17,14 +17,14 @@ def build_parser():
     parser = make_parser("scripts.chat_rl", __doc__)
     add_run_flags(parser, device_batch_size=8, save_every=60)
     add = parser.add_argument
-    add("--task", default="", help="task to train on, also mine.py:Mine; empty = GSM8K, or PocketHardSums")
+    add("--task", default="", help="task to train on, or file.py:Class; empty = GSM8K (pocket corpus: PocketHardSums)")
     add("--source", default="sft", choices=("sft", "mid", "rl"), help="stage of the checkpoint to start from")
     add("--model_tag", help="folder name of that checkpoint (default: the deepest)")
     add("--step", type=int, help="step of that checkpoint (default: the newest)")
     add("--examples_per_step", type=int, default=16, help="problems per step, over all devices")
     add("--num_samples", type=int, default=16, help="answers per problem")
-    add("--max_new_tokens", type=int, default=256, help="maximum length of an answer")
-    add("--temperature", type=float, default=1.0, help="must be 1: the loss scores the distribution sampled from")
+    add("--max_new_tokens", type=int, default=256, help="maximum length of an answer in tokens")
+    add("--temperature", type=float, default=1.0, help="must be 1: the loss is of the unscaled distribution")
     add("--top_k", type=int, default=0, help="must be 0 (off), for the same reason")
     add("--max_rows", type=int, default=256, help="answers generated at once, per device")
     add("--num_epochs", type=int, default=1, help="passes over the task's problems")
@@ -38,17 +38,17 @@ def build_parser():
 
 
 def check_flags(args):
-    """Raises UserError for numbers out of range, and for sampling settings that the loss does not model."""
+    """Raises UserError for numbers out of range, and for sampling settings that the loss does not support."""
     positive = ("device_batch_size", "examples_per_step", "max_new_tokens", "max_rows", "eval_examples", "eval_samples")
     for name in positive:
         if getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)}: expected at least 1")
     if args.num_samples < 2:
-        raise UserError(f"--num_samples={args.num_samples}: a group needs at least 2 answers, which are compared")
+        raise UserError(f"--num_samples={args.num_samples}: need at least 2 answers, to compare their rewards")
     if args.temperature != 1 or args.top_k:
         raise UserError(
-            "--temperature other than 1 and --top_k would sample from another distribution than the one that the loss "
-            "scores; leave them out"
+            "--temperature other than 1 and --top_k would sample from another distribution than the loss assumes; "
+            "leave them out"
         )
 
 
@@ -63,12 +63,12 @@ def load_task(name, corpus):
         raise UserError(f"--task={name}: choose one of {choices}, or your own as file.py:Class")
     train_task, eval_task = task.train(corpus=corpus), task.make(corpus=corpus)
     if train_task.eval_type != "generative":
-        raise UserError(f"--task={name} is scored by the logits of letters; RL needs a task with written answers")
+        raise UserError(f"--task={name} is scored by the logits of letters; RL needs a task with generated answers")
     return name, train_task, eval_task
 
 
 def problems_of_step(step, per_step, size, seed):
-    """{problem's index: sampling seed} for one step; every epoch is a seeded permutation of all `size` problems."""
+    """{problem index: sampling seed} of one step. Every epoch is a seeded permutation of all `size` problems."""
     positions = [divmod(i, size) for i in range(step * per_step, (step + 1) * per_step)]
     orders = {epoch: Random(f"{seed} {epoch}").sample(range(size), size) for epoch in {epoch for epoch, _ in positions}}
     indices = [orders[epoch][i] for epoch, i in positions]
@@ -105,6 +105,7 @@ def main(argv=None):
     results = stage.meta.get("results", {})
 
     def evaluate(step):
+        """Log held-out accuracy with greedy decoding, and pass@1 and pass@k with sampling."""
         settings = dict(max_problems=args.eval_examples, max_new_tokens=args.max_new_tokens, max_rows=args.max_rows)
         greedy = evaluate_task(eval_task, sampler, **settings)
         settings |= dict(num_samples=args.eval_samples, temperature=1.0, top_k=0, seed=args.seed)

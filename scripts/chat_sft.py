@@ -1,16 +1,16 @@
 """
-Supervised fine-tuning: one conversation per row, only what the assistant says is trained on.
+Supervised fine-tuning (SFT) on conversations, one per row; only the assistant's tokens are trained on.
 
     python -m scripts.chat_sft --device_batch_size=1 --target_examples_per_step=4 --num_iterations=100     # laptop
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_sft
 
-Reads a mid (or base) checkpoint, the tokenizer and the mixture of tasks. Writes chatsft_checkpoints/<the same tag>/.
+Reads a mid (or base) checkpoint, the tokenizer and a task mixture. Writes chatsft_checkpoints/<tag of that model>/.
 """
 
 from nanochat.cli import add_run_flags, make_parser, parse_args, run_script
 from nanochat.common import UserError, compute_init, print0
 
-INLINE_TASKS = {"public": ("MMLU", "ARC-Easy"), "pocket": ("PocketFacts",)}  # scored during training: quick ones
+INLINE_TASKS = {"public": ("MMLU", "ARC-Easy"), "pocket": ("PocketFacts",)}  # quick tasks, scored during training
 
 
 def build_parser():
@@ -29,8 +29,8 @@ def build_parser():
     )
     add("--eval_every", type=int, default=100, help="steps between validations; -1 = never")
     add("--eval_steps", type=int, default=100, help="batches per validation")
-    add("--eval_metrics_every", type=int, default=200, help="steps between task scores; -1 = never")
-    add("--eval_metrics_max_problems", type=int, default=1024, help="problems per scored task")
+    add("--eval_metrics_every", type=int, default=200, help="steps between evaluations of tasks; -1 = never")
+    add("--eval_metrics_max_problems", type=int, default=1024, help="problems per evaluated task")
     return parser
 
 

@@ -22,16 +22,16 @@ def build_parser():
     add("--model_tag", help="folder name of the base checkpoint (default: the deepest)")
     add("--step", type=int, help="step of the base checkpoint (default: the newest)")
     add("--num_iterations", type=int, default=-1, help="optimizer steps; -1 = one epoch of the mixture")
-    add("--max_seq_len", type=int, default=-1, help="context, tokens; -1 = the base model's")
+    add("--max_seq_len", type=int, default=-1, help="context length in tokens; -1 = the base model's")
     add("--total_batch_size", type=int, default=524288, help="tokens per step, over all devices")
     packings = ("stream", "bos")
-    add("--packing", default="stream", choices=packings, help="rows cut anywhere, or at conversations")
-    add("--train_on", default="all", choices=("all", "assistant"), help="which tokens have a loss")
+    add("--packing", default="stream", choices=packings, help="cut rows anywhere, or start them at conversations")
+    add("--train_on", default="all", choices=("all", "assistant"), help="tokens to train on")
     add("--init_lr_frac", type=float, default=1.0, help="initial learning rates, as a multiple of the flags")
     add("--eval_every", type=int, default=150, help="steps between validations; -1 = never")
     add("--eval_tokens", type=int, default=20 * 524288, help="tokens per validation")
     add("--compile", **flag, help="torch.compile; default: on CUDA only")
-    add("--grad_checkpoint", **flag, default=False, help="less memory, slower")
+    add("--grad_checkpoint", **flag, default=False, help="save memory, a third slower")
     add("--dry_run", **flag, default=False, help="train, but write no checkpoint and no report")
     return parser
 
@@ -47,7 +47,7 @@ def main(argv=None):
     from nanochat.train import Stage, due, rows_per_step
     from tasks.mixtures import midtraining
 
-    # Machine, tokenizer and model; flags left out are taken from the base run
+    # Machine, tokenizer and model; --corpus and --max_seq_len default to those of the base run
     compute = compute_init(args.device_type, args.dtype, args.seed)
     model, tokenizer, base_meta = load_model("base", compute, args.model_tag, args.step, inference=False)
     args.corpus = args.corpus or base_meta["corpus"]
@@ -61,10 +61,10 @@ def main(argv=None):
     if args.device_batch_size > base_batch_size:
         print0(f"warning: --device_batch_size={args.device_batch_size}, in pretraining it was {base_batch_size}")
 
-    # Optimizers; with --resume also the saved weights and moments
+    # Optimizers; restores weights and optimizer state when resuming
     optimizers, compiled = stage.setup_optimizers(model), stage.compile(model)
 
-    # Data: validation batches are made when they are first needed
+    # Data; validation batches are read at the first validation
     train_task, val_task = midtraining(args.corpus)
     rendering = dict(max_tokens=args.max_seq_len, lanes=rows, use_mask=args.train_on == "assistant")
     train_source = TaskSource(train_task, tokenizer, seed=args.seed, **rendering)

@@ -1,5 +1,5 @@
 """
-Compare the tokenizer's compression with that of GPT-2 and GPT-4, if tiktoken has them cached.
+Compare the tokenizer's compression with GPT-2's and GPT-4's tokenizers, if tiktoken has cached them.
 
     python -m scripts.tok_eval
 
@@ -46,7 +46,7 @@ def evaluation_texts():
 
 
 def compression_table(texts, tokenizer, baseline=None, label=""):
-    """Markdown table of bytes per token, next to those of `baseline` and the share of tokens saved (+) if given."""
+    """Markdown table of bytes per token; with a `baseline` tokenizer also its numbers and the share of tokens saved."""
     header = f"Text | Bytes | {label} tokens | {label} bytes/token | Our tokens | Our bytes/token | Tokens saved"
     lines = [f"| {header if baseline else 'Text | Bytes | Tokens | Bytes/token'} |"]
     lines.append("|---" * (lines[0].count("|") - 1) + "|")

@@ -22,7 +22,7 @@ SAMPLE = "It's 1234567,\r\n\tisn't it?   \u00a0안녕하세요 漢字 ½ é e\u0
 
 
 def count(text):
-    """argparse type: an integer, also written as 10e9."""
+    """argparse type: an integer, optionally in scientific notation (10e9)."""
     number = float(text)
     if not number.is_integer():
         raise ValueError
@@ -41,7 +41,7 @@ def read_texts(max_chars, doc_cap, totals):
     """
     Yield the training documents as pyarrow string arrays until they have `max_chars` characters.
 
-    At most `doc_cap` characters of a document count. Adds to totals["documents"] and totals["characters"].
+    At most `doc_cap` characters per document are counted. Adds to totals["documents"] and totals["characters"].
     """
     import pyarrow.compute as pc
 

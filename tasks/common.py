@@ -19,7 +19,7 @@ class Task:
     """
 
     eval_type = "generative"  # or "categorical": the answer is one of the conversation's "letters"
-    baseline = 0.0  # accuracy of random guesses; read from tasks in a user's own file
+    baseline = 0.0  # accuracy of random guessing; a class in a user's file sets it here
 
     def __init__(self, start=0, stop=None, step=1):
         assert start >= 0 and step >= 1 and (stop is None or stop >= start), (start, stop, step)
@@ -47,7 +47,7 @@ class Task:
         raise NotImplementedError(f"{type(self).__name__} has no correct answers; it is for training only")
 
     def evaluate_many(self, pairs):
-        """[evaluate(conversation, response)] for pairs of them."""
+        """Verdicts on a list of (conversation, response) pairs."""
         return [self.evaluate(conversation, response) for conversation, response in pairs]
 
     def reward(self, conversation, assistant_response):
@@ -67,7 +67,7 @@ class ChoiceTask(Task):
 
 class PublicTask(Task):
     """
-    A public data set on Hugging Face, read from parquet files, in the order of datasets.shuffle(seed=42).
+    A public data set on Hugging Face, read from parquet files, in the order of `datasets`' shuffle(seed=42).
 
     Subclasses implement conversation(row), where `row` is a dict of the columns. See `fetch_files` for the parameters.
     """
@@ -90,7 +90,7 @@ class PublicTask(Task):
 
 class GeneratedTask(Task):
     """
-    `size` generated conversations, each a function of split, seed and index alone.
+    `size` generated conversations. Each depends only on split, seed and index.
 
     Subclasses implement make(rng), which returns a conversation whose problem belongs to `self.split`.
     """
@@ -142,8 +142,8 @@ def render_mc(question, letters, choices):
     """
     The prompt of a multiple-choice problem.
 
-    Each letter follows its choice, without a space: small models associate the two better that way, and "=A" ends with
-    the same token as the expected answer.
+    Each letter follows its choice, because small models associate the two better in this order. There is no space
+    between "=" and the letter, so that the letter is the same token as in the answer.
     """
     lines = "".join(f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=True))
     return f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
@@ -153,7 +153,7 @@ def fetch_files(repo, stem, shards=(1,)):
     """
     Local paths of <stem>-00000-of-0000N.parquet ... of the data set `repo`, downloaded once per machine.
 
-    `shards` lists the numbers of files N to try in order: a mirror may have fewer than the public host. Raises
+    `shards` lists the values of N to try, in order: a mirror may have fewer files than the public host. Raises
     UserError if the files can neither be found nor downloaded.
     """
     folder = base_dir() / "task_data" / repo
@@ -164,7 +164,7 @@ def fetch_files(repo, stem, shards=(1,)):
 
     if dist_env()[1] == 0 and not local_files():
         _download(repo, folder, candidates)
-    while not local_files():  # another process of this machine is downloading; if it fails, torchrun ends this one
+    while not local_files():  # local rank 0 is downloading; if it fails, torchrun stops this process
         time.sleep(0.5)
     return local_files()
 

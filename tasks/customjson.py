@@ -16,7 +16,7 @@ from tasks.common import Task
 
 
 class CustomJSON(Task):
-    """Raises UserError with file and line number for an invalid conversation."""
+    """Conversations of one JSONL file. Raises UserError with file and line number for an invalid one."""
 
     def __init__(self, path, **kwargs):
         super().__init__(**kwargs)

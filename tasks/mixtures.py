@@ -18,7 +18,7 @@ from tasks.spellingbee import SimpleSpelling, SpellingBee, WordTask
 
 RL_PROBLEMS = 1600  # training problems of a generated task in reinforcement learning
 
-# Rows in midtraining and in SFT, in all about 2.7 and 0.6 million tokens of the pocket tier's tokenizer.
+# Rows in midtraining and in SFT; in total about 2.7 and 0.6 million tokens with the pocket tier's tokenizer.
 POCKET_ROWS = {
     PocketChat: {"mid": 4200, "sft": 1300},  # 120 tokens per row
     PocketStories: {"mid": 1800, "sft": 300},  # 300
@@ -37,7 +37,7 @@ def identity_conversations():
 
 
 def make_generated(task, split, size, seed=0, corpus="public", **_):
-    """An instance of the GeneratedTask class `task`."""
+    """An instance of `task`, a subclass of GeneratedTask; extra arguments are ignored."""
     options = {"corpus": corpus} if issubclass(task, WordTask) else {}
     return task(split=split, size=size, seed=seed, **options)
 
@@ -74,7 +74,7 @@ class EvalTask:
     """An evaluation task; reinforcement learning can train on it if it has `train`."""
 
     make: Callable[..., Task]  # make(seed=0, corpus="public", level="strict"); most tasks ignore these
-    baseline: float  # accuracy of random guesses
+    baseline: float  # accuracy of random guessing
     corpus: str  # "public", "pocket", "both", or "own" for a class in a user's file
     train: Callable[..., Task] | None = None  # makes the training split, with the same parameters
 
@@ -101,7 +101,7 @@ EVAL_TASKS = {
 
 
 def find_task(name):
-    """The EvalTask of a name in EVAL_TASKS or of a class in a file, "mine.py:Mine". Raises UserError."""
+    """The EvalTask `name`: a key of EVAL_TASKS, or "file.py:Class". Raises UserError if there is none."""
     if name in EVAL_TASKS:
         return EVAL_TASKS[name]
     path, _, class_name = name.rpartition(":")

@@ -2,7 +2,7 @@
 
 from tasks.common import PublicTask
 
-SHARDS = {"train": (4, 1), "test": (1,)}  # numbers of files: on the public host, then on a small mirror
+SHARDS = {"train": (4, 1), "test": (1,)}  # number of files: on the public host, or on a small mirror
 
 
 class SmolTalk(PublicTask):

@@ -1,8 +1,8 @@
 """
 Letters in words: counting them (SpellingBee) and spelling a word (SimpleSpelling).
 
-SpellingBee's answers spell the word, count along and then call the calculator. The words come from the pocket world or
-from a public list of 370 thousand English words.
+SpellingBee's answers spell the word, keep a running count and then call the calculator. The words come from the pocket
+world or from a public list of 370 thousand English words.
 """
 
 import functools
@@ -19,7 +19,7 @@ WORDS_URL = "dwyl/english-words/refs/heads/master/words_alpha.txt"
 
 @functools.cache
 def question_templates(section, corpus):
-    """Templates of the questions of one task ("count" or "spell") for the corpus "public" or "pocket"."""
+    """Question templates of a section ("count" or "spell") for the corpus "public" or "pocket"."""
     sections = read_sections(Path(__file__).with_suffix(".txt").read_text(encoding="utf-8"))
     return [*sections[section][0], *sections.get(f"{section} {corpus}", [[]])[0]]
 
@@ -44,7 +44,7 @@ class WordTask(GeneratedTask):
 
 
 class SpellingBee(WordTask, FinalNumberTask):
-    """How often a letter occurs in a word. In nine of ten problems it does."""
+    """Counting a letter in a word. The letter occurs in at least 90 % of the words."""
 
     section = "count"
 

@@ -1,11 +1,11 @@
 """
-Evaluation by generated answers: all problems in one batch, or one at a time by our engine, PyTorch and transformers.
+Speed of evaluation by generated answers: all problems in one batch, against one problem at a time.
 
     python -m dev.bench.bench_chat_eval -i sft --task=PocketSums --problems=200 --num_samples=4
 
-Every problem gets `num_samples` answers. The first two variants generate the same answers at any temperature, and their
-verdicts are compared. The other two answer a tenth of the problems: PyTorch with the model's own forward pass and a KV
-cache, and transformers' generate, greedy and without a calculator. Prints milliseconds per problem.
+Every problem gets `num_samples` answers. One problem at a time is measured with our engine, whose verdicts are compared
+with those of the batch; and, on a tenth of the problems, with the plain PyTorch backend and with transformers'
+generate() (greedy, without a calculator). Prints milliseconds per problem.
 """
 
 import time
@@ -22,7 +22,7 @@ from tasks.mixtures import find_task
 
 
 def one_at_a_time(task, engine, args, problems=None):
-    """[[verdict of each answer]] of the first problems; each problem's answers are a batch of their own."""
+    """Verdicts [problem][sample] on the first problems; the batch is one problem's answers."""
     verdicts = []
     for i in range(problems or args.problems):
         problem = task[i]
@@ -35,7 +35,7 @@ def one_at_a_time(task, engine, args, problems=None):
 
 
 def batch(task, engine, args):
-    """[[verdict of each answer]] of all problems, answered in one batch."""
+    """Verdicts [problem][sample] on all problems, answered in one batch."""
     score = evaluate_task(
         task,
         engine,
@@ -49,7 +49,7 @@ def batch(task, engine, args):
 
 
 def transformers_seconds(model, engine, problems, num_samples, max_new_tokens):
-    """Mean seconds of `generate` per problem, one problem at a time, in the precision of the model's weights."""
+    """Mean seconds per problem of transformers' generate(), in the precision of the model's weights."""
     from transformers import NanoChatConfig, NanoChatForCausalLM
 
     hf = NanoChatForCausalLM(NanoChatConfig(**hf_config(model.config))).eval().to(model.lm_head.weight.dtype)
@@ -65,13 +65,13 @@ def transformers_seconds(model, engine, problems, num_samples, max_new_tokens):
 def main(argv=None):
     parser = make_parser("dev.bench.bench_chat_eval", __doc__)
     add_model_flags(parser, "sft")
-    parser.add_argument("--task", default="PocketSums")
-    parser.add_argument("--problems", type=int, default=200)
-    parser.add_argument("--num_samples", type=int, default=4)
-    parser.add_argument("--max_rows", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--max_new_tokens", type=int, default=160)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--task", default="PocketSums", help="task to evaluate (default PocketSums)")
+    parser.add_argument("--problems", type=int, default=200, help="number of problems (default 200)")
+    parser.add_argument("--num_samples", type=int, default=4, help="answers per problem (default 4)")
+    parser.add_argument("--max_rows", type=int, default=64, help="answers generated at once (default 64)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="sampling temperature; 0 = greedy")
+    parser.add_argument("--max_new_tokens", type=int, default=160, help="maximum length of an answer in tokens")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements, of which the fastest counts (default 3)")
     args = parse_args(parser, argv)
     for name in ("problems", "max_rows", "repeats"):
         require(getattr(args, name) >= 1, f"--{name}={getattr(args, name)}: expected at least 1")
@@ -84,8 +84,8 @@ def main(argv=None):
         for name, answer in {"batch": batch, "one problem at a time": one_at_a_time}.items():
             start = time.perf_counter()
             verdicts[name] = answer(task, engine, args)
-            taken = (time.perf_counter() - start) / args.problems
-            seconds[name] = min(taken, seconds.get(name, taken))
+            per_problem = (time.perf_counter() - start) / args.problems
+            seconds[name] = min(per_problem, seconds.get(name, per_problem))
     n = max(1, args.problems // 10)
     torch_engine = Engine(model, tokenizer, compute, backend=TorchBackend(model, compute))
     start = time.perf_counter()
@@ -94,13 +94,13 @@ def main(argv=None):
     with torch.inference_mode():
         problems, settings = [task[i] for i in range(n)], (args.num_samples, args.max_new_tokens)
         seconds["one problem at a time, transformers"] = transformers_seconds(model, engine, problems, *settings)
-    differ = sum(a != b for a, b in zip(*verdicts.values(), strict=True))
+    n_different = sum(a != b for a, b in zip(*verdicts.values(), strict=True))
     answers = f"{args.num_samples} answers at temperature {args.temperature}"
     print(f"{args.task}, {args.problems} problems of {answers}, {torch.get_num_threads()} threads\n")
     print("| variant | ms per problem | relative to batch |\n|---|---|---|")
     for name, value in seconds.items():
         print(f"| {name} | {1000 * value:.1f} | {value / seconds['batch']:.2f} |")
-    print(f"\nverdicts that differ between batch and one problem at a time: {differ}")
+    print(f"\nverdicts that differ between batch and one problem at a time: {n_different}")
 
 
 if __name__ == "__main__":

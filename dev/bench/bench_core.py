@@ -1,11 +1,11 @@
 """
-CORE on a random model: evaluate_core() against one full forward pass per example over all options' whole prompts. Both
-score the same examples, task by task, and the verdicts are compared.
+Speed of CORE on a random model: evaluate_core() against a plain reference, which runs one forward pass per example over
+the full prompts of all options. Both score the same examples, and the verdicts are compared.
 
     python -m dev.bench.bench_core                                      # depth 4, vocabulary 8,192, all tasks
     python -m dev.bench.bench_core --depth=8 --max_per_task=8 --tasks="hellaswag|squad"
 
-Reads tokenizer and tasks from NANOCHAT_BASE_DIR. Prints the seconds of both and their ratio, by task.
+Reads tokenizer and tasks from NANOCHAT_BASE_DIR. Prints the seconds of both and their ratio for each task.
 """
 
 import random
@@ -25,7 +25,7 @@ from nanochat.tokenizer import get_tokenizer
 @torch.inference_mode()
 def plain(forward, tokenizer, task, examples, index):
     """
-    (decision, verdict) of one example by a full forward pass; also the reference in tests/test_core_eval.py.
+    (decision, verdict) on one example, by a plain forward pass. tests/test_core_eval.py uses it as the reference, too.
 
     `forward(ids)` returns logits (B, T, V). The decision is the options' mean losses, or the greedy predictions.
     """
@@ -44,15 +44,15 @@ def plain(forward, tokenizer, task, examples, index):
         texts = [texts[0].strip(), texts[0] + item["continuation"]]
     bos = tokenizer.get_bos_token_id()
     rows = [[bos, *tokenizer.encode(text)] for text in texts]
-    same = 0
+    shared = 0
     if task.kind == "schema":
-        while all(len(row) > same + 1 and row[-1 - same] == rows[0][-1 - same] for row in rows):
-            same += 1
-        starts = [len(row) - same for row in rows]
+        while all(len(row) > shared + 1 and row[-1 - shared] == rows[0][-1 - shared] for row in rows):
+            shared += 1
+        starts = [len(row) - shared for row in rows]
     else:
-        while all(len(row) > same and row[same] == rows[0][same] for row in rows):
-            same += 1
-        starts = [same] * len(rows)
+        while all(len(row) > shared and row[shared] == rows[0][shared] for row in rows):
+            shared += 1
+        starts = [shared] * len(rows)
     if task.kind == "language_modeling":
         rows, starts = rows[1:], starts[1:]
     longest = max(map(len, rows))
@@ -73,12 +73,12 @@ def print_row(label, n, plain_seconds, seconds):
 
 def main(argv=None):
     parser = make_parser("dev.bench.bench_core", __doc__)
-    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--depth", type=int, default=4, help="of the model (default 4)")
     parser.add_argument("--vocab_size", type=int, help="of the model; default: that of the tokenizer")
-    parser.add_argument("--max_per_task", type=int, default=16)
+    parser.add_argument("--max_per_task", type=int, default=16, help="examples per task (default 16)")
     parser.add_argument("--tasks", help="e.g. 'hellaswag|squad'; default: all")
     parser.add_argument("--pass_tokens", type=int, help="padded tokens per forward pass of evaluate_core()")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="float32", help="float32 or bfloat16 (default float32)")
     args = parse_args(parser, argv)
     compute, tokenizer = compute_init("cpu", args.dtype), get_tokenizer()
     torch.manual_seed(1)

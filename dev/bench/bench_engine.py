@@ -1,5 +1,5 @@
 """
-Speed of our engine, against transformers' NanoChat class with the same weights and against the memory bandwidth.
+Speed of our engine, against transformers' NanoChat class with the same weights, and as a share of the memory bandwidth.
 
     python -m dev.bench.bench_engine                    # depth 12, vocabulary 32,768
     python -m dev.bench.bench_engine --depth=4 --vocab_size=1024 --repeats=5
@@ -8,7 +8,7 @@ Prints a table of medians for float32, bfloat16 and int8 weights. The measuremen
 machine's load affects all of them.
 
     1, 8, 16 rows   decoding after a short prompt, in tokens/s of all rows together; transformers with its dynamic and
-                    its static cache. For one row also the share of the memory bandwidth: a token reads all weights.
+                    its static cache. One row also as a share of the memory bandwidth, since a token reads all weights.
     prefill 512     tokens/s of a prompt of 512 tokens, up to its first sampled token
     second turn     milliseconds to the first token of a prompt of 1,000 tokens whose first 980 were the previous
                     prompt, with and without the prefix cache
@@ -31,7 +31,7 @@ NEW_TOKENS = 64  # generated per row when decoding is measured
 
 
 class NullTokenizer:
-    """Tokenizer without special tokens, which is all that the engine asks for: their ids never occur."""
+    """Stub tokenizer. The engine only asks for the ids of special tokens; -1 never occurs, so no answer ends early."""
 
     def encode_special(self, name):
         return -1
@@ -41,6 +41,7 @@ class NullTokenizer:
 
 
 def random_model(depth, vocab_size):
+    """A frozen float32 GPT with random weights."""
     torch.manual_seed(1)
     model = GPT(GPTConfig.from_depth(depth, 2048, vocab_size))
     model.init_weights("cpu")
@@ -72,6 +73,7 @@ def decode_speed(engine, rows):
 
 
 def seconds_to_first_token(loop, prompt):
+    """Seconds from the submission of `prompt` to its first sampled token."""
     start = time.perf_counter()
     loop.submit(Request(prompt, max_tokens=1, temperature=0))
     while loop.busy:
@@ -106,6 +108,7 @@ def hf_decode_speed(hf, rows, cache):
 
 
 def hf_prefill_speed(hf, n):
+    """prefill_speed() of transformers."""
     start = time.perf_counter()
     hf.generate(torch.arange(1, n + 1)[None], max_new_tokens=1, do_sample=False, eos_token_id=None, pad_token_id=0)
     return n / (time.perf_counter() - start)

@@ -9,8 +9,8 @@ Prints three tables: training on texts in memory; training end to end, from parq
 encoding. End to end, ours is tok_train, and the peers follow the examples in their READMEs, one row group at a time.
 The peers are `rustbpe` from PyPI and Hugging Face `tokenizers` for training, and tiktoken for encoding. They are
 installed in a separate environment (--env, created if missing), because rustbpe on PyPI has the name of our extension.
-Every measurement runs in a new process, and the programs alternate, so that noise affects all alike. Prints medians and
-checks that merges and ids agree.
+Every measurement runs in a new process, and the programs alternate, so that noise affects all of them equally. Prints
+medians and checks that merges and ids agree.
 """
 
 import argparse
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One measurement, in a separate process. Trainers return a function that returns the tokens (bytes) in order of rank.
+# One measurement, in a separate process. A trainer returns a function; calling it gives the tokens (bytes) by rank.
 
 
 def train_ours(texts, vocab_size, pattern):
@@ -62,14 +62,14 @@ def train_hf(texts, vocab_size, pattern):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(iter(texts), trainer)
-    return lambda: None  # not compared: it breaks ties between pairs in another way
+    return lambda: None  # not compared, since it breaks ties between pairs differently
 
 
 TRAINERS = {"ours": train_ours, "ours, from Arrow": train_ours_arrow, "rustbpe": train_ours, "tokenizers": train_hf}
 
 
 def train_end_to_end(name, base, vocab_size, ranks, pattern, n_special):
-    """Train from parquet files and write the file `ranks`: with tok_train, or as a user of a peer would do it."""
+    """Train from parquet files and write the file `ranks`, with tok_train or with a peer's documented API."""
     if name == "ours":
         shard_size = (base / "base_data" / "0.parquet").stat().st_size
         sys.argv[1:] = [f"--vocab_size={vocab_size + n_special}", f"--doc_cap={100 * shard_size}"]
@@ -163,14 +163,14 @@ def peer_python(env):
 
 def run(python, job):
     """The dict that measure(job) prints, run in a new process."""
-    done = subprocess.run([python, __file__, json.dumps(job)], stdout=subprocess.PIPE, text=True, cwd=Path.home())
-    if done.returncode:
+    process = subprocess.run([python, __file__, json.dumps(job)], stdout=subprocess.PIPE, text=True, cwd=Path.home())
+    if process.returncode:
         sys.exit(f"{job['name']} failed, see above")
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def run_end_to_end(python, job):
-    """The same with the seconds and CPU seconds of the whole process, and as result a hash of the file of ranks."""
+    """Like run(), but with the wall and CPU seconds of the whole process, and as result a hash of the ranks file."""
     cpu, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     measured = run(python, job)
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -179,7 +179,7 @@ def run_end_to_end(python, job):
 
 
 def compare(title, runs, size, repeats, memory="peak MiB above start"):
-    """Run {name: function} alternately, print a table relative to the first name, and return {name: result}."""
+    """Run the functions of {name: function} in turns and print a table; returns {name: result}."""
     measured = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run_once in runs.items():
@@ -233,11 +233,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, nargs="+", help="parquet files with a text column, or plain text files")
     parser.add_argument("--bytes", type=int, default=100_000_000, help="size of the text (default 100 MB)")
-    parser.add_argument("--vocab_size", type=int, default=65_536)
+    parser.add_argument("--vocab_size", type=int, default=65_536, help="number of tokens (default 65,536)")
     parser.add_argument("--threads", type=int, default=2, help="threads of the encoders (default 2)")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="measurements per median (default 3)")
     parser.add_argument("--skip", nargs="*", default=[], help="measurements to skip: rustbpe, tokenizers, encoding")
-    parser.add_argument("--env", type=Path, default=Path.home() / ".cache" / "nanochat-bench")
+    parser.add_argument(
+        "--env", type=Path, default=Path.home() / ".cache" / "nanochat-bench", help="folder of the peers' environment"
+    )
     args = parser.parse_args()
     for path in args.text or ():
         if not path.is_file():

@@ -1,5 +1,5 @@
 """
-Fuzz the calculator and the chat template with random and hostile text: nothing may be executed, nothing may take long.
+Fuzz the calculator and the rendering of chats with hostile text: no input may execute code or take long.
 
     python -m dev.bench.fuzz_text --seconds=60
 
@@ -24,7 +24,7 @@ PIECES = """0 1 7 12 1,234 999,999,999 0.1 .5 5. 1e9 0x1 1_0 1j ٣ １ + - * / *
 < > ~ @ & | 'a' "b" 'strawberry' .count( 'r' ) .upper() .format .join __import__('os') .system eval( exec( open( lambda:
 __class__ True None a b for in if else \\ \\x61 \\n ' "
 ''' # ` $ é ß 漢 🐌 \u202e \ufeff <|python_start|> <|bos|>""".split()
-# Names of audit events, or their beginnings.
+# Prefixes of the names of audit events.
 WATCHED = ("exec", "compile", "import", "open", "os.system", "subprocess.Popen", "os.exec", "socket.connect", "ctypes")
 MAX_MS = 10  # CPU time per input
 MAX_CHARS = 8192  # of a conversation
@@ -61,7 +61,7 @@ def conversation(rng):
 def main(argv=None):
     parser = make_parser("dev.bench.fuzz_text", __doc__)
     parser.add_argument("--seconds", type=float, default=60, help="total duration (default 60)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
     args = parse_args(parser, argv)
     tokenizer, rng = get_tokenizer(), Random(args.seed)
     executed, slowest, watching = [], {}, False

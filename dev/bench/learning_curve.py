@@ -1,10 +1,10 @@
 """
-Our learning curve against the reference's: validation bits per byte of a depth-4 model on four public shards.
+Compare the learning curve with a recorded reference: validation bits per byte of a depth-4 model on four public shards.
 
     python -m dev.bench.learning_curve --hub=<URL or folder> --dtype=bfloat16
 
 `--hub` is a URL or folder with the layout of NANOCHAT_HUB_URL. All outputs go to a temporary base dir. The exit code is
-1 if any evaluated step is more than 0.02 above the reference.
+1 if the loss at any evaluated step is more than 0.02 above the reference.
 """
 
 import json

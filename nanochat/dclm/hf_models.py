@@ -8,7 +8,7 @@ import torch
 from nanochat.common import UserError, require
 from nanochat.inference.backends import pad
 
-# Logits per forward pass, which transformers computes at every position: 512 MiB of float32.
+# Maximum number of logits per forward pass, 512 MiB of float32; transformers computes them at every position.
 LOGITS_PER_PASS = 1 << 27
 
 
@@ -26,7 +26,7 @@ def load_hf(path, compute):
     has_config = not Path(path).exists() or (Path(path) / "config.json").is_file()
     require(has_config, f"{flag}: no config.json there; to score a nanochat checkpoint, use --model_tag and --step")
     logging.set_verbosity_error()
-    logging.disable_progress_bar()  # of loading; downloads still show theirs
+    logging.disable_progress_bar()  # of loading weights; downloads still show their progress
     try:
         model, info = AutoModelForCausalLM.from_pretrained(path, dtype=compute.dtype, output_loading_info=True)
         tokenizer = HFTokenizer(AutoTokenizer.from_pretrained(path))
@@ -48,7 +48,7 @@ class HFTokenizer:
         self.bos = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         require(self.bos is not None, "the tokenizer has neither a bos nor an eos token to start prompts with")
         self.size = 1 + max(tokenizer.get_vocab().values(), default=0)
-        # If its files are missing, transformers creates an empty tokenizer.
+        # transformers creates an empty tokenizer if the tokenizer's files are missing.
         require(len(self.encode(["two words"], self.bos)[0]) > 2, "the model has no working tokenizer")
 
     def get_bos_token_id(self):
@@ -62,7 +62,7 @@ class HFTokenizer:
 
 class HFScorer:
     """
-    GPTScorer's interface for a model of transformers.
+    Scores a model of transformers; has the interface of core_eval.GPTScorer.
 
     Prefixes are shared only if the model has a plain KV cache (no sliding window, no recurrent state). The prefixes of
     one pass have equal lengths, so that padding never precedes a token. Rows are cropped to the model's context.
@@ -78,6 +78,7 @@ class HFScorer:
         self.model, self.device, config = model, model.device, model.config.get_text_config()
         self.max_tokens = getattr(config, "max_position_embeddings", None)
         self.max_logits = max(1, LOGITS_PER_PASS // config.vocab_size)  # positions per pass
+        # In a causal model, changing the last token leaves the logits before it unchanged.
         one, other = (model(torch.tensor([[1, 2, 3, last]], device=self.device), use_cache=True) for last in (4, 5))
         causal = torch.allclose(one.logits[:, :3], other.logits[:, :3], atol=1e-3)
         require(causal, f"{flag}: {type(model).__name__} looks at later tokens; give a causal model")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from nanochat.common import UserError, base_dir, fetch, mirror_url, require
 
-FIELDS = {  # of one example, by type of task; the question comes first
+FIELDS = {  # fields of an example by type of task; the first one is the question
     "multiple_choice": {"query": str, "choices": list, "gold": int},
     "schema": {"context_options": list, "continuation": str, "gold": int},
     "language_modeling": {"context": str, "continuation": str},
@@ -44,27 +44,27 @@ class CoreTask:
         return rows if max_examples < 0 else rows[:max_examples]
 
     def question(self, example):
-        """The text that `example` starts with; of a schema example, its first option."""
+        """The question of `example`; for a schema example, the first option."""
         text = example[next(iter(FIELDS[self.kind]))]
         return text if isinstance(text, str) else text[0]
 
     def prompts(self, examples, index):
         """
-        Prompts for `examples[index]`, one per option. For language_modeling: [without, with] the continuation.
+        Prompts for `examples[index]`, one per option; for language_modeling two, [without, with] the continuation.
 
         The few-shot examples are sampled from all other examples; there are fewer if `examples` is too short.
         """
         others = [i for i in range(len(examples)) if i != index]
         shots = random.Random(1234 + index).sample(others, min(self.shots, len(others)))
-        prefix, example = "".join(self._solved(examples[i]) + "\n\n" for i in shots), examples[index]
+        prefix, example = "".join(self._with_answer(examples[i]) + "\n\n" for i in shots), examples[index]
         if self.kind == "language_modeling":
-            solved = prefix + self._solved(example)
+            full = prefix + self._with_answer(example)
             # The space before an answer belongs to its first token, so the prompt must end without one.
-            return [solved[: len(solved) - len(example["continuation"])].strip(), solved]
-        return [prefix + self._solved(example, option) for option in range(len(example[OPTIONS[self.kind]]))]
+            return [full[: len(full) - len(example["continuation"])].strip(), full]
+        return [prefix + self._with_answer(example, option) for option in range(len(example[OPTIONS[self.kind]]))]
 
-    def _solved(self, example, option=None):
-        """Question, delimiter and answer of `example`; `option`: index of the option to use, None = the right one."""
+    def _with_answer(self, example, option=None):
+        """Question, delimiter and answer of `example`; `option` is the answer's index, None = the correct one."""
         option = example.get("gold") if option is None else option
         if self.kind == "multiple_choice":
             question, answer = example["query"], example["choices"][option]
@@ -101,7 +101,7 @@ def bundle_dir(progress=None):
     folder, draft = base_dir() / "eval_bundle", base_dir() / "eval_bundle.tmp"
     if not folder.is_dir():
         with filelock.FileLock(base_dir() / "eval_bundle.lock"):
-            if not folder.is_dir():  # no other process has downloaded it meanwhile
+            if not folder.is_dir():  # otherwise another process has just downloaded it
                 url, archive = f"{mirror_url('bucket')}/eval_bundle.zip", base_dir() / "eval_bundle.zip"
                 fetch(url, archive, progress=progress)
                 try:
@@ -124,7 +124,7 @@ def unpack(archive, folder):
             require("eval_bundle/core.yaml" in names, f"{archive} contains no eval_bundle/core.yaml")
             z.extractall(folder, names)
     except (zipfile.BadZipFile, EOFError, zlib.error) as e:
-        raise UserError(f"{archive} is not a complete zip file ({e}); run again to download it anew") from e
+        raise UserError(f"{archive} is not a complete zip file ({e}); run again to download it again") from e
 
 
 def _read(path):

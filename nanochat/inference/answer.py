@@ -10,8 +10,8 @@ class Answer:
     One answer to a request, complete when `finish` is set (see Row.finish).
 
     `pieces` has one (part type, text) per token, see Detokenizer. `steps` are the calculator's calls; the position of a
-    step is the number of characters of `text` before it. `logprobs` has (token, log-probabilities) for each token of
-    the text before a stop string.
+    step is the number of characters of `text` before it. `logprobs` has (token, log-probabilities) for each text token
+    before the stop string.
     """
 
     def __init__(self, tokenizer, index=0, stop=(), stop_tokens=()):
@@ -21,7 +21,7 @@ class Answer:
         self.text, self.pieces, self.steps, self.logprobs = "", [], [], []
         self.open_step = None  # tool step whose expression or result is incomplete
         self.pending_logprobs = []  # log-probabilities of tokens whose text is held back
-        self.n_returned_logprobs = 0  # by new_logprobs()
+        self.n_returned_logprobs = 0  # entries that new_logprobs() has returned
         self.n_tokens, self.cached, self.finish = 0, 0, None
 
     def push(self, token, logprobs=None, finish=None):
@@ -78,9 +78,10 @@ class Answer:
         return [part for part in parts if part["text"]]
 
     def new_logprobs(self):
-        """The log-probabilities since the last call."""
+        """Entries of `logprobs` that were added since the last call."""
         start, self.n_returned_logprobs = self.n_returned_logprobs, len(self.logprobs)
         return self.logprobs[start:]
 
     def message(self):
+        """The assistant's message in the format of the API."""
         return {"role": "assistant", "content": self.text} | ({"tool_steps": self.steps} if self.steps else {})

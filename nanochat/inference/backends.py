@@ -26,11 +26,11 @@ class TorchBackend:
         return self.compute.autocast() if self.compute else contextlib.nullcontext()
 
     def limit_threads(self):
-        """Context for the small torch operations around a forward pass."""
+        """Context manager for the small torch operations around a forward pass; some backends limit torch's threads."""
         return contextlib.nullcontext()
 
     def fill(self, tokens, cache):
-        """Append `tokens`, one list of any length per row, to `cache`; computes no logits."""
+        """Prefill: append `tokens`, one list of any length per row, to `cache`; computes no logits."""
         if any(tokens):
             self.hidden(tokens, cache, fill_only=True)
 

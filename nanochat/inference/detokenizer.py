@@ -4,7 +4,7 @@ import codecs
 
 from nanochat.tokenizer import SPECIAL_TOKENS
 
-# Type of the part that begins after a special token; the other special tokens have no effect on the text.
+# Special token -> type of the part that begins after it. The other special tokens add no text.
 PART_AFTER = {"<|python_start|>": "python", "<|output_start|>": "python_output"}
 PART_AFTER |= dict.fromkeys(("<|python_end|>", "<|output_end|>"), "text")
 
@@ -25,7 +25,7 @@ class Detokenizer:
         self.part, self.held_back, self.stopped = "text", "", False
 
     def push(self, token):
-        """The piece of text that `token` completes."""
+        """The piece of text that `token` completes; may be empty."""
         if token not in self.special_tokens:
             return self.part, self._before_stop(self.utf8_decoder.decode(self.tokenizer.decode_bytes([token])))
         if self.special_tokens[token] is None:
@@ -41,7 +41,7 @@ class Detokenizer:
         return self.part, text + held_back
 
     def _before_stop(self, new_text):
-        """The held-back text and `new_text`, cut at a stop string; holds back what may begin one."""
+        """Held-back text plus `new_text`, cut at a stop string; holds back a suffix that may begin one."""
         if self.stopped:
             return ""
         if not self.stop or self.part != "text":

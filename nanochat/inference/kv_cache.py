@@ -1,4 +1,4 @@
-"""Key-value caches: KVCache of the rows being decoded, PrefixCache of finished rows for prompts that begin alike."""
+"""Key-value caches: KVCache for the rows being decoded, PrefixCache for prefixes that prompts share."""
 
 from bisect import bisect_left, insort
 from collections import OrderedDict
@@ -54,7 +54,7 @@ class KVCache:
         self.lengths = [n + T for n in self.lengths]
 
     def append(self, other, rows, room=0):
-        """Add copies of `rows` of `other`, which may repeat, with columns reserved for `room` more tokens."""
+        """Append copies of rows of another cache; indices may repeat. Reserves columns for `room` more tokens."""
         first, self.lengths = len(self.lengths), self.lengths + [other.lengths[r] for r in rows]
         S = max((other.lengths[r] for r in rows), default=0)
         if S:
@@ -69,7 +69,7 @@ class KVCache:
         self.lengths[row] = n
 
     def select(self, rows):
-        """Keep only `rows`, in this order; a row may be named more than once. Unmoved rows cost nothing."""
+        """Keep only `rows`, in this order; indices may repeat. Rows that keep their index are not copied."""
         moves = [(to, source) for to, source in enumerate(rows) if to != source]
         lengths = [self.lengths[r] for r in rows]
         S = max((lengths[to] for to, _ in moves), default=0)
@@ -103,15 +103,15 @@ class PrefixCache:
     Holds at most `max_tokens` tokens; the least recently used row is evicted first.
     """
 
-    MIN_SHARED = 4  # for fewer tokens a lookup costs more than computing them
+    MIN_SHARED = 4  # computing fewer tokens is cheaper than looking them up
 
     def __init__(self, max_tokens):
         self.max_tokens, self.num_tokens = max_tokens, 0
         self.rows = OrderedDict()  # tuple of tokens -> (n_layer, 2, Hkv, tokens, D), least recently used first
-        self.sorted_rows = []  # the tuples in sorted order, where the longest common prefixes are between neighbors
+        self.sorted_rows = []  # keys of `rows`, sorted: a neighbor has the longest common prefix
 
     def find(self, tokens):
-        """(n, data): the longest prefix of `tokens` that a row begins with, and that row's data; (0, None) if none."""
+        """(n, data): length of the longest prefix shared with a stored row, and that row's data; (0, None) if none."""
         candidates = self._neighbors(tuple(tokens))
         n, best = max(((common_prefix_length(row, tokens), row) for row in candidates), default=(0, None))
         if n < self.MIN_SHARED:
@@ -120,14 +120,14 @@ class PrefixCache:
         return n, self.rows[best]
 
     def add(self, tokens, cache, row):
-        """Store a copy of `row` of `cache`, which holds `tokens`; replaces the rows that are prefixes of it."""
+        """Store a copy of row `row` of `cache`, whose tokens are `tokens`. Evicts rows that are prefixes of it."""
         tokens = tuple(tokens[: cache.lengths[row]])
         if not self.MIN_SHARED <= len(tokens) <= self.max_tokens:
             return
         for old in self._neighbors(tokens):
             n = common_prefix_length(old, tokens)
             if n == len(tokens):
-                return  # stored already, or the prefix of a stored row
+                return  # already stored, or a prefix of a stored row
             if n == len(old):
                 self._evict(old)
         self.rows[tokens] = cache.data[:, :, row, :, : len(tokens)].clone()
@@ -147,7 +147,7 @@ class PrefixCache:
 
 
 def common_prefix_length(a, b):
-    """How many leading tokens `a` and `b` share."""
+    """Number of leading tokens that `a` and `b` have in common."""
     low, high = 0, min(len(a), len(b))
     a, b = tuple(a[:high]), tuple(b[:high])
     while low < high:  # bisection: comparing slices is much faster than comparing tokens in a loop

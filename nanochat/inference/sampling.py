@@ -1,4 +1,4 @@
-"""What a request asks for, and how the next token is drawn from the model's logits."""
+"""Requests with their sampling settings, and sampling of the next token from the model's logits."""
 
 import math
 from collections import Counter
@@ -8,7 +8,7 @@ import torch
 
 from nanochat.common import UserError
 
-MIN_TEMPERATURE = 1e-5  # below it sampling is greedy; logits lie within (-15, 15)
+MIN_TEMPERATURE = 1e-5  # lower temperatures mean greedy decoding; logits lie within (-15, 15)
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,22 +22,18 @@ class Request:
     seed: int = 42
     num_samples: int = 1
     top_p: float = 1.0  # nucleus sampling (Holtzman et al. 2020); 1 = off
-    min_p: float = 0.0  # least probability, as a share of the likeliest token's (Nguyen et al. 2024); 0 = off
+    min_p: float = 0.0  # minimum probability relative to the likeliest token's (Nguyen et al. 2024); 0 = off
     repetition_penalty: float = 1.0  # divides the logits of tokens in the prompt or answer (Keskar et al. 2019)
     frequency_penalty: float = 0.0  # subtracted from a token's logit once per occurrence in the answer
     presence_penalty: float = 0.0  # subtracted once if the token occurs in the answer
     logit_bias: dict[int, float] | None = None  # added to the logits of these tokens
-    stop: tuple[str, ...] = ()  # strings that end the answer and are cut off from it
+    stop: tuple[str, ...] = ()  # strings that end the answer; not part of it
     stop_tokens: frozenset[int] = frozenset()
     logprobs: int | None = None  # log-probabilities of each sampled token and of this many alternatives; None = off
 
     def __post_init__(self):
         for name, valid, expected in (
-            (
-                "max_tokens",
-                self.max_tokens is None or self.max_tokens >= 1,
-                "at least 1, or None for the whole context",
-            ),
+            ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1, or None = up to the context"),
             ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
             ("top_k", self.top_k is None or self.top_k >= 0, "0 (off) or more"),
             ("num_samples", self.num_samples >= 1, "at least 1"),
@@ -67,10 +63,10 @@ def apply_penalties(logits, request, generated):
     """A copy of `logits` (V,) with the request's penalties and biases; `generated` are the answer's tokens so far."""
     logits = logits.clone()
     if request.repetition_penalty != 1:
-        seen = torch.tensor(sorted({*request.tokens, *generated}), device=logits.device)
-        penalty, values = request.repetition_penalty, logits[seen]
+        ids = torch.tensor(sorted({*request.tokens, *generated}), device=logits.device)
+        penalty, values = request.repetition_penalty, logits[ids]
         values = torch.where(values > 0, values / penalty, values * penalty)
-        logits[seen] = values.clamp(-1e4, 1e4)  # an infinite logit would make every probability NaN
+        logits[ids] = values.clamp(-1e4, 1e4)  # an infinite logit would make every probability NaN
     for token, count in Counter(generated).items():
         logits[token] -= count * request.frequency_penalty + request.presence_penalty
     for token, bias in (request.logit_bias or {}).items():
@@ -102,7 +98,7 @@ def sample_on_device(logits, uniforms, temperature, top_k, top_p, min_p):
     probs = (logits / temperature).softmax(-1)
     if top_p < 1:
         outside = probs.cumsum(-1) - probs >= top_p
-        outside[:, 0] = False  # always keep the likeliest, even if rounding says otherwise
+        outside[:, 0] = False  # always keep the likeliest token, whatever the rounding error
         probs = probs.masked_fill(outside, 0)
     if min_p > 0:
         probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)

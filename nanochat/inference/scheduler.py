@@ -1,5 +1,5 @@
 """
-Continuous batching: requests join a running batch, each step gives every row one token, finished rows leave.
+Continuous batching: requests join a running batch, each step decodes one token per row, finished rows leave.
 
 A prompt is prefilled once, however many samples it has, and in chunks while other rows are being decoded. A row's
 tokens depend on its prompt, settings, seed and sample number, not on the batch it runs in.
@@ -17,7 +17,7 @@ from nanochat.inference.detokenizer import Detokenizer
 from nanochat.inference.sampling import Request, apply_penalties, log_probabilities, sample
 
 PREFILL_TOKENS = 8192  # padded tokens in one prefill pass; bounds the activations' memory
-PREFILL_CHUNK = 512  # the same while other rows wait for their next token
+PREFILL_CHUNK = 512  # the same while other rows are being decoded
 
 
 @dataclass(eq=False)
@@ -34,7 +34,7 @@ class Row:
     cached: int = 0  # prompt tokens taken from the prefix cache
     forced: deque = field(default_factory=deque)  # tokens of the calculator's result still to be emitted
     call: list[int] | None = None  # tokens since <|python_start|>
-    detokenizer: Detokenizer | None = None  # detects stop strings
+    detokenizer: Detokenizer | None = None  # finds stop strings
 
     def __post_init__(self):
         self.rng = random.Random(f"{self.request.seed},{self.sample}")
@@ -56,7 +56,7 @@ def terminal_tokens(tokenizer):
 
 
 class Prefill:
-    """Writes prompts into the rows of an empty cache, some tokens per pass; known prefixes are copied instead."""
+    """Prefill of prompts into the rows of an empty cache, in chunks; prefixes in the prefix cache are copied."""
 
     def __init__(self, backend, prompts, cache, prefix_cache=None):
         self.backend, self.cache, self.pending = backend, cache, list(prompts)
@@ -80,10 +80,10 @@ class Prefill:
 
 class DecodeLoop:
     """
-    The batch: submit() requests at any time, step() gives every row one more token.
+    The running batch. submit() queues a request at any time, step() decodes one token per row.
 
-    New prompts are admitted only when at least `gather` of the `max_rows` rows are free: prefilling several together
-    has more throughput and more latency.
+    New prompts are admitted only when at least `gather` of the `max_rows` rows are free: prefilling several prompts
+    together increases throughput and latency.
     """
 
     def __init__(self, backend, tokenizer, max_rows, prefix_cache=None, gather=1):
@@ -162,20 +162,20 @@ class DecodeLoop:
 
     def _remove_finished(self):
         rows = self.rows
-        kept = [i for i, row in enumerate(rows) if not row.finish]
-        if len(kept) == len(rows):
+        active = [i for i, row in enumerate(rows) if not row.finish]
+        if len(active) == len(rows):
             return
         if self.prefix_cache:
             for i, row in enumerate(rows):
                 if row.finish:
                     self.prefix_cache.add(row.request.tokens + row.tokens, self.cache, i)
         # Fill each hole with a row from the end, so that few rows move.
-        order = [i if not rows[i].finish else kept.pop() for i in range(len(kept))]
+        order = [i if not rows[i].finish else active.pop() for i in range(len(active))]
         self.cache.select(order)
         self.rows = [rows[i] for i in order]
 
     def _admit(self):
-        """Start prefilling waiting groups if there is room, go on with it, and add the finished ones to the batch."""
+        """Start or continue the prefill of waiting groups; add the groups to the batch when it is done."""
         if not self.joining:
             self._start_prefill()
         while self.joining and not self.prefill.done:
@@ -204,16 +204,17 @@ class DecodeLoop:
             self.joining.append(self.waiting.popleft())
         if not self.joining:
             return
-        # All but the last token: that one enters with step(), which gives each sample logits of its own.
+        # step() processes the last token of a prompt, once per sample.
         prompts = [group[0].request.tokens[:-1] for group in self.joining]
-        cache = self.backend.new_cache() if self.rows else self.cache  # an empty batch needs no copy afterwards
+        # An empty batch is prefilled in place, without a copy.
+        cache = self.backend.new_cache() if self.rows else self.cache
         self.prefill = Prefill(self.backend, prompts, cache, self.prefix_cache)
         for group, n in zip(self.joining, cache.lengths, strict=True):
             for row in group:
                 row.cached = n
 
     def _next_tokens(self, logits):
-        """(tokens, mask) of the next step: forced ones first, the others sampled from logits (B, V)."""
+        """(tokens, mask) of the next step: forced tokens where a row has them, else sampled from logits (B, V)."""
         rows = self.rows
         tokens = [row.forced.popleft() if row.forced else None for row in rows]
         mask = [int(token is None) for token in tokens]

@@ -1,4 +1,4 @@
-"""Documents from own files: txt and md (split at blank lines), jsonl ("text" of each line), parquet (column `text`)."""
+"""Documents from your files: txt, md (split at blank lines), jsonl ("text" of each line), parquet (column `text`)."""
 
 import hashlib
 import json

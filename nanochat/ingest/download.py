@@ -10,8 +10,8 @@ from nanochat.common import UserError, fetch, mirror_url, print0
 from nanochat.tracking import progress_printer
 
 PUBLIC = "karpathy/fineweb-edu-100b-shuffle"
-LAST_SHARD = 1822  # of the full corpus: the validation shard
-MAX_FAILURES = 3  # more failed shards than this stop a download: the host is down or the disk is full
+LAST_SHARD = 1822  # index of the last shard of the full corpus, which is the validation shard
+MAX_FAILURES = 3  # a download stops after more failed shards: the host is down or the disk is full
 
 
 def shard_names(count, last):
@@ -20,7 +20,7 @@ def shard_names(count, last):
 
 
 def find_last_shard():
-    """Index of the host's last shard: LAST_SHARD, or found by bisection on a mirror with fewer shards."""
+    """Index of the host's last shard. On a mirror with fewer shards than LAST_SHARD + 1 it is found by bisection."""
     print0(f"looking for the last shard at {mirror_url('hub')}")
     if not _is_missing(LAST_SHARD):
         return LAST_SHARD
@@ -38,15 +38,15 @@ def fetch_shards(folder, names, check, num_workers=4):
     Raises UserError with the names of the shards that are still missing.
     """
     print0(f"downloading {len(names)} shards to {folder}")
-    checked, failed, show = {}, [], progress_printer("MB")
-    started = dict.fromkeys(names)  # name -> (bytes received, bytes in all), or None before the first block
+    checked, failed, show_progress = {}, [], progress_printer("MB")
+    sizes = dict.fromkeys(names)  # name -> (bytes received, file size), or None before the first block
 
     def progress(name, received, size):
-        started[name] = received, size or received
-        known = [pair for pair in started.values() if pair]
+        sizes[name] = received, size or received
+        known = [pair for pair in sizes.values() if pair]
         received_mb, known_mb = (sum(column) / 1e6 for column in zip(*known, strict=True))
         expected_mb = known_mb / len(known) * len(names)  # the other shards have about the same size
-        show("downloading", round(received_mb), round(expected_mb), f"{len(checked)} of {len(names)} shards")
+        show_progress("downloading", round(received_mb), round(expected_mb), f"{len(checked)} of {len(names)} shards")
 
     pool = ThreadPoolExecutor(num_workers)
     jobs = {pool.submit(_fetch_shard, folder / name, check, partial(progress, name)): name for name in names}

@@ -37,7 +37,7 @@ def write_shards(folder, documents, seed, shard_chars=SHARD_CHARS):
     """
     Write an iterable of (is_validation, text): training shards, then one validation shard. Returns {name: entry}.
 
-    Holds one training shard and all validation documents in memory. Documents are shuffled within their shard; the
+    Keeps one training shard and all validation documents in memory. Documents are shuffled within their shard; the
     loader shuffles the row groups of all shards.
     """
     rng, val, shards = random.Random(seed), [], {}
@@ -56,7 +56,7 @@ def write_shards(folder, documents, seed, shard_chars=SHARD_CHARS):
 
     for shard in cut_shards(train_documents(), shard_chars):
         rng.shuffle(shard)
-        while len(val) < MIN_VAL_DOCS and len(val) + 1 < len(shard):  # too few in a small set
+        while len(val) < MIN_VAL_DOCS and len(val) + 1 < len(shard):  # a small set may have too few
             val.append(shard.pop())
         add_shard(shard, "training")
     if not shards or not val:

@@ -8,7 +8,7 @@ from nanochat.pocket.problems import apply_operator, arithmetic_problem, fact, l
 from nanochat.pocket.stories import describe, places_away, story
 from nanochat.pocket.world import ATTRIBUTES, fill, load_world
 
-# Each of these functions yields one document, one or several lines at a time.
+# Each of these functions yields one document in pieces of one or several lines.
 
 
 def _story(rng, split, world):
@@ -85,7 +85,7 @@ def _arithmetic(rng, split, world):
         return
     for _ in range(rng.randint(3, 8)):
         question, answer = arithmetic_problem(rng, split, world)
-        answer = re.sub(r"<<(.*?=).*?>>", r"\1", answer)  # no calculator calls in documents, only 34+12=46
+        answer = re.sub(r"<<(.*?=).*?>>", r"\1", answer)  # removes calculator calls: <<34+12=46>>46 -> 34+12=46
         yield f"Question: {question}\nAnswer: {answer}\n"
 
 
@@ -94,13 +94,13 @@ def _spelling(rng, split, world):
     for _ in range(rng.randint(8, 20)):
         word, letter = letter_problem(rng, split, world.words)
         count = word.count(letter)
-        often = ("does not appear", "appears once")[count] if count < 2 else f"appears {count} times"
-        slots = dict(w=word, l=letter, often=often, dashes="-".join(word), commas=",".join(word))
+        frequency = ("does not appear", "appears once")[count] if count < 2 else f"appears {count} times"
+        slots = dict(w=word, l=letter, often=frequency, dashes="-".join(word), commas=",".join(word))
         yield world.random_line(rng, "spelling", **slots)
 
 
 def _echoes(rng, split, world):
-    """Lists of random words, each given twice: a small model learns to copy from its context."""
+    """Lists of random words that are repeated: teaches a small model to copy from its context."""
     for _ in range(rng.randint(3, 6)):
         a, b = rng.sample(world.characters, 2)
         words = rng.choice((" ", ", ")).join(rng.sample(world.words, rng.randint(2, 8)))
@@ -108,7 +108,7 @@ def _echoes(rng, split, world):
 
 
 def _lookups(rng, split, world):
-    """Random facts and questions about them: a small model learns to look up answers in its context."""
+    """Random facts and questions about them: teaches a small model to look up answers in its context."""
     key_pool, value_pool, row, question = rng.choice(world.table("lookup"))
     n = rng.randint(4, 8)
     pools = {"names": world.characters, "words": world.words, "numbers": range(2, 1000)}
@@ -119,14 +119,14 @@ def _lookups(rng, split, world):
         yield question.format(k=k, v=v)
 
 
-# kind of document -> weight in percent
+# Generator of a kind of document -> share of the documents in percent.
 WEIGHTS = {_story: 28, _characters: 9, _place: 4, _cards: 2, _statements: 8, _dialogue: 8, _letter: 5, _facts: 13}
 WEIGHTS |= {_arithmetic: 6, _spelling: 6, _echoes: 5, _lookups: 6}
 
 
 def documents(split, chars, seed=0):
     """
-    Yield documents of the split "train" or "val", `chars` characters in total; the last one may exceed that.
+    Yield documents of the split "train" or "val" until they have at least `chars` characters in total.
 
     No document is in both splits, whatever the seeds.
     """
@@ -135,7 +135,7 @@ def documents(split, chars, seed=0):
     while chars > 0:
         document_lines = rng.choices(list(WEIGHTS), WEIGHTS.values())[0]
         text = "\n".join(document_lines(rng, split, world)).strip()
-        # The problems in a document belong to `split` already. The hash also separates documents without problems.
+        # All problems in a document belong to `split`. The hash also assigns documents without problems to one split.
         if (hashlib.blake2b(text.encode(), digest_size=1).digest()[0] < 32) == (split == "val"):
             yield text
             chars -= len(text)

@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 from nanochat.pocket.world import ATTRIBUTES, Character, Place, fill
 
-# Roughly the number of facts: there are 28 characters and 14 places. "who" asks for the character with some attribute.
+# Roughly proportional to the number of facts: 28 characters, 14 places. "who" asks which character has an attribute.
 FACT_WEIGHTS = dict.fromkeys(ATTRIBUTES, 2) | {"who": 5, "landmark": 1, "famous": 1, "near": 1, "resident": 1}
 
 
 def split_of(*key):
-    """The split of a problem: "test" (10 %), "val" (5 %) or "train". A function of the key alone."""
+    """Split of the problem with this key: "test" (10 %), "val" (5 %) or "train", by a hash of the key."""
     digest = hashlib.blake2b("|".join(map(str, key)).encode(), digest_size=4).digest()
     bucket = int.from_bytes(digest, "big") % 20
     return "test" if bucket < 2 else "val" if bucket == 2 else "train"
@@ -57,11 +57,11 @@ def apply_operator(x, operator, y):
 
 def _operands(rng, operators, hard):
     """
-    Random x, y, z for one operator (x + y) or two ((x + y) * z); with one, z is unused.
+    Random operands (x, y, z) for one operator (x + y), which leaves z unused, or two operators ((x + y) * z).
 
-    All results, also intermediate ones, are integers of at least 2.
+    All results, including intermediate ones, are integers of at least 2.
     """
-    # Hard problems include small numbers: a model that practices large numbers only gets worse at the small ones.
+    # Hard problems include small numbers: training on large numbers only would hurt accuracy on small ones.
     top = rng.choice((99, 999, 9999, 9999) if hard else (9, 20, 99, 999))
     factor, top_y, top_z = (min(top, 999), 99, 99) if hard else (min(top, 99), 12, 9)
     first, second = (*operators, None)[:2]
@@ -89,8 +89,8 @@ def arithmetic_problem(rng, split, world, hard=False):
     """
     (question, answer) of an arithmetic problem of one or two steps whose numbers belong to `split`.
 
-    The answer is in GSM8K's format: <<34+12=46>>46 is a call of the calculator, the last line is `#### 46`. Numbers go
-    up to 999, those of hard problems up to 9999.
+    The answer is in GSM8K's format: <<34+12=46>>46 is a calculator call, the last line is `#### 46`. Operands are at
+    most 999, in hard problems 9999.
     """
     while True:
         question, answer = rng.choice(world.lines("sums")).split(" => ")
@@ -109,7 +109,7 @@ def arithmetic_problem(rng, split, world, hard=False):
 
 
 def letter_problem(rng, split, words):
-    """(word, letter), a pair that belongs to `split`. The word contains the letter in at least 90 % of the draws."""
+    """A random (word, letter) pair of `split`. In at least 90 % of the draws the word contains the letter."""
     while True:
         word = rng.choice(words)
         letter = rng.choice(word if rng.random() < 0.9 else "abcdefghijklmnopqrstuvwxyz")

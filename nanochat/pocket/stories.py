@@ -5,7 +5,7 @@ from nanochat.pocket.world import Place, fill
 
 
 def places_away(world, a, b):
-    """The places where neither of the two characters lives."""
+    """Places where neither of the two characters lives."""
     return [p for p in world.places if p not in (a.place, b.place)]
 
 

@@ -10,16 +10,16 @@ from nanochat.pocket.problems import arithmetic_problem, fact, split_of
 from nanochat.pocket.stories import describe, story
 from nanochat.pocket.world import ATTRIBUTES, fill
 
-# topic -> weight. "fact", "arithmetic" and "character" are functions, the others sections "talk <topic>" of the file.
+# Topic -> weight. The topics "fact", "arithmetic" and "character" have functions, the others sections "talk <topic>".
 TOPICS = {"fact": 22, "character": 10, "ask story": 12, "ask who": 8, "ask place": 4, "arithmetic": 6, "name": 9}
 TOPICS |= {"what": 5, "unknown": 5, "stranger": 3, "feel": 3, "can": 3, "like": 2, "sad": 1, "happy": 1, "world": 2}
 TOPICS |= dict.fromkeys(("places", "maker", "age", "size", "limits", "home", "eat", "favorite place"), 1)
-# slot -> section of the world file with things that the model does not know
+# Slot -> section of the world file with words outside the pocket world, which the model does not know.
 OUTSIDE_WORDS = {"n": "strangers", "w": "countries", "t": "subjects"}
 
 
 def topic_exchange(rng, split, world, topic):
-    """(user message, reply) from the section of a topic; None if the message drawn belongs to another split."""
+    """A random (user message, reply) of a topic with its own section; None if the message is in another split."""
     lines = world.lines(f"talk {topic}")
     questions, replies = ([line[2:] for line in lines if line[0] == mark] for mark in "?!")
     if topic == "ask story":
@@ -32,7 +32,7 @@ def topic_exchange(rng, split, world, topic):
     if split_of("talk", question) != split:
         return None
     if topic == "ask story":
-        # A small model confuses the characters unless both appear in the question or the first paragraph.
+        # A small model mixes up the characters unless both appear in the question or the first paragraph.
         named = {b.name, b.kind} & {*re.findall(r"\w+", question + text.split("\n")[0])}
         return (question, text) if named else None
     if topic in ("ask who", "ask place"):
@@ -51,7 +51,7 @@ def character_exchanges(rng, split, world):
         attribute, template = rng.choice(world.table("check")) if rng.random() < 0.5 else (rng.choice(ATTRIBUTES), None)
         _, reply = world.statement(attribute, a)
         if template and b.friend is not a:  # otherwise "Is {b.friend} {a}'s best friend?" would name a twice
-            b = rng.choice((a, b))  # so that half of the yes-or-no questions have the answer yes
+            b = rng.choice((a, b))  # balances the answers yes and no
             question, yes = template.format(a=a, o=b), getattr(a, attribute) == getattr(b, attribute)
             reply = f"{reply.removesuffix('.')}, so {'yes' if yes else 'no'}."
         else:

@@ -1,7 +1,7 @@
 """
 The characters, places and text templates of the pocket world, read from `pocket_world.txt`.
 
-In a template, [a|b] is a choice and {a.he} is a slot: an attribute of a Character or Place.
+In a template, [a|b] is a random choice, and {a.he} is a slot: an attribute of a Character or Place.
 """
 
 import functools
@@ -32,7 +32,7 @@ def fill(rng, template, **slots):
 
 
 def gerund(phrase):
-    """'digging tunnels' from 'dig tunnels'."""
+    """Verb phrase with its verb as a gerund: 'dig tunnels' -> 'digging tunnels'."""
     verb, _, rest = phrase.partition(" ")
     verb = verb[:-1] if verb.endswith("e") else re.sub(r"([^aeiou][aeiou])([dgmnpt])$", r"\1\2\2", verb)
     return f"{verb}ing {rest}".strip()
@@ -101,7 +101,7 @@ class World:
         self.words = sorted({*self.words_in("words"), *re.findall(r"(?<![A-Za-z])[a-z]{3,}", rows)})
 
     def lines(self, section):
-        """The lines of a section; of its first block if it has several."""
+        """The lines of a section, or of its first block if it has several."""
         return self.sections[section][0]
 
     def table(self, section):

@@ -9,9 +9,9 @@ program (nothing if the program exited in another way).
 
     supervisor   kills and reaps its child; execution.py knows its process id
       init       process 1 of the PID namespace, if there is one; when it dies, all processes of the namespace die
-        program  cannot start processes, so it is the only one
+        program  cannot start processes, so it has no children
 
-This file imports only a few modules of the standard library, because every program waits for them.
+This file imports few modules, because their import time delays every program.
 """
 
 import ctypes
@@ -54,13 +54,13 @@ def main():
     with open(0, "rb", buffering=0, closefd=False) as stdin:
         secret, program = [stdin.read(NONCE_BYTES)], stdin.read().decode()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    own_root = "namespaces" in layers  # the program gets a file system of its own
+    own_root = "namespaces" in layers  # the program sees a file system of its own
     visible = [p for p in [*sys.path, f"{sys.base_prefix}/lib", *LIBRARIES, "/etc/ld.so.cache"] if os.path.exists(p)]
     syscalls = read_syscalls(own_root) if "seccomp" in layers else {}  # before namespaces hide the file
     uid = choose_uid(scratch, own_root)
     if own_root:
         enter_namespaces()
-    if LINUX:  # after the change of namespaces, which would reset it
+    if LINUX:  # must follow enter_namespaces(), which resets it
         call("prctl", PR_SET_PDEATHSIG, signal.SIGTERM.value)
     supervise(seconds + 10, result_fd)
     if own_root:
@@ -87,8 +87,8 @@ def supervise(seconds, result_fd):
     """
     Fork. Returns in the child, which has a session of its own.
 
-    The parent waits for the child, kills what is left of its process group, and exits with its status. It kills the
-    child on SIGTERM and, in case nobody sends one, after `seconds`.
+    The parent waits for the child, kills the rest of its process group, and exits with its status. It kills the
+    child on SIGTERM, or after `seconds` at the latest.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until the parent has its handlers
     child = os.fork()
@@ -112,7 +112,7 @@ def supervise(seconds, result_fd):
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     os.closerange(1, result_fd + 1)  # only the program keeps its output pipes open
     if LINUX:
-        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # a zombie keeps its id while its group is killed
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # leaves a zombie, whose id stays valid for kill_child()
         kill_child()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os._exit(code if code >= 0 else 128 - code)
@@ -123,11 +123,11 @@ def supervise(seconds, result_fd):
 
 
 def choose_uid(scratch, own_root):
-    """The user id to run the program as. For root it is an unprivileged one, if such a user can read the libraries."""
+    """User id for the program: the current one; for root an unprivileged one, if that user can read the libraries."""
     if os.getuid() != 0:
         return os.getuid()
     os.setgroups([])
-    # First a user id that nobody has, so it owns no files and no other processes; then "nobody"; root as a last resort.
+    # Candidates: an unused id, which owns no files and processes; "nobody"; as a last resort root.
     for uid in ((1 << 20) + os.getpid(), 65534, 0):
         try:
             os.chown(scratch, uid, uid)
@@ -143,9 +143,9 @@ def choose_uid(scratch, own_root):
 
 
 def set_rlimits(seconds, memory, uid, own_root):
-    """Limit CPU time (slightly above the wall time), address space, threads, and everything in RLIMITS."""
+    """Set limits on CPU time (slightly above the wall time), address space, threads, and the resources in RLIMITS."""
     limits = RLIMITS | {"CPU": int(seconds) + 2} | ({"AS": memory} if memory else {})
-    if LINUX and not own_root:  # the kernel counts all threads of the user, also those outside the sandbox
+    if LINUX and not own_root:  # the limit counts all threads of the user, also outside the sandbox
         for pid in filter(str.isdigit, os.listdir("/proc")):
             try:
                 info = os.stat(f"/proc/{pid}/task")
@@ -171,7 +171,7 @@ def drop_privileges(uid):
         os.setresuid(uid, uid, uid)
     call("capset", (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())  # no capabilities
     call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL.value)  # again, because a change of user resets it
+    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL.value)  # again, because changing the user resets it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def restrict_syscalls(syscalls):
     load, and_, equal, greater, end = 0x20, 0x54, 0x15, 0x25, 0x06
     allow, eperm, enosys, enotty = 0x7FFF0000, 0x50001, 0x50026, 0x50019  # SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO | errno
     thread, whole, pid = 0x10000, 0xFFFFFFFF, os.getpid()  # CLONE_THREAD
-    # (index of the argument, mask, value, True: the masked argument must equal the value, False: it must differ)
+    # (argument index, mask, value, equal): the masked argument must equal the value if `equal`, else differ from it.
     conditions = {
         "clone": [(0, 0x7E020080 | thread, thread, True)],  # a thread, not a process, and in no new namespace
         "kill": [(0, whole, pid, True)],
@@ -277,9 +277,10 @@ def restrict_syscalls(syscalls):
     code = [(load, 0, 0, 4), (equal, 1, 0, AUDIT_ARCH[MACHINE]), (end, 0, 0, eperm), (load, 0, 0, 0)]
     for name, number in syscalls.items():
         checks = []
-        for argument, mask, value, must in conditions.get(name, ()):
+        for argument, mask, value, must_equal in conditions.get(name, ()):
             checks += [(load, 0, 0, 16 + 8 * argument), (and_, 0, 0, mask)]  # the lower half, little-endian
-            checks += [(equal, int(must), int(not must), value), (end, 0, 0, enotty if name == "ioctl" else eperm)]
+            jump = (equal, 1, 0, value) if must_equal else (equal, 0, 1, value)
+            checks += [jump, (end, 0, 0, enotty if name == "ioctl" else eperm)]
         code += [(equal, 0, len(checks) + 1, number), *checks, (end, 0, 0, allow)]
     # ENOSYS makes libc fall back to older calls. This is needed for clone3, whose flags are in memory where a filter
     # cannot read them, and for calls that are newer than the table.
@@ -302,7 +303,7 @@ def run_program(program, secret, result_fd):
     """
     sys.argv = ["program.py"]
     sys.modules["__main__"] = main = types.ModuleType("__main__")
-    write, leave = os.write, os._exit
+    write, exit_now = os.write, os._exit
     write(result_fd, b"S")
     try:
         code = compile(program, "program.py", "exec", dont_inherit=True)
@@ -317,7 +318,7 @@ def run_program(program, secret, result_fd):
             stream.flush()
         except BaseException:
             pass
-    leave(0)
+    exit_now(0)
 
 
 def join_threads():
@@ -328,7 +329,7 @@ def join_threads():
 
 def report_exception(e, write, result_fd):
     """Write the exception's type and message to `result_fd`, and its traceback to stderr."""
-    e.__traceback__ = e.__traceback__ and e.__traceback__.tb_next  # without the frame of this file
+    e.__traceback__ = e.__traceback__ and e.__traceback__.tb_next  # without the frame of run_program()
     try:
         text = f"{type(e).__name__}: {e}" if str(e) else type(e).__name__
     except BaseException:

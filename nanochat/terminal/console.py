@@ -10,7 +10,7 @@ from nanochat.common import UserError, no_color
 
 # Control characters except tab and newline. They are removed, because a model's output must not control the terminal.
 CONTROL_CHARACTERS = dict.fromkeys({*range(32), *range(127, 160)} - {9, 10})
-PIPE_TIMEOUT = 2.0  # seconds that -p TEXT waits for data in a pipe
+PIPE_TIMEOUT = 2.0  # seconds that `-p TEXT` waits for piped data
 
 
 def load_history(path):
@@ -31,14 +31,14 @@ def append_history(path, line):
 
 
 def read_line():
-    """A line from the user. Raises EOFError on Ctrl-D, and on Ctrl-C twice in a row at an empty prompt."""
+    """The next line of input. Raises EOFError on Ctrl-D, or on Ctrl-C twice in a row at an empty prompt."""
     exit_on_interrupt = False
     while True:
         try:
             return input("\nYou: ").strip()
         except KeyboardInterrupt:
             readline = sys.modules.get("readline")
-            typed = readline and readline.get_line_buffer()  # Ctrl-C discards it, as in a shell
+            typed = readline and readline.get_line_buffer()  # Ctrl-C discards the typed text, as in a shell
             if exit_on_interrupt and not typed:
                 raise EOFError from None
             exit_on_interrupt = not typed
@@ -57,7 +57,7 @@ def has_piped_text(stdin):
 
 def read_question(prompt):
     """Piped text and `prompt`, separated by a blank line; None if there is no prompt and stdin is a terminal."""
-    stdin = sys.stdin or io.StringIO()  # None if the parent process closed it
+    stdin = sys.stdin or io.StringIO()  # sys.stdin is None if the parent process closed it
     if prompt is None and stdin.isatty():
         return None
     needs_stdin = prompt in (None, "-")
@@ -92,5 +92,6 @@ def print_answer(chat, question):
 
 
 def print_speed(usage):
+    """Print token count, throughput and latency of an answer (see Chat.usage) to standard error."""
     speed = "[{completion_tokens} tokens, {tokens_per_second} tokens/s, first token after {first_token_seconds} s]"
     print(speed.format(**usage), file=sys.stderr)

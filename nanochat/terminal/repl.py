@@ -5,7 +5,7 @@ Interactive chat. Commands:
 /regenerate      replace the last answer by a new one
 /system [TEXT]   show the system text, or set it (- removes it) and start a new conversation
 /temp [X]        show or set the temperature; 0 = greedy
-/topk [N]        show or set how many of the likeliest tokens to sample from; 0 = all
+/topk [N]        show or set top-k: sample from the N likeliest tokens; 0 = all
 /save [FILE]     write the conversation to a new JSON file
 /quit            end the conversation, as Ctrl-D does
 
@@ -22,7 +22,7 @@ from nanochat.terminal.console import append_history, load_history, print_answer
 
 
 def run_repl(chat, history, verbose=False):
-    """Answer questions and run commands until the user ends the conversation; `history` is a file."""
+    """Answer questions and run commands until the user ends the conversation. `history` is the history file."""
     load_history(history)
     print("/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends the conversation.")
     while True:

@@ -7,19 +7,19 @@ from nanochat.common import UserError, well_formed
 from nanochat.engine import Request
 from nanochat.inference.answer import Answer
 
-Turn = namedtuple("Turn", "question row answer")  # row: the scheduler's Row, with the answer's tokens
+Turn = namedtuple("Turn", "question row answer")  # row: the scheduler's Row, which has the answer's tokens
 
 
 class Chat:
     """
     A conversation.
 
-    A chat model's prompt has the newest turns that fit into its context; a base model's prompt is the question only.
+    The prompt of a chat model contains the newest turns that fit into the context; of a base model, only the question.
     """
 
     def __init__(self, engine, source, max_tokens, system="", **sampling):
         self.engine, self.is_base, self.max_tokens = engine, source == "base", max_tokens
-        # usage: token counts and times of the last complete answer
+        # usage: token counts and times of the last answer, see ask()
         self.sampling, self.n_questions, self.usage = sampling, 0, {}
         self.reset(system)
 
@@ -43,10 +43,10 @@ class Chat:
         (row,), answer = loop.submit(request), Answer(self.engine.tokenizer)
         self.turns.append(Turn(question, row, answer))
         self.n_questions += 1
-        start, first = time.perf_counter(), None
+        start, first_token_seconds = time.perf_counter(), None
         while not row.finish:
             loop.step()
-            first = first or time.perf_counter() - start
+            first_token_seconds = first_token_seconds or time.perf_counter() - start
             answer.push(row.last_token, finish=row.finish)
             yield answer.pieces[-1]
         seconds, n_tokens = time.perf_counter() - start, len(row.completion)
@@ -54,7 +54,7 @@ class Chat:
             "prompt_tokens": len(request.tokens),
             "completion_tokens": n_tokens,
             "seconds": round(seconds, 3),
-            "first_token_seconds": round(first, 3),
+            "first_token_seconds": round(first_token_seconds, 3),
             "tokens_per_second": round(n_tokens / seconds, 1),
             "finish_reason": row.finish,
         }
@@ -71,8 +71,8 @@ class Chat:
 
         prompt, suffix = render(question, self.system), render(question)[1:]  # a suffix has no <|bos|>
         if len(prompt) >= context:
-            what = "message and system text have" if self.system else "the message has"
-            raise UserError(f"{what} {len(prompt) - 1:,} tokens; the model's context holds {context:,}: shorten it")
+            subject = "message and system text have" if self.system else "the message has"
+            raise UserError(f"{subject} {len(prompt) - 1:,} tokens; the model's context holds {context:,}: shorten it")
         room = min(self.max_tokens, context // 2)  # for the answer
         for turn in reversed(self.turns):
             suffix = [*turn.row.completion, self.engine.assistant_end, *suffix]
