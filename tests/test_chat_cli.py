@@ -22,7 +22,7 @@ from helpers import (
     environment,
     python_command,
     run_python,
-)  # fmt: skip
+)
 
 from nanochat.common import UserError
 from nanochat.engine import Engine
