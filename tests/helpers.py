@@ -180,7 +180,7 @@ def wait_until(condition, seconds=20):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"not true after {seconds} s"
-        time.sleep(0.02)
+        time.sleep(0.01)
 
 
 class QuietHandler(http.server.BaseHTTPRequestHandler):

@@ -122,7 +122,12 @@ def test_example_order_and_shots_follow_the_seeds():
     examples = [{"context": str(i), "continuation": "x"} for i in range(6)]
     shots = random.Random(1234 + 2).sample([0, 1, 3, 4, 5], 3)  # from the other examples, after max_per_task
     assert task.prompts(examples, 2)[1] == "".join(f"{i} x\n\n" for i in shots) + "2 x"
-    assert sorted(task.prompts(examples[:3], 0)[0].split("\n\n")) == ["0", "1 x", "2 x"]  # fewer others than shots
+    # Two other examples, but three shots.
+    assert sorted(task.prompts(examples[:3], 0)[0].split("\n\n")) == [
+        "0",
+        "1 x",
+        "2 x",
+    ]
 
 
 def test_scored_rows_and_crop_by_hand():

@@ -78,7 +78,7 @@ def test_epoch_has_every_document_once(base):
     for batch in itertools.islice(lane_batches(source, 1, T, 1, CPU), len(stream) // T - 2):
         inputs, targets = rows_of(batch)[0].numpy()
         if not np.array_equal(inputs, stream[at : at + T]):
-            at += 1  # the last row ended a block; a block's last token is no input
+            at += 1  # the previous row ended a block; the last token of a block is never an input
         np.testing.assert_array_equal(inputs, stream[at : at + T])
         np.testing.assert_array_equal(targets, stream[at + 1 : at + T + 1])
         at += T

@@ -30,7 +30,7 @@ import openai
 import psutil
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 from prometheus_client.parser import text_string_to_metric_families
 
 from nanochat.checkpoint_manager import checkpoint_dir, save_checkpoint

@@ -106,7 +106,7 @@ def test_midtraining_and_sft_resume_bit_identically(base, run_main, capsys, stag
 
 @pytest.mark.slow
 def test_two_processes_equal_one(base, run_script):
-    """Each of 20 losses is equal within 1e-4; then two processes resume the run of one, and one that of two."""
+    """The losses of 20 steps agree within 1e-4. Then each run is resumed with the other number of processes."""
     train(run_script, "--num_iterations=20", "--eval_every=10", "--warmdown_ratio=0")
     single = losses(base)
     for device_batch_size in (1, 4):
@@ -154,9 +154,9 @@ USER_ERRORS = [
 def test_user_errors_are_one_line(base, run_main, capsys, flags, message):
     with pytest.raises((UserError, SystemExit)) as error:
         train(run_main, *flags)
-    message_shown = str(error.value) if error.type is UserError else capsys.readouterr().err
-    assert message in message_shown
-    assert len(message_shown.strip().splitlines()) == 1
+    printed = str(error.value) if error.type is UserError else capsys.readouterr().err
+    assert message in printed
+    assert len(printed.strip().splitlines()) == 1
     assert not (base / "base_checkpoints").exists()
 
 

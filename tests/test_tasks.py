@@ -464,9 +464,8 @@ def test_synthetic_data_from_an_endpoint(endpoint, tmp_path, monkeypatch):
     path, authorization, body = endpoint.requests[0]
     assert path == "/v1/chat/completions" and authorization == "Bearer secret"
     assert body["model"] == "some-model" and body["temperature"] == 1.0 and "nanochat" in body["messages"][0]["content"]
-    assert (
-        len({r[2]["messages"][0]["content"] for r in endpoint.requests}) > 3
-    )  # the prompts ask for different first messages
+    # The prompts ask for different first messages.
+    assert len({r[2]["messages"][0]["content"] for r in endpoint.requests}) > 3
 
 
 def test_endpoint_error_raises_user_error_and_writes_nothing(endpoint, tmp_path):

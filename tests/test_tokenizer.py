@@ -295,8 +295,8 @@ def test_max_tokens_too_small_for_a_prompt_raises_user_error(tokenizer):
 
 def test_visualize_tokenization_colors_tokens_by_mask(tokenizer):
     ids, mask = tokenizer.render_conversation(chat(user("a"), assistant("b")))
-    shown = tokenizer.visualize_tokenization(ids, mask)
-    assert "\033[31ma\033[0m" in shown and "\033[32mb\033[0m" in shown and shown.count("|\033") == len(ids) - 1
+    colored = tokenizer.visualize_tokenization(ids, mask)
+    assert "\033[31ma\033[0m" in colored and "\033[32mb\033[0m" in colored and colored.count("|\033") == len(ids) - 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

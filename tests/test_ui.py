@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (uv pip install playwright)")
 CHROMIUM = shutil.which("chromium")
