@@ -25,7 +25,7 @@ needs_mirror = pytest.mark.skipif(not MIRROR.is_dir(), reason="no local copy of 
 CPU = Compute(torch.device("cpu"), torch.float32)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers and models
+# Tokenizers, models and tasks
 
 SPECIALS = [
     "<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
@@ -118,6 +118,16 @@ class ScriptedModel:
         return [row[0, :n, 0].long().tolist() for row, n in zip(keys, kv_cache.lengths, strict=True)]
 
 
+class LetterTask:
+    """A task whose reward is the share of the letter a in the answer."""
+
+    def __getitem__(self, i):
+        return {"messages": [{"role": "user", "content": str(i)}, {"role": "assistant", "content": ""}]}
+
+    def reward(self, conversation, text):
+        return text.count("a") / max(1, len(text))
+
+
 WORDS = "the cat dog sat on a mat sun is red blue and then it was all gone".split()
 
 
@@ -170,7 +180,7 @@ def wait_until(condition, seconds=20):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"not true after {seconds} s"
-        time.sleep(0.02)
+        time.sleep(0.01)
 
 
 class QuietHandler(http.server.BaseHTTPRequestHandler):

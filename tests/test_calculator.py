@@ -51,7 +51,7 @@ def test_results_of_expressions_from_the_training_data(expr):
 
 
 @pytest.mark.parametrize("expr", REFUSED.replace("\n", "|").split("|") + ["1\n+1", "1\n", "'a\n'.count('a')"])
-def test_text_that_is_no_expression_is_refused(expr):
+def test_invalid_expressions_are_refused(expr):
     assert calculate(expr) is None
 
 

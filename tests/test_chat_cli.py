@@ -22,7 +22,7 @@ from helpers import (
     environment,
     python_command,
     run_python,
-)  # fmt: skip
+)
 
 from nanochat.common import UserError
 from nanochat.engine import Engine
@@ -191,10 +191,10 @@ def talk(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "readline", None)
 
     def talk(chat, *lines, **settings):
-        typed, shown = iter([*lines, EOFError]), []
+        typed, outputs = iter([*lines, EOFError]), []
 
         def type_next(prompt):
-            shown.append(capsys.readouterr().out)
+            outputs.append(capsys.readouterr().out)
             value = next(typed)
             if isinstance(value, str):
                 return value
@@ -202,7 +202,7 @@ def talk(monkeypatch, capsys, tmp_path):
 
         monkeypatch.setattr("builtins.input", type_next)
         repl.run_repl(chat, tmp_path / "history", **settings)
-        return [*shown[1:], capsys.readouterr().out]
+        return [*outputs[1:], capsys.readouterr().out]
 
     return talk
 
@@ -214,17 +214,17 @@ def test_ctrl_c_stops_the_answer_but_not_the_program(talk):
         return ord("ab"[(len(sequence) - 3) % 2]) if len(sequence) < 8 else END
 
     chat = chat_with(script)
-    shown = talk(chat, "go", KeyboardInterrupt, "", "x" * 500, "clear", "hi")
-    assert shown[0] == "\nAssistant: ab\n(stopped)\n" and "Ctrl-C once more" in shown[1] and shown[2] == ""
-    assert "500 tokens" in shown[3] and shown[4] == "A new conversation.\n"
+    outputs = talk(chat, "go", KeyboardInterrupt, "", "x" * 500, "clear", "hi")
+    assert outputs[0] == "\nAssistant: ab\n(stopped)\n" and "Ctrl-C once more" in outputs[1] and outputs[2] == ""
+    assert "500 tokens" in outputs[3] and outputs[4] == "A new conversation.\n"
     assert [m["content"] for m in chat.messages()] == ["hi", "ababa"]
 
 
 def test_ctrl_c_twice_in_a_row_ends_the_conversation(talk):
-    shown = talk(
+    outputs = talk(
         chat_with(FixedAnswer("ok")), KeyboardInterrupt, "one", KeyboardInterrupt, KeyboardInterrupt, "not reached"
     )
-    assert len(shown) == 4 and "ok" in shown[1]
+    assert len(outputs) == 4 and "ok" in outputs[1]
 
 
 @pytest.mark.parametrize("word", ["quit", "EXIT", "/quit", "/exit"])
@@ -232,29 +232,29 @@ def test_quit_commands_end_the_conversation(talk, word):
     assert len(talk(chat_with(FixedAnswer("ok")), word, "not reached")) == 1
 
 
-def test_commands(talk):
+def test_slash_commands(talk):
     script = FixedAnswer("ok")
     chat = chat_with(script)
-    shown = talk(
+    outputs = talk(
         chat, "/regenerate", "/save", "one", "/clear", "/system", "/system Be brief.", "/system", "two", "/system -",
         "//three", "/nonsense", "/HELP", "/temp", "/temp 0.5", "/temp hot", "/temp -1", "/topk 7", "/topk 0.5", "/topk",
     )  # fmt: skip
     assert [bytes(prompt[1:]) for prompt in script.prompts] == [b"one", b"Be brief.\n\ntwo", b"/three"]
-    assert shown[0] == "nothing has been asked yet\n" and shown[1] == "there is nothing to save yet\n"
-    assert shown[3] == shown[5] == shown[8] == "A new conversation.\n"
-    assert shown[4] == "There is no system text.\n" and shown[6] == "Be brief.\n"
-    assert shown[10].startswith("there is no /nonsense; /help") and shown[10].count("\n") == 1
-    assert all(f"/{name}" in shown[11] for name in "clear regenerate system temp topk save quit".split())
-    assert shown[12] == "temperature = 0\n" and shown[13] == "temperature = 0.5\n"
-    assert "temperature=hot: expected a number" in shown[14] and "temperature=-1" in shown[15]
-    assert shown[16] == shown[18] == "top_k = 7\n" and "top_k=0.5: expected a number" in shown[17]
+    assert outputs[0] == "nothing has been asked yet\n" and outputs[1] == "there is nothing to save yet\n"
+    assert outputs[3] == outputs[5] == outputs[8] == "A new conversation.\n"
+    assert outputs[4] == "There is no system text.\n" and outputs[6] == "Be brief.\n"
+    assert outputs[10].startswith("there is no /nonsense; /help") and outputs[10].count("\n") == 1
+    assert all(f"/{name}" in outputs[11] for name in "clear regenerate system temp topk save quit".split())
+    assert outputs[12] == "temperature = 0\n" and outputs[13] == "temperature = 0.5\n"
+    assert "temperature=hot: expected a number" in outputs[14] and "temperature=-1" in outputs[15]
+    assert outputs[16] == outputs[18] == "top_k = 7\n" and "top_k=0.5: expected a number" in outputs[17]
     assert chat.sampling == {"temperature": 0.5, "top_k": 7, "seed": 1}
 
 
 def test_base_model_refuses_system_text(talk):
     script = FixedAnswer("ok")
-    shown = talk(chat_with(script, source="base"), "/system Be brief.", "one", "/regenerate")
-    assert "a base model" in shown[0] and [bytes(p[1:]) for p in script.prompts] == [b"one", b"one"]
+    outputs = talk(chat_with(script, source="base"), "/system Be brief.", "one", "/regenerate")
+    assert "a base model" in outputs[0] and [bytes(p[1:]) for p in script.prompts] == [b"one", b"one"]
 
 
 def test_regenerate_uses_another_seed_and_sessions_are_reproducible(talk):
@@ -267,10 +267,10 @@ def test_regenerate_uses_another_seed_and_sessions_are_reproducible(talk):
             return list(range(ord("a"), ord("z") + 1))
 
         chat = chat_with(script, temperature=1, seed=seed)
-        shown = talk(chat, "one", "/regenerate", "two")
+        outputs = talk(chat, "one", "/regenerate", "two")
         assert [m["content"] for m in chat.messages()[::2]] == ["one", "two"]
         assert prompts[16] == b"one" and prompts[32].startswith(b"one") and prompts[32].endswith(b"two")
-        return shown[:3]
+        return outputs[:3]
 
     first = session(1)
     assert len(set(first)) == 3 and session(1) == first != session(2)
@@ -279,9 +279,9 @@ def test_regenerate_uses_another_seed_and_sessions_are_reproducible(talk):
 
 def test_save_writes_the_conversation_and_never_overwrites(talk, tmp_path):
     chat = chat_with(call_calculator, max_tokens=40, system="")
-    shown = talk(chat, "q", "/save a talk.json", "/save a talk.json", "/save", "/save no/such/folder")
-    assert shown[1] == "Saved as a talk.json.\n" and "(File exists); choose another name" in shown[2]
-    assert "cannot write no/such/folder (No such file" in shown[4]
+    outputs = talk(chat, "q", "/save a talk.json", "/save a talk.json", "/save", "/save no/such/folder")
+    assert outputs[1] == "Saved as a talk.json.\n" and "(File exists); choose another name" in outputs[2]
+    assert "cannot write no/such/folder (No such file" in outputs[4]
     named, dated = tmp_path / "a talk.json", next(tmp_path.glob("chat-20*.json"))
     assert named.read_text() == dated.read_text()
     parts = [("text", "So "), ("python", "6*7"), ("python_output", "42"), ("text", "42\n")]
@@ -307,8 +307,8 @@ def test_verbose_prints_the_speed_on_standard_error(monkeypatch, tmp_path, capsy
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     monkeypatch.setitem(sys.modules, "readline", None)
     repl.run_repl(chat_with(FixedAnswer("ok")), tmp_path / "history", verbose=True)
-    shown = capsys.readouterr()
-    assert shown.err.startswith("[2 tokens, ") and "tokens/s" in shown.err and "tokens/s" not in shown.out
+    output = capsys.readouterr()
+    assert output.err.startswith("[2 tokens, ") and "tokens/s" in output.err and "tokens/s" not in output.out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -338,12 +338,12 @@ def test_json_has_the_answer_and_token_counts(sft_checkpoint, monkeypatch, capsy
     chat_cli.main(flags)
     answer = capsys.readouterr().out
     chat_cli.main([*flags, "--json"])
-    shown = json.loads(capsys.readouterr().out)
-    assert shown["text"] + "\n" == answer and shown["tool_steps"] == []
-    assert shown["model"] == {"source": "sft", "tag": "d1", "step": 3}
+    report = json.loads(capsys.readouterr().out)
+    assert report["text"] + "\n" == answer and report["tool_steps"] == []
+    assert report["model"] == {"source": "sft", "tag": "d1", "step": 3}
     prompt = get_tokenizer().render_for_completion({"messages": [{"role": "user", "content": "Who are you?"}]})
-    assert shown["prompt_tokens"] == len(prompt) and 0 < shown["completion_tokens"] <= 8
-    assert shown["finish_reason"] in ("stop", "length")
+    assert report["prompt_tokens"] == len(prompt) and 0 < report["completion_tokens"] <= 8
+    assert report["finish_reason"] in ("stop", "length")
 
 
 @pytest.mark.parametrize(

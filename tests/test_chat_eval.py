@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 
 import pytest
 import torch
@@ -18,7 +17,8 @@ from helpers import (
     ScriptedModel,
     random_model,
     read_jsonl,
-)  # fmt: skip
+    report_metrics,
+)
 
 from nanochat.chat_eval import Score, chat_core, evaluate_task, pass_at_k
 from nanochat.common import UserError
@@ -194,9 +194,7 @@ def test_script_writes_samples_and_report(sft_checkpoint, capsys):
     main(["-i", "sft", "-x", "6", "-m", "4", "--save-samples", str(samples), "--device-type=cpu", "--dtype=float32"])
     output = capsys.readouterr().out
     lines = read_jsonl(samples)
-    metrics = json.loads((sft_checkpoint / "report" / "chat-evaluation-sft.json").read_text(encoding="utf-8"))[
-        "metrics"
-    ]
+    metrics = report_metrics(sft_checkpoint, "chat-evaluation-sft")
     tasks = dict.fromkeys(line["task"] for line in lines)
     assert {"PocketSums", "PocketFacts", "SpellingBee"} <= set(tasks) and "MMLU" not in tasks
     for task in tasks:

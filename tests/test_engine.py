@@ -1,15 +1,25 @@
-"""The engine against full forward passes, against itself in other company, and on models that follow a script."""
+"""The engine against full forward passes, against itself with other batches, and on scripted models."""
 
 import random
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import (
+    BOS,
+    END,
+    OUTPUT,
+    OUTPUT_END,
+    PYTHON,
+    PYTHON_END,
+    ByteTokenizer,
+    ScriptedModel,
+    random_model,
+    transformers_model,
+)
 
 from nanochat.common import UserError
 from nanochat.engine import Engine, Request, sample
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.hf import hf_config, hf_weights
 from nanochat.inference.backends import TorchBackend
 from nanochat.inference.cpu_backend import CPUBackend, quantize
 from nanochat.inference.cuda_graphs import CUDAGraphBackend
@@ -18,78 +28,16 @@ from nanochat.inference.kv_cache import KVCache
 from nanochat.inference.sampling import apply_penalties, sample_on_device
 from nanochat.inference.scheduler import Prefill
 
-SPECIALS = [
-    "<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
-    "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>",
-]  # fmt: skip
-BOS, END, PYTHON, PYTHON_END, OUTPUT, OUTPUT_END = 256, 260, 261, 262, 263, 264
-VOCAB = 256 + len(SPECIALS)
 
-
-class ByteTokenizer:
-    """Every byte is a token."""
-
-    def encode(self, text):
-        return list(text.encode())
-
-    def decode(self, ids):
-        return self.decode_bytes(ids).decode(errors="replace")
-
-    def decode_bytes(self, ids):
-        return bytes(ids)
-
-    def encode_special(self, name):
-        return 256 + SPECIALS.index(name)
-
-    def get_bos_token_id(self):
-        return BOS
-
-
-class ScriptedModel:
-    """Follows the cache's protocol and gives the logits of `script(sequence) -> wanted token`, for each row."""
-
-    def __init__(self, script, sequence_len=64):
-        self.script, self.config = script, SimpleNamespace(n_layer=1, sequence_len=sequence_len)
-        self.batch_sizes, self.prefills = [], []  # of each decode step; (rows, tokens) of each prefill pass
-
-    def get_device(self):
-        return torch.device("cpu")
-
-    def hidden(self, idx, kv_cache, fill_only):
-        assert fill_only
-        self.prefills.append(tuple(idx.shape))
-        self._hold(idx, kv_cache)
-
-    def __call__(self, idx, kv_cache):
-        self.batch_sizes.append(len(idx))
-        logits = torch.zeros(len(idx), 1, VOCAB)
-        for b, sequence in enumerate(self._hold(idx, kv_cache)):
-            wanted = self.script(sequence)
-            logits[b, 0, wanted if isinstance(wanted, list) else [wanted]] = 100.0
-        return logits
-
-    def _hold(self, idx, kv_cache):
-        kv_cache.begin(idx.size(1))
-        ids = idx[:, None, :, None].double()  # the cache carries the tokens themselves
-        held, _ = kv_cache.insert(0, ids, ids)
-        kv_cache.advance(idx.size(1))
-        return [row[0, :n, 0].long().tolist() for row, n in zip(held, kv_cache.lengths, strict=True)]
-
-
-def write(text, prompt_length=1):
-    """A script that writes `text` (ids or a string) after the prompt, then ends the answer."""
+def answer(text, prompt_length=1):
+    """A script that generates `text` (token ids or a string) after the prompt, then <|assistant_end|>."""
     ids = ([*text.encode()] if isinstance(text, str) else text) + [END]
     return lambda sequence: ids[min(len(sequence) - prompt_length, len(ids) - 1)]
 
 
 @pytest.fixture(scope="module", params=[4, 2], ids=["mha", "gqa"])
 def model(request):
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(sequence_len=96, vocab_size=VOCAB, n_layer=3, n_head=4, n_kv_head=request.param, n_embd=32))
-    model.init_weights("cpu")
-    for p in model.parameters():  # c_proj and lm_head start at zero, where nothing could go wrong visibly
-        torch.nn.init.normal_(p, std=0.3)
-    return model
+    return random_model(sequence_len=96, n_layer=3, n_head=4, n_kv_head=request.param)
 
 
 @pytest.fixture
@@ -109,36 +57,38 @@ def random_ids(rows, length, seed=0):
     return torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def close(a, b):
+def assert_close(a, b):
     torch.testing.assert_close(a, b, atol=2e-4, rtol=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The cache
+# The KV cache
 
 
 @torch.no_grad()
-def test_cached_logits_equal_a_full_forward_one_token_at_a_time(model):
-    ids, cache = random_ids(2, 90), KVCache(3, rows=2)  # 90 > 64: the cache grows on the way
+def test_cached_logits_of_single_tokens_equal_a_full_forward_pass(model):
+    ids, cache = random_ids(2, 90), KVCache(3, rows=2)  # more than the initial 64 columns: the cache grows
     one_by_one = [model(ids[:, t : t + 1], kv_cache=cache) for t in range(90)]
-    close(torch.cat(one_by_one, dim=1), model(ids))
+    assert_close(torch.cat(one_by_one, dim=1), model(ids))
 
 
 @torch.no_grad()
-def test_cached_logits_equal_a_full_forward_at_every_chunk_split(model):
+def test_cached_logits_equal_a_full_forward_pass_for_all_chunk_sizes(model):
     ids = random_ids(2, 9)
     full = model(ids)
     for a in range(1, 8):
         for b in range(a + 1, 9):
             cache = KVCache(3, rows=2)
-            close(torch.cat([model(ids[:, i:j], kv_cache=cache) for i, j in ((0, a), (a, b), (b, 9))], dim=1), full)
+            assert_close(
+                torch.cat([model(ids[:, i:j], kv_cache=cache) for i, j in ((0, a), (a, b), (b, 9))], dim=1), full
+            )
 
 
 @torch.no_grad()
-def test_growth_keeps_what_is_held(model):
+def test_growing_the_cache_keeps_its_contents(model):
     ids, cache = random_ids(1, 300), KVCache(3, rows=1)
     full = model(ids)
-    close(torch.cat([model(c, kv_cache=cache) for c in ids.split([40, 23, 1, 1, 100, 135], dim=1)], dim=1), full)
+    assert_close(torch.cat([model(c, kv_cache=cache) for c in ids.split([40, 23, 1, 1, 100, 135], dim=1)], dim=1), full)
 
 
 @torch.no_grad()
@@ -149,12 +99,12 @@ def test_rows_of_unequal_length_share_chunks(engine, model):
     more = random_ids(4, 6)
     logits = torch.cat([model(c, kv_cache=cache) for c in more.split([1, 3, 1, 1], dim=1)], dim=1)
     for row, prompt in enumerate(prompts):
-        alone = torch.cat([torch.tensor(prompt[:-1], dtype=torch.long), more[row]])[None]
-        close(logits[row], model(alone)[0, -6:])
+        sequence = torch.cat([torch.tensor(prompt[:-1], dtype=torch.long), more[row]])[None]
+        assert_close(logits[row], model(sequence)[0, -6:])
 
 
 @torch.no_grad()
-def test_rows_copied_moved_and_joined_go_on_as_if_alone(engine, model):
+def test_rows_continue_correctly_after_append_and_select(engine, model):
     a, b, c = (random_ids(1, n, seed=n)[0].tolist() for n in (3, 80, 17))
     cache = prefill(engine, [a, b])
     cache.append(prefill(engine, [c]), [0, 0])  # a b c c
@@ -164,33 +114,30 @@ def test_rows_copied_moved_and_joined_go_on_as_if_alone(engine, model):
     assert cache.lengths == [80, 0, 17]
     more = random_ids(3, 2)
     logits = model(more, kv_cache=cache)
-    for row, held in enumerate((b, [], c)):
-        close(logits[row], model(torch.tensor([held + more[row].tolist()]))[0, -2:])
+    for row, prompt in enumerate((b, [], c)):
+        assert_close(logits[row], model(torch.tensor([prompt + more[row].tolist()]))[0, -2:])
 
 
 def decoder_model(dtype, n_kv_head=4, n_embd=64):
-    torch.manual_seed(3)
-    model = GPT(GPTConfig(512, VOCAB, 3, 4, n_kv_head, n_embd))
-    model.init_weights("cpu")
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
+    shape = dict(sequence_len=512, n_layer=3, n_head=4, n_kv_head=n_kv_head, n_embd=n_embd)
+    model = random_model(std=0.1, seed=3, **shape)
     return model.to(dtype).requires_grad_(False)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-5), (torch.bfloat16, 0.15)])
 @pytest.mark.parametrize("n_kv_head, n_embd", [(4, 64), (2, 64), (1, 96), (4, 416)])  # heads of 16, 24 and 104
-def test_the_cpu_decoder_gives_the_models_logits(n_kv_head, n_embd, dtype, tolerance):
+def test_cpu_decoder_gives_the_models_logits(n_kv_head, n_embd, dtype, tolerance):
     model = decoder_model(dtype, n_kv_head, n_embd)
     addresses = {n: p.data_ptr() for n, p in model.named_parameters()}
     prompts = [random_ids(1, n)[0].tolist() for n in (9, 20, 14)]
     expected = [model(torch.tensor([prompt]), last_only=True)[0, -1] for prompt in prompts]
     engine = Engine(model, ByteTokenizer())
-    for rows in ([0], [0, 1, 2], [1, 1]):  # alone, of unequal lengths, of equal ones
+    for rows in ([0], [0, 1, 2], [1, 1]):  # one row, rows of unequal lengths, rows of equal length
         cache = prefill(engine, [prompts[i][:-1] for i in rows])
         logits = engine.backend.forward([prompts[i][-1:] for i in rows], cache)
         torch.testing.assert_close(logits, torch.stack([expected[i] for i in rows]), atol=tolerance, rtol=0)
     cache = prefill(engine, [prompt[:-3] for prompt in prompts])
-    engine.backend.fill([prompt[-3:-1] for prompt in prompts], cache)  # a chunk, behind rows of unequal lengths
+    engine.backend.fill([prompt[-3:-1] for prompt in prompts], cache)  # a chunk after rows of unequal lengths
     logits = engine.backend.forward([prompt[-1:] for prompt in prompts], cache)
     torch.testing.assert_close(logits, torch.stack(expected), atol=tolerance, rtol=0)
     again = model(torch.tensor([prompts[0]]), last_only=True)[0, -1]
@@ -199,7 +146,7 @@ def test_the_cpu_decoder_gives_the_models_logits(n_kv_head, n_embd, dtype, toler
 
 
 @pytest.mark.parametrize("int8", [False, True])
-def test_a_rows_logits_are_the_same_to_the_bit_in_any_company(int8):
+def test_logits_of_a_row_are_bit_identical_in_every_batch(int8):
     model = decoder_model(torch.bfloat16)
     if int8:
         quantize(model)
@@ -212,25 +159,25 @@ def test_a_rows_logits_are_the_same_to_the_bit_in_any_company(int8):
             backend.fill([prompt[:-1][i : i + chunk] for prompt in prompts], cache)
         return backend.forward([prompt[-1:] for prompt in prompts], cache)
 
-    together = logits(prompts)
-    for prompt, row in zip(prompts, together, strict=True):
+    batched = logits(prompts)
+    for prompt, row in zip(prompts, batched, strict=True):
         assert torch.equal(logits([prompt])[0], row)
-    assert torch.equal(logits(prompts, chunk=2), together)
+    assert torch.equal(logits(prompts, chunk=2), batched)
 
 
-def test_int8_stays_close_and_the_model_follows():
+def test_int8_logits_are_close_and_equal_those_of_the_quantized_model():
     full, model = decoder_model(torch.float32, n_embd=128), decoder_model(torch.float32, n_embd=128)
     quantize(model)
     ids, backend, cache = random_ids(1, 40), CPUBackend(model), KVCache(3, rows=1)
     backend.fill(ids[:, :-1].tolist(), cache)
     logits = backend.forward(ids[:, -1:].tolist(), cache)[0]
-    torch.testing.assert_close(logits, model(ids)[0, -1], atol=0.03, rtol=0)  # which score() uses
-    off = (logits - full(ids)[0, -1]).abs().max()
-    assert 0 < off < 0.5, off
+    torch.testing.assert_close(logits, model(ids)[0, -1], atol=0.03, rtol=0)  # score() runs the PyTorch model
+    error = (logits - full(ids)[0, -1]).abs().max()
+    assert 0 < error < 0.5, error
 
 
-class Plain(ByteTokenizer):
-    """Without tokens that end an answer or call the calculator."""
+class NoSpecialTokens(ByteTokenizer):
+    """No token ends an answer or calls the calculator."""
 
     def encode_special(self, name):
         return -1
@@ -239,13 +186,11 @@ class Plain(ByteTokenizer):
         return -1
 
 
-def test_greedy_tokens_are_those_of_transformers_generate():
-    transformers = pytest.importorskip("transformers")
+def test_greedy_tokens_equal_those_of_transformers_generate():
     model = decoder_model(torch.float32, n_kv_head=2, n_embd=128)
-    hf = transformers.NanoChatForCausalLM(transformers.NanoChatConfig(**hf_config(model.config))).eval()
-    hf.load_state_dict(hf_weights(model))
+    hf = transformers_model(model)
     prompts = [random_ids(1, n, seed=n)[0].tolist() for n in range(1, 21)]
-    engine = Engine(model, Plain())
+    engine = Engine(model, NoSpecialTokens())
     requests = [Request(prompt, max_tokens=64, temperature=0) for prompt in prompts]
     rows = {row.request: row.tokens for row in engine.generate_many(requests)}
     for prompt, request in zip(prompts, requests, strict=True):
@@ -256,16 +201,18 @@ def test_greedy_tokens_are_those_of_transformers_generate():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_hundred_requests_say_the_same_alone_and_together(dtype):
+def test_200_requests_get_the_same_tokens_alone_and_in_batches(dtype):
     rng = random.Random(5)
-    engine = Engine(decoder_model(dtype), Plain(), prefix_tokens=2000)
+    engine = Engine(decoder_model(dtype), NoSpecialTokens(), prefix_tokens=2000)
     requests = [
         Request(random_ids(1, rng.randint(1, 240), seed=i)[0].tolist(), 24, rng.choice([0, 0.8]), top_k=20, seed=i)
         for i in range(200)
     ]
-    together = {row.request: row.tokens for row in engine.generate_many(requests, max_rows=24)}
-    alone = {request: next(Engine(engine.model, Plain()).generate_many([request])).tokens for request in requests}
-    assert together == alone
+    batched = {row.request: row.tokens for row in engine.generate_many(requests, max_rows=24)}
+    alone = {
+        request: next(Engine(engine.model, NoSpecialTokens()).generate_many([request])).tokens for request in requests
+    }
+    assert batched == alone
 
 
 def many_requests():
@@ -275,16 +222,16 @@ def many_requests():
 
 
 @pytest.mark.parametrize("n_kv_head", [4, 2])
-def test_steps_of_fixed_shape_give_the_same_tokens(n_kv_head):
-    """All of the CUDA decoder but the graphs themselves: its steps in the cache's full rows and a power of columns."""
+def test_decode_steps_of_fixed_shape_give_the_same_tokens(n_kv_head):
+    """The CUDA graph backend with uncaptured steps: each runs on all rows and a power of two of columns."""
     model, requests, recorded = decoder_model(torch.float32, n_kv_head), many_requests(), []
-    plain = Engine(model, Plain(), backend=TorchBackend(model))
-    static = Engine(model, Plain(), backend=CUDAGraphBackend(model))
+    plain = Engine(model, NoSpecialTokens(), backend=TorchBackend(model))
+    static = Engine(model, NoSpecialTokens(), backend=CUDAGraphBackend(model))
     expected = {row.request: row.tokens for row in plain.generate_many(requests, max_rows=6)}
 
-    def record(step):
+    def record(step):  # replaces the capture of a graph
         recorded.append(step.columns)
-        step.run()  # as before a recording
+        step.run()  # as the warm-up before a capture does
         return step.run
 
     static.backend.record = record
@@ -295,15 +242,15 @@ def test_steps_of_fixed_shape_give_the_same_tokens(n_kv_head):
 @pytest.mark.gpu
 def test_cuda_graphs_give_the_same_tokens(capsys):
     model, requests = decoder_model(torch.float32).cuda(), many_requests()
-    plain, graphs = Engine(model, Plain(), backend=TorchBackend(model)), Engine(model, Plain())
+    plain, graphs = Engine(model, NoSpecialTokens(), backend=TorchBackend(model)), Engine(model, NoSpecialTokens())
     expected = {row.request: row.tokens for row in plain.generate_many(requests, max_rows=6)}
-    found = {row.request: row.tokens for row in graphs.generate_many(requests, max_rows=6)}
+    actual = {row.request: row.tokens for row in graphs.generate_many(requests, max_rows=6)}
     assert graphs.backend.graphs and not capsys.readouterr().err
-    flips = sum(found[request] != expected[request] for request in requests)
-    assert flips <= 1  # where two logits are as good as equal
+    differing = sum(actual[request] != expected[request] for request in requests)
+    assert differing <= 1  # two logits may be equal up to rounding
 
 
-def test_leftovers_of_former_rows_do_not_leak(engine):
+def test_row_does_not_depend_on_earlier_rows_of_its_slot(engine):
     prompts = [random_ids(1, n, seed=n)[0].tolist() for n in (50, 3)]
     alone = list(engine.generate_many([Request(prompts[1], max_tokens=20, temperature=0)]))[0].tokens
     rows = list(engine.generate_many([Request(p, max_tokens=20, temperature=0) for p in prompts], max_rows=1))
@@ -315,6 +262,7 @@ def test_leftovers_of_former_rows_do_not_leak(engine):
 
 
 def naive_greedy(model, tokens, max_tokens):
+    """The prompt and its greedy answer by full forward passes."""
     generated = []
     for token in model.generate(tokens, max_tokens, temperature=0):
         if token in (BOS, END):
@@ -323,7 +271,7 @@ def naive_greedy(model, tokens, max_tokens):
     return tokens + generated
 
 
-def test_greedy_equals_the_models_own_plain_loop(engine, model):
+def test_greedy_answers_equal_those_of_full_forward_passes(engine, model):
     for n in (1, 2, 30):
         prompt = random_ids(1, n, seed=n)[0].tolist()
         results, masks = engine.generate_batch(prompt, num_samples=2, max_tokens=40, temperature=0)
@@ -331,15 +279,15 @@ def test_greedy_equals_the_models_own_plain_loop(engine, model):
         assert masks == [[0] * n + [1] * (len(results[0]) - n)] * 2
 
 
-def test_next_logits_equal_the_full_forward_whatever_the_lengths(engine, model):
+def test_next_logits_of_unequal_prompts_equal_full_forward_passes(engine, model):
     prompts = [random_ids(1, n, seed=n)[0].tolist() for n in (1, 40, 7)]
     with torch.no_grad():
         expected = torch.cat([model(torch.tensor([p]))[:, -1] for p in prompts])
-    close(engine.next_logits(prompts), expected)
+    assert_close(engine.next_logits(prompts), expected)
 
 
 @pytest.mark.parametrize("max_rows", [1, 3, 64])
-def test_a_row_does_not_depend_on_its_company(engine, max_rows):
+def test_row_is_independent_of_its_batch(engine, max_rows):
     settings = [dict(temperature=0), dict(temperature=1.0, top_k=5), dict(temperature=0.7), dict(temperature=1.3)]
     requests = [
         Request(random_ids(1, 1 + 3 * i, seed=i)[0].tolist(), max_tokens=5 + 2 * i, seed=i % 3, **settings[i % 4])
@@ -349,11 +297,11 @@ def test_a_row_does_not_depend_on_its_company(engine, max_rows):
     alone = {}
     for request in requests:
         alone |= {(request, row.sample): row.tokens for row in engine.generate_many([request])}
-    company = {(row.request, row.sample): row.tokens for row in engine.generate_many(requests, max_rows)}
-    assert company == alone and len(alone) == 16
+    batched = {(row.request, row.sample): row.tokens for row in engine.generate_many(requests, max_rows)}
+    assert batched == alone and len(alone) == 16
 
 
-def test_samples_differ_and_a_seed_repeats_them(engine):
+def test_samples_differ_and_are_reproducible_from_the_seed(engine):
     prompt = random_ids(1, 5)[0].tolist()
     batch = dict(num_samples=8, max_tokens=12, temperature=1.0)
     first = engine.generate_batch(prompt, seed=1, **batch)[0]
@@ -376,11 +324,11 @@ def test_sampling_draws_from_softmax_with_temperature_and_top_k():
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, float("-inf")]])
     rngs = [row.rng for row in Engine(ScriptedModel(None), ByteTokenizer()).decode_loop(1).submit(
         Request([1], num_samples=20000))]  # fmt: skip
-    for temperature, top_k, kept in ((1.0, None, 5), (0.5, 0, 5), (2.0, 2, 2), (1.0, 100, 5), (1.0, 1, 1)):
+    for temperature, top_k, n_kept in ((1.0, None, 5), (0.5, 0, 5), (2.0, 2, 2), (1.0, 100, 5), (1.0, 1, 1)):
         drawn = sample(logits.expand(len(rngs), -1), temperature, top_k, rngs)
-        seen = torch.bincount(torch.tensor(drawn), minlength=5) / len(rngs)
-        cut = logits.masked_fill(logits < logits.sort(descending=True).values[:, kept - 1], float("-inf"))
-        torch.testing.assert_close(seen, (cut / temperature).softmax(-1)[0], atol=0.015, rtol=0)
+        frequencies = torch.bincount(torch.tensor(drawn), minlength=5) / len(rngs)
+        truncated = logits.masked_fill(logits < logits.sort(descending=True).values[:, n_kept - 1], float("-inf"))
+        torch.testing.assert_close(frequencies, (truncated / temperature).softmax(-1)[0], atol=0.015, rtol=0)
     assert sample(logits, 0, 3, rngs[:1]) == [2]
     assert sample(logits, 1e-300, None, rngs[:1]) == [2]
 
@@ -388,23 +336,24 @@ def test_sampling_draws_from_softmax_with_temperature_and_top_k():
 @pytest.mark.parametrize("size", [7, 1024, 5000])
 @pytest.mark.parametrize("temperature, top_k", [(0, None), (1.0, None), (0.7, 50), (1.5, 3), (1.0, 1), (0.2, 4999)])
 @pytest.mark.parametrize("top_p, min_p", [(1.0, 0.0), (0.9, 0.0), (0.3, 0.05), (1.0, 0.1), (1e-6, 0.0)])
-def test_a_cpu_samples_as_other_devices_do(size, temperature, top_k, top_p, min_p):
+def test_cpu_kernel_samples_the_same_tokens_as_sample_on_device(size, temperature, top_k, top_p, min_p):
     logits = 3 * torch.randn(500, size, generator=torch.Generator().manual_seed(size))
     uniforms = [random.Random(i).getrandbits(24) / 2**24 for i in range(500)]
     expected = sample_on_device(logits, uniforms, temperature, top_k, top_p, min_p)
     drawn = sample(logits, temperature, top_k, [random.Random(i) for i in range(500)], top_p, min_p)
-    differ = (torch.tensor(drawn) != expected).sum()  # where a number lies at a boundary, but for rounding
-    assert differ <= (0 if temperature == 0 else 2)
+    # A random number may lie on a boundary between two tokens, up to rounding.
+    differing = (torch.tensor(drawn) != expected).sum()
+    assert differing <= (0 if temperature == 0 else 2)
 
 
-def test_of_equal_logits_the_first_is_the_larger():
+def test_ties_between_logits_go_to_the_lower_token_id():
     assert sample(torch.tensor([[1.0, 2.0, 2.0, 2.0, -0.0, 0.0]]), 0, None, [None]) == [1]
     drawn = {sample(torch.ones(1, 100), 1.0, 3, [random.Random(i)])[0] for i in range(99)}
     assert drawn == {0, 1, 2}
 
 
 @pytest.mark.parametrize("bits, expected", [(0, 1), (2**23, 2), (2**24 - 1, 2)])
-def test_the_ends_of_the_random_range_hit_no_impossible_token(bits, expected):
+def test_extreme_random_numbers_select_no_token_of_probability_zero(bits, expected):
     logits = torch.tensor([[float("-inf"), 0.0, 0.0, float("-inf")]])
     rng = SimpleNamespace(getrandbits=lambda n: bits)
     assert sample(logits, 1.0, None, [rng]) == [expected]
@@ -423,7 +372,7 @@ def test_generate_yields_columns_until_the_last_row_is_done(engine):
     assert max(map(len, results)) - len(prompt) in (len(steps), len(steps) - 1)
 
 
-def test_the_model_can_be_trained_after_generating(model):
+def test_model_can_be_trained_after_generating(model):
     model._rotary = None
     Engine(model, ByteTokenizer()).generate_batch([BOS], max_tokens=2)
     ids = random_ids(1, 8)
@@ -432,25 +381,25 @@ def test_the_model_can_be_trained_after_generating(model):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Ends
+# End of generation
 
 
-def test_answers_end_at_assistant_end_and_at_bos():
+def test_assistant_end_and_bos_end_an_answer():
     for terminal in (END, BOS):
-        script = write([72, 105, terminal, 33])
+        script = answer([72, 105, terminal, 33])
         row = next(Engine(ScriptedModel(script), ByteTokenizer()).generate_many([Request([BOS], temperature=0)]))
         assert (row.finish, row.tokens, row.completion) == ("stop", [72, 105, terminal], [72, 105])
 
 
 @pytest.mark.parametrize("prompt, max_tokens, expected", [(1, 5, 5), (1, None, 15), (10, 50, 6), (15, None, 1)])
-def test_max_tokens_and_the_context_end_a_row(prompt, max_tokens, expected):
+def test_max_tokens_and_the_context_length_end_a_row(prompt, max_tokens, expected):
     model = ScriptedModel(lambda sequence: 65, sequence_len=16)
     request = Request([66] * prompt, max_tokens=max_tokens, temperature=0)
     row = next(Engine(model, ByteTokenizer()).generate_many([request]))
     assert (row.finish, row.completion) == ("length", [65] * expected)
 
 
-def test_finished_rows_stop_costing_and_waiting_ones_take_their_place():
+def test_waiting_rows_replace_finished_ones():
     model = ScriptedModel(lambda sequence: 65)
     requests = [Request([66], max_tokens=n, temperature=0) for n in (2, 5, 1, 3)]
     rows = list(Engine(model, ByteTokenizer()).generate_many(requests, max_rows=3))
@@ -458,7 +407,7 @@ def test_finished_rows_stop_costing_and_waiting_ones_take_their_place():
     assert model.batch_sizes == [3, 3, 2, 2, 1]
 
 
-def test_a_prompt_is_prefilled_once_for_all_samples():
+def test_prompt_is_prefilled_once_for_all_samples():
     model = ScriptedModel(lambda sequence: 65)
     engine = Engine(model, ByteTokenizer())
     list(engine.generate_many([Request([66, 67, 68], max_tokens=3, num_samples=4) for _ in range(3)], max_rows=8))
@@ -475,22 +424,22 @@ def test_prefill_passes_are_bounded(monkeypatch):
     assert model.prefills[:2] == [(2, 2), (1, 4)] and all(B * T <= 8 for B, T in model.prefills)
 
 
-def test_a_long_prompt_does_not_stall_the_others(monkeypatch):
+def test_long_prompt_does_not_stall_other_rows(monkeypatch):
     monkeypatch.setattr("nanochat.inference.scheduler.PREFILL_CHUNK", 8)
     model = ScriptedModel(lambda sequence: 65 + len(sequence) % 7)
     loop = Engine(model, ByteTokenizer()).decode_loop(4)
     (first,) = loop.submit(Request([66], max_tokens=20))
     loop.step()
     (second,) = loop.submit(Request([67] * 33, max_tokens=2))
-    seen = []
+    lengths = []  # of both rows after each step
     while loop.busy:
         loop.step()
-        seen.append((len(first.tokens), len(second.tokens)))
-    assert seen[:6] == [(2, 0), (3, 0), (4, 0), (5, 1), (6, 2), (7, 2)]
+        lengths.append((len(first.tokens), len(second.tokens)))
+    assert lengths[:6] == [(2, 0), (3, 0), (4, 0), (5, 1), (6, 2), (7, 2)]
     assert model.prefills == [(1, 8)] * 4 and second.tokens == [65 + 33 % 7, 65 + 34 % 7]
 
 
-def test_cancelled_rows_leave_wherever_they_are(monkeypatch):
+def test_rows_can_be_cancelled_in_every_state(monkeypatch):
     monkeypatch.setattr("nanochat.inference.scheduler.PREFILL_CHUNK", 8)
     model = ScriptedModel(lambda sequence: 65)
     loop = Engine(model, ByteTokenizer()).decode_loop(2)
@@ -504,12 +453,12 @@ def test_cancelled_rows_leave_wherever_they_are(monkeypatch):
     assert [row.finish for row in (*decoding, *prefilling, *waiting)] == ["cancelled"] * 3
 
 
-def test_a_prompt_goes_on_from_what_is_kept(model):
+def test_prompt_reuses_the_cached_prefix(model):
     engine = Engine(model, ByteTokenizer(), prefix_tokens=300)
     plain = Engine(model, ByteTokenizer())
     turns = [random_ids(1, n)[0].tolist() for n in (40, 30)]
     loop = engine.decode_loop(4)
-    history, cached = [], []
+    history, cached_tokens = [], []
     for turn in turns:
         history += turn
         (row,) = loop.submit(Request(history, max_tokens=8, temperature=0))
@@ -517,19 +466,20 @@ def test_a_prompt_goes_on_from_what_is_kept(model):
             loop.step()
         (alone,) = plain.generate_many([Request(history, max_tokens=8, temperature=0)])
         assert row.tokens == alone.tokens
-        cached.append(row.cached)
+        cached_tokens.append(row.cached)
         history = history + row.tokens
-    assert cached == [0, 40 + 8 - 1]
+    assert cached_tokens == [0, 40 + 8 - 1]
     (row,) = loop.submit(Request(history[:20] + [1, 2, 3], max_tokens=2))
     loop.step()
-    assert row.cached == 20  # of a prompt that differs later on
+    assert row.cached == 20  # the common prefix with an earlier prompt
 
 
-def test_the_prefixes_kept_are_bounded_and_the_least_recently_used_goes_first():
+def test_prefix_cache_is_bounded_and_evicts_the_least_recently_used():
     engine = Engine(ScriptedModel(lambda sequence: 65), ByteTokenizer(), prefix_tokens=60)
     loop = engine.decode_loop(1)
 
     def cached(token, n=24):
+        """Number of cached tokens that a prompt of `n` equal tokens reuses."""
         (row,) = loop.submit(Request([token] * n, max_tokens=1))
         while loop.busy:
             loop.step()
@@ -539,19 +489,19 @@ def test_the_prefixes_kept_are_bounded_and_the_least_recently_used_goes_first():
     assert engine.prefix_cache.num_tokens <= 60 and cached(69, n=63) == 0 and engine.prefix_cache.num_tokens <= 60
 
 
-def test_top_p_and_min_p_cut_the_tail():
-    # the likeliest are 1, 3, 0, 2
+def test_top_p_and_min_p_drop_unlikely_tokens():
+    # In order of probability, the tokens are 1, 3, 0, 2.
     logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log().repeat(4000, 1)[:, [2, 0, 3, 1]]
     rngs = [random.Random(i) for i in range(4000)]
 
-    def shares(**settings):
+    def frequencies(**settings):
         drawn = torch.tensor(sample(logits, 1.0, None, rngs, **settings))
         return [round((drawn == token).float().mean().item(), 1) for token in (1, 3, 0, 2)]
 
-    assert shares(top_p=0.7) == [0.7, 0.3, 0, 0]
-    assert shares(top_p=0.5) == [1, 0, 0, 0]
-    assert shares(min_p=0.29) == [0.6, 0.3, 0.2, 0]
-    assert shares(min_p=1.0) == [1, 0, 0, 0]
+    assert frequencies(top_p=0.7) == [0.7, 0.3, 0, 0]
+    assert frequencies(top_p=0.5) == [1, 0, 0, 0]
+    assert frequencies(min_p=0.29) == [0.6, 0.3, 0.2, 0]
+    assert frequencies(min_p=1.0) == [1, 0, 0, 0]
 
 
 def test_penalties_and_biases_change_the_logits_of_one_row_only():
@@ -567,7 +517,7 @@ def test_penalties_and_biases_change_the_logits_of_one_row_only():
     assert sorted(row.tokens for row in engine.generate_many(requests)) == [[65, 65], [70, 70]]
 
 
-def test_log_probabilities_are_the_models(engine, model):
+def test_log_probabilities_equal_those_of_a_full_forward_pass(engine, model):
     prompt = random_ids(1, 20)[0].tolist()
     (row,) = engine.generate_many([Request(prompt, max_tokens=5, temperature=2.0, top_k=9, logprobs=3)])
     sequence = prompt + row.tokens
@@ -590,18 +540,18 @@ def test_log_probabilities_are_the_models(engine, model):
         (("d", "ld"), "hello wor", 11),
     ],
 )
-def test_stop_texts_end_a_row_and_are_no_part_of_it(stop, expected, n):
-    engine = Engine(ScriptedModel(write([*b"hello world", END])), ByteTokenizer())
+def test_stop_strings_end_a_row_and_are_not_part_of_its_text(stop, expected, n):
+    engine = Engine(ScriptedModel(answer([*b"hello world", END])), ByteTokenizer())
     (row,) = engine.generate_many([Request([BOS], temperature=0, stop=stop)])
     assert (row.finish, len(row.tokens)) == ("stop", n)
     stream = Detokenizer(engine.tokenizer, stop)
     pieces = [stream.push(token)[1] for token in row.tokens]
     assert "".join(pieces) + stream.flush()[1] == expected
-    assert all(expected.startswith("".join(pieces[:i])) for i in range(len(pieces)))  # nothing of it leaked
+    assert all(expected.startswith("".join(pieces[:i])) for i in range(len(pieces)))  # never a part of the stop string
 
 
 def test_stop_tokens_end_a_row():
-    engine = Engine(ScriptedModel(write([*b"hello", END])), ByteTokenizer())
+    engine = Engine(ScriptedModel(answer([*b"hello", END])), ByteTokenizer())
     (row,) = engine.generate_many([Request([BOS], temperature=0, stop_tokens=frozenset(b"o"))])
     assert bytes(row.completion) == b"hell" and row.finish == "stop"
 
@@ -623,7 +573,7 @@ def test_stop_tokens_end_a_row():
         (dict(tokens=[1], stop=("",)), "stop string is empty"),
     ],
 )
-def test_what_cannot_be_generated_is_said(request_, message):
+def test_invalid_requests_raise_user_errors(request_, message):
     engine = Engine(ScriptedModel(None, sequence_len=16), ByteTokenizer())
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         engine.generate_batch(**request_)
@@ -633,37 +583,43 @@ def test_what_cannot_be_generated_is_said(request_, message):
 # The calculator in the loop
 
 
-def run_script(text, **settings):
+def generate_scripted(parts, **settings):
+    """The row of a model that generates `parts`, a list of token ids and strings."""
     ids = []
-    for part in text:
+    for part in parts:
         ids += [part] if isinstance(part, int) else list(part.encode())
-    engine = Engine(ScriptedModel(write(ids)), ByteTokenizer())
+    engine = Engine(ScriptedModel(answer(ids)), ByteTokenizer())
     return next(engine.generate_many([Request([BOS], temperature=0, **settings)]))
 
 
-def test_the_calculators_result_is_forced_into_the_row():
-    # While tokens are forced, what the model wants is ignored: "??????" stands where it would have written.
-    row = run_script(["a", PYTHON, "0.2*50", PYTHON_END, "????", "b"])
+def test_calculator_result_is_forced_into_the_row():
+    # Forced tokens replace what the model generates, here "????".
+    row = generate_scripted(["a", PYTHON, "0.2*50", PYTHON_END, "????", "b"])
     forced = [OUTPUT, *b"10", OUTPUT_END]
     assert row.completion == [*b"a", PYTHON, *b"0.2*50", PYTHON_END, *forced, *b"b"]
     assert row.mask[: len(row.completion)] == [1] * 9 + [0] * 4 + [1]
 
 
 @pytest.mark.parametrize("call", ["import os", "1/0", ""])
-def test_what_the_calculator_refuses_gives_no_output(call):
-    row = run_script([PYTHON, call, PYTHON_END, "b"])
+def test_invalid_expression_gives_no_output(call):
+    row = generate_scripted([PYTHON, call, PYTHON_END, "b"])
     assert row.completion == [PYTHON, *call.encode(), PYTHON_END, *b"b"] and all(row.mask)
 
 
-def test_stray_tool_tokens_are_harmless():
+def test_unmatched_tool_tokens_are_harmless():
     for text in ([PYTHON_END, "1+1", PYTHON_END], [OUTPUT_END, OUTPUT], [PYTHON, "1+1"], [PYTHON, PYTHON, PYTHON_END]):
-        assert all(run_script(text).mask)
-    assert run_script([PYTHON, "1+1", PYTHON_END, "???", "*3", PYTHON_END, "b"]).mask.count(0) == 3
-    assert run_script([PYTHON, "9", PYTHON, "1+1", PYTHON_END, "???"]).tokens[-4:] == [OUTPUT, *b"2", OUTPUT_END, END]
+        assert all(generate_scripted(text).mask)
+    assert generate_scripted([PYTHON, "1+1", PYTHON_END, "???", "*3", PYTHON_END, "b"]).mask.count(0) == 3
+    assert generate_scripted([PYTHON, "9", PYTHON, "1+1", PYTHON_END, "???"]).tokens[-4:] == [
+        OUTPUT,
+        *b"2",
+        OUTPUT_END,
+        END,
+    ]
 
 
-def test_forced_tokens_do_not_overrun_max_tokens():
-    row = run_script([PYTHON, "9*99", PYTHON_END, "?????"], max_tokens=8)
+def test_forced_tokens_do_not_exceed_max_tokens():
+    row = generate_scripted([PYTHON, "9*99", PYTHON_END, "?????"], max_tokens=8)
     assert (row.finish, row.tokens[-3:], row.mask[-3:]) == ("length", [PYTHON_END, OUTPUT, ord("8")], [1, 0, 0])
 
 
@@ -690,10 +646,10 @@ def test_streamed_text_never_splits_a_character(text):
     assert "".join(pieces) + stream.flush()[1] == text
     assert all("\ufffd" not in piece or "\ufffd" in text for piece in pieces)
     whole = "".join(pieces)
-    assert whole == text or text.endswith("\ufffd")  # nothing waits longer than it must
+    assert whole == text or text.endswith("\ufffd")  # complete characters are emitted at once
 
 
-def test_streamed_text_equals_the_whole_whatever_the_bytes():
+def test_streamed_text_of_invalid_utf8_equals_the_decoded_text():
     tokenizer, rng = ByteTokenizer(), torch.Generator().manual_seed(0)
     for _ in range(300):
         ids = torch.randint(100, 256, (12,), generator=rng).tolist()
@@ -702,7 +658,7 @@ def test_streamed_text_equals_the_whole_whatever_the_bytes():
         assert "".join([stream.push(i)[1] for i in ids] + [stream.flush()[1]]) == tokenizer.decode(ids)
 
 
-def test_the_calculators_part_is_told_from_the_text():
+def test_detokenizer_separates_calculator_parts_from_text():
     ids = [*b"So ", PYTHON, *b"6*7", PYTHON_END, OUTPUT, *b"42", OUTPUT_END, *b"it is 42", 0xC3, PYTHON, *b"1", END]
     stream = Detokenizer(ByteTokenizer())
     parts = [*map(stream.push, ids), stream.flush()]

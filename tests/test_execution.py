@@ -1,4 +1,4 @@
-"""The sandbox: hostile programs change nothing outside, and only programs that run to their end succeed. HumanEval."""
+"""The sandbox: hostile programs change nothing outside, only programs that run to their end succeed. HumanEval."""
 
 import os
 import re
@@ -6,13 +6,13 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from helpers import environment, needs_mirror, python_command, run_python, wait_until
 
 from nanochat import execution
 from nanochat.common import UserError
@@ -20,8 +20,6 @@ from nanochat.execution import execute_code, execute_many, layers, sandbox_level
 from nanochat.sandbox import jail
 from tasks.humaneval import HumanEval, leading_imports, reply_code
 
-MIRROR = Path(__file__).parents[2] / "shared" / "data" / "mirror"
-needs_mirror = pytest.mark.skipif(not MIRROR.is_dir(), reason="no local copy of the public data sets beside the repo")
 needs_strict = pytest.mark.skipif(sandbox_level() != "strict", reason="the kernel offers no isolation here")
 SECRET = "NANOCHAT_TEST_SECRET"
 
@@ -46,7 +44,7 @@ def outside(tmp_path_factory):
     bystander = subprocess.Popen(["sleep", "1000"])
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as scratches:
         os.chmod(scratches, 0o711)
-        patch.setattr(tempfile, "tempdir", scratches)  # processes() recognizes our programs by this path
+        patch.setattr(tempfile, "tempdir", scratches)  # processes() finds our programs by this path
         patch.setenv("HOME", str(home))
         patch.setenv(SECRET, "xyzzy")
         yield {
@@ -97,7 +95,7 @@ def untouched(outside):
 
 def processes():
     """Ids of this process's children, including zombies, and of processes that run in one of our scratch folders."""
-    found = []
+    pids = []
     for pid in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else ()):
         try:
             stat = Path(f"/proc/{pid}/stat").read_text()
@@ -105,8 +103,8 @@ def processes():
         except OSError:
             continue
         if int(stat.rpartition(")")[2].split()[1]) == os.getpid() or tempfile.gettempdir().encode() in line:
-            found.append(pid)
-    return sorted(found)
+            pids.append(pid)
+    return sorted(pids)
 
 
 # name: (program, expected result). "fails" is any failure, "ends" is success, "timeout" is a timeout; any other text
@@ -127,7 +125,7 @@ HOSTILE = {
         "  threading.Thread(target=time.sleep, args=(99,)).start()",
         "fails",
     ),
-    "thread_that_outlives": (
+    "thread_outlives_main": (
         "import threading, time; threading.Thread(target=time.sleep, args=(99,)).start()",
         "timeout",
     ),
@@ -266,8 +264,8 @@ HOSTILE = {
         "AssertionError",
     ),
     "close_all": ("import os; os.closerange(0, 99)", "fails"),
-    "error_that_lies": ("class E(Exception):\n  __str__ = lambda s: 1/0\nraise E", "E"),
-    "error_that_hangs": ("class E(Exception):\n  def __str__(s):\n    while 1: pass\nraise E", "timeout"),
+    "error_without_text": ("class E(Exception):\n  __str__ = lambda s: 1/0\nraise E", "E"),
+    "error_text_hangs": ("class E(Exception):\n  def __str__(s):\n    while 1: pass\nraise E", "timeout"),
     "builtins": ("import builtins; builtins.AssertionError = builtins.Exception = int; assert False", "AssertionError"),
     "patched_write": ("import os; os.write = lambda *a: 0; os._exit = print; assert False", "AssertionError"),
     # Looks for the nonce in all objects that Python code can reach, writes candidates to every descriptor, then exits.
@@ -302,7 +300,7 @@ HOSTILE = {
 }
 
 
-def verdict_is(result, expected):
+def has_result(result, expected):
     if expected == "ends":
         return result.success
     if expected == "timeout":
@@ -310,7 +308,8 @@ def verdict_is(result, expected):
     return not result.success and (expected == "fails" or expected in (result.error or ""))
 
 
-def fill(program, outside):
+def fill_placeholders(program, outside):
+    """The program with the values of @HOME, @PORT, ... from `outside`."""
     for name, value in outside.items():
         program = program.replace(f"@{name}", str(value))
     return program
@@ -318,21 +317,21 @@ def fill(program, outside):
 
 def run_hostile(name, outside):
     program, expected = HOSTILE[name]
-    result = execute_code(fill(program, outside), timeout=0.5 if expected == "timeout" else 10.0)
-    assert verdict_is(result, expected), result
+    result = execute_code(fill_placeholders(program, outside), timeout=0.5 if expected == "timeout" else 10.0)
+    assert has_result(result, expected), result
     assert "xyzzy" not in result.stdout + result.stderr and "dear diary" not in result.stdout + result.stderr
 
 
 @needs_strict
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile(name, outside, untouched):
+def test_hostile_program_changes_nothing_outside(name, outside, untouched):
     run_hostile(name, outside)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("available", FALLBACKS[1:], ids="+".join)
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_with_fewer_layers(name, available, outside, untouched, monkeypatch):
+def test_hostile_program_changes_nothing_outside_with_fewer_layers(name, available, outside, untouched, monkeypatch):
     monkeypatch.setattr(execution, "layers", lambda: available)
     run_hostile(name, outside)
 
@@ -341,7 +340,7 @@ def test_hostile_with_fewer_layers(name, available, outside, untouched, monkeypa
 # Harmless programs
 
 
-def test_result_of_a_good_program():
+def test_result_of_a_successful_program():
     result = execute_code("import sys; print('hé', __name__); print('oops', file=sys.stderr)")
     assert result == execution.ExecutionResult(True, "hé __main__\n", "oops\n", None, False, False)
 
@@ -363,7 +362,7 @@ def test_results_of_failing_programs():
     assert "SIGKILL" in execute_code("import os; os.kill(os.getpid(), 9)").error
 
 
-GOOD = {
+HARMLESS = {
     "main": "import sys\nif __name__ == '__main__': print(sys.argv)\nelse: raise Exception",
     "coding_cookie": "# -*- coding: latin-1 -*-\nassert len('é') == 1",
     "dataclass": "from dataclasses import dataclass\n@dataclass\nclass A:\n  x: 'int' = 3\nassert A() == A(3)",
@@ -387,11 +386,11 @@ GOOD = {
 
 
 @pytest.mark.parametrize("available", FALLBACKS + [("rlimits",)], ids="+".join)
-def test_good_programs(available, untouched, monkeypatch):
-    import torch  # noqa: F401  a program must not inherit its gigabytes of address space
+def test_harmless_programs_succeed(available, untouched, monkeypatch):
+    import torch  # noqa: F401  programs must not inherit the gigabytes of address space that torch reserves
 
     monkeypatch.setattr(execution, "layers", lambda: available)
-    results = dict(zip(GOOD, execute_many(GOOD.values(), timeout=20, level="basic"), strict=True))
+    results = dict(zip(HARMLESS, execute_many(HARMLESS.values(), timeout=20, level="basic"), strict=True))
     assert {name: r for name, r in results.items() if not r.success} == {}
     assert results["main"].stdout == "['program.py']\n" and results["late_thread"].stdout == "late\n"
 
@@ -408,52 +407,45 @@ def test_output_is_truncated():
     assert result.success and len(result.stdout) == execution.KEPT_OUTPUT
 
 
-def test_many_in_order_without_leftovers(untouched):
+def test_execute_many_returns_results_in_order(untouched):
     programs = [f"print({i})" if i % 10 else "import time; time.sleep(99)" for i in range(20)]
     results = execute_many(programs, workers=4, timeout=2)
     assert [r.stdout for r in results] == [f"{i}\n" if i % 10 else "" for i in range(20)]
 
 
 @pytest.mark.slow
-def test_a_thousand(untouched):
+def test_execute_many_with_1000_programs(untouched):
     results = execute_many(["import os; os.fork()", "print(1)", "1/0", "raise SystemExit"] * 250, workers=16)
     assert [r.success for r in results] == [False, True, False, False] * 250
 
 
-def test_dies_with_its_parent(tmp_path):
-    """When a run is killed, its programs die too, even one that ignores signals."""
+def test_programs_end_when_the_parent_process_is_killed(tmp_path):
+    """Even a program that ignores signals."""
     program = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nwhile True: time.sleep(1)"
     script = f"from nanochat.execution import execute_code\nexecute_code({program!r}, timeout=60, level='basic')"
-    env = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(execution.__file__).parents[1])}
-    parent = subprocess.Popen([sys.executable, "-c", script], env=env)
+    parent = subprocess.Popen(python_command("-c", script), env=environment(TMPDIR=str(tmp_path)))
     try:
 
         def alive():
+            """Number of processes that have the temporary folder in their command line."""
             lines = [Path(f"/proc/{p}/cmdline") for p in os.listdir("/proc") if p.isdigit()]
             return sum(str(tmp_path).encode() in line.read_bytes() for line in lines if line.exists())
 
         if not jail.LINUX:
             pytest.skip("needs /proc")
-        wait_for(lambda: alive() >= (3 if "namespaces" in layers() else 2) and (time.sleep(1) or True))
+        wait_until(lambda: alive() >= (3 if "namespaces" in layers() else 2) and (time.sleep(1) or True))
         parent.kill()
         parent.wait()
-        wait_for(lambda: alive() == 0)
+        wait_until(lambda: alive() == 0)
     finally:
         parent.kill()
-
-
-def wait_for(condition, seconds=20):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Levels
 
 
-def test_refuses_below_the_level(monkeypatch):
+def test_execution_below_the_required_level_is_refused(monkeypatch):
     for available, level in (
         (("rlimits",), "basic"),
         (("rlimits", "seccomp"), "basic"),
@@ -473,7 +465,7 @@ def test_refuses_below_the_level(monkeypatch):
     assert execute_code("print(1)", level="basic").success
 
 
-def test_basic_level_still_limits(monkeypatch, untouched):
+def test_basic_level_enforces_limits(monkeypatch, untouched):
     monkeypatch.setattr(execution, "layers", lambda: ("rlimits",))
     run = lambda program, **options: execute_code(program, level="basic", **options)  # noqa: E731
     assert run("import sys; sys.exit(0)").error == "SystemExit: 0" and not run("import os; os._exit(0)").success
@@ -484,17 +476,17 @@ def test_basic_level_still_limits(monkeypatch, untouched):
     ).success
     assert "bytes of output" in run("while True: print('x' * 999)").error
     if jail.LINUX:
-        run("import os, time\nif os.fork() == 0: time.sleep(99)")  # its child is killed as well
+        run("import os, time\nif os.fork() == 0: time.sleep(99)")  # the child process is killed, too
 
 
 @pytest.mark.skipif(not jail.LINUX, reason="layers of the Linux kernel")
-def test_a_failing_layer_is_not_ignored(monkeypatch, tmp_path):
+def test_failing_layer_is_not_ignored(monkeypatch, tmp_path):
     """A layer that cannot be set up is not listed. If it is requested anyway, the program does not run."""
-    broken = shutil.copytree(execution.JAIL.parent, tmp_path / "sandbox") / "jail.py"
+    modified = shutil.copytree(execution.JAIL.parent, tmp_path / "sandbox") / "jail.py"
     source = execution.JAIL.read_text()
-    broken.write_text(source.replace('call("syscall", restrict_self', 'call("syscall", 9999'))
-    assert broken.read_text() != source
-    monkeypatch.setattr(execution, "JAIL", broken)
+    modified.write_text(source.replace('call("syscall", restrict_self', 'call("syscall", 9999'))
+    assert modified.read_text() != source
+    monkeypatch.setattr(execution, "JAIL", modified)
     with pytest.raises(UserError, match="did not start"):
         execution._execute("print(1)", 20, None, ("rlimits", "landlock"))
     execution.layers.cache_clear()
@@ -503,7 +495,7 @@ def test_a_failing_layer_is_not_ignored(monkeypatch, tmp_path):
 
 
 @needs_strict
-def test_namespaces_forbidden_as_in_a_container(tmp_path):
+def test_level_is_strict_where_a_container_forbids_namespaces(tmp_path):
     """Under a seccomp filter that forbids unshare, like Docker's, Landlock and seccomp still reach level strict."""
     script = """if 1:
         import sys
@@ -519,8 +511,7 @@ def test_namespaces_forbidden_as_in_a_container(tmp_path):
     """
     if "landlock" not in layers():
         pytest.skip("no Landlock here")
-    env = os.environ | {"PYTHONPATH": str(Path(execution.__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=60)
+    done = run_python("-c", script, check=False)
     assert done.stdout == "('rlimits', 'landlock', 'seccomp') strict True\n", done.stderr
 
 
@@ -528,11 +519,11 @@ def test_namespaces_forbidden_as_in_a_container(tmp_path):
     "machine, headers",
     [("x86_64", "/usr/include/x86_64-linux-gnu/asm/unistd_64.h"), ("aarch64", "/usr/include/asm-generic/unistd.h")],
 )
-def test_system_call_numbers(machine, headers):
+def test_system_call_numbers_equal_the_kernel_headers(machine, headers):
     if not Path(headers).exists():
         pytest.skip("no kernel headers here (linux-libc-dev)")
     known = {name: int(n) for name, n in re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", Path(headers).read_text())}
-    known |= {"newfstatat": known.get("newfstatat", known.get("fstatat")), "fchmodat2": 452}  # later than some headers
+    known |= {"newfstatat": known.get("newfstatat", known.get("fstatat")), "fchmodat2": 452}  # newer than some headers
     table = [line.split() for line in execution.JAIL.with_name("syscalls.txt").read_text().splitlines()]
     rows = [row for row in table if row[0] != "#"]
     assert len(rows) > 150 and "ioctl" in [row[0] for row in rows]
@@ -541,7 +532,7 @@ def test_system_call_numbers(machine, headers):
     assert jail.PIVOT_ROOT[machine] == known["pivot_root"] and jail.CLONE3 == known["clone3"]
 
 
-def test_metadata_calls_need_namespaces(monkeypatch):
+def test_metadata_calls_are_allowed_only_with_namespaces(monkeypatch):
     """Landlock does not control these calls. Without namespaces, they could change files outside of the sandbox."""
     for machine, missing in (("x86_64", set()), ("aarch64", {"chmod"})):
         monkeypatch.setattr(jail, "MACHINE", machine)
@@ -554,25 +545,23 @@ def test_metadata_calls_need_namespaces(monkeypatch):
 
 
 @pytest.fixture
-def humaneval(tmp_path, monkeypatch):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    monkeypatch.setenv("NANOCHAT_HUB_URL", str(MIRROR))
+def humaneval(empty_base, mirror):
     return HumanEval(level="basic" if sandbox_level() == "basic" else "strict")
 
 
-def test_reply_code():
+def test_reply_code_is_the_first_code_block():
     assert reply_code("def f(): pass") == "def f(): pass"
     assert reply_code("Sure:\n```python\nx = 1\n```\nand\n```\ny = 2\n```") == "x = 1\n"
     assert reply_code("```\nx = 1\n```") == "x = 1\n"
 
 
-def test_leading_imports():
+def test_leading_imports_of_a_prompt():
     prompt = "# note\nimport math\nfrom typing import List\n\n\ndef f():\n    import os\nimport sys\n"
     assert leading_imports(prompt) == "import math\nfrom typing import List"
 
 
 @needs_mirror
-def test_humaneval_example(humaneval):
+def test_humaneval_problem_and_evaluation(humaneval):
     rows = {humaneval[i]["entry_point"]: humaneval[i] for i in range(len(humaneval))}
     problem = rows["mean_absolute_deviation"]
     user, assistant = problem["messages"]
@@ -588,7 +577,7 @@ def test_humaneval_example(humaneval):
         assert humaneval.evaluate(problem, f"```python\n{inside}```") is False
 
 
-def with_solutions(task):
+def problems_with_solutions(task):
     """[(conversation, prompt, canonical solution, the solution without the prompt)] of all problems."""
     problems = [task[i] for i in range(len(task))]
     texts = [[message["content"] for message in problem["messages"]] for problem in problems]
@@ -596,10 +585,12 @@ def with_solutions(task):
 
 
 @needs_mirror
-def test_humaneval_solutions_pass(humaneval):
+def test_canonical_solutions_of_humaneval_pass(humaneval):
     import torch  # noqa: F401
 
-    verdicts = humaneval.evaluate_many([(problem, solution) for problem, _, solution, _ in with_solutions(humaneval)])
+    verdicts = humaneval.evaluate_many(
+        [(problem, solution) for problem, _, solution, _ in problems_with_solutions(humaneval)]
+    )
     assert verdicts == [True] * len(humaneval) and len(humaneval) > 50
 
 
@@ -614,18 +605,18 @@ def test_humaneval_solutions_pass(humaneval):
         ),
     ],
 )
-def test_humaneval_non_solutions_fail(humaneval, body):
-    pairs = [(problem, f"{prompt}    {body}\n") for problem, prompt, _, _ in with_solutions(humaneval)]
+def test_wrong_solutions_of_humaneval_fail(humaneval, body):
+    pairs = [(problem, f"{prompt}    {body}\n") for problem, prompt, _, _ in problems_with_solutions(humaneval)]
     assert humaneval.evaluate_many(pairs) == [False] * len(pairs)
 
 
 @needs_mirror
 @pytest.mark.slow
-def test_humaneval_mutants_fail(humaneval):
-    """Every `return x` becomes `return [x, 0]`, which only a problem without tests could accept."""
-    problems = with_solutions(humaneval)
+def test_mutated_solutions_of_humaneval_fail(humaneval):
+    """Every `return x` becomes `return [x, 0]`; only a problem without tests could accept that."""
+    problems = problems_with_solutions(humaneval)
     pairs = [
         (problem, prompt + re.sub(r"return (.+)", r"return [(\1), 0]", body)) for problem, prompt, _, body in problems
     ]
     verdicts = humaneval.evaluate_many(pairs)
-    assert [p["entry_point"] for (p, _), right in zip(pairs, verdicts, strict=True) if right] == []
+    assert [p["entry_point"] for (p, _), correct in zip(pairs, verdicts, strict=True) if correct] == []

@@ -1,17 +1,16 @@
-"""Muon and AdamW against torch.optim, one process against two, schedules by hand."""
-
-import subprocess
-import sys
+"""Muon and AdamW against torch.optim, one process against two, and schedules by hand."""
 
 import pytest
 import torch
+from helpers import run_on_ranks
 
 from nanochat.adamw import AdamW
 from nanochat.muon import Muon, orthogonalize
 from nanochat.schedule import lr_multiplier, muon_momentum, set_schedule
 
 
-def twins(*shapes):
+def two_copies(*shapes):
+    """Two equal lists of random parameters."""
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(s)) for s in shapes]
     return ours, [torch.nn.Parameter(p.detach().clone()) for p in ours]
@@ -24,32 +23,32 @@ def assert_same_steps(ours, theirs, make_ours, make_theirs, steps=6):
             p.grad = torch.randn_like(p) * 10.0 ** (step - 3)
             q.grad = p.grad.clone()
         for optimizer in (a, b):
-            optimizer.param_groups[0]["lr"] *= 0.9  # a schedule
+            optimizer.param_groups[0]["lr"] *= 0.9  # as a schedule does
             optimizer.step()
         for p, q in zip(ours, theirs, strict=True):
             torch.testing.assert_close(p, q, atol=1e-5, rtol=0)
 
 
 def test_adamw_equals_torch():
-    ours, theirs = twins((7, 5), (33,), (4, 3, 2))
-    kw = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.1}
-    assert_same_steps(ours, theirs, lambda p: AdamW(p, **kw), lambda p: torch.optim.AdamW(p, **kw))
+    ours, theirs = two_copies((7, 5), (33,), (4, 3, 2))
+    settings = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.1}
+    assert_same_steps(ours, theirs, lambda p: AdamW(p, **settings), lambda p: torch.optim.AdamW(p, **settings))
 
 
 def test_muon_equals_torch():
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("this torch has no Muon")
-    ours, theirs = twins((64, 64), (64, 64), (128, 32), (32, 128))
-    kw = {"lr": 0.02, "momentum": 0.95}
+    ours, theirs = two_copies((64, 64), (64, 64), (128, 32), (32, 128))
+    settings = {"lr": 0.02, "momentum": 0.95}
     assert_same_steps(
         ours,
         theirs,
-        lambda p: Muon(p, **kw),
-        lambda p: torch.optim.Muon(p, weight_decay=0.0, adjust_lr_fn="original", **kw),
+        lambda p: Muon(p, **settings),
+        lambda p: torch.optim.Muon(p, weight_decay=0.0, adjust_lr_fn="original", **settings),
     )
 
 
-def test_orthogonalize():
+def test_orthogonalize_brings_singular_values_close_to_1():
     g = torch.randn(3, 48, 20, dtype=torch.float32)
     values = torch.linalg.svdvals(orthogonalize(g, dtype=torch.float32))
     assert values.min() > 0.6
@@ -57,9 +56,9 @@ def test_orthogonalize():
     assert orthogonalize(torch.zeros(1, 4, 4)).abs().sum() == 0
 
 
-def test_state_moves_between_world_sizes():
-    """Two ranks' shards, cut by hand, give the state of one; and a step after that is the same."""
-    ours, theirs = twins((8, 4), (8, 4), (8, 4))
+def test_load_shards_combines_the_state_of_two_ranks():
+    """The shards are cut by hand from the state of one process."""
+    ours, theirs = two_copies((8, 4), (8, 4), (8, 4))
     a = Muon(ours)
     for p in ours:
         p.grad = torch.randn_like(p)
@@ -73,7 +72,7 @@ def test_state_moves_between_world_sizes():
     assert b.steps == 1
 
 
-TWO_RANKS = """
+TRAINING = """
 import sys, torch, torch.distributed as dist
 from nanochat.adamw import AdamW
 from nanochat.muon import Muon
@@ -101,13 +100,7 @@ compute_cleanup()
 
 @pytest.mark.slow
 def test_two_ranks_equal_one(tmp_path):
-    script = tmp_path / "ranks.py"
-    script.write_text(TWO_RANKS, encoding="utf-8")
-    subprocess.run([sys.executable, script, tmp_path / "1.pt"], check=True)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([*torchrun, script, tmp_path / "2.pt"], check=True, capture_output=True)
-    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
-    for a, b in zip(one, two, strict=True):
+    for a, b in zip(*run_on_ranks(TRAINING, tmp_path), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
@@ -124,7 +117,7 @@ def test_schedules_by_hand():
     assert muon_momentum(9999) == pytest.approx(0.95)
 
 
-def test_set_schedule_scales_the_initial_rates():
+def test_set_schedule_scales_the_initial_learning_rate():
     p = torch.nn.Parameter(torch.zeros(2, 2))
     muon = Muon([p], lr=0.02)
     muon.param_groups[0]["initial_lr"] = 0.02

@@ -1,14 +1,13 @@
-"""The pocket world: texts are deterministic, grammatical and true, and no problem is in two splits."""
+"""The pocket world: deterministic, grammatical and consistent texts; splits without common problems."""
 
 import ast
 import hashlib
 import itertools
 import re
-import subprocess
-import sys
 from random import Random
 
 import pytest
+from helpers import environment, run_python
 
 from nanochat.pocket.documents import documents
 from nanochat.pocket.problems import FACT_WEIGHTS, arithmetic_problem, fact, letter_problem
@@ -27,7 +26,7 @@ def world():
 
 @pytest.fixture(scope="module")
 def cast():
-    """The characters of the file, parsed independently of the module under test: name -> {column: cell}."""
+    """The characters of the world file, parsed independently of nanochat.pocket: name -> {column: cell}."""
     text = WORLD_FILE.read_text(encoding="utf-8")
     rows = re.search(r"^== characters\n(.*?)\n\n", text, re.S | re.M)[1].splitlines()
     cells = [[cell.strip() for cell in row.split("|")] for row in rows if not row.startswith("#")]
@@ -44,15 +43,14 @@ def draws(make, split, n=1500, seeds=(1, 2)):
     return [make(rng, split) for seed in seeds for rng in [Random(seed)] for _ in range(n)]
 
 
-def test_documents_repeat_with_the_seed_and_in_another_process():
+def test_documents_are_reproducible_from_the_seed_in_another_process():
     digest = hashlib.sha256("\0".join(documents("train", 100_000, seed=3)).encode()).hexdigest()
     code = (
         "import hashlib; from nanochat.pocket.documents import documents; "
         "print(hashlib.sha256('\\0'.join(documents('train', 100_000, seed=3)).encode()).hexdigest())"
     )
-    env = {"PYTHONHASHSEED": "7", "PYTHONPATH": str(WORLD_FILE.parents[2])}
-    other = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
-    assert other.strip() == digest
+    done = run_python("-c", code, env=environment(PYTHONHASHSEED="7"))
+    assert done.stdout.strip() == digest
     assert list(documents("train", 5000, seed=3)) != list(documents("train", 5000, seed=4))
 
 
@@ -74,7 +72,7 @@ def expressions(answer):
     return [m.split("=") for m in re.findall(r"<<(.*?)>>", answer)]
 
 
-# kind of problem -> function that generates one and returns the part that must be in one split only
+# kind of problem -> function that generates one and returns the part that must not occur in another split
 KEYS = {
     "fact": lambda rng, split, w: fact(rng, split, w).question,
     "letter": lambda rng, split, w: letter_problem(rng, split, w.words),
@@ -86,7 +84,7 @@ KEYS = {
 
 
 @pytest.mark.parametrize("kind", KEYS)
-def test_no_problem_is_in_two_splits_whatever_the_seed(kind, world):
+def test_splits_have_no_common_problems_for_any_seed(kind, world):
     keys = {split: set(draws(lambda r, s: KEYS[kind](r, s, world), split, n=600)) for split in SPLITS}
     assert all(len(k) >= 10 for k in keys.values())
     for one, two in itertools.combinations(SPLITS, 2):
@@ -94,7 +92,7 @@ def test_no_problem_is_in_two_splits_whatever_the_seed(kind, world):
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_conversations_end_and_have_words_in_every_split(split, world):
+def test_every_split_has_conversations_about_all_topics(split, world):
     topics = {*TOPICS, "hello", "thanks", "bye"} - {"fact", "character", "arithmetic"}
     assert {f"talk {topic}" for topic in topics} <= set(world.sections)
     for seed in range(100):
@@ -103,7 +101,7 @@ def test_conversations_end_and_have_words_in_every_split(split, world):
 
 
 def arithmetic(expression):
-    """The value of 12+3*4 by Python's own parser."""
+    """The value of an expression such as 12+3*4, by Python's parser."""
     operators = {ast.Add: "__add__", ast.Sub: "__sub__", ast.Mult: "__mul__", ast.Div: "__truediv__"}
 
     def value(node):
@@ -115,18 +113,18 @@ def arithmetic(expression):
     return value(ast.parse(expression, mode="eval").body)
 
 
-def test_sums_are_right_and_can_be_copied_from_their_question(world):
+def test_sums_are_correct_and_use_only_numbers_of_their_question(world):
     operators, steps = set(), set()
     for question, answer in draws(lambda r, s: arithmetic_problem(r, s, world), "test"):
         calls, last = expressions(answer), re.fullmatch(r"(?s).*\n#### (\d+)", answer)[1]
-        known = re.findall(r"\d+", question)
+        numbers = re.findall(r"\d+", question)
         for expression, result in calls:
             assert arithmetic(expression) == int(result) >= 2
-            assert set(re.findall(r"\d+", expression)) <= {*known, *(r for _, r in calls)}
+            assert set(re.findall(r"\d+", expression)) <= {*numbers, *(r for _, r in calls)}
             operators.update(re.findall(r"[-+*/]", expression))
         steps.add(len(calls))
         assert last == calls[-1][1] and f"<<{'='.join(calls[0])}>>{calls[0][1]}" in answer
-        assert all(2 <= int(n) <= 1998 for n in known)
+        assert all(2 <= int(n) <= 1998 for n in numbers)
     assert operators == set("+-*/") and steps == {1, 2}
 
 
@@ -134,7 +132,7 @@ def mentions_attribute(row, question):
     return any(re.search(rf"\b{row[k]}\b", question) for k in ("kind", "job", "wears", "food", "hobby", "thing"))
 
 
-def test_facts_agree_with_the_table(world, cast):
+def test_facts_agree_with_the_world_file(world, cast):
     facts = draws(lambda r, s: fact(r, s, world), "test") + draws(lambda r, s: fact(r, s, world), "train")
     assert {f.attribute for f in facts} == set(FACT_WEIGHTS)
     for f in facts:
@@ -149,7 +147,7 @@ def test_facts_agree_with_the_table(world, cast):
             assert [name for name in f.choices if cast[name]["home"] == str(f.subject)] == [f.value]
 
 
-def test_the_tables_are_consistent(world, cast):
+def test_world_file_is_consistent(world, cast):
     assert len(cast) == 28 and len(world.places) == 14 and len(world.words) >= 1000
     assert all(cast[row["friend"]]["friend"] == name for name, row in cast.items())
     assert all(p.near.near is p and p.near is not p and len(p.residents) == 2 for p in world.places)
@@ -172,7 +170,7 @@ STATEMENTS = {  # pattern of a statement about a character -> column of its valu
 }
 
 
-def test_documents_agree_with_the_tables(train_text, cast):
+def test_documents_agree_with_the_world_file(train_text, cast):
     text, checked = "\n".join(train_text), 0
     for pattern, column in STATEMENTS.items():
         statements = [m if m[0] in cast else m[::-1] for m in re.findall(pattern, text)]
@@ -190,19 +188,19 @@ def test_documents_are_well_formed(train_text):
         assert d.count('"') % 2 == 0 and d == d.strip(), d
 
 
-def test_pronouns_agree(train_text, cast):
+def test_pronouns_agree_with_the_character(train_text, cast):
     """The description of a character uses only the pronouns of that character."""
-    portraits = [p for d in train_text for p in d.split("\n\n") if re.match(r"[A-Z]\w+ is an? \w+\. ", p)]
-    assert len(portraits) > 100
-    for p in portraits:
+    descriptions = [p for d in train_text for p in d.split("\n\n") if re.match(r"[A-Z]\w+ is an? \w+\. ", p)]
+    assert len(descriptions) > 100
+    for p in descriptions:
         wrong = r"\b([Ss]he|[Hh]er)\b" if cast[p.split()[0]]["he"] == "he" else r"\b([Hh]e|[Hh]is|[Hh]im)\b"
         assert not re.search(wrong, p), p
 
 
-def test_stories_name_only_their_characters(world, cast):
+def test_stories_mention_only_their_characters_and_place(world, cast):
     for text, a, b, p in draws(lambda r, s: story(r, s, world), "test", n=300):
-        named = {name for name in cast if re.search(rf"\b{name}\b(?! (?:Square|Market|Bay|Lane|Hill|Farm))", text)}
-        assert {a.name, b.name} <= named <= {a.name, b.name, a.friend.name} and p.name in text
+        mentioned = {name for name in cast if re.search(rf"\b{name}\b(?! (?:Square|Market|Bay|Lane|Hill|Farm))", text)}
+        assert {a.name, b.name} <= mentioned <= {a.name, b.name, a.friend.name} and p.name in text
         assert 400 < len(text) < 1500
 
 

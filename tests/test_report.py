@@ -1,4 +1,4 @@
-"""The report: sections and summary of what the stages log; no crash without git, torch or a section."""
+"""The report: sections and summary of logged values; it works without git, torch and some of its sections."""
 
 import json
 import subprocess
@@ -8,26 +8,19 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 from nanochat import report
 from nanochat.report import Report, get_report
 
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def base(tmp_path, monkeypatch):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "base"
-
 
 def table_row(text, metric):
+    """Cells of the row of a metric, without its name."""
     (line,) = [line for line in text.splitlines() if line.startswith(f"| {metric} |")]
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
-def log_everything():
+def log_all_stages():
     log = get_report().log
     log("Tokenizer training", [{"vocab_size": 4096, "train_time": 1.5}], {"wall_clock_seconds": 10.0})
     log("Base model training", [{"depth": 4}, {"Minimum validation bpb": 0.8}], {"val_bpb": 0.9})
@@ -47,12 +40,12 @@ def log_everything():
     log("Chat evaluation rl", None, {"task_scores": {"GSM8K": 0.0758}, "chat_core": None})
 
 
-def test_summary_has_every_metric_in_its_column(base):
-    Report(base / "report").reset()
-    log_everything()
+def test_summary_has_every_metric_in_its_column(empty_base):
+    Report(empty_base / "report").reset()
+    log_all_stages()
     report.main([])
     text = Path("report.md").read_text(encoding="utf-8")
-    assert text == (base / "report" / "report.md").read_text(encoding="utf-8")
+    assert text == (empty_base / "report" / "report.md").read_text(encoding="utf-8")
     assert table_row(text, "CORE") == ["0.2219", "-", "-", "-"]
     assert table_row(text, "Validation bpb") == ["0.9100", "0.7000", "-", "-"]
     assert table_row(text, "ARC-Easy") == ["-", "0.3561", "0.3876", "-"]
@@ -72,52 +65,52 @@ def test_summary_has_every_metric_in_its_column(base):
     assert "Not run, or not logged: Tokenizer evaluation.\n" in text
 
 
-def test_sections_are_in_the_order_of_the_stages(base):
+def test_sections_are_in_the_order_of_the_stages(empty_base):
     get_report().log("Midtraining", [])
     get_report().log("A stage of my own", [])
     get_report().log("Tokenizer training", [])
-    text = Report(base / "report").generate().read_text(encoding="utf-8")
+    text = Report(empty_base / "report").generate().read_text(encoding="utf-8")
     heads = [line[3:] for line in text.splitlines() if line.startswith("## ")]
     assert heads == ["Tokenizer training", "Midtraining", "A stage of my own", "Summary"]
 
 
-def test_a_section_is_markdown_for_people_and_json_for_programs(base):
+def test_section_is_written_as_markdown_and_json(empty_base):
     data = [
         {"lr": 0.02, "eps": 1e-10, "tokens": 11_200_000_000, "steps": 9999, "flops": 4.5e20},
         "| a |",
         {"done": True},
     ]
     get_report().log("Chat SFT", data, {"val_bpb": 0.5, "wall_clock_seconds": 3.0})
-    text = (base / "report" / "chat-sft.md").read_text(encoding="utf-8")
+    text = (empty_base / "report" / "chat-sft.md").read_text(encoding="utf-8")
     assert text.startswith("## Chat SFT\ntimestamp: 20")
     lines = ["- lr: 0.0200", "- eps: 1e-10", "- tokens: 11,200,000,000", "- steps: 9999", "- flops: 4.5e+20"]
     assert "\n".join(lines) + "\n\n| a |\n\n- done: True\n" in text
-    record = json.loads((base / "report" / "chat-sft.json").read_text(encoding="utf-8"))
+    record = json.loads((empty_base / "report" / "chat-sft.json").read_text(encoding="utf-8"))
     assert record["section"] == "Chat SFT" and record["values"] == {**data[0], **data[2]}
     assert record["metrics"] == {"val_bpb": 0.5, "wall_clock_seconds": 3.0}
     assert record.keys() == {"section", "time", "values", "metrics"} and abs(record["time"] - time.time()) < 60
 
 
-def test_metrics_have_fixed_keys(base):
+def test_unknown_metric_is_an_error(empty_base):
     with pytest.raises(AssertionError, match="validation_bpb"):
         get_report().log("Chat SFT", [], {"validation_bpb": 0.5})
 
 
-def test_the_summary_reads_only_metrics(base):
+def test_summary_has_metrics_but_no_other_values(empty_base):
     get_report().log("Chat evaluation sft", [{"ARC-Easy": 0.5, "wall_clock_seconds": 9.0}])
     get_report().log("Base model evaluation", [{"CORE metric": 0.5, "core": 0.5}], {"core": None})
-    text = Report(base / "report").generate().read_text(encoding="utf-8")
+    text = Report(empty_base / "report").generate().read_text(encoding="utf-8")
     assert "No metrics yet." in text and "| Stage |" not in text
     assert "- ARC-Easy: 0.5000\n- wall_clock_seconds: 9.0000\n" in text
 
 
-def test_reset_deletes_sections_and_keeps_metrics(base):
-    log_everything()
-    metrics = base / "report" / "metrics" / "base.jsonl"
+def test_reset_deletes_sections_and_keeps_metrics(empty_base):
+    log_all_stages()
+    metrics = empty_base / "report" / "metrics" / "base.jsonl"
     metrics.parent.mkdir()
     metrics.write_text("{}\n")
     report.main(["reset"])
-    assert sorted(path.name for path in (base / "report").iterdir()) == ["header.json", "header.md", "metrics"]
+    assert sorted(path.name for path in (empty_base / "report").iterdir()) == ["header.json", "header.md", "metrics"]
     assert metrics.exists()
     report.main(["generate"])
     text = Path("report.md").read_text(encoding="utf-8")
@@ -126,23 +119,23 @@ def test_reset_deletes_sections_and_keeps_metrics(base):
     )
 
 
-def test_works_without_git_and_torch(base, monkeypatch):
-    def absent(*args, **kwargs):
+def test_report_without_git_and_torch_and_with_a_truncated_section(empty_base, monkeypatch):
+    def missing(*args, **kwargs):
         raise FileNotFoundError("git")
 
-    monkeypatch.setattr(subprocess, "run", absent)
+    monkeypatch.setattr(subprocess, "run", missing)
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setattr(report, "_cpu_name", lambda: "")
     report.main(["reset"])
-    log_everything()
-    (base / "report" / "midtraining.json").write_text('{"section": "Midtr')  # truncated by a crash
+    log_all_stages()
+    (empty_base / "report" / "midtraining.json").write_text('{"section": "Midtr')  # truncated by a crash
     report.main([])
     text = Path("report.md").read_text(encoding="utf-8")
     assert "- Commit: unknown" in text and "- PyTorch: unknown" in text and "unknown (not a git checkout)" in text
     assert table_row(text, "Validation bpb") == ["0.9100", "-", "-", "-"]
 
 
-def test_header_describes_this_repository(base, tmp_path, monkeypatch):
+def test_header_describes_the_git_checkout(empty_base, tmp_path, monkeypatch):
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
@@ -159,40 +152,40 @@ def test_header_describes_this_repository(base, tmp_path, monkeypatch):
     assert "- Characters: 19\n- Lines: 4\n- Files: 1\n- Tokens (characters / 4): 4\n" in text
 
 
-def test_cost_depends_on_the_gpus(base, monkeypatch):
+def test_cost_depends_on_the_gpus(empty_base, monkeypatch):
     assert report.hourly_rate([("NVIDIA H100 80GB HBM3", 80 << 30)] * 8) == 24.0
     assert report.hourly_rate([("NVIDIA A100-SXM4-80GB", 1), ("Tesla V100", 1), ("RTX 4090", 1)]) == pytest.approx(4.34)
     assert report.hourly_rate([]) is None
     monkeypatch.setattr(report, "gpu_list", lambda: [("NVIDIA H100 80GB HBM3", 80 << 30)] * 8)
     report.main(["reset"])
-    head = base / "report" / "header.json"
+    head = empty_base / "report" / "header.json"
     head.write_text(json.dumps(json.loads(head.read_text()) | {"started": 1000.0}))
     record = {"section": "Chat SFT", "time": 1000.0 + 3.5 * 3600, "metrics": {}}
-    (base / "report" / "chat-sft.json").write_text(json.dumps(record))
-    text = Report(base / "report").generate().read_text(encoding="utf-8")
+    (empty_base / "report" / "chat-sft.json").write_text(json.dumps(record))
+    text = Report(empty_base / "report").generate().read_text(encoding="utf-8")
     assert "8 x NVIDIA H100" in text and "about $24.00 an hour" in text
     assert "before RL: 3h30m\nCost: about $84.00\n" in text
 
 
-def test_loss_curves_are_drawn_from_the_metrics(base):
+def test_loss_curves_are_drawn_from_the_training_log(empty_base):
     get_report().log("Base model training", [{"depth": 4}])
     rows = [{"step": step, "loss": 9 / (1 + step)} for step in range(1000)]
     rows += [{"step": 0, "val_bpb": 3.4}, {"step": 999, "val_bpb": 1.0}, {"step": 5, "loss": float("nan")}]
-    path = base / "report" / "metrics" / "base.jsonl"
+    path = empty_base / "report" / "metrics" / "base.jsonl"
     path.parent.mkdir()
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 1000, "lo', encoding="utf-8")
-    text = Report(base / "report").generate().read_text(encoding="utf-8")
-    svg = base / "report" / "base.svg"
+    text = Report(empty_base / "report").generate().read_text(encoding="utf-8")
+    svg = empty_base / "report" / "base.svg"
     assert f"![loss curve]({svg})" in text
     lines = ElementTree.parse(svg).getroot().findall("{http://www.w3.org/2000/svg}polyline")
     loss, bpb = ([tuple(map(float, p.split(","))) for p in line.get("points").split()] for line in lines)
     assert len(loss) == 334 and len(bpb) == 2
     assert all(48 <= x <= 708 and 12 <= y <= 232 for x, y in loss + bpb)
-    assert loss[0][1] < loss[-1][1]  # falls: y grows downwards
+    assert loss[0][1] < loss[-1][1]  # the loss falls; in SVG, y grows downwards
     assert report.curve_svg([{"step": 0, "loss": 1.0}]) is None
 
 
-def test_other_ranks_are_silent(base, monkeypatch):
+def test_other_ranks_write_nothing(empty_base, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     get_report().log("Midtraining", [{"a": 1}])
-    assert not (base / "report").exists()
+    assert not (empty_base / "report").exists()

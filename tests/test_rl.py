@@ -1,35 +1,32 @@
-"""Reinforcement learning: gradients against a plain policy gradient, rollouts, and runs of the script."""
+"""Reinforcement learning: gradients against a plain policy gradient, rollouts, and runs of chat_rl."""
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from test_engine import BOS, END, VOCAB, ByteTokenizer
+from helpers import (
+    BOS,
+    CPU,
+    END,
+    ROOT,
+    ByteTokenizer,
+    LetterTask,
+    assert_equal_weights,
+    load_weights,
+    logged_metrics,
+    raises_user_error,
+    random_model,
+    read_jsonl,
+    run_on_ranks,
+)
 
-from nanochat.common import Compute, UserError
+from nanochat.common import UserError
 from nanochat.engine import Engine
-from nanochat.gpt import GPT, GPTConfig
 from nanochat.rl import Rollout, advantages, make_sampler, policy_batches, roll_out, sync
 from nanochat.train import train_step
 from scripts.chat_rl import problems_of_step
 from tasks.mixtures import find_task
-
-CPU = Compute(torch.device("cpu"), torch.float32, 0, 0, 1)
-
-
-def small_model(seed=0):
-    torch.manual_seed(seed)
-    model = GPT(GPTConfig(sequence_len=64, vocab_size=VOCAB, n_layer=2, n_head=2, n_kv_head=2, n_embd=32))
-    model.init_weights("cpu")
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    return model
 
 
 def rollout(prompt, tokens, mask, reward):
@@ -37,7 +34,7 @@ def rollout(prompt, tokens, mask, reward):
 
 
 def example_groups():
-    """Two groups with different rewards and one with equal rewards; answers of 1 to 9 tokens, some of them forced."""
+    """Two groups of rollouts with different rewards, one with equal ones; answers of 1 to 9 tokens, some forced."""
     generator = torch.Generator().manual_seed(5)
 
     def ids(n):
@@ -53,8 +50,8 @@ def example_groups():
     return [group([1, 0, 0, 1]), group([1, 1, 1, 1]), group([0, 0, 0, 1])]
 
 
-class Gradients:
-    """Stands in for an optimizer and records the gradients."""
+class GradientRecorder:
+    """Takes the place of an optimizer and records the gradients."""
 
     def __init__(self, model):
         self.model, self.gradients = model, None
@@ -73,16 +70,20 @@ class Gradients:
 
 
 def gradients(groups, rows):
-    model = small_model()
-    recorder = Gradients(model)
+    """({parameter name: gradient}, result) of train_step() with micro-batches of `rows`."""
+    model = random_model(std=0.2)
+    recorder = GradientRecorder(model)
     batches, skipped_tokens = policy_batches(groups, rows, "cpu")
     result = train_step(model, [recorder], batches, CPU, skipped_tokens=skipped_tokens)
     return recorder.gradients, result
 
 
 def plain_gradients(groups):
-    """Gradients of -sum(advantage * log-probability over sampled tokens) / sampled tokens, one rollout at a time."""
-    model = small_model()
+    """
+    ({parameter name: gradient}, loss, number of sampled tokens), with one forward pass per rollout.
+    The loss is -sum(advantage * log-probability) / n over the n sampled tokens.
+    """
+    model = random_model(std=0.2)
     n_tokens = sum(sum(r.mask) for group in groups for r in group)
     loss = 0
     for group in groups:
@@ -108,7 +109,7 @@ def test_gradients_equal_a_plain_policy_gradient_for_any_micro_batch_size(rows):
     assert max(g.abs().max() for g in expected.values()) > 1e-3
 
 
-def test_the_sampled_terminal_token_is_trained_and_forced_tokens_are_not():
+def test_sampled_end_token_is_trained_and_forced_tokens_are_not():
     ((x, y, weights),), skipped_tokens = policy_batches(
         [[rollout([1, 2], [7, 8, 9, END], [1, 0, 0, 1], 1.0), rollout([1, 2], [5], [1], 0.0)]], 8, "cpu"
     )
@@ -119,11 +120,11 @@ def test_the_sampled_terminal_token_is_trained_and_forced_tokens_are_not():
     assert skipped_tokens == 0
 
 
-def test_groups_with_equal_rewards_are_skipped_and_change_nothing():
+def test_groups_with_equal_rewards_are_skipped_and_leave_the_weights_unchanged():
     equal = [rollout([1], [2, END], [1, 1], 0.0)] * 4
     assert advantages(equal) is None
     assert policy_batches([equal], 8, "cpu") == ([], 8)
-    model, before = small_model(), small_model().state_dict()
+    model, before = random_model(std=0.2), random_model(std=0.2).state_dict()
     optimizers = model.setup_optimizers()
     batches, skipped_tokens = policy_batches(example_groups(), 8, "cpu")
     train_step(model, optimizers, batches, CPU, skipped_tokens=skipped_tokens)  # now the optimizers have momentum
@@ -134,37 +135,22 @@ def test_groups_with_equal_rewards_are_skipped_and_change_nothing():
     assert all((moved[name] == p).all() for name, p in model.state_dict().items())
 
 
-class LetterTask(SimpleNamespace):
-    """A task whose reward is the share of the letter a in the answer."""
-
-    def __getitem__(self, i):
-        return {"messages": [{"role": "user", "content": str(i)}, {"role": "assistant", "content": ""}]}
-
-    def reward(self, conversation, text):
-        return text.count("a") / max(1, len(text))
-
-
-class Chat(ByteTokenizer):
-    def render_for_completion(self, conversation, max_tokens):
-        return [BOS, *conversation["messages"][0]["content"].encode()]
-
-
-def test_a_rollout_does_not_depend_on_the_batch_it_runs_in():
-    sampler = Engine(small_model().requires_grad_(False), Chat(), CPU)
-    together = roll_out(sampler, LetterTask(), {3: 30, 4: 40, 12: 50}, 4, 12, max_rows=256)
+def test_rollout_is_independent_of_its_batch():
+    sampler = Engine(random_model(std=0.2).requires_grad_(False), ByteTokenizer(), CPU)
+    batched = roll_out(sampler, LetterTask(), {3: 30, 4: 40, 12: 50}, 4, 12, max_rows=256)
     for i, seed in {12: 50, 4: 40}.items():
         (alone,) = roll_out(sampler, LetterTask(), {i: seed}, 4, 12, max_rows=3).values()
-        assert [r.tokens for r in alone] == [r.tokens for r in together[i]]
-    first = together[3][0]
-    assert first.tokens != together[3][1].tokens
+        assert [r.tokens for r in alone] == [r.tokens for r in batched[i]]
+    first = batched[3][0]
+    assert first.tokens != batched[3][1].tokens
     assert len(first.tokens) == len(first.mask) <= 12
-    assert all(r.cut_off == (len(r.tokens) == 12 and r.tokens[-1] not in (END, BOS)) for r in together[3])
+    assert all(r.cut_off == (len(r.tokens) == 12 and r.tokens[-1] not in (END, BOS)) for r in batched[3])
 
 
 def test_training_raises_the_reward():
-    model = small_model()
+    model = random_model(std=0.2)
     optimizers = model.setup_optimizers(matrix_lr=0.01, embedding_lr=0.01, unembedding_lr=0.01)
-    sampler, rewards = make_sampler(model, Chat(), CPU), []
+    sampler, rewards = make_sampler(model, ByteTokenizer(), CPU), []
     for step in range(25):
         sync(sampler, model)
         groups = roll_out(sampler, LetterTask(), {i: 100 * step + i for i in range(4)}, 16, 8, max_rows=64).values()
@@ -175,9 +161,9 @@ def test_training_raises_the_reward():
     assert sum(rewards[-3:]) / 3 > 0.5
 
 
-def test_the_sampler_has_the_distribution_of_the_model():
-    model = small_model()
-    sampler = make_sampler(model, Chat(), CPU)
+def test_sampler_has_the_logits_of_the_model():
+    model = random_model(std=0.2)
+    sampler = make_sampler(model, ByteTokenizer(), CPU)
     sync(sampler, model)
     prompts = [[BOS, 5, 6], [BOS, 7]]
     with torch.inference_mode():
@@ -185,7 +171,7 @@ def test_the_sampler_has_the_distribution_of_the_model():
             torch.testing.assert_close(logits, model(torch.tensor([prompt]))[0, -1], atol=1e-4, rtol=0)
 
 
-def test_every_epoch_visits_all_problems():
+def test_every_epoch_has_all_problems():
     first = [i for step in range(5) for i in problems_of_step(step, 4, 20, seed=1)]
     assert sorted(first) == list(range(20))
     second = [i for step in range(5, 10) for i in problems_of_step(step, 4, 20, seed=1)]
@@ -205,6 +191,7 @@ FLAGS += ["--dtype=float32", "--device_type=cpu", "--device_batch_size=2", "--sa
 
 @pytest.fixture
 def after_sft(base, run_main):
+    """`base` with a tiny base model and an sft model trained from it, d1."""
     size = ["--max_seq_len=64", "--device_batch_size=2", "--total_batch_size=256", "--device_type=cpu"]
     run_main("scripts.base_train", "--depth=1", *size, "--num_iterations=3", "--eval_every=-1", "--sample_every=-1",
              "--core_metric_every=-1")  # fmt: skip
@@ -213,51 +200,42 @@ def after_sft(base, run_main):
     return base
 
 
-def logged(base):
-    lines = (base / "report" / "metrics" / "rl.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def by_length(self, conversation, text):
-    """A reward that a model can earn before it can add."""
+def reward_length(self, conversation, text):
+    """A reward that an untrained model gets, too."""
     return len(text) / 100
 
 
-def test_a_resumed_run_is_bit_identical(after_sft, run_main, capsys, monkeypatch):
-    from safetensors.torch import load_file
-
-    monkeypatch.setattr("tasks.pocket.PocketHardSums.reward", by_length)
+def test_resumed_run_is_bit_identical(after_sft, run_main, capsys, monkeypatch):
+    monkeypatch.setattr("tasks.pocket.PocketHardSums.reward", reward_length)
     run_main("scripts.chat_rl", *FLAGS, "--num_iterations=4", "--eval_every=2", "--eval_examples=4", "--eval_samples=2")
     folder = after_sft / "chatrl_checkpoints" / "d1"
-    whole, rows = load_file(folder / "step_000004" / "model.safetensors"), logged(after_sft)
-    first = load_file(after_sft / "chatsft_checkpoints" / "d1" / "step_000003" / "model.safetensors")
-    assert any((whole[name] != first[name]).any() for name in whole)
+    uninterrupted, rows = load_weights(folder, 4), logged_metrics(after_sft, "rl")
+    initial = load_weights(after_sft / "chatsft_checkpoints" / "d1", 3)
+    assert any((uninterrupted[name] != initial[name]).any() for name in uninterrupted)
     assert {"reward", "cut_off", "loss", "grad_norm"} <= rows[1].keys()
     assert {"greedy", "pass@1", "pass@2"} <= rows[0].keys()
     assert "held out: greedy" in capsys.readouterr().out
     assert json.loads((folder / "step_000004" / "meta.json").read_text())["corpus"] == "pocket"
-    (folder / "step_000004" / "meta.json").unlink()  # as after a kill before the checkpoint was complete
+    (folder / "step_000004" / "meta.json").unlink()  # as if the process had been killed before it wrote this file
     run_main("scripts.chat_rl", *FLAGS, "--num_iterations=4", "--resume")
     assert "step_000002: resuming" in capsys.readouterr().out
-    again = load_file(folder / "step_000004" / "model.safetensors")
-    assert all((again[name] == whole[name]).all() for name in whole)
+    assert_equal_weights(load_weights(folder, 4), uninterrupted)
     run_main("scripts.chat_eval", "-i", "rl", "-a", "PocketSums", "-x", 2, "-m", 8)
     run_main("nanochat.report", "generate")
     assert "## Chat RL" in (after_sft / "report.md").read_text(encoding="utf-8")
 
 
-TWO_RANKS = """
+TRAINING = """
 import sys, torch
-sys.path.insert(0, sys.argv[2])
-from test_rl import Chat, LetterTask, small_model
+from helpers import ByteTokenizer, LetterTask, random_model
 from nanochat.common import compute_cleanup, compute_init
 from nanochat.rl import make_sampler, policy_batches, roll_out, sync
 from nanochat.train import train_step
 
 compute = compute_init("cpu", "float32")
-model = small_model()
+model = random_model(std=0.2)
 optimizers = model.setup_optimizers(matrix_lr=0.001, ns_dtype=torch.float32)
-sampler, results = make_sampler(model, Chat(), compute), []
+sampler, results = make_sampler(model, ByteTokenizer(), compute), []
 for step in range(3):
     sync(sampler, model)
     problems = list({i: 10 * step + i for i in range(5)}.items())[compute.rank :: compute.world_size]
@@ -273,22 +251,15 @@ compute_cleanup()
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path):
-    script = tmp_path / "ranks.py"
-    script.write_text(TWO_RANKS, encoding="utf-8")
-    here = Path(__file__).parent
-    env = os.environ | {"PYTHONPATH": str(here.parent)}
-    subprocess.run([sys.executable, script, tmp_path / "1.pt", here], check=True, env=env)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([*torchrun, script, tmp_path / "2.pt", here], check=True, capture_output=True, env=env)
-    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
-    assert one[0][1] > 0.01  # a gradient
+def test_two_ranks_equal_one(tmp_path):
+    one, two = run_on_ranks(TRAINING, tmp_path)
+    assert one[0][1] > 0.01  # the norm of the gradients
     torch.testing.assert_close(one[0], two[0], atol=1e-6, rtol=1e-5)
     for a, b in zip(one, two, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-3, rtol=0)  # AdamW scales tiny gradients up
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=0)  # AdamW amplifies differences of tiny gradients
 
 
-def test_wrong_flags_raise_one_clear_line(after_sft, run_main):
+def test_chat_rl_user_errors(after_sft, run_main):
     for flag, message in {
         "--task=Chess": "no task 'Chess'; there are",
         "--task=MMLU": "--task=MMLU: choose one of",
@@ -303,18 +274,18 @@ def test_wrong_flags_raise_one_clear_line(after_sft, run_main):
     assert not (after_sft / "chatrl_checkpoints").exists()
 
 
-def test_the_custom_task_of_the_readme(after_sft, run_main, capsys):
-    blocks = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8").split("```python\n")[1:]
+def test_custom_task_of_the_readme(after_sft, run_main, capsys):
+    blocks = (ROOT / "README.md").read_text(encoding="utf-8").split("```python\n")[1:]
     (code,) = [block.split("```")[0] for block in blocks if "(Task)" in block]
     assert len(code.splitlines()) <= 40
     (after_sft / "first_word.py").write_text(code, encoding="utf-8")
     name = "first_word.py:FirstWord"
     run_main("scripts.chat_eval", "-i", "sft", "-a", f"{name}|PocketSums", "-x", 4, "-m", 8, "--save_samples=a.jsonl")
     assert f"{name}: 0.00%" in capsys.readouterr().out
-    records = [json.loads(line) for line in (after_sft / "a.jsonl").read_text().splitlines()]
+    records = read_jsonl(after_sft / "a.jsonl")
     assert [r["task"] for r in records] == [name] * 4 + ["PocketSums"] * 4
-    right = records[0]["messages"][1]["content"]
-    assert right == min(records[0]["messages"][0]["content"].split(": ")[1].rstrip("?").split(", "))
+    answer = records[0]["messages"][1]["content"]
+    assert answer == min(records[0]["messages"][0]["content"].split(": ")[1].rstrip("?").split(", "))
     run_main("scripts.chat_rl", *FLAGS, f"--task={name}", "--num_iterations=1")
     assert "500 problems" in capsys.readouterr().out
 
@@ -326,9 +297,8 @@ def test_the_custom_task_of_the_readme(after_sft, run_main, capsys):
     ("", "gone.py:Mine", "FileNotFoundError"),
     ("", "mine:Mine", "no task 'mine:Mine'"),
 ])  # fmt: skip
-def test_a_broken_custom_task_raises_one_line(tmp_path, monkeypatch, code, name, message):
+def test_broken_custom_task_raises_user_error(tmp_path, monkeypatch, code, name, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(code)
-    with pytest.raises(UserError, match=message) as caught:
+    with raises_user_error(message):
         find_task(name)
-    assert len(str(caught.value).splitlines()) == 1

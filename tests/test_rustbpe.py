@@ -9,17 +9,16 @@ import sys
 import threading
 import unicodedata
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import regex
 import rustbpe
 import tiktoken
+from helpers import MIRROR, ROOT
 
 from nanochat.tokenizer import SPLIT_PATTERN
 
-ROOT = Path(__file__).parents[1]
-MIRROR = ROOT.parent / "shared" / "data" / "mirror" / "karpathy" / "fineweb-edu-100b-shuffle" / "resolve" / "main"
+PUBLIC_SHARDS = MIRROR / "karpathy" / "fineweb-edu-100b-shuffle" / "resolve" / "main"
 
 
 def train(texts, vocab_size, **options):
@@ -80,10 +79,10 @@ def strange_text(rng, length):
 
 def real_texts(limit):
     """`limit` characters of text that people wrote: the mirror's where it exists, else this repository's modules."""
-    if MIRROR.exists():
+    if PUBLIC_SHARDS.exists():
         import pyarrow.parquet as pq
 
-        documents = pq.read_table(MIRROR / "shard_00003.parquet").column("text").to_pylist()
+        documents = pq.read_table(PUBLIC_SHARDS / "shard_00003.parquet").column("text").to_pylist()
     else:
         documents = [path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("nanochat/*.py"))]
     out = []

@@ -1,15 +1,18 @@
-"""The stages as a user runs them, tiny: from text to a chat model, killed and resumed, on one process and on two."""
+"""All stages on a tiny model, as a user runs them: from text to chat, killed and resumed, on one and two processes."""
 
-import json
-import os
 import signal
 import subprocess
-import sys
-import time
 
 import pytest
-from conftest import ROOT
-from safetensors.torch import load_file
+from helpers import (
+    assert_equal_weights,
+    environment,
+    load_weights,
+    logged_metrics,
+    python_command,
+    run_python,
+    wait_until,
+)
 
 from nanochat.common import UserError
 
@@ -17,26 +20,21 @@ SIZE = ["--max_seq_len=32", "--device_batch_size=2", "--total_batch_size=256", "
 BASE = ["--depth=1", *SIZE, "--core_metric_every=-1", "--dtype=float32"]
 
 
-def train(run, *flags, **kw):
-    return run("scripts.base_train", *BASE, *flags, **kw)
+def train(run, *flags, **options):
+    return run("scripts.base_train", *BASE, *flags, **options)
 
 
 def losses(base, stage="base"):
-    lines = (base / "report" / "metrics" / f"{stage}.jsonl").read_text(encoding="utf-8").splitlines()
-    return {r["step"]: r["loss"] for r in map(json.loads, lines) if "loss" in r}
+    """{step: training loss} of a stage."""
+    return {row["step"]: row["loss"] for row in logged_metrics(base, stage) if "loss" in row}
 
 
-def weights(base, step, folder="base_checkpoints/d1"):
-    return load_file(base / folder / f"step_{step:06d}" / "model.safetensors")
-
-
-def assert_equal_weights(a, b):
-    assert a.keys() == b.keys()
-    assert all((a[name] == b[name]).all() for name in a)
+def max_difference(losses, other_losses):
+    return max(abs(losses[step] - other_losses[step]) for step in losses)
 
 
 def test_from_text_to_chat(base, run_main, capsys):
-    """All stages, three steps each; chat answers something; the report has a column for each."""
+    """All stages, three steps each: chat_cli prints an answer, the report has the sections and scores."""
     train(run_main, "--num_iterations=3", "--sample_every=3")
     run_main("scripts.base_loss", "--device_batch_size=2", "--split_tokens=512", "--device_type=cpu")
     run_main("scripts.mid_train", *SIZE, "--num_iterations=3")
@@ -55,31 +53,29 @@ def test_from_text_to_chat(base, run_main, capsys):
         assert list(losses(base, name)) == [0, 1, 2]
 
 
-def test_a_run_that_is_cut_short_continues_bit_for_bit(base, run_script):
-    """kill -9 somewhere, resume: weights and losses are those of a run that was never killed."""
-    train(run_script, "--num_iterations=12", "--model_tag=whole")
+def test_killed_run_resumes_bit_identically(base, run_script):
+    """After kill -9 and --resume, weights and losses equal those of an uninterrupted run."""
+    train(run_script, "--num_iterations=12", "--model_tag=uninterrupted")
     expected_losses = losses(base)
-    command = [sys.executable, "-m", "scripts.base_train", *BASE, "--num_iterations=12", "--save_every=2", "--resume"]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    first = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
-    while not (base / "base_checkpoints" / "d1" / "step_000004").exists():
-        assert first.poll() is None
-        time.sleep(0.01)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    resumed = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+    checkpoints = base / "base_checkpoints"
+    command = ["-m", "scripts.base_train", *BASE, "--num_iterations=12", "--save_every=2", "--resume"]
+    process = subprocess.Popen(python_command(*command), env=environment(), stdout=subprocess.DEVNULL)
+    wait_until(lambda: (checkpoints / "d1" / "step_000004").exists() or process.poll() is not None, seconds=300)
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+    resumed = run_python(*command)
     assert "resuming from here" in resumed.stdout
-    assert_equal_weights(weights(base, 12), weights(base, 12, "base_checkpoints/whole"))
+    assert_equal_weights(load_weights(checkpoints / "d1", 12), load_weights(checkpoints / "uninterrupted", 12))
     assert losses(base) == expected_losses
-    again = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
-    assert "finished already" in again.stdout
-    assert "step 0" not in again.stdout
+    repeated = run_python(*command)
+    assert "finished already" in repeated.stdout
+    assert "step 0" not in repeated.stdout
 
 
-def test_sigterm_saves_and_exits_cleanly(base):
-    command = [sys.executable, "-m", "scripts.base_train", *BASE, "--num_iterations=100000", "--eval_every=-1"]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+def test_sigterm_saves_a_checkpoint_and_exits_with_code_0(base):
+    command = python_command("-m", "scripts.base_train", *BASE, "--num_iterations=100000", "--eval_every=-1")
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step "):
             break
@@ -90,7 +86,7 @@ def test_sigterm_saves_and_exits_cleanly(base):
 
 
 @pytest.mark.parametrize("stage", ["mid", "sft"])
-def test_other_stages_resume_bit_for_bit(base, run_main, capsys, stage):
+def test_midtraining_and_sft_resume_bit_identically(base, run_main, capsys, stage):
     train(run_main, "--num_iterations=2", "--eval_every=-1", "--sample_every=-1")
     if stage == "mid":
         module, flags, folder = "scripts.mid_train", [*SIZE, "--num_iterations=6"], "mid_checkpoints/d1"
@@ -99,19 +95,20 @@ def test_other_stages_resume_bit_for_bit(base, run_main, capsys, stage):
         flags = ["--source=base", "--num_iterations=6", "--device_batch_size=2", "--target_examples_per_step=4"]
         flags += ["--eval_steps=1", "--eval_metrics_every=-1", "--device_type=cpu"]
     run_main(module, *flags, "--save_every=3")
-    whole = weights(base, 6, folder)
-    (base / folder / "step_000006" / "meta.json").unlink()  # as if killed before it was whole
+    uninterrupted = load_weights(base / folder, 6)
+    # As if the process had been killed before it wrote this file.
+    (base / folder / "step_000006" / "meta.json").unlink()
     run_main(module, *flags, "--save_every=3", "--resume")
     assert "step_000003: resuming" in capsys.readouterr().out
-    assert_equal_weights(weights(base, 6, folder), whole)
+    assert_equal_weights(load_weights(base / folder, 6), uninterrupted)
     assert list(losses(base, stage)) == list(range(6))
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one(base, run_script):
-    """20 steps: the loss of each within 1e-4; then two processes go on from what one has saved."""
+    """The losses of 20 steps agree within 1e-4. Then each run is resumed with the other number of processes."""
     train(run_script, "--num_iterations=20", "--eval_every=10", "--warmdown_ratio=0")
-    alone = losses(base)
+    single = losses(base)
     for device_batch_size in (1, 4):
         done = train(
             run_script,
@@ -123,24 +120,24 @@ def test_two_processes_equal_one(base, run_script):
             ranks=2,
         )
         two = losses(base)
-        assert two.keys() == alone.keys()
-        assert max(abs(two[s] - alone[s]) for s in alone) < 1e-4
+        assert two.keys() == single.keys()
+        assert max_difference(two, single) < 1e-4
         assert "validation bpb" in done.stdout
     train(run_script, "--num_iterations=24", "--resume", "--warmdown_ratio=0", ranks=2)
-    ours = losses(base)
+    resumed_by_two = losses(base)
     train(run_script, "--num_iterations=24", "--resume", "--warmdown_ratio=0", "--model_tag=two")
-    theirs = losses(base)
-    assert max(abs(ours[s] - theirs[s]) for s in range(20, 24)) < 1e-3
+    resumed_by_one = losses(base)
+    assert max(abs(resumed_by_two[step] - resumed_by_one[step]) for step in range(20, 24)) < 1e-3
 
 
 @pytest.mark.slow
-def test_process_groups_end_quietly(base, run_script):
-    """The gloo group is left in one place; it used to abort in some of many runs."""
+def test_process_groups_shut_down_without_errors(base, run_script):
+    """A regression test, repeated because gloo aborted only in some of the runs."""
     for _ in range(4):
         train(run_script, "--num_iterations=1", "--eval_every=-1", "--sample_every=-1", ranks=2)
 
 
-MISTAKES = [
+USER_ERRORS = [
     (["--depht=4"], "--depht"),
     (["--depth=four"], "four"),
     (["--depth=0"], "--depth=0"),
@@ -153,17 +150,17 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("flags", "message"), MISTAKES, ids=lambda v: v[0] if isinstance(v, list) else "")
-def test_mistakes_are_one_line(base, run_main, capsys, flags, message):
-    with pytest.raises((UserError, SystemExit)) as caught:
+@pytest.mark.parametrize(("flags", "message"), USER_ERRORS, ids=lambda v: v[0] if isinstance(v, list) else "")
+def test_user_errors_are_one_line(base, run_main, capsys, flags, message):
+    with pytest.raises((UserError, SystemExit)) as error:
         train(run_main, *flags)
-    said = str(caught.value) if caught.type is UserError else capsys.readouterr().err
-    assert message in said
-    assert len(said.strip().splitlines()) == 1
+    printed = str(error.value) if error.type is UserError else capsys.readouterr().err
+    assert message in printed
+    assert len(printed.strip().splitlines()) == 1
     assert not (base / "base_checkpoints").exists()
 
 
-def test_a_mistake_ends_with_exit_code_2_and_without_a_traceback(base, run_script):
+def test_user_error_exits_with_code_2_and_without_a_traceback(base, run_script):
     done = train(run_script, "--total_batch_size=250", check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: --total_batch_size=250")
@@ -171,19 +168,19 @@ def test_a_mistake_ends_with_exit_code_2_and_without_a_traceback(base, run_scrip
 
 
 @pytest.mark.parametrize("missing", ["tokenizer", "base_data"])
-def test_missing_artifacts_name_the_command_that_makes_them(base, run_main, missing):
+def test_error_of_a_missing_artifact_names_the_command_that_makes_it(base, run_main, missing):
     (base / missing).unlink()
     with pytest.raises(UserError, match="python -m"):
         train(run_main)
 
 
-def test_dashes_and_underscores_are_the_same(base, run_main):
+def test_flags_accept_dashes_and_underscores(base, run_main):
     flags = [f.replace("_", "-") for f in [*BASE, "--num_iterations=1"]]
     run_main("scripts.base_train", *flags)
     assert (base / "base_checkpoints" / "d1" / "step_000001").is_dir()
 
 
-def test_other_settings_cannot_resume(base, run_main):
+def test_resume_with_other_settings_is_refused(base, run_main):
     train(run_main, "--num_iterations=2")
     with pytest.raises(UserError, match=r"n_layer=2 \(saved: 1\)"):
         train(run_main, "--num_iterations=4", "--resume", "--depth=2", "--model_tag=d1")

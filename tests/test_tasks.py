@@ -1,7 +1,5 @@
-"""Tasks: the interface, public data sets in their real schemas, generated tasks, the user's own conversations."""
+"""Tasks: the interface, public data sets, generated tasks, and the user's own conversations."""
 
-import functools
-import http.server
 import json
 import re
 import threading
@@ -9,6 +7,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from helpers import MIRROR, QuietHandler, needs_mirror, raises_user_error, serve_http
 
 from dev import gen_synthetic_data
 from nanochat.calculator import calculate
@@ -23,27 +22,19 @@ from tasks.pocket import PocketChat, PocketFacts, PocketIdentity, PocketStories,
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee, question_templates
 
-MIRROR = Path(__file__).parents[2] / "shared" / "data" / "mirror"
 SPLITS = ("train", "val", "test")
-needs_mirror = pytest.mark.skipif(not MIRROR.is_dir(), reason="no local copy of the public data sets beside the repo")
 
 
 @pytest.fixture(autouse=True)
-def base(tmp_path, monkeypatch):
-    """An empty base directory, with all public hosts unreachable."""
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+def no_hosts(empty_base, monkeypatch):
+    """Makes all public hosts unreachable; the fixture `mirror` replaces them by a local copy."""
     for host in ("HUB", "BUCKET", "GITHUB"):
-        monkeypatch.setenv(f"NANOCHAT_{host}_URL", str(tmp_path / "nowhere"))
-    return tmp_path / "base"
-
-
-@pytest.fixture
-def mirror(monkeypatch):
-    for host, folder in (("HUB", MIRROR), ("GITHUB", MIRROR), ("BUCKET", MIRROR / "karpathy-public")):
-        monkeypatch.setenv(f"NANOCHAT_{host}_URL", str(folder))
+        monkeypatch.setenv(f"NANOCHAT_{host}_URL", str(empty_base / "nowhere"))
 
 
 class Numbers(Task):
+    """Example i is the number first + i."""
+
     def __init__(self, n, first=0, **kwargs):
         super().__init__(**kwargs)
         self.n, self.first = n, first
@@ -60,7 +51,7 @@ def question(conversation):
 
 
 def as_text(conversation):
-    """The last reply as the engine decodes it: text including the output of tools."""
+    """The last answer as text, including calculator calls and their outputs."""
     content = conversation["messages"][-1]["content"]
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
@@ -80,7 +71,7 @@ def assert_well_formed(conversation):
 # The interface
 
 
-def test_slices():
+def test_start_stop_and_step_select_examples():
     assert list(Numbers(10)) == list(range(10))
     sliced = Numbers(10, start=2, stop=9, step=3)
     assert len(sliced) == 3 and list(sliced) == [2, 5, 8] and sliced[-1] == 8
@@ -89,7 +80,7 @@ def test_slices():
         sliced[3]
 
 
-def test_a_mixture_has_a_fixed_order_and_repeats_a_task_listed_twice():
+def test_mixture_has_a_fixed_order_and_repeats_tasks_listed_twice():
     few, many = Numbers(3, first=100), Numbers(40)
     mixture = TaskMixture([many, few, few])
     assert len(mixture) == 46 and sorted(mixture) == [*range(40), 100, 100, 101, 101, 102, 102]
@@ -101,7 +92,7 @@ def test_a_mixture_has_a_fixed_order_and_repeats_a_task_listed_twice():
     assert list(TaskMixture([many, few], stop=5)) == list(TaskMixture([many, few]))[:5]
 
 
-def test_choice_prompt():
+def test_render_mc_prompt():
     assert render_mc("Why?", ["A", "B"], ["so", "not so"]) == (
         "Multiple Choice question: Why?\n- so=A\n- not so=B\n\nRespond only with the letter of the correct answer."
     )
@@ -113,7 +104,7 @@ def test_choice_prompt():
 # Public data sets
 
 
-def test_gsm8k_notation():
+def test_split_calls_and_final_number_of_gsm8k():
     parts = split_calls("She has 12 x 2 = <<12*2=24>>24 pages.\nSo <<a=b=3>>3.\n#### 1,024")
     assert [(p["type"], p["text"]) for p in parts] == [
         ("text", "She has 12 x 2 = "),
@@ -129,7 +120,7 @@ def test_gsm8k_notation():
 
 
 @needs_mirror
-def test_arc(mirror):
+def test_arc_problems_and_evaluation(mirror):
     for subset, size in (("ARC-Easy", 1226), ("ARC-Challenge", 580)):
         task = ARC(subset, "test")
         assert len(task) == size and task.eval_type == "categorical"
@@ -143,7 +134,7 @@ def test_arc(mirror):
 
 
 @needs_mirror
-def test_mmlu_and_its_wrapped_rows(mirror):
+def test_mmlu_problems_and_evaluation(mirror):
     test, train = MMLU("all", "test", stop=100), MMLU("auxiliary_train", "train")
     assert len(test) == 100 and len(train) == 3858
     for task in (test, train):
@@ -153,7 +144,7 @@ def test_mmlu_and_its_wrapped_rows(mirror):
 
 
 @needs_mirror
-def test_gsm8k(mirror):
+def test_gsm8k_problems_and_evaluation(mirror):
     train, test = GSM8K("main", "train"), GSM8K("main", "test", stop=420)
     assert len(train) == 7473 and len(test) == 420
     for i in range(0, 420, 20):
@@ -165,7 +156,7 @@ def test_gsm8k(mirror):
 
 
 @needs_mirror
-def test_smoltalk(mirror):
+def test_smoltalk_conversations(mirror):
     train = SmolTalk("train")
     assert len(train) == 3571 and len(SmolTalk("test")) == 429
     for i in range(0, 3571, 100):
@@ -174,21 +165,24 @@ def test_smoltalk(mirror):
         assert roles[:2] == ["user", "assistant"]
 
 
-class Rows(PublicTask):
+class RawRows(PublicTask):
+    """The rows of a public data set as they are."""
+
     def conversation(self, row):
         return row
 
 
 @needs_mirror
-def test_rows_come_in_the_order_of_the_datasets_library(mirror, tmp_path):
+def test_rows_are_shuffled_like_in_the_datasets_library(mirror, tmp_path):
     datasets = pytest.importorskip("datasets")
     path = MIRROR / "allenai/ai2_arc/resolve/main/ARC-Challenge/validation-00000-of-00001.parquet"
     shuffled = datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path)).shuffle(seed=42)
-    ours = Rows("allenai/ai2_arc", "ARC-Challenge/validation")
-    assert [row["id"] for row in ours] == shuffled["id"]
+    task = RawRows("allenai/ai2_arc", "ARC-Challenge/validation")
+    assert [row["id"] for row in task] == shuffled["id"]
 
 
 def write_shards(folder, n):
+    """Writes a training split of `n` conversations, each in a file of its own."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -199,19 +193,19 @@ def write_shards(folder, n):
 
 
 @pytest.mark.parametrize("n", [1, 4])
-def test_data_sets_of_one_file_or_several_are_fetched_once(n, tmp_path, monkeypatch):
+def test_data_sets_of_one_or_several_files_are_downloaded_once(n, tmp_path, monkeypatch):
     host = tmp_path / "host"
     write_shards(host / "HuggingFaceTB/smol-smoltalk/resolve/main/data", n)
     monkeypatch.setenv("NANOCHAT_HUB_URL", str(host))
     assert {question(c) for c in SmolTalk("train")} == {f"{i}/{n}" for i in range(n)}
-    monkeypatch.setenv("NANOCHAT_HUB_URL", str(tmp_path / "gone"))
+    monkeypatch.setenv("NANOCHAT_HUB_URL", str(tmp_path / "unreachable"))
     assert len(SmolTalk("train")) == n
 
 
-def test_a_failed_download_is_a_one_line_error(base):
-    with pytest.raises(UserError, match="openai/gsm8k.*NANOCHAT_HUB_URL") as e:
+def test_failed_download_raises_user_error(empty_base):
+    with raises_user_error("openai/gsm8k.*NANOCHAT_HUB_URL"):
         GSM8K("main", "train")
-    assert "\n" not in str(e.value) and not list(base.rglob("*.parquet"))
+    assert not list(empty_base.rglob("*.parquet"))
     with pytest.raises(UserError, match="words_alpha.txt"):
         SpellingBee(size=1, corpus="public")
 
@@ -231,18 +225,19 @@ GENERATED = {
 
 
 @pytest.mark.parametrize("name", GENERATED)
-def test_generated_tasks_depend_on_the_seed_alone(name):
+def test_generated_tasks_depend_only_on_the_seed(name):
     make = GENERATED[name]
     assert list(make("train", 30, seed=1)) == list(make("train", 30, seed=1)) != list(make("train", 30, seed=2))
-    assert make("train", 30, seed=1)[29] == make("train", 1000, seed=1)[29]  # independent of the size
+    assert make("train", 30, seed=1)[29] == make("train", 1000, seed=1)[29]  # not on the size
     for split in SPLITS:
         for conversation in make(split, 100, seed=3):
             assert_well_formed(conversation)
 
 
 @pytest.mark.parametrize("name", ["sums", "facts", "bee"])
-def test_generated_problems_are_in_one_split_only(name):
+def test_splits_of_generated_tasks_have_no_common_problems(name):
     def key(conversation):
+        """The part of a problem that must not occur in another split."""
         if name == "facts":
             return question(conversation).split("\n")[0]
         calls = [p["text"] for p in conversation["messages"][-1]["content"] if p["type"] == "python"]
@@ -260,12 +255,12 @@ def test_tool_outputs_match_the_calculator(name):
         calls = [(p["text"], q["text"]) for p, q in zip(parts, parts[1:], strict=False) if p["type"] == "python"]
         assert calls and all(calculate(call) == output for call, output in calls)
         assert task.evaluate(conversation, as_text(conversation))
-        right = final_number(as_text(conversation))
-        assert right == calls[-1][1]
-        assert not task.evaluate(conversation, f"#### {int(right) + 1}") and not task.evaluate(conversation, right)
+        number = final_number(as_text(conversation))
+        assert number == calls[-1][1]
+        assert not task.evaluate(conversation, f"#### {int(number) + 1}") and not task.evaluate(conversation, number)
 
 
-def test_spelling_bee_spells_and_counts():
+def test_spelling_bee_answers_spell_the_word_and_count_the_letter():
     for conversation in SpellingBee(200, "train", "pocket"):
         text = as_text(conversation)
         word, letter = re.search(r"'(\w+)'\.count\('(\w)'\)", text).groups()
@@ -279,14 +274,14 @@ def test_spelling_bee_spells_and_counts():
 
 
 @needs_mirror
-def test_public_words(mirror):
+def test_spelling_bee_with_public_words(mirror):
     task = SpellingBee(50, "test", "public")
     assert len(task.words) == 370_099 and all(word.isalpha() for word in task.words[::1000])
     assert any(not question(c).isascii() for c in task)
     assert as_text(SimpleSpelling(size=1)[0]).count(":") == 1
 
 
-def test_facts_are_judged_by_the_choice():
+def test_facts_accept_only_the_correct_choice():
     task = PocketFacts("test", 50)
     for conversation in task:
         choices = [line[2:] for line in question(conversation).splitlines() if line.startswith("- ")]
@@ -294,19 +289,19 @@ def test_facts_are_judged_by_the_choice():
         assert [choice for choice in choices if task.evaluate(conversation, f" {choice}\n")] == [as_text(conversation)]
 
 
-def test_stories_are_judged_by_their_characters():
+def test_stories_must_have_the_requested_characters():
     task = PocketStories("test", 200)
     assert all(task.evaluate(c, as_text(c)) for c in task)
     conversation = next(c for c in task if len(re.findall(r"about ([A-Z]\w+) and ([A-Z]\w+)\.", question(c))))
     one, other = re.search(r"about (\w+) and (\w+)\.", question(conversation)).groups()
     story = as_text(conversation)
-    assert not task.evaluate(conversation, story.replace(other, one))  # Pip and Pip
+    assert not task.evaluate(conversation, story.replace(other, one))  # one character twice
     assert not task.evaluate(conversation, re.sub(rf"\b{one}\b", "Bob", story))
     assert not task.evaluate(conversation, f"{story} {one} the unicorn was happy.")
     assert not task.evaluate(conversation, "I do not know any stories.")
 
 
-def test_identity_is_judged_by_the_name():
+def test_identity_answers_must_have_the_name():
     task = PocketIdentity("test", 100)
     assert all(task.evaluate(c, as_text(c)) and not task.evaluate(c, "I am Bob.") for c in task)
 
@@ -319,14 +314,14 @@ def test_identity_is_judged_by_the_name():
 def test_pocket_mixtures_need_no_network(stage):
     train, val = stage("pocket")
     assert len(train) > 3000 and 200 < len(val) < len(train) / 4
-    seen = {question(train[i]) for i in range(0, len(train), 7)}
-    assert len(seen) > 400
+    questions = {question(train[i]) for i in range(0, len(train), 7)}
+    assert len(questions) > 400
     for i in range(0, len(val), 9):
         assert_well_formed(val[i])
 
 
 @needs_mirror
-def test_public_mixtures(mirror, monkeypatch):
+def test_sizes_of_the_public_mixtures(mirror, monkeypatch):
     monkeypatch.setattr(mixtures, "SimpleSpelling", lambda size: SimpleSpelling(size=size // 100))
     train, val = mixtures.midtraining("public")
     assert len(train) == 3571 + 3858 + 7473 + 2 * 300 + 2000 + 80_000 and len(val) == 429 + 5200 + 420
@@ -348,19 +343,21 @@ def test_evaluation_tasks_accept_a_seed():
 # ---------------------------------------------------------------------------------------------------------------------
 # The user's own conversations
 
-GOOD = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+CONVERSATION = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
 
 
 def test_custom_json_reads_arrays_and_objects(tmp_path):
-    path = tmp_path / "talk.jsonl"
-    path.write_text(f"{json.dumps(GOOD)}\n\n{json.dumps({'messages': GOOD, 'id': 7})}\n", encoding="utf-8")
-    assert list(CustomJSON(path)) == [{"messages": GOOD}] * 2
+    path = tmp_path / "conversations.jsonl"
+    path.write_text(
+        f"{json.dumps(CONVERSATION)}\n\n{json.dumps({'messages': CONVERSATION, 'id': 7})}\n", encoding="utf-8"
+    )
+    assert list(CustomJSON(path)) == [{"messages": CONVERSATION}] * 2
 
 
 def test_custom_json_accepts_a_system_message_and_parts(tmp_path):
-    path = tmp_path / "talk.jsonl"
+    path = tmp_path / "conversations.jsonl"
     parts = [{"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}]
-    messages = [{"role": "system", "content": "Be brief."}, GOOD[0], {"role": "assistant", "content": parts}]
+    messages = [{"role": "system", "content": "Be brief."}, CONVERSATION[0], {"role": "assistant", "content": parts}]
     path.write_text(json.dumps(messages), encoding="utf-8")
     assert list(CustomJSON(path)) == [{"messages": messages}]
 
@@ -372,24 +369,23 @@ def test_custom_json_accepts_a_system_message_and_parts(tmp_path):
         ("[]", "at least two messages"),
         ('{"text": "x"}', "at least two messages"),
         ("3", "messages"),
-        (json.dumps(GOOD[:1]), "at least two messages"),
-        (json.dumps(GOOD[::-1]), "message 1 .*'user'"),
-        (json.dumps([GOOD[0], GOOD[0]]), "message 2 .*'assistant'"),
-        (json.dumps([GOOD[0], {"role": "assistant"}]), "message 2 .*content"),
-        (json.dumps([{"role": "user", "content": ["Hi"]}, GOOD[1]]), "message 1 .*content"),
-        (json.dumps([{"role": "system", "content": "Be brief."}, GOOD[0]]), "at least two messages"),
+        (json.dumps(CONVERSATION[:1]), "at least two messages"),
+        (json.dumps(CONVERSATION[::-1]), "message 1 .*'user'"),
+        (json.dumps([CONVERSATION[0], CONVERSATION[0]]), "message 2 .*'assistant'"),
+        (json.dumps([CONVERSATION[0], {"role": "assistant"}]), "message 2 .*content"),
+        (json.dumps([{"role": "user", "content": ["Hi"]}, CONVERSATION[1]]), "message 1 .*content"),
+        (json.dumps([{"role": "system", "content": "Be brief."}, CONVERSATION[0]]), "at least two messages"),
         ('["a", "b"]', "message 1 .*role"),
     ],
 )
-def test_custom_json_names_the_broken_line(line, message, tmp_path):
-    path = tmp_path / "talk.jsonl"
-    path.write_text(f"{json.dumps(GOOD)}\n{line}\n", encoding="utf-8")
-    with pytest.raises(UserError, match=f"^{re.escape(f'{path}:2: ')}.*{message}") as e:
+def test_custom_json_error_names_the_line(line, message, tmp_path):
+    path = tmp_path / "conversations.jsonl"
+    path.write_text(f"{json.dumps(CONVERSATION)}\n{line}\n", encoding="utf-8")
+    with raises_user_error(f"^{re.escape(f'{path}:2: ')}.*{message}"):
         CustomJSON(path)
-    assert "\n" not in str(e.value)
 
 
-def test_custom_json_names_the_command_for_a_missing_file(tmp_path):
+def test_custom_json_error_for_a_missing_file_names_the_command(tmp_path):
     with pytest.raises(UserError, match="gen_synthetic_data"):
         CustomJSON(tmp_path / "none.jsonl")
 
@@ -398,19 +394,19 @@ def test_custom_json_names_the_command_for_a_missing_file(tmp_path):
 # dev/gen_synthetic_data.py
 
 
-def test_synthetic_data_offline(base, tmp_path, capsys):
+def test_synthetic_data_from_templates(empty_base, tmp_path, capsys):
     gen_synthetic_data.main(["-n", "60", "--out", str(tmp_path / "a.jsonl")])
-    gen_synthetic_data.main(["-n", "60"])  # output is captured, so not a terminal
+    gen_synthetic_data.main(["-n", "60"])  # to standard output, which is no terminal in tests
     out, err = capsys.readouterr()
     assert out == (tmp_path / "a.jsonl").read_text(encoding="utf-8") and "60 conversations of nanochat" in err
     conversations = list(CustomJSON(tmp_path / "a.jsonl"))
     assert len(conversations) == 60 and len({json.dumps(c) for c in conversations}) > 55
     replies = " ".join(m["content"] for c in conversations for m in c["messages"] if m["role"] == "assistant")
     assert "nanochat" in replies and not re.search(r"[\[\]{}|]", replies)
-    assert not (base / "identity_conversations.jsonl").exists()
+    assert not (empty_base / "identity_conversations.jsonl").exists()
 
 
-def test_synthetic_data_uses_the_name_of_the_persona(tmp_path):
+def test_synthetic_data_has_the_name_of_the_persona(tmp_path):
     persona = json.loads((Path(gen_synthetic_data.__file__).parent / "persona.json").read_text(encoding="utf-8"))
     (tmp_path / "me.json").write_text(json.dumps(persona | {"name": "Ada"}), encoding="utf-8")
     gen_synthetic_data.main(["-n", "40", f"--persona={tmp_path / 'me.json'}", f"--out={tmp_path / 'me.jsonl'}"])
@@ -421,7 +417,7 @@ def test_synthetic_data_uses_the_name_of_the_persona(tmp_path):
 @pytest.mark.parametrize(
     "text, message", [("{", "not JSON"), ('{"name": "x"}', "missing: about, facts, maker, traits")]
 )
-def test_an_invalid_persona_raises_a_user_error(text, message, tmp_path):
+def test_invalid_persona_raises_user_error(text, message, tmp_path):
     (tmp_path / "p.json").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=re.escape(str(tmp_path / "p.json"))) as e:
         gen_synthetic_data.main([f"--persona={tmp_path / 'p.json'}"])
@@ -430,21 +426,9 @@ def test_an_invalid_persona_raises_a_user_error(text, message, tmp_path):
         gen_synthetic_data.main([f"--persona={tmp_path / 'none.json'}"])
 
 
-@pytest.fixture
-def endpoint():
-    """A chat endpoint that returns `replies` in order, the last one repeatedly; a number is an HTTP error status."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Endpoint))
-    server.requests, server.replies, server.lock = [], [json.dumps(GOOD)], threading.Lock()
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    server.url = f"http://127.0.0.1:{server.server_port}/v1"
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+class ChatHandler(QuietHandler):
+    """Returns server.replies in order, the last one repeatedly; a number is an HTTP error status."""
 
-
-class _Endpoint(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
@@ -456,26 +440,37 @@ class _Endpoint(http.server.BaseHTTPRequestHandler):
         if isinstance(reply, str):
             self.wfile.write(json.dumps({"choices": [{"message": {"content": reply}}]}).encode())
 
-    def log_message(self, *args):
-        pass
+
+@pytest.fixture
+def endpoint():
+    """A chat endpoint that records its requests as (path, Authorization header, body); see ChatHandler."""
+    with serve_http(ChatHandler) as server:
+        server.requests, server.replies, server.lock = [], [json.dumps(CONVERSATION)], threading.Lock()
+        server.url += "/v1"
+        yield server
 
 
 def test_synthetic_data_from_an_endpoint(endpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    endpoint.replies = ["no JSON", json.dumps(GOOD[:1]), f"Here it is:\n```json\n{json.dumps(GOOD)}\n```"]
-    out = tmp_path / "talk.jsonl"
+    endpoint.replies = [
+        "no JSON",
+        json.dumps(CONVERSATION[:1]),
+        f"Here it is:\n```json\n{json.dumps(CONVERSATION)}\n```",
+    ]
+    out = tmp_path / "conversations.jsonl"
     gen_synthetic_data.main([f"--endpoint={endpoint.url}", "--model=some-model", "-n", "5", "--out", str(out)])
-    assert list(CustomJSON(out)) == [{"messages": GOOD}] * 5
+    assert list(CustomJSON(out)) == [{"messages": CONVERSATION}] * 5
     assert len(endpoint.requests) == 7  # two replies were invalid
     path, authorization, body = endpoint.requests[0]
     assert path == "/v1/chat/completions" and authorization == "Bearer secret"
     assert body["model"] == "some-model" and body["temperature"] == 1.0 and "nanochat" in body["messages"][0]["content"]
-    assert len({r[2]["messages"][0]["content"] for r in endpoint.requests}) > 3  # the prompts differ in their openers
+    # The prompts ask for different first messages.
+    assert len({r[2]["messages"][0]["content"] for r in endpoint.requests}) > 3
 
 
-def test_an_endpoint_error_raises_a_user_error_and_writes_nothing(endpoint, tmp_path):
+def test_endpoint_error_raises_user_error_and_writes_nothing(endpoint, tmp_path):
     endpoint.replies = [401]
-    out = tmp_path / "talk.jsonl"
+    out = tmp_path / "conversations.jsonl"
     with pytest.raises(UserError, match="401"):
         gen_synthetic_data.main([f"--endpoint={endpoint.url}", "--model=m", "-n", "3", "--out", str(out)])
     assert not out.exists()

@@ -1,4 +1,4 @@
-"""The Tokenizer class, its files, the rendering of conversations, and tok_train and tok_eval on a small corpus."""
+"""The Tokenizer class, its files, rendering of conversations, and tok_train and tok_eval on a small corpus."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiktoken
 import torch
+from helpers import raises_user_error
 
 from nanochat.common import UserError
 from nanochat.tokenizer import (
@@ -28,17 +29,6 @@ def tokenizer():
     return Tokenizer.train_from_iterator(iter(TEXTS), 320)
 
 
-@pytest.fixture
-def base(tmp_path, monkeypatch):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    return tmp_path
-
-
-def one_line(error):
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Text
 
@@ -53,12 +43,14 @@ def test_special_tokens_follow_the_merges_in_order(tokenizer):
 
 
 def test_encoding_equals_tiktoken_and_round_trips(tokenizer):
-    oracle = tiktoken.Encoding("o", pat_str=SPLIT_PATTERN, mergeable_ranks=tokenizer.ranks, special_tokens={})
-    others = ["", " \r\n\t  x", "<|bos|><|user_start|>", "\U0001f468\u200d\U0001f469", tok_train.SAMPLE]
-    for text in TEXTS + others:
+    reference = tiktoken.Encoding(
+        "reference", pat_str=SPLIT_PATTERN, mergeable_ranks=tokenizer.ranks, special_tokens={}
+    )
+    more_texts = ["", " \r\n\t  x", "<|bos|><|user_start|>", "\U0001f468\u200d\U0001f469", tok_train.SAMPLE]
+    for text in TEXTS + more_texts:
         ids = tokenizer.encode(text)
-        assert ids == oracle.encode_ordinary(text) == tokenizer(text)
-        assert max(ids, default=0) < 311  # text never becomes a special token
+        assert ids == reference.encode_ordinary(text) == tokenizer(text)
+        assert max(ids, default=0) < 311  # special tokens are never encoded from text
         assert tokenizer.decode(ids) == text
         assert tokenizer.decode_bytes(ids) == text.encode()
 
@@ -74,24 +66,24 @@ def test_prepend_and_append_take_ids_and_names(tokenizer):
     assert tokenizer.encode(["cat", "mat"], num_threads=2) == [cat, mat]
 
 
-def test_incomplete_utf8_decodes_to_the_replacement_character(tokenizer):
+def test_id_to_token_of_an_incomplete_character_and_of_a_special_token(tokenizer):
     assert tokenizer.id_to_token(0xC3) == "\ufffd"
     assert tokenizer.id_to_token(311) == "<|bos|>"
 
 
 @pytest.mark.parametrize("vocab_size", [264, 0, -5])
-def test_a_vocabulary_that_is_too_small_is_refused(vocab_size):
+def test_vocabulary_below_the_minimum_raises_user_error(vocab_size):
     with pytest.raises(UserError, match=f"vocab_size={vocab_size} is too small.*265"):
         Tokenizer.train_from_iterator(iter(TEXTS), vocab_size)
 
 
-def test_the_smallest_vocabulary_and_a_vocabulary_too_large_for_the_text():
+def test_minimum_vocabulary_and_more_tokens_than_the_text_has_merges():
     assert Tokenizer.train_from_iterator(iter(TEXTS), 265).get_vocab_size() == 265
     small = Tokenizer.train_from_iterator(iter(["ab"]), 1000)
     assert small.get_vocab_size() == 257 + 9 and small.encode_special("<|bos|>") == 257
 
 
-def test_an_unknown_tiktoken_name_is_a_user_error():
+def test_unknown_tiktoken_name_raises_user_error():
     with pytest.raises(UserError, match="no tokenizer 'gpt9'; tiktoken has .*gpt2"):
         Tokenizer.from_pretrained("gpt9")
 
@@ -100,13 +92,13 @@ def test_an_unknown_tiktoken_name_is_a_user_error():
 # Files
 
 
-def test_save_and_load_round_trip(tokenizer, base):
-    tokenizer.save(base / "tokenizer")
+def test_save_and_load_round_trip(tokenizer, empty_base):
+    tokenizer.save(empty_base / "tokenizer")
     loaded = get_tokenizer()
     assert isinstance(loaded, RustBPETokenizer)
     assert (loaded.pattern, loaded.ranks, loaded.bos) == (tokenizer.pattern, tokenizer.ranks, tokenizer.bos)
     assert loaded.special_tokens == tokenizer.special_tokens
-    assert sorted(p.name for p in (base / "tokenizer").iterdir()) == [
+    assert sorted(p.name for p in (empty_base / "tokenizer").iterdir()) == [
         "ranks.tiktoken",
         "token_bytes.pt",
         "tokenizer.json",
@@ -114,27 +106,27 @@ def test_save_and_load_round_trip(tokenizer, base):
     assert loaded.encode(TEXTS) == tokenizer.encode(TEXTS)
 
 
-def test_the_ranks_file_is_in_tiktokens_format(tokenizer, base, monkeypatch):
+def test_ranks_file_is_in_tiktokens_format(tokenizer, empty_base, monkeypatch):
     from tiktoken.load import load_tiktoken_bpe
 
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
     # Older versions of tiktoken read local files with the package `blobfile`.
     monkeypatch.setattr("tiktoken.load.read_file", lambda path: Path(path).read_bytes())
-    tokenizer.save(base)
-    assert load_tiktoken_bpe(str(base / "ranks.tiktoken")) == tokenizer.ranks
+    tokenizer.save(empty_base)
+    assert load_tiktoken_bpe(str(empty_base / "ranks.tiktoken")) == tokenizer.ranks
 
 
-def test_token_bytes_count_raw_bytes(tokenizer, base):
-    tokenizer.save(base / "tokenizer")
+def test_token_bytes_count_raw_bytes(tokenizer, empty_base):
+    tokenizer.save(empty_base / "tokenizer")
     counts = get_token_bytes("cpu")
     assert counts.dtype == torch.int32 and counts.shape == (320,)
-    assert counts[:256].tolist() == [1] * 256  # also bytes that are not UTF-8 on their own
+    assert counts[:256].tolist() == [1] * 256  # including bytes that are invalid UTF-8 on their own
     assert counts[311:].tolist() == [0] * 9
     for text in TEXTS:
         assert counts[tokenizer.encode(text, prepend="<|bos|>")].sum() == len(text.encode())
 
 
-def test_a_missing_tokenizer_names_the_command(base):
+def test_error_of_a_missing_tokenizer_names_the_command(empty_base):
     for load in (get_tokenizer, get_token_bytes):
         with pytest.raises(
             UserError, match="no tokenizer at .*tokenizer.json; train one with `python -m scripts.tok_train`"
@@ -143,31 +135,30 @@ def test_a_missing_tokenizer_names_the_command(base):
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "ranks.tiktoken", "token_bytes.pt"])
-@pytest.mark.parametrize("damage", ["cut", "gone", "other"])
-def test_a_damaged_file_is_named_in_the_error(tokenizer, base, name, damage):
-    tokenizer.save(base / "tokenizer")
-    path = base / "tokenizer" / name
+@pytest.mark.parametrize("damage", ["truncated", "missing", "other content"])
+def test_error_names_the_damaged_file(tokenizer, empty_base, name, damage):
+    tokenizer.save(empty_base / "tokenizer")
+    path = empty_base / "tokenizer" / name
     data = path.read_bytes()
-    if damage == "gone":
+    if damage == "missing":
         path.unlink()
     else:
-        path.write_bytes(data[: len(data) // 2] if damage == "cut" else b"[1, 2]")
-    with pytest.raises(UserError, match=f"{name}.*tok_train") as error:
+        path.write_bytes(data[: len(data) // 2] if damage == "truncated" else b"[1, 2]")
+    with raises_user_error(f"{name}.*tok_train"):
         get_token_bytes() if name == "token_bytes.pt" else get_tokenizer()
-    one_line(error)
 
 
-def test_a_failed_save_leaves_the_old_files(tokenizer, base, monkeypatch):
-    tokenizer.save(base)
-    before = {p.name: p.read_bytes() for p in base.iterdir()}
+def test_failed_save_keeps_the_old_files(tokenizer, empty_base, monkeypatch):
+    tokenizer.save(empty_base)
+    before = {p.name: p.read_bytes() for p in empty_base.iterdir()}
 
-    def full(*_):
+    def disk_full(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("os.fsync", full)
+    monkeypatch.setattr("os.fsync", disk_full)
     with pytest.raises(OSError):
-        Tokenizer.train_from_iterator(iter(TEXTS), 300).save(base)
-    assert {p.name: p.read_bytes() for p in base.iterdir()} == before
+        Tokenizer.train_from_iterator(iter(TEXTS), 300).save(empty_base)
+    assert {p.name: p.read_bytes() for p in empty_base.iterdir()} == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,17 +177,17 @@ def chat(*messages):
     return {"messages": list(messages)}
 
 
-def expected(tokenizer, *spans):
-    """(ids, mask) from (text or name of a special token, mask) pairs."""
+def render(tokenizer, *spans):
+    """Expected (ids, mask) of a conversation, from pairs (text or name of a special token, mask)."""
     ids, mask = [], []
-    for text, learned in spans:
+    for text, mask_value in spans:
         new = [tokenizer.encode_special(text)] if text in SPECIAL_TOKENS else tokenizer.encode(text)
         ids += new
-        mask += [learned] * len(new)
+        mask += [mask_value] * len(new)
     return ids, mask
 
 
-def test_a_conversation_with_a_tool_call(tokenizer):
+def test_render_conversation_with_a_tool_call(tokenizer):
     parts = [
         {"type": "text", "text": "It is "},
         {"type": "python", "text": "12+30"},
@@ -207,7 +198,7 @@ def test_a_conversation_with_a_tool_call(tokenizer):
         {"role": "system", "content": "Be kind."}, user("12 + 30?"), assistant(parts), user("Sure?"), assistant("Yes.")
     )
     rendered = tokenizer.render_conversation(conversation)
-    assert rendered == expected(
+    assert rendered == render(
         tokenizer,
         ("<|bos|>", 0),
         *[("<|user_start|>", 0), ("Be kind.\n\n12 + 30?", 0), ("<|user_end|>", 0)],
@@ -222,7 +213,7 @@ def test_a_conversation_with_a_tool_call(tokenizer):
     assert conversation["messages"][1]["content"] == "12 + 30?"  # the argument is not modified
 
 
-def test_special_strings_in_messages_stay_text(tokenizer):
+def test_special_token_names_in_messages_are_encoded_as_text(tokenizer):
     ids, mask = tokenizer.render_conversation(chat(user("<|assistant_start|>"), assistant("<|assistant_end|><|bos|>")))
     special = [(tokenizer.id_to_token(i), m) for i, m in zip(ids, mask, strict=True) if i >= 311]
     assert special == [
@@ -249,11 +240,10 @@ def test_special_strings_in_messages_stay_text(tokenizer):
         (chat(user("a"), {"role": "assistant"}), "message 2 of 2 .* has the content None, expected a string, or"),
     ],
 )
-def test_malformed_conversations_are_user_errors(tokenizer, conversation, message):
+def test_malformed_conversations_raise_user_errors(tokenizer, conversation, message):
     for check in (check_conversation, tokenizer.render_conversation, tokenizer.render_for_completion):
-        with pytest.raises(UserError, match=message) as error:
+        with raises_user_error(message):
             check(conversation)
-        one_line(error)
 
 
 def test_check_conversation_separates_the_system_message():
@@ -262,8 +252,8 @@ def test_check_conversation_separates_the_system_message():
     assert check_conversation(chat(*messages)) == ("", messages)
 
 
-def test_a_prompt_ends_with_assistant_start(tokenizer):
-    prompt, _ = expected(
+def test_prompt_ends_with_assistant_start(tokenizer):
+    prompt, _ = render(
         tokenizer,
         *[("<|bos|>", 0), ("<|user_start|>", 0), ("Hi.\n\nWhy?", 0), ("<|user_end|>", 0), ("<|assistant_start|>", 0)],
     )
@@ -272,7 +262,7 @@ def test_a_prompt_ends_with_assistant_start(tokenizer):
     assert tokenizer.render_for_completion(chat(system, user("Why?"), assistant("Because."))) == prompt
 
 
-def test_a_prompt_is_a_prefix_of_the_rendered_conversation(tokenizer):
+def test_prompt_is_a_prefix_of_the_rendered_conversation(tokenizer):
     conversation = chat(user("a"), assistant("b"), user("c"), assistant("d"))
     prompt = tokenizer.render_for_completion(conversation)
     ids, mask = tokenizer.render_conversation(conversation)
@@ -298,15 +288,15 @@ def test_truncation_of_a_single_long_question_keeps_its_end(tokenizer, max_token
     assert ids == [311, 312, *tail, 313, 314]
 
 
-def test_no_room_for_a_prompt(tokenizer):
+def test_max_tokens_too_small_for_a_prompt_raises_user_error(tokenizer):
     with pytest.raises(UserError, match="max_tokens=-3 leaves no room"):
         tokenizer.render_for_completion(chat(user("What?")), max_tokens=-3)
 
 
-def test_visualize(tokenizer):
+def test_visualize_tokenization_colors_tokens_by_mask(tokenizer):
     ids, mask = tokenizer.render_conversation(chat(user("a"), assistant("b")))
-    shown = tokenizer.visualize_tokenization(ids, mask)
-    assert "\033[31ma\033[0m" in shown and "\033[32mb\033[0m" in shown and shown.count("|\033") == len(ids) - 1
+    colored = tokenizer.visualize_tokenization(ids, mask)
+    assert "\033[31ma\033[0m" in colored and "\033[32mb\033[0m" in colored and colored.count("|\033") == len(ids) - 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -314,15 +304,16 @@ def test_visualize(tokenizer):
 
 
 @pytest.fixture
-def shards(base):
-    (base / "base_data").mkdir()
+def shards(empty_base):
+    """A base directory with three shards of TEXTS; the last one is validation."""
+    (empty_base / "base_data").mkdir()
     for i in range(3):
         table = pa.table({"text": [f"{text} {i}" for text in TEXTS]})
-        pq.write_table(table, base / "base_data" / f"shard_{i:05d}.parquet")
-    return base
+        pq.write_table(table, empty_base / "base_data" / f"shard_{i:05d}.parquet")
+    return empty_base
 
 
-def test_tok_train_and_tok_eval(shards, capsys, monkeypatch):
+def test_tok_train_and_tok_eval_write_tokenizer_and_report(shards, capsys, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shards / "no-cache"))
     tok_train.main(["--vocab-size=300", "--max_chars=1e6"])
     assert get_tokenizer().get_vocab_size() == 300
@@ -339,16 +330,16 @@ def test_tok_train_and_tok_eval(shards, capsys, monkeypatch):
 
 
 def test_tok_train_reads_the_training_split_up_to_max_chars(shards):
-    def read(max_chars, doc_cap):
+    def read_texts(max_chars, doc_cap):
         return [text for array in tok_train.read_texts(max_chars, doc_cap, totals) for text in array.to_pylist()]
 
     totals = {"documents": 0, "characters": 0}
-    texts = read(10**6, 10)
+    texts = read_texts(10**6, 10)
     lengths = [min(len(text), 10) for text in texts]
     assert [text[:10] for text in texts] == [text[:10] for text in TEXTS] * 2  # the third shard is validation
     assert totals == {"documents": 12, "characters": sum(lengths)}
     totals = {"documents": 0, "characters": 0}
-    assert read(11, 10) == texts[:2] and totals == {"documents": 2, "characters": sum(lengths[:2])}
+    assert read_texts(11, 10) == texts[:2] and totals == {"documents": 2, "characters": sum(lengths[:2])}
 
 
 @pytest.mark.parametrize(
@@ -376,13 +367,13 @@ def test_tok_train_on_a_damaged_shard(shards, tokenizer):
     assert get_tokenizer().ranks == tokenizer.ranks
 
 
-def test_tok_train_without_shards_names_the_command(base):
+def test_tok_train_without_shards_names_the_command(empty_base):
     with pytest.raises(UserError, match="python -m nanochat.dataset"):
         tok_train.main([])
 
 
 @pytest.mark.parametrize("value", ["inf", "nan", "1.5", "many"])
-def test_counts_must_be_integers(value, capsys):
+def test_max_chars_must_be_an_integer(value, capsys):
     with pytest.raises(SystemExit) as stop:
         tok_train.main([f"--max_chars={value}"])
     assert stop.value.code == 2 and value in capsys.readouterr().err
