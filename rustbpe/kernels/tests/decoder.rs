@@ -74,7 +74,7 @@ fn logits_equal_the_twins() {
                 for cache_in_bf16 in [false, true] {
                     let decoder = decoder(&model).with_isa(isa).unwrap();
                     let mut cache = Cache::new(&model, 1, cache_in_bf16);
-                    let logits = cache.forward(&decoder, &model, &[ids.clone()], true, 1);
+                    let logits = cache.forward(&decoder, &model, std::slice::from_ref(&ids), true, 1);
                     let rounds = cache_in_bf16 || isa == Isa::Avx512Bf16 && dtype != Dtype::F32;
                     let tolerance = if rounds { 2e-2 } else { 1e-5 };
                     assert_close(&logits, &expected, tolerance, &format!("{isa:?} {dtype:?} bf16={cache_in_bf16} {i}"));
@@ -99,8 +99,8 @@ fn logits_depend_neither_on_other_rows_nor_on_chunks_nor_on_threads() {
                 .zip(&last)
                 .flat_map(|(prompt, last)| {
                     let mut cache = Cache::new(&model, 1, true);
-                    cache.forward(&decoder, &model, &[prompt.clone()], false, 1);
-                    cache.forward(&decoder, &model, &[last.clone()], true, 1)
+                    cache.forward(&decoder, &model, std::slice::from_ref(prompt), false, 1);
+                    cache.forward(&decoder, &model, std::slice::from_ref(last), true, 1)
                 })
                 .collect();
             for (threads, chunk) in [(1, 100), (2, 100), (3, 100), (2, 7)] {
