@@ -14,7 +14,7 @@ set_up() {
         make_venv
     fi
     export VIRTUAL_ENV="$PWD/.venv" PATH="$PWD/.venv/bin:$PATH"
-    hash=$(cat pyproject.toml dev/constraints.txt rustbpe/Cargo.toml $(find rustbpe/src -name '*.rs' | sort) | cksum)
+    hash=$(sources_hash)
     for done in ".venv/installed-$extra" .venv/installed-dev; do
         if [[ -e $done && $(cat "$done") == "$hash" ]]; then
             echo "up to date: $VIRTUAL_ENV"
@@ -28,6 +28,13 @@ set_up() {
         install_project "$extra" || die "the installation failed, see above (it needs a package registry and 6 GB)"
     }
     echo "$hash" >".venv/installed-$extra"
+}
+
+# Checksum of everything that the installed project is built from, beyond its Python modules: those are used in place.
+sources_hash() {
+    local crates=(rustbpe/bpe rustbpe/kernels rustbpe/python)
+    cat pyproject.toml dev/constraints.txt rustbpe/Cargo.toml "${crates[@]/%//Cargo.toml}" \
+        $(find "${crates[@]/%//src}" -name '*.rs' | LC_ALL=C sort) | cksum
 }
 
 make_venv() {

@@ -25,10 +25,10 @@ check "ruff check" ruff check .
 check "ruff format" ruff format --check .
 check "shell syntax" bash -n speedrun.sh run1000.sh dev/*.sh tests/run.sh .ci/run
 cd rustbpe || exit 1
-check "cargo fmt" cargo fmt --check
-check "cargo clippy" cargo clippy --quiet --all-targets -- -D warnings
-check "cargo clippy, extension" cargo clippy --quiet --lib --features python -- -D warnings
-check "cargo test" cargo test --quiet
+check "cargo fmt" cargo fmt --all --check
+check "cargo clippy" cargo clippy --quiet --workspace --all-targets --all-features -- -D warnings
+check "cargo test" cargo test --quiet --workspace
+check "cargo doc" env RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --no-deps
 cd ..
 echo
 if ((${#failed[@]})); then

@@ -1,5 +1,7 @@
 //! Properties of any text: the scanner splits as the regex does, and encoding equals replaying the merges.
 
+#![allow(clippy::unwrap_used)] // a test may panic
+
 mod replay;
 
 use proptest::prelude::*;

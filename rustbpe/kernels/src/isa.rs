@@ -130,8 +130,8 @@ macro_rules! simd {
                     // SAFETY: this function has the features of the instruction set.
                     unsafe { kernel.run::<$name>() }
                 }
+                #[allow(unused_unsafe)] // `Portable` has no features
                 // SAFETY: the caller guarantees that the CPU has the instruction set.
-                #[allow(unused_unsafe)] // `Portable` needs no features
                 unsafe {
                     compiled(kernel)
                 }

@@ -108,7 +108,7 @@ pub fn inverse_rms(x: &[f32], eps: f32) -> f32 {
     1.0 / (lanes.iter().sum::<f32>() / x.len() as f32 + eps).sqrt()
 }
 
-/// Rotary embedding of one head: rotates each pair (x[i], x[i + d / 2]) by minus the angle whose cosine and sine are
+/// Rotary embedding of one head: rotates each pair (`x[i]`, `x[i + d / 2]`) by minus the angle whose cosine and sine are
 /// `cos[i]` and `sin[i]`.
 ///
 /// # Panics

@@ -74,7 +74,7 @@ fn logits_equal_the_twins() {
                 for cache_in_bf16 in [false, true] {
                     let decoder = decoder(&model).with_isa(isa).unwrap();
                     let mut cache = Cache::new(&model, 1, cache_in_bf16);
-                    let logits = cache.forward(&decoder, &model, &[ids.clone()], true, 1);
+                    let logits = cache.forward(&decoder, &model, std::slice::from_ref(&ids), true, 1);
                     let rounds = cache_in_bf16 || isa == Isa::Avx512Bf16 && dtype != Dtype::F32;
                     let tolerance = if rounds { 2e-2 } else { 1e-5 };
                     assert_close(&logits, &expected, tolerance, &format!("{isa:?} {dtype:?} bf16={cache_in_bf16} {i}"));
@@ -88,8 +88,8 @@ fn logits_equal_the_twins() {
 fn logits_depend_neither_on_other_rows_nor_on_chunks_nor_on_threads() {
     let mut random = Random::new(2);
     let (n_embd, lengths) = if cfg!(miri) { (32, &[1, 3][..]) } else { (256, &[1, 9, 40, 17, 64][..]) };
-    for dtype in DTYPES {
-        let model = Model::random(dtype, 2, n_embd, config(n_embd / 16, n_embd / 32, 16), VOCAB_SIZE, 7);
+    for dtype in if cfg!(miri) { &DTYPES[1..2] } else { &DTYPES[..] } {
+        let model = Model::random(*dtype, 2, n_embd, config(n_embd / 16, n_embd / 32, 16), VOCAB_SIZE, 7);
         let prompts: Vec<Vec<usize>> = lengths.iter().map(|&n| random_ids(&mut random, n)).collect();
         let last: Vec<Vec<usize>> = prompts.iter().map(|_| random_ids(&mut random, 1)).collect();
         for isa in Isa::available() {
@@ -99,11 +99,11 @@ fn logits_depend_neither_on_other_rows_nor_on_chunks_nor_on_threads() {
                 .zip(&last)
                 .flat_map(|(prompt, last)| {
                     let mut cache = Cache::new(&model, 1, true);
-                    cache.forward(&decoder, &model, &[prompt.clone()], false, 1);
-                    cache.forward(&decoder, &model, &[last.clone()], true, 1)
+                    cache.forward(&decoder, &model, std::slice::from_ref(prompt), false, 1);
+                    cache.forward(&decoder, &model, std::slice::from_ref(last), true, 1)
                 })
                 .collect();
-            for (threads, chunk) in [(1, 100), (2, 100), (3, 100), (2, 7)] {
+            for &(threads, chunk) in if cfg!(miri) { &[(2, 2)][..] } else { &[(1, 100), (2, 100), (3, 100), (2, 7)] } {
                 let mut cache = Cache::new(&model, prompts.len(), true);
                 let mut prompts = prompts.clone();
                 while prompts.iter().any(|prompt| !prompt.is_empty()) {
