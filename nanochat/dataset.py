@@ -125,7 +125,7 @@ def _write_manifest(folder, kind, settings, shards):
 
 
 def _incomplete(folder, names, shards):
-    """The `names` not listed in `shards`, or with a missing file or one of another size (verify() checks the sha256)."""
+    """The `names` not listed in `shards`, or whose file is missing or of another size (verify() checks the sha256)."""
     sizes = {name: entry["bytes"] for name, entry in shards.items()}
     return [name for name in names if not (path := folder / name).exists() or path.stat().st_size != sizes.get(name)]
 
