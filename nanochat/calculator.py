@@ -11,8 +11,8 @@ from decimal import Context, Decimal
 from fractions import Fraction
 from operator import add, mul, sub, truediv
 
-MAX_CHARS = 256  # of an expression, and of a result
-MAX_DEPTH = 32  # of nested parentheses
+MAX_CHARS = 256  # maximum length of an expression and of a result
+MAX_DEPTH = 32  # maximum depth of nested parentheses
 SIGNIFICANT_DIGITS = 15  # of a result that is not an integer
 
 # Commas belong to a number only if they group all its digits by three: 1,234 but not 1,23 or 1234,567.
@@ -38,7 +38,7 @@ def calculate(expr):
     if match := _COUNT.fullmatch(expr):
         text, part = (quoted[1:-1] for quoted in match.groups())
         return str(text.count(part))
-    if _TOKEN.sub("", expr):  # text that is no token
+    if _TOKEN.sub("", expr):  # text outside tokens
         return None
     tokens = [token for token in _TOKEN.findall(expr) if token]  # white space gives ""
     tokens.reverse()  # so that pop() takes the next token

@@ -119,7 +119,7 @@ def generate_answers(engine, problems, seeds, max_rows, max_new_tokens, num_samp
     """
     Yield (index, [(row, text) of each sample]) for each problem, when its last sample is finished.
 
-    `problems` is {index: problem} and `seeds` {index: seed}. A row is the engine's Row, its text excludes
+    `problems` is {index: problem} and `seeds` {index: seed}. A row is the engine's Row; the text is its answer without
     calculator calls. At most `max_rows` rows are decoded at once; a sample does not depend on the others.
     """
     tokenizer, context = engine.tokenizer, engine.model.config.sequence_len

@@ -49,7 +49,7 @@ class Source:
 
 
 class ShardSource(Source):
-    """Documents of parquet shards, tokenized with bos in front. A group is a row group; a block is a part of one."""
+    """Documents of parquet shards, each tokenized with a leading bos. A group is a row group, a block a part of one."""
 
     def __init__(self, row_groups, tokenizer, lanes, seed=42):
         """`row_groups` is the result of dataset.row_groups(): [(path, index in the file, number of documents)]."""

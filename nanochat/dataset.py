@@ -82,7 +82,7 @@ def parquets_iter_batched(split, start=0, step=1, data_dir=None):
 
 
 def _open(path):
-    """The ParquetFile at `path`. Raises UserError for a truncated file (the footer is at the end) or without `text`."""
+    """The ParquetFile at `path`. Raises UserError if the file is truncated or has no column `text`."""
     import pyarrow.parquet as pq
 
     with _damage_as_user_error(path):
@@ -125,7 +125,7 @@ def _write_manifest(folder, kind, settings, shards):
 
 
 def _incomplete(folder, names, shards):
-    """The `names` that are not listed in `shards` or whose file is missing or has another size (sha256: see verify)."""
+    """The `names` not listed in `shards`, or whose file is missing or of another size (verify() checks the sha256)."""
     sizes = {name: entry["bytes"] for name, entry in shards.items()}
     return [name for name in names if not (path := folder / name).exists() or path.stat().st_size != sizes.get(name)]
 
@@ -134,7 +134,7 @@ def _claim(folder, kind, settings, overwrite):
     """
     Reserve `folder` for one set and return the shards its manifest lists so far.
 
-    With `overwrite` the shards of another set are deleted; without, they raise UserError.
+    If the folder holds another set, deletes it with `overwrite`, else raises UserError.
     """
     manifest = None if overwrite else _read_manifest(folder)
     if manifest and (manifest["kind"], manifest["settings"]) == (kind, settings):

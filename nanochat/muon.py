@@ -4,7 +4,7 @@ import torch
 
 from nanochat.sharded import ShardedOptimizer, Unit
 
-# Of the quintic polynomial a x + b x^3 + c x^5: the steep slope at 0 makes five iterations sufficient.
+# a, b, c of the Newton-Schulz polynomial a x + b x^3 + c x^5. Its steep slope at 0 makes five iterations sufficient.
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 
 

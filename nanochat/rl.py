@@ -73,9 +73,9 @@ def policy_batches(groups, rows, device):
     """
     (micro_batches, skipped_tokens) for train_step(). A micro-batch is (inputs, targets, weights), each (rows, T).
 
-    Targets that were not sampled are -1. A token's weight is its rollout's advantage. Groups with
-    equal rewards are skipped, since their advantages are 0; `skipped_tokens` is the number of their sampled tokens,
-    which the mean loss still counts.
+    Targets that were not sampled are -1. A token's weight is its rollout's advantage. Groups with equal rewards are
+    skipped, since their advantages are 0; `skipped_tokens` is the number of their sampled tokens, which the mean loss
+    still counts.
     """
     weighted, skipped_tokens = [], 0
     for group in groups:

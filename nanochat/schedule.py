@@ -11,7 +11,7 @@ def lr_multiplier(progress, warmup_ratio=0.0, warmdown_ratio=0.2, final_lr_frac=
 
 
 def muon_momentum(step, warmup_steps=300):
-    """Muon's momentum rises linearly from 0.85 to 0.95, since early gradients are soon out of date."""
+    """Momentum of Muon at `step`: rises linearly from 0.85 to 0.95, since early gradients are soon out of date."""
     return 0.85 + 0.10 * min(step / warmup_steps, 1.0)
 
 

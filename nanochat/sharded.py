@@ -1,6 +1,5 @@
 """
-Base class of both optimizers: averages gradients over ranks and shards optimizer state (ZeRO-2, Rajbhandari et al.
-2020).
+Base class of both optimizers: gradient averaging and sharded optimizer state (ZeRO-2, Rajbhandari et al. 2020).
 
 Parameters are grouped into units. A unit is a stack of rows: single numbers for AdamW, whole matrices for Muon. Each
 rank owns an equal, contiguous range of a unit's rows, zero-padded to a multiple of the world size. A rank receives the
@@ -31,7 +30,7 @@ class Unit:
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
-    """A subclass fills `self.units` and implements update() and apply()."""
+    """Base class of AdamW and Muon. A subclass fills `self.units` and implements update() and apply()."""
 
     def __init__(self, params, defaults):
         super().__init__(params, defaults)

@@ -25,7 +25,7 @@ def build_parser():
     add = parser.add_argument
     add("-p", "--prompt", help="answer this question and exit; - reads standard input")
     add("--system", default="", help="system text, prepended to the first question")
-    add("-t", "--temperature", type=float, default=0.6, help="0 = greedy (default 0.6)")
+    add("-t", "--temperature", type=float, default=0.6, help="sampling temperature; 0 = greedy (default 0.6)")
     add("-k", "--top_k", type=int, default=50, help="sample from the k likeliest tokens, 0 = from all (default 50)")
     add("-m", "--max_tokens", type=int, default=512, help="maximum length of an answer, in tokens (default 512)")
     add("--seed", type=int, default=42, help="sampling seed; the same seed repeats a whole session (default 42)")

@@ -24,7 +24,7 @@ def build_parser():
     add("--examples_per_step", type=int, default=16, help="problems per step, over all devices")
     add("--num_samples", type=int, default=16, help="answers per problem")
     add("--max_new_tokens", type=int, default=256, help="maximum length of an answer in tokens")
-    add("--temperature", type=float, default=1.0, help="must be 1: the loss is of the unscaled distribution")
+    add("--temperature", type=float, default=1.0, help="must be 1: other values bias the policy gradient")
     add("--top_k", type=int, default=0, help="must be 0 (off), for the same reason")
     add("--max_rows", type=int, default=256, help="answers generated at once, per device")
     add("--num_epochs", type=int, default=1, help="passes over the task's problems")

@@ -33,7 +33,7 @@ class PocketFacts(GeneratedTask):
     """
     Questions about characters and places with four choices. The answer is the text of the correct choice.
 
-    In MMLU it is a letter, but a small model learns facts within minutes and fails to map choices to letters.
+    It is not a letter as in MMLU: a small model learns facts within minutes, but not to map choices to letters.
     """
 
     def make(self, rng):

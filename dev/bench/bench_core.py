@@ -73,8 +73,8 @@ def print_row(label, n, plain_seconds, seconds):
 
 def main(argv=None):
     parser = make_parser("dev.bench.bench_core", __doc__)
-    parser.add_argument("--depth", type=int, default=4, help="of the model (default 4)")
-    parser.add_argument("--vocab_size", type=int, help="of the model; default: that of the tokenizer")
+    parser.add_argument("--depth", type=int, default=4, help="depth of the model (default 4)")
+    parser.add_argument("--vocab_size", type=int, help="vocabulary size of the model (default: the tokenizer's)")
     parser.add_argument("--max_per_task", type=int, default=16, help="examples per task (default 16)")
     parser.add_argument("--tasks", help="e.g. 'hellaswag|squad'; default: all")
     parser.add_argument("--pass_tokens", type=int, help="padded tokens per forward pass of evaluate_core()")

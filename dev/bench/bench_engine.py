@@ -116,8 +116,10 @@ def hf_prefill_speed(hf, n):
 
 def main():
     parser = make_parser("dev.bench.bench_engine", __doc__)
-    parser.add_argument("--depth", type=int, default=12, help="of the model (default 12)")
-    parser.add_argument("--vocab_size", type=int, default=32_768, help="of the model, at least 1,001 (default 32,768)")
+    parser.add_argument("--depth", type=int, default=12, help="depth of the model (default 12)")
+    parser.add_argument(
+        "--vocab_size", type=int, default=32_768, help="vocabulary size, at least 1,001 (default 32,768)"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="measurements per median (default 3)")
     parser.add_argument("--skip_transformers", action="store_true", help="measure our engine only")
     args = parse_args(parser)

@@ -124,7 +124,7 @@ def unpack(archive, folder):
             require("eval_bundle/core.yaml" in names, f"{archive} contains no eval_bundle/core.yaml")
             z.extractall(folder, names)
     except (zipfile.BadZipFile, EOFError, zlib.error) as e:
-        raise UserError(f"{archive} is not a complete zip file ({e}); run again to download it again") from e
+        raise UserError(f"{archive} is not a complete zip file ({e}); repeat the command to download a new copy") from e
 
 
 def _read(path):

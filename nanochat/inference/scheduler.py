@@ -17,7 +17,7 @@ from nanochat.inference.detokenizer import Detokenizer
 from nanochat.inference.sampling import Request, apply_penalties, log_probabilities, sample
 
 PREFILL_TOKENS = 8192  # padded tokens in one prefill pass; bounds the activations' memory
-PREFILL_CHUNK = 512  # the same while other rows are being decoded
+PREFILL_CHUNK = 512  # padded tokens in one prefill pass while other rows are being decoded
 
 
 @dataclass(eq=False)
