@@ -22,7 +22,7 @@ class Answer:
         self.open_step = None  # tool step whose expression or result is incomplete
         self.pending_logprobs = []  # log-probabilities of tokens whose text is held back
         self.n_returned_logprobs = 0  # entries that new_logprobs() has returned
-        self.n_tokens, self.cached, self.finish = 0, 0, None
+        self.n_tokens, self.finish = 0, None
 
     def push(self, token, logprobs=None, finish=None):
         """Add a token; returns the delta, a dict with new text as "content" and completed steps as "tool_steps"."""
