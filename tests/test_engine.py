@@ -209,10 +209,10 @@ def test_200_requests_get_the_same_tokens_alone_and_in_batches(dtype):
         for i in range(200)
     ]
     batched = {row.request: row.tokens for row in engine.generate_many(requests, max_rows=24)}
-    alone = {
+    single = {
         request: next(Engine(engine.model, NoSpecialTokens()).generate_many([request])).tokens for request in requests
     }
-    assert batched == alone
+    assert batched == single
 
 
 def many_requests():
@@ -252,9 +252,9 @@ def test_cuda_graphs_give_the_same_tokens(capsys):
 
 def test_row_does_not_depend_on_earlier_rows_of_its_slot(engine):
     prompts = [random_ids(1, n, seed=n)[0].tolist() for n in (50, 3)]
-    alone = list(engine.generate_many([Request(prompts[1], max_tokens=20, temperature=0)]))[0].tokens
+    single = list(engine.generate_many([Request(prompts[1], max_tokens=20, temperature=0)]))[0].tokens
     rows = list(engine.generate_many([Request(p, max_tokens=20, temperature=0) for p in prompts], max_rows=1))
-    assert rows[1].tokens == alone
+    assert rows[1].tokens == single
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,11 +294,11 @@ def test_row_is_independent_of_its_batch(engine, max_rows):
         for i in range(12)
     ]
     requests[5] = Request(requests[5].tokens, max_tokens=9, num_samples=5, seed=1)
-    alone = {}
+    single = {}
     for request in requests:
-        alone |= {(request, row.sample): row.tokens for row in engine.generate_many([request])}
+        single |= {(request, row.sample): row.tokens for row in engine.generate_many([request])}
     batched = {(row.request, row.sample): row.tokens for row in engine.generate_many(requests, max_rows)}
-    assert batched == alone and len(alone) == 16
+    assert batched == single and len(single) == 16
 
 
 def test_samples_differ_and_are_reproducible_from_the_seed(engine):
@@ -464,8 +464,8 @@ def test_prompt_reuses_the_cached_prefix(model):
         (row,) = loop.submit(Request(history, max_tokens=8, temperature=0))
         while loop.busy:
             loop.step()
-        (alone,) = plain.generate_many([Request(history, max_tokens=8, temperature=0)])
-        assert row.tokens == alone.tokens
+        (single,) = plain.generate_many([Request(history, max_tokens=8, temperature=0)])
+        assert row.tokens == single.tokens
         cached_tokens.append(row.cached)
         history = history + row.tokens
     assert cached_tokens == [0, 40 + 8 - 1]

@@ -25,16 +25,16 @@ def test_logits_equal_transformers(n_kv_head, use_cache):
     ids = torch.randint(0, c.vocab_size, (2, 24))
     with torch.no_grad():
         if use_cache:
-            cache, ours, past, theirs = KVCache(c.n_layer, rows=2), [], None, []
+            cache, actual, past, expected = KVCache(c.n_layer, rows=2), [], None, []
             for chunk in ids.split((7, 1, 1, 10, 1, 4), dim=1):
-                ours.append(model(chunk, kv_cache=cache))
+                actual.append(model(chunk, kv_cache=cache))
                 out = hf(chunk, past_key_values=past, use_cache=True)
                 past = out.past_key_values
-                theirs.append(out.logits)
-            ours, theirs = torch.cat(ours, 1), torch.cat(theirs, 1)
+                expected.append(out.logits)
+            actual, expected = torch.cat(actual, 1), torch.cat(expected, 1)
         else:
-            ours, theirs = model(ids), hf(ids).logits
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+            actual, expected = model(ids), hf(ids).logits
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -55,8 +55,8 @@ def test_chunked_loss_equals_plain_cross_entropy(reduction, monkeypatch):
 
     assert ops.chunk_rows(idx, 130) == 5
     torch.testing.assert_close(loss, plain)
-    for ours, p in zip(grads, model.parameters(), strict=True):
-        torch.testing.assert_close(ours, p.grad, atol=1e-5, rtol=1e-4)
+    for actual, p in zip(grads, model.parameters(), strict=True):
+        torch.testing.assert_close(actual, p.grad, atol=1e-5, rtol=1e-4)
 
 
 def test_loss_without_targets_and_its_gradients_are_zero():
@@ -140,9 +140,9 @@ def test_generate_is_reproducible_from_its_seed():
 @pytest.mark.parametrize("T", [1, 7, 256, 600])
 def test_attention_in_blocks_equals_sdpa(T):
     q, k, v = (torch.randn(2, 3, T, 16, requires_grad=True) for _ in range(3))
-    ours = ops.causal_attention(q, k, v)
-    plain = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    assert_equal_with_gradients(ours, plain, (q, k, v))
+    actual = ops.causal_attention(q, k, v)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert_equal_with_gradients(actual, expected, (q, k, v))
 
 
 def test_squared_relu_and_rms_norm_equal_their_formulas():
@@ -152,8 +152,8 @@ def test_squared_relu_and_rms_norm_equal_their_formulas():
         assert_equal_with_gradients(ops.RMSNorm.apply(x * scale, 1e-6), F.rms_norm(x * scale, (32,), eps=1e-6), (x,))
 
 
-def assert_equal_with_gradients(ours, plain, inputs):
-    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
-    weights = torch.randn_like(plain)
-    for a, b in zip(*(torch.autograd.grad((y * weights).sum(), inputs) for y in (ours, plain)), strict=True):
+def assert_equal_with_gradients(actual, expected, inputs):
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    weights = torch.randn_like(expected)
+    for a, b in zip(*(torch.autograd.grad((y * weights).sum(), inputs) for y in (actual, expected)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

@@ -12,37 +12,37 @@ from nanochat.schedule import lr_multiplier, muon_momentum, set_schedule
 def two_copies(*shapes):
     """Two equal lists of random parameters."""
     torch.manual_seed(0)
-    ours = [torch.nn.Parameter(torch.randn(s)) for s in shapes]
-    return ours, [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    params = [torch.nn.Parameter(torch.randn(s)) for s in shapes]
+    return params, [torch.nn.Parameter(p.detach().clone()) for p in params]
 
 
-def assert_same_steps(ours, theirs, make_ours, make_theirs, steps=6):
-    a, b = make_ours(ours), make_theirs(theirs)
+def assert_same_steps(params, copies, make_optimizer, make_reference, steps=6):
+    a, b = make_optimizer(params), make_reference(copies)
     for step in range(steps):
-        for p, q in zip(ours, theirs, strict=True):
+        for p, q in zip(params, copies, strict=True):
             p.grad = torch.randn_like(p) * 10.0 ** (step - 3)
             q.grad = p.grad.clone()
         for optimizer in (a, b):
             optimizer.param_groups[0]["lr"] *= 0.9  # as a schedule does
             optimizer.step()
-        for p, q in zip(ours, theirs, strict=True):
+        for p, q in zip(params, copies, strict=True):
             torch.testing.assert_close(p, q, atol=1e-5, rtol=0)
 
 
 def test_adamw_equals_torch():
-    ours, theirs = two_copies((7, 5), (33,), (4, 3, 2))
+    params, copies = two_copies((7, 5), (33,), (4, 3, 2))
     settings = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.1}
-    assert_same_steps(ours, theirs, lambda p: AdamW(p, **settings), lambda p: torch.optim.AdamW(p, **settings))
+    assert_same_steps(params, copies, lambda p: AdamW(p, **settings), lambda p: torch.optim.AdamW(p, **settings))
 
 
 def test_muon_equals_torch():
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("this torch has no Muon")
-    ours, theirs = two_copies((64, 64), (64, 64), (128, 32), (32, 128))
+    params, copies = two_copies((64, 64), (64, 64), (128, 32), (32, 128))
     settings = {"lr": 0.02, "momentum": 0.95}
     assert_same_steps(
-        ours,
-        theirs,
+        params,
+        copies,
         lambda p: Muon(p, **settings),
         lambda p: torch.optim.Muon(p, weight_decay=0.0, adjust_lr_fn="original", **settings),
     )
@@ -58,15 +58,15 @@ def test_orthogonalize_brings_singular_values_close_to_1():
 
 def test_load_shards_combines_the_state_of_two_ranks():
     """The shards are cut by hand from the state of one process."""
-    ours, theirs = two_copies((8, 4), (8, 4), (8, 4))
-    a = Muon(ours)
-    for p in ours:
+    params, copies = two_copies((8, 4), (8, 4), (8, 4))
+    a = Muon(params)
+    for p in params:
         p.grad = torch.randn_like(p)
     a.step()
     whole = a.state_shard()
     buffer = whole["0.momentum_buffer"]
     padded = torch.cat([buffer, torch.zeros(1, 8, 4)])  # 3 matrices over 2 ranks
-    b = Muon(theirs)
+    b = Muon(copies)
     b.load_shards([{"steps": 1, "0.momentum_buffer": half} for half in padded.split(2)])
     assert torch.equal(b.state_shard()["0.momentum_buffer"], buffer)
     assert b.steps == 1

@@ -139,8 +139,8 @@ def test_rollout_is_independent_of_its_batch():
     sampler = Engine(random_model(std=0.2).requires_grad_(False), ByteTokenizer(), CPU)
     batched = roll_out(sampler, LetterTask(), {3: 30, 4: 40, 12: 50}, 4, 12, max_rows=256)
     for i, seed in {12: 50, 4: 40}.items():
-        (alone,) = roll_out(sampler, LetterTask(), {i: seed}, 4, 12, max_rows=3).values()
-        assert [r.tokens for r in alone] == [r.tokens for r in batched[i]]
+        (single,) = roll_out(sampler, LetterTask(), {i: seed}, 4, 12, max_rows=3).values()
+        assert [r.tokens for r in single] == [r.tokens for r in batched[i]]
     first = batched[3][0]
     assert first.tokens != batched[3][1].tokens
     assert len(first.tokens) == len(first.mask) <= 12
