@@ -148,8 +148,9 @@ def main(argv=None):
         "Total training FLOPs": f"{total_tokens * flops_per_token:.4e}",
         "Minimum validation bpb": results["min_val_bpb"],
         "Final validation bpb": results["val_bpb"],
-        "CORE estimate": results["core"],
     }
+    if results["core"] is not None:
+        facts["CORE estimate"] = results["core"]
     log.report("Base model training", args, facts, val_bpb=results["val_bpb"], core=results["core"])
 
 
