@@ -21,16 +21,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from nanochat.common import CHECKPOINT_FOLDERS as FOLDERS
 from nanochat.common import UserError, atomic_path, base_dir, file_fingerprint, print0
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import get_tokenizer
 
-FOLDERS = {
-    "base": "base_checkpoints",
-    "mid": "mid_checkpoints",
-    "sft": "chatsft_checkpoints",
-    "rl": "chatrl_checkpoints",
-}
 SCRIPTS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}
 
 

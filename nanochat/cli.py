@@ -11,7 +11,7 @@ import os
 import re
 import sys
 
-from nanochat.common import UserError, compute_cleanup, is_rank0
+from nanochat.common import CHECKPOINT_FOLDERS, UserError, base_dir, compute_cleanup, is_rank0, print0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,10 +43,21 @@ def add_machine_flags(parser, short=(), dtype=BF16_DEFAULT):
 
 
 def add_model_flags(parser, source=None):
-    """Flag --source, with default `source` (None = required), and the flags of add_checkpoint_flags()."""
-    text, stages = "stage of the model" + (f" (default {source})" if source else ""), ["base", "mid", "sft", "rl"]
-    parser.add_argument("-i", "--source", choices=stages, default=source, required=not source, help=text)
+    """Flag --source and those of add_checkpoint_flags(). Default `source`: None = required, "" = choose_source()."""
+    default = {None: "", "": " (default: sft, else rl, else mid)"}.get(source, f" (default {source})")
+    text, stages = f"stage of the model{default}", list(CHECKPOINT_FOLDERS)
+    parser.add_argument("-i", "--source", choices=stages, default=source, required=source is None, help=text)
     add_checkpoint_flags(parser)
+
+
+def choose_source(args, stages):
+    """Set an empty args.source to the first of `stages` with checkpoints (of --model_tag), and print it if not sft."""
+    if not args.source:
+        steps = f"{args.model_tag or '*'}/step_*/meta.json"
+        found = (stage for stage in stages if any((base_dir() / CHECKPOINT_FOLDERS[stage]).glob(steps)))
+        args.source = next(found, stages[0])
+        if args.source != "sft":
+            print0(f"there is no sft model: using the {args.source} model (-i {args.source})", file=sys.stderr)
 
 
 def add_checkpoint_flags(parser, dtype=BF16_DEFAULT):

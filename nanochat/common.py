@@ -16,6 +16,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+CHECKPOINT_FOLDERS = {
+    "base": "base_checkpoints",
+    "mid": "mid_checkpoints",
+    "sft": "chatsft_checkpoints",
+    "rl": "chatrl_checkpoints",
+}
+
 # Public hosts, each replaceable by a mirror: another URL, or a folder on this machine.
 HUB_URL = "https://huggingface.co/datasets"  # <base>/<organisation>/<dataset>/resolve/main/<file>
 BUCKET_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com"  # <base>/<file>
@@ -217,13 +224,14 @@ def write_jsonl(path, records):
         draft.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
 
 
-def fetch(url, path, attempts=5, timeout=30, progress=None):
+def fetch(url, path, attempts=5, timeout=30, progress=None, check=None):
     """
     Download `url` (http, https, or a local path) to `path`, atomically.
 
     An interrupted download is resumed (HTTP Range) after waits of 2, 4, 8, 16 seconds. Partial data stays in
     `<path>.part`, so a later call resumes too. `progress(bytes_so_far, bytes_total)` is called during the download.
-    Raises UserError if the file does not exist or cannot be fetched.
+    A complete file is kept only if it is no error page and `check(its temporary path)` raises no UserError.
+    Raises UserError if the file does not exist, cannot be fetched or is refused.
     """
     import http.client
     import urllib.error
@@ -235,13 +243,21 @@ def fetch(url, path, attempts=5, timeout=30, progress=None):
             raise UserError(f"no file at {url}")
         with atomic_path(path) as draft:
             shutil.copyfile(url, draft)
+            _check_fetched(url, draft, check)
         return path
     part = path.with_name(path.name + ".part")
     for attempt in range(1, attempts + 1):
+        resumed = part.exists()
         try:
             _fetch_part(url, part, timeout, progress)
+            _check_fetched(url, part, check)
             os.replace(part, path)
             return path
+        except UserError as e:
+            part.unlink()
+            if not resumed or attempt == attempts:  # the beginning of a resumed file may come from another host
+                raise
+            error = e
         except urllib.error.HTTPError as e:
             if e.code == 416:  # the file on the host has changed
                 part.unlink(missing_ok=True)
@@ -276,6 +292,26 @@ def _fetch_part(url, part, timeout, progress, chunk=1 << 20):
             os.fsync(f.fileno())
     if total is not None and received < total:
         raise OSError(f"connection closed after {received:,} of {total:,} bytes")
+
+
+def _check_fetched(url, draft, check):
+    """Raises UserError if the file `draft` is an error page instead of the file at `url`, or if check(draft) does."""
+    with open(draft, "rb") as f:
+        head = f.read(200).lstrip().lower()
+    kinds = {
+        b"<": "a web page, perhaps the login page of your network",
+        b"version https://git-lfs": "a Git LFS pointer",
+    }
+    kinds |= {b'{"error': f"an error message: {head.decode(errors='replace')}"}
+    kind = next((kinds[start] for start in kinds if head.startswith(start)), None if head else "an empty file")
+    try:
+        if kind:
+            raise UserError(f"the answer is {' '.join(kind.split())}")
+        if check:
+            check(draft)
+    except UserError as e:
+        problem = str(e).replace(str(draft), "the file")
+        raise UserError(f"{url}: {problem}; nothing was kept: open the address in a browser, then try again") from e
 
 
 def file_fingerprint(path):

@@ -239,7 +239,8 @@ class Tokenizer:
             part_ids = self.encode(part["text"], before, after)
             ids += part_ids
             mask += [in_loss] * len(part_ids)
-        return [*ids, self.encode_special("<|assistant_end|>")], [*mask, 1]
+        ids, mask = [*ids, self.encode_special("<|assistant_end|>")], [*mask, 1]
+        return ids, [0] * len(ids) if message.get("weight") == 0 else mask
 
 
 RustBPETokenizer = Tokenizer  # former name, for older scripts

@@ -6,22 +6,22 @@ Chat with a model in the terminal.
     cat poem.txt | python -m scripts.chat_cli -p "Explain this poem."   # the piped text comes before the question
     python -m scripts.chat_cli -p - --json < question.txt               # the answer with token counts, as JSON
 
-Loads the newest checkpoint of a stage. In a terminal, calculator calls are shown, dimmed unless NO_COLOR is set; pipes
-and files get only the text. Exit codes: 1 = failure, 2 = user error, 130 = Ctrl-C.
+Loads the newest sft checkpoint, or else of rl, mid or base. In a terminal, calculator calls are shown, dimmed unless
+NO_COLOR is set; pipes and files get only the text. Exit codes: 1 = failure, 2 = user error, 130 = Ctrl-C.
 """
 
 import io
 import json
 import sys
 
-from nanochat.cli import add_model_flags, make_parser, parse_args, run_script
+from nanochat.cli import add_model_flags, choose_source, make_parser, parse_args, run_script
 from nanochat.common import UserError, base_dir, compute_init
 from nanochat.terminal.console import print_answer, print_speed, read_question
 
 
 def build_parser():
     parser = make_parser("scripts.chat_cli", __doc__)
-    add_model_flags(parser, source="sft")
+    add_model_flags(parser, source="")
     add = parser.add_argument
     add("-p", "--prompt", help="answer this question and exit; - reads standard input")
     add("--system", default="", help="system text, prepended to the first question")
@@ -36,6 +36,7 @@ def build_parser():
 
 def main(argv=None):
     args = parse_args(build_parser(), argv)
+    choose_source(args, ("sft", "rl", "mid", "base"))
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # the terminal's encoding may lack some characters

@@ -13,14 +13,14 @@ import time
 from functools import partial
 from pathlib import Path
 
-from nanochat.cli import add_model_flags, boolean, make_parser, parse_args, run_script
+from nanochat.cli import add_model_flags, boolean, choose_source, make_parser, parse_args, run_script
 from nanochat.common import UserError, compute_init, print0, require, write_jsonl
 from nanochat.tracking import progress_printer
 
 
 def build_parser():
     parser = make_parser("scripts.chat_eval", __doc__)
-    add_model_flags(parser)
+    add_model_flags(parser, source="")
     add = parser.add_argument
     add("-a", "--task_name", help="tasks, e.g. 'ARC-Easy|mine.py:Mine' (default: all tasks of the model's corpus)")
     add("-x", "--max_problems", type=int, help="problems per task (default: all)")
@@ -70,6 +70,7 @@ def main(argv=None):
     args = parse_args(build_parser(), argv)
     args.level = "basic" if args.unsafe_exec else "strict"
     check_flags(args)
+    choose_source(args, ("sft", "rl", "mid"))
     started = time.time()
     from nanochat.chat_eval import chat_core, evaluate_task
     from nanochat.checkpoint_manager import load_model

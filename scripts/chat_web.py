@@ -4,13 +4,14 @@ Serve a model: OpenAI's API, and a page to chat with it.
     python -m scripts.chat_web                                          # then open http://localhost:8000
     python -m scripts.chat_web -n 8 --host=0.0.0.0 --api_key=SECRET     # one model per GPU, open to other machines
 
-Loads the newest checkpoint of a stage. On Ctrl-C or SIGTERM, running answers have --shutdown_timeout seconds to finish.
+Loads the newest sft checkpoint, or else of rl, mid or base. On Ctrl-C or SIGTERM, running answers have
+--shutdown_timeout seconds to finish.
 """
 
 import socket
 from dataclasses import fields
 
-from nanochat.cli import add_model_flags, make_parser, parse_args, run_script
+from nanochat.cli import add_model_flags, choose_source, make_parser, parse_args, run_script
 from nanochat.common import UserError, server_api_key
 
 # Smallest and largest value of each numeric flag.
@@ -21,7 +22,7 @@ LIMITS |= dict(request_timeout=(0.1, 10**6), shutdown_timeout=(0, 10**6))
 
 def build_parser():
     parser = make_parser("scripts.chat_web", __doc__)
-    add_model_flags(parser, source="sft")
+    add_model_flags(parser, source="")
     add = parser.add_argument
     add("-n", "--num_gpus", type=int, default=1, help="GPUs to use, with one model on each (default 1)")
     add("--num_workers", type=int, help="models to load, each in its own process (default: --num_gpus)")
@@ -62,6 +63,7 @@ def main(argv=None):
         if value is not None and not low <= value <= high:  # this also rejects nan
             raise UserError(f"--{flag}={value}: give {low} to {high:,}")
     args.num_workers = args.num_workers or args.num_gpus
+    choose_source(args, ("sft", "rl", "mid", "base"))
 
     import uvicorn
 

@@ -5,10 +5,37 @@ A conversation is {"messages": [{"role": "user" | "assistant", "content": str or
 {"type": "text" | "python" | "python_output", "text": str}. Multiple-choice problems also have "letters".
 """
 
+import hashlib
+import json
 import time
 from random import Random
 
 from nanochat.common import UserError, base_dir, dist_env, fetch, mirror_url
+
+FINGERPRINT_EXAMPLES = 256
+
+
+class Message(dict):
+    """{"role", "content"}; fields can be read as attributes too."""
+
+    def __init__(self, role, content, **fields):
+        super().__init__(role=role, content=content, **fields)
+
+    def __getattr__(self, name):
+        if name in self:
+            return self[name]
+        raise AttributeError(f"{type(self).__name__} has no {name!r}")
+
+
+class Conversation(Message):
+    """{"messages": [...]} and other fields; `answer` is the content of the last message."""
+
+    def __init__(self, messages, **fields):
+        dict.__init__(self, messages=messages, **fields)
+
+    @property
+    def answer(self):
+        return self.get("answer", self["messages"][-1]["content"])
 
 
 class Task:
@@ -20,10 +47,11 @@ class Task:
 
     eval_type = "generative"  # or "categorical": the answer is one of the conversation's "letters"
     baseline = 0.0  # accuracy of random guessing; a class in a user's file sets it here
+    start, stop, step = 0, None, 1  # for subclasses that do not call __init__
 
     def __init__(self, start=0, stop=None, step=1):
         assert start >= 0 and step >= 1 and (stop is None or stop >= start), (start, stop, step)
-        self.slice = slice(start, stop, step)
+        self.start, self.stop, self.step = start, stop, step
 
     def num_examples(self):
         """Size of the data set before slicing."""
@@ -34,7 +62,7 @@ class Task:
         raise NotImplementedError
 
     def _indices(self):
-        return range(self.num_examples())[self.slice]
+        return range(self.num_examples())[self.start : self.stop : self.step]
 
     def __len__(self):
         return len(self._indices())
@@ -54,6 +82,15 @@ class Task:
         """Reward of the response in reinforcement learning: 1.0 or 0.0."""
         return float(self.evaluate(conversation, assistant_response))
 
+    def origin(self):
+        """JSON-serializable list: what the examples are made from, for fingerprint()."""
+        return []
+
+    def fingerprint(self):
+        """sha256 (hex) of the origin, the number of examples, and up to 256 evenly spaced examples."""
+        every = max(1, -(-len(self) // FINGERPRINT_EXAMPLES))
+        return _sha256([type(self).__name__, len(self), self.origin(), [self[i] for i in range(0, len(self), every)]])
+
 
 class ChoiceTask(Task):
     """A multiple-choice task: the answer is a letter."""
@@ -61,7 +98,6 @@ class ChoiceTask(Task):
     eval_type = "categorical"
 
     def evaluate(self, conversation, assistant_response):
-        assert assistant_response in conversation["letters"], (assistant_response, conversation["letters"])
         return assistant_response == conversation["messages"][-1]["content"]
 
 
@@ -78,7 +114,12 @@ class PublicTask(Task):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self.table = pa.concat_tables([pq.read_table(path) for path in fetch_files(repo, stem, shards)])
+        self.paths = fetch_files(repo, stem, shards)
+        try:
+            self.table = pa.concat_tables([pq.read_table(path) for path in self.paths])
+        except (pa.ArrowInvalid, OSError) as e:
+            paths = ", ".join(map(str, self.paths))
+            raise UserError(f"cannot read {paths} ({str(e).splitlines()[0]}); delete to download again") from e
         self.order = np.random.default_rng(42).permutation(len(self.table))
 
     def num_examples(self):
@@ -86,6 +127,10 @@ class PublicTask(Task):
 
     def get_example(self, index):
         return self.conversation(self.table.slice(int(self.order[index]), 1).to_pylist()[0])
+
+    def origin(self):
+        """Name, size and last 100 kB of each file: these contain parquet's footer, which describes all columns."""
+        return [[path.name, path.stat().st_size, hashlib.sha256(_tail(path)).hexdigest()] for path in self.paths]
 
 
 class GeneratedTask(Task):
@@ -106,6 +151,11 @@ class GeneratedTask(Task):
     def get_example(self, index):
         return self.make(Random(f"{type(self).__name__} {self.split} {self.seed} {index}"))
 
+    def origin(self):
+        from nanochat.pocket.world import WORLD_FILE
+
+        return [self.split, self.size, self.seed, WORLD_FILE.read_text(encoding="utf-8")]
+
 
 class TaskMixture(Task):
     """All examples of several tasks, shuffled with a fixed seed. A task listed twice contributes twice."""
@@ -122,6 +172,11 @@ class TaskMixture(Task):
     def get_example(self, index):
         task, row = self.index[index]
         return self.tasks[task][row]
+
+    def fingerprint(self):
+        """sha256 (hex) of the fingerprints of all tasks, in order, and of the slice."""
+        parts = [task.fingerprint() for task in self.tasks]
+        return _sha256([type(self).__name__, self.start, self.stop, self.step, parts])
 
 
 class TaskSequence(TaskMixture):
@@ -160,7 +215,7 @@ def fetch_files(repo, stem, shards=(1,)):
     candidates = [[folder / f"{stem}-{i:05d}-of-{n:05d}.parquet" for i in range(n)] for n in shards]
 
     def local_files():
-        return next((paths for paths in candidates if all(path.exists() for path in paths)), None)
+        return next((paths for paths in candidates if all(map(_is_parquet, paths))), None)
 
     if dist_env()[1] == 0 and not local_files():
         _download(repo, folder, candidates)
@@ -174,16 +229,52 @@ def _download(repo, folder, candidates):
     for paths in candidates:
         try:
             for path in paths:
-                if not path.exists():
+                if not _is_parquet(path):
                     url = f"{mirror_url('hub')}/{repo}/resolve/main/{path.relative_to(folder).as_posix()}"
-                    fetch(url, path, attempts=3)
+                    fetch(url, path, attempts=3, check=check_parquet)
             return
         except UserError as e:
             error = e
     raise UserError(f"cannot download {repo}: {error}; set NANOCHAT_HUB_URL to use a mirror (a URL or a folder)")
 
 
-def fetch_once(url, name):
-    """Path of the file `name` in the base directory, downloaded from `url` if it is missing."""
+def check_parquet(path):
+    """Raises UserError unless `path` is a complete parquet file: its footer is at the end."""
+    import pyarrow.parquet as pq
+
+    try:
+        pq.read_metadata(path)
+    except (ValueError, OSError) as e:  # ArrowInvalid is a ValueError
+        raise UserError(f"not a complete parquet file ({str(e).splitlines()[0]})") from e
+
+
+def _is_parquet(path):
+    """Whether `path` is a complete parquet file. An older version may have kept an error page instead."""
+    try:
+        check_parquet(path)
+    except UserError:
+        return False
+    return True
+
+
+def fetch_once(url, name, check):
+    """Path of the file `name` in the base directory, downloaded from `url` if it is missing or check(path) fails."""
     path = base_dir() / name
-    return path if path.exists() else fetch(url, path, attempts=3)
+    try:
+        if path.exists():
+            check(path)
+            return path
+    except UserError:
+        pass
+    return fetch(url, path, attempts=3, check=check)
+
+
+def _tail(path, size=100_000):
+    with open(path, "rb") as f:
+        f.seek(max(0, path.stat().st_size - size))
+        return f.read()
+
+
+def _sha256(value):
+    """sha256 (hex) of a JSON-serializable value; other objects in it count as their str()."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

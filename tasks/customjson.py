@@ -1,33 +1,42 @@
 """
-The user's own conversations, from a JSONL file. Each line is a JSON array of at least two messages:
+The user's own conversations, from JSON lines, a JSON array (both also as .gz) or parquet. A conversation is one of
 
-    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}    OpenAI
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]                  its messages alone
+    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}        ShareGPT
 
-User and assistant alternate, user first. A system message may come before them. A line may also be an object with that
-array under "messages".
+User and assistant alternate, user first, assistant last. A system message may come before them. An assistant's message
+with "weight": 0 is not trained on. Its content may be a list of parts, see tasks/common.py. The files that chat_cli's
+/save and the chat page's export write are read too.
 """
 
+import codecs
+import gzip
 import json
+import re
+import zlib
 from pathlib import Path
 
-from nanochat.common import UserError
+from nanochat.common import UserError, require, well_formed
 from nanochat.tokenizer import check_conversation
-from tasks.common import Task
+from tasks.common import Task, check_parquet
+
+ROLES = {"user": ("human", "prompter"), "assistant": ("gpt", "chatgpt", "bot", "model"), "system": ("developer",)}
+ROLES = {alias: role for role, aliases in ROLES.items() for alias in aliases}
+SEPARATORS = re.compile(r"\s*"), re.compile(r"[\s,\]]*")  # between values, and in an array
+FORMS = 'readable are {"messages": [...]}, a list of messages, and ShareGPT\'s {"conversations": [...]}'
 
 
 class CustomJSON(Task):
-    """Conversations of one JSONL file. Raises UserError with file and line number for an invalid one."""
+    """Conversations of one file. Raises UserError with file and line number for an invalid one."""
 
-    def __init__(self, path, **kwargs):
+    def __init__(self, filepath, **kwargs):
         super().__init__(**kwargs)
-        path = Path(path)
-        if not path.is_file():
-            raise UserError(f"no conversations at {path}; generate some with `python -m dev.gen_synthetic_data`")
-        self.conversations = []
-        with open(path, encoding="utf-8") as f:
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    self.conversations.append({"messages": _parse(line, f"{path}:{number}")})
+        self.path = Path(filepath).expanduser()
+        hint = "generate some with `python -m dev.gen_synthetic_data`"
+        require(self.path.is_file(), f"no conversations at {self.path}; {hint}")
+        self.conversations = [_parse(value, where) for value, where in _values(self.path)]
+        require(self.conversations, f"{self.path} is empty: no conversations; {FORMS}")
 
     def num_examples(self):
         return len(self.conversations)
@@ -35,17 +44,111 @@ class CustomJSON(Task):
     def get_example(self, index):
         return self.conversations[index]
 
+    def origin(self):
+        return self.conversations
 
-def _parse(line, where):
-    """The validated messages of one line; `where` is "file:line"."""
+
+def _read_text(path):
+    """The text of a file: UTF-8, or UTF-16 with a byte order mark. Raises UserError with the line of a bad byte."""
     try:
-        value = json.loads(line)
-        messages = value.get("messages") if isinstance(value, dict) else value
+        data = path.read_bytes()
+        data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+    except (OSError, EOFError, zlib.error) as e:
+        raise UserError(f"cannot read {path} ({e})") from e
+    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return data.decode("utf-16" if utf16 else "utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = 1 + data.count(b"\n", 0, e.start)
+        raise UserError(f"{path}:{line}: not UTF-8 ({e.reason}, byte {data[e.start]:#04x}); save it as UTF-8") from e
+
+
+def _values(path):
+    """Yield (JSON value, "file:line") for each conversation: values in a row, the items of an array, or rows."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        check_parquet(path)
+        yield from ((row, f"{path}, row {i}") for i, row in enumerate(pq.read_table(path).to_pylist(), 1))
+        return
+    text, decoder, position, line, array_end = _read_text(path), json.JSONDecoder(), 0, 1, 0
+    while True:
+        start = SEPARATORS[position < array_end].match(text, position).end()
+        line += text.count("\n", position, start)
+        if start == len(text):
+            return
+        try:
+            value, end = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError) as e:
+            first_line = text[start:].partition("\n")[0].strip()
+            # In a pretty-printed value, the line of the error; else the line of the value, which may be cut.
+            line = line if first_line.strip("[{") else getattr(e, "lineno", line)
+            hint = "" if start else f"; {FORMS}"
+            raise UserError(f"{path}:{line}: not JSON ({e}): {first_line[:60]}{hint}") from None
+        if isinstance(value, list) and value and not _is_message(value[0]) and start >= array_end:
+            position, array_end = start + 1, end  # valid JSON as a whole; next, its items one by one
+            continue
+        yield value, f"{path}:{line}"
+        line, position = line + text.count("\n", start, end), end
+
+
+def _is_message(value):
+    """Whether the first item of a list is a message, or at least no conversation."""
+    return not isinstance(value, list | dict) or (isinstance(value, dict) and bool({"role", "from"} & set(value)))
+
+
+def _parse(value, where):
+    """The conversation in a JSON value, in our form; `where` is "file:line"."""
+    try:
+        messages, system = value, None
+        if isinstance(value, dict):
+            messages, system = value.get("messages", value.get("conversations")), value.get("system")
+            fields = ", ".join(map(str, value))[:80]
+            require(messages, f"expected at least two messages, got an object with the fields {fields}; {FORMS}")
+        require(isinstance(messages, list), f"expected a list of messages, got {repr(messages)[:80]}; {FORMS}")
+        messages = [_message(message, f"message {i}") for i, message in enumerate(messages, 1)]
+        if system and isinstance(system, str):
+            messages.insert(0, {"role": "system", "content": system})
         _, turns = check_conversation({"messages": messages}) if messages else ("", [])
-    except json.JSONDecodeError as e:
-        raise UserError(f"{where}: not JSON ({e.msg} at column {e.colno})") from None
+        require(len(turns) >= 2, "expected at least two messages, from user and assistant in turns")
+        require(len(turns) % 2 == 0, f"message {len(messages)}, the last one, is the user's; expected an assistant's")
     except UserError as e:
         raise UserError(f"{where}: {e}") from None
-    if len(turns) < 2:
-        raise UserError(f"{where}: expected a JSON array of at least two messages, from user and assistant in turns")
-    return messages
+    return {"messages": messages}
+
+
+def _message(message, where):
+    """A message of any readable form in ours. What is no message stays as it is; check_conversation names it."""
+    if not isinstance(message, dict):
+        return message
+    for name in ("tool_calls", "function_call"):
+        require(not message.get(name), f"{where} has {name}; write calls as parts of type python and python_output")
+    role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+    role = ROLES.get(role.lower(), role.lower()) if isinstance(role, str) else role
+    is_list = isinstance(content, list) and content and all(isinstance(part, dict) for part in content)
+    if is_list and all(part.get("type") == "text" and isinstance(part.get("text"), str) for part in content):
+        content = "\n\n".join(part["text"] for part in content)  # as in the API
+    elif is_list:
+        content = [
+            part | {"text": well_formed(part["text"])} if isinstance(part.get("text"), str) else part
+            for part in content
+        ]
+    if isinstance(content, str):
+        content = _tool_parts(well_formed(content), message.get("tool_steps") or [], where)
+    weight = message.get("weight")
+    require(weight in (None, 0, 1), f"{where} has the weight {weight!r}, expected 0 or 1")
+    return {"role": role, "content": content} | ({"weight": 0} if weight == 0 else {})
+
+
+def _tool_parts(text, steps, where):
+    """`text`, or with the calculator calls that the chat page exports, a list of parts."""
+    parts, start = [], 0
+    try:
+        for step in steps:
+            parts += [("text", text[start : step["position"]]), ("python", step["expression"])]
+            parts += [("python_output", step["result"])] * (step["result"] is not None)
+            start = step["position"]
+    except (TypeError, KeyError) as e:
+        raise UserError(f"{where} has tool_steps without position, expression and result") from e
+    parts = [{"type": kind, "text": part} for kind, part in [*parts, ("text", text[start:])] if part]
+    return parts if steps else text

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from nanochat.common import UserError, mirror_url
+from nanochat.common import UserError, base_dir, fetch, mirror_url
 from tasks.arc import ARC
-from tasks.common import Task, TaskMixture, fetch_once
+from tasks.common import Task, TaskMixture
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
@@ -32,8 +32,10 @@ POCKET_ROWS = {
 
 def identity_conversations():
     """The user's identity conversations in the base directory, or the public ones, downloaded there."""
-    name = "identity_conversations.jsonl"
-    return CustomJSON(fetch_once(f"{mirror_url('bucket')}/{name}", name))
+    path = base_dir() / "identity_conversations.jsonl"
+    if not path.exists():
+        fetch(f"{mirror_url('bucket')}/{path.name}", path, attempts=3, check=CustomJSON)
+    return CustomJSON(path)
 
 
 def make_generated(task, split, size, seed=0, corpus="public", **_):

@@ -8,7 +8,7 @@ world or from a public list of 370 thousand English words.
 import functools
 from pathlib import Path
 
-from nanochat.common import mirror_url
+from nanochat.common import mirror_url, require
 from nanochat.pocket.problems import letter_problem, split_of
 from nanochat.pocket.world import load_world, read_sections
 from tasks.common import GeneratedTask, fetch_once, user_and_assistant
@@ -26,7 +26,16 @@ def question_templates(section, corpus):
 
 def public_words():
     """The public word list, downloaded to the base directory once."""
-    return fetch_once(f"{mirror_url('github')}/{WORDS_URL}", "words_alpha.txt").read_text(encoding="utf-8").split()
+    path = fetch_once(f"{mirror_url('github')}/{WORDS_URL}", "words_alpha.txt", read_words)
+    return read_words(path)
+
+
+def read_words(path):
+    """The words of a list. Raises UserError if it is no list of words."""
+    words = path.read_text(encoding="utf-8", errors="replace").split()
+    valid = len(words) > 1000 and all(word.isascii() and word.isalpha() for word in words)
+    require(valid, f"{path} is not a list of English words: {' '.join(words)[:80]!r}")
+    return words
 
 
 class WordTask(GeneratedTask):
@@ -41,6 +50,9 @@ class WordTask(GeneratedTask):
         assert corpus in ("pocket", "public"), corpus
         self.words = public_words() if corpus == "public" else load_world().words
         self.templates = question_templates(self.section, corpus)
+
+    def origin(self):
+        return [*super().origin(), self.words, self.templates]
 
 
 class SpellingBee(WordTask, FinalNumberTask):
