@@ -6,10 +6,12 @@ size or number of processes, up to rounding on a GPU.
 """
 
 import math
+import re
 from dataclasses import dataclass
 
-from nanochat.common import require
+from nanochat.common import require, task_errors
 from nanochat.engine import MIN_TEMPERATURE, Request, visible_text
+from nanochat.tokenizer import check_conversation
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,18 @@ def evaluate_task(
     Categorical problems are scored `batch_size` per forward pass. Generative ones get `num_samples` answers each, at
     most `max_rows` decoded at once. `progress(done, total)` counts this rank's problems.
     """
-    total, compute = len(task) if max_problems is None else min(max_problems, len(task)), engine.compute
-    require(total > 0, f"{type(task).__name__}: no problems to score; it has {len(task)}, max_problems={max_problems}")
+    compute, name = engine.compute, type(task).__name__
     rank, world_size = (compute.rank, compute.world_size) if compute else (0, 1)
-    problems = {i: task[i] for i in range(rank, total, world_size)}
+    with task_errors(name):
+        total = len(task) if max_problems is None else min(max_problems, len(task))
+        require(total > 0, f"no problems to score; it has {len(task)}, max_problems={max_problems}")
+        problems = {i: task[i] for i in range(rank, total, world_size)}
+        for i, problem in problems.items():
+            check_conversation(problem)
+            if task.eval_type == "categorical" and not problem.get("letters"):
+                problems[i] = dict(problem, letters=find_letters(problem["messages"]))
+        kinds = ("categorical", "generative")
+        require(task.eval_type in kinds, f"eval_type is {task.eval_type!r}, expected one of {', '.join(kinds)}")
     if task.eval_type == "categorical":
         results = choose_letters(engine, problems, batch_size)
     else:
@@ -92,12 +102,26 @@ def evaluate_task(
         records.append({"index": index, "messages": problems[index]["messages"], "answers": answers})
         if progress:
             progress(len(records), len(problems))
-    verdicts = iter(task.evaluate_many([(problems[r["index"]], answer) for r in records for answer in r["answers"]]))
+    pairs = [(problems[r["index"]], answer) for r in records for answer in r["answers"]]
+    with task_errors(name):
+        verdicts = iter(task.evaluate_many(pairs))
     for record in records:
         record["verdicts"] = [bool(next(verdicts)) for _ in record["answers"]]
     if compute:
         records = sum(compute.all_gather(records), [])
     return Score(sorted(records, key=lambda record: record["index"]))
+
+
+def find_letters(messages):
+    """The letters of a problem that has no "letters": those of its prompt, or else A to D if one of them is correct."""
+    prompt, answer = str(messages[-2:][0]["content"]), messages[-1]["content"]
+    letters = re.findall(r"^\W*([A-Z])[).:] |=([A-Z])$", prompt, re.MULTILINE)
+    letters = list(dict.fromkeys("".join(pair) for pair in letters)) or list("ABCD")
+    expected = 'add "letters" to the conversation, or set eval_type to "generative"'
+    require(
+        answer in letters, f"the problem has no letters, and its answer {answer!r} is none of {letters}; {expected}"
+    )
+    return letters
 
 
 def choose_letters(engine, problems, batch_size):
@@ -110,7 +134,7 @@ def choose_letters(engine, problems, batch_size):
         logits = engine.next_logits([prompts[i] for i in batch]).cpu()
         for row, i in enumerate(batch):
             letters = [tokenizer.encode(letter) for letter in problems[i]["letters"]]
-            assert all(len(ids) == 1 for ids in letters), f"letters {problems[i]['letters']} are not single tokens"
+            require(all(len(ids) == 1 for ids in letters), f"letters {problems[i]['letters']} are not single tokens")
             best = logits[row, [ids[0] for ids in letters]].argmax().item()
             yield i, [problems[i]["letters"][best]]
 

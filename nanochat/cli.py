@@ -86,6 +86,15 @@ def add_run_flags(parser, device_batch_size, save_every=-1):
     add("--keep", type=int, default=0, help="number of newest checkpoints to keep; 0 = all")
 
 
+def add_conversation_flags(parser):
+    """Flags of the user's own conversations; see training_tasks() in tasks/mixtures.py."""
+    add = parser.add_argument
+    own = "your conversations, see tasks/customjson.py; :3 = three times per epoch; may be repeated"
+    add("--conversations", action="append", metavar="FILE[:WEIGHT]", help=own)
+    flag = dict(type=boolean, nargs="?", const=True, default=False)
+    add("--conversations_only", **flag, help="train on --conversations alone, without the mixture")
+
+
 def boolean(text):
     """argparse type for `--x`, `--x=1`, `--x=0`; use with add_argument(type=boolean, nargs="?", const=True)."""
     values = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}

@@ -39,6 +39,16 @@ def require(condition, message):
         raise UserError(message)
 
 
+@contextlib.contextmanager
+def task_errors(name):
+    """Context manager that raises any error of a task as a UserError with the task's name."""
+    try:
+        yield
+    except Exception as e:
+        kind = "" if isinstance(e, UserError) else f"{type(e).__name__}: "
+        raise UserError(f"task {name}: {kind}{' '.join(str(e).split())}") from e
+
+
 def base_dir():
     """Folder of all outputs: NANOCHAT_BASE_DIR, by default ~/.cache/nanochat. Created if missing."""
     path = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()

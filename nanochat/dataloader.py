@@ -10,13 +10,14 @@ owns a contiguous range of lanes. Reading and tokenizing run ahead of training o
 import bisect
 import functools
 import queue
+import sys
 import threading
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from nanochat.common import UserError
+from nanochat.common import UserError, print0
 from nanochat.dataset import read_row_group
 
 SHARD_BLOCK = 128  # documents per block
@@ -82,6 +83,27 @@ class TaskSource(Source):
         rendered = [self.tokenizer.render_conversation(self.task[i], self.max_tokens) for i in block]
         ids = [ids for ids, _ in rendered]
         return ids, [np.where(mask, ids, -1) for ids, mask in rendered] if self.use_mask else ids
+
+
+def check_lengths(name, task, tokenizer, max_tokens, use_mask=True, sample=500):
+    """
+    Print the share of conversations of more than `max_tokens` tokens, and of those with no trained token left.
+
+    Measured on `sample` evenly spaced conversations. Raises UserError if none of them has a trained token.
+    """
+    checked = range(0, len(task), max(1, -(-len(task) // sample)))
+    masks = [tokenizer.render_conversation(task[i], sys.maxsize)[1] for i in checked]
+    cut = sum(len(mask) > max_tokens for mask in masks)
+    untrained = sum(use_mask and not any(mask[:max_tokens]) for mask in masks)
+    about, shares = "about " * (len(masks) < len(task)), [f"{n / max(1, len(masks)):.1%}" for n in (cut, untrained)]
+    problem = (
+        f"{about}{shares[0]} are longer than {max_tokens} tokens and are cut; {shares[1]} have no trained token left"
+    )
+    if untrained == len(masks):
+        hint = "the model's context is too short for them, or every answer has weight 0"
+        raise UserError(f"{name} conversations: nothing to train on: {problem}; {hint}")
+    if cut or untrained:
+        print0(f"{name} conversations: {problem}")
 
 
 def _block_ranges(n, block_size, total, lanes):
@@ -283,7 +305,7 @@ def eval_batches(source, rows, T, steps, compute):
     The first steps x rows x T tokens of a source in file order: this rank's list of (inputs, targets) on the CPU.
 
     The rows do not depend on the world size; each rank takes a contiguous range of them. A small source gives fewer
-    steps. Raises UserError if it is too small for one step.
+    steps, and if it is too small for one step, the rest of that step is padded, with targets -1.
     """
     own_rows = rows // compute.world_size
     ids, targets, total = [], [], 0
@@ -294,10 +316,10 @@ def eval_batches(source, rows, T, steps, compute):
         total += sum(map(len, block_ids))
         if total > steps * rows * T:
             break
-    whole_steps = min(steps, (total - 1) // (rows * T))
-    if whole_steps < 1:
-        raise UserError(f"the evaluation data has {total:,} tokens, one step needs {rows * T:,}; use fewer rows")
+    whole_steps = max(1, min(steps, (total - 1) // (rows * T)))
     n = whole_steps * rows * T
+    if missing := max(0, n + 1 - total):
+        ids, targets = [*ids, [ids[0][0]] * missing], [*targets, [-1] * missing]
     x = torch.from_numpy(_concat(ids)[:n].reshape(whole_steps, rows, T))
     y = torch.from_numpy(_concat(targets)[1 : n + 1].reshape(whole_steps, rows, T)).long()
     own = slice(compute.rank * own_rows, (compute.rank + 1) * own_rows)

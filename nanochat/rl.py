@@ -13,6 +13,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from nanochat.chat_eval import generate_answers
+from nanochat.common import task_errors
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 
@@ -55,9 +56,11 @@ def roll_out(sampler, task, seeds, num_samples, max_new_tokens, max_rows):
     max_new_tokens = min(max_new_tokens, sampler.model.config.sequence_len // 2)
     problems, groups = {i: task[i] for i in seeds}, dict.fromkeys(seeds)
     for i, samples in generate_answers(sampler, problems, seeds, max_rows, max_new_tokens, num_samples):
+        with task_errors(type(task).__name__):
+            rewards = [task.reward(problems[i], text) for _, text in samples]
         groups[i] = [
-            Rollout(row.request.tokens, row.tokens, row.mask, task.reward(problems[i], text), row.finish == "length")
-            for row, text in samples
+            Rollout(row.request.tokens, row.tokens, row.mask, reward, row.finish == "length")
+            for (row, _), reward in zip(samples, rewards, strict=True)
         ]
     return groups
 

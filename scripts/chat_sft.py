@@ -7,7 +7,7 @@ Supervised fine-tuning (SFT) on conversations, one per row; only the assistant's
 Reads a mid (or base) checkpoint, the tokenizer and a task mixture. Writes chatsft_checkpoints/<tag of that model>/.
 """
 
-from nanochat.cli import add_run_flags, make_parser, parse_args, run_script
+from nanochat.cli import add_conversation_flags, add_run_flags, make_parser, parse_args, run_script
 from nanochat.common import UserError, compute_init, print0
 
 INLINE_TASKS = {"public": ("MMLU", "ARC-Easy"), "pocket": ("PocketFacts",)}  # quick tasks, scored during training
@@ -16,6 +16,7 @@ INLINE_TASKS = {"public": ("MMLU", "ARC-Easy"), "pocket": ("PocketFacts",)}  # q
 def build_parser():
     parser = make_parser("scripts.chat_sft", __doc__)
     add_run_flags(parser, device_batch_size=4)
+    add_conversation_flags(parser)
     add, corpora = parser.add_argument, ("", "public", "pocket")
     add("--source", default="mid", choices=("mid", "base"), help="stage of the checkpoint to start from")
     add("--model_tag", help="folder name of that checkpoint (default: the deepest)")
@@ -48,20 +49,20 @@ def main(argv=None):
     args = parse_args(build_parser(), argv)
     from nanochat.chat_eval import evaluate_task
     from nanochat.checkpoint_manager import load_model
-    from nanochat.dataloader import Prefetch, conversation_batches
+    from nanochat.dataloader import Prefetch, check_lengths, conversation_batches
     from nanochat.engine import Engine
     from nanochat.loss_eval import evaluate_loss
     from nanochat.schedule import lr_multiplier, set_schedule
     from nanochat.tracking import StageLog
     from nanochat.train import Stage, due, epoch_steps
-    from tasks.mixtures import EVAL_TASKS, sft
+    from tasks.mixtures import EVAL_TASKS, training_tasks
 
     # Machine, tokenizer and model
     compute = compute_init(args.device_type, args.dtype, args.seed)
     check_batch(args, compute.world_size)
     model, tokenizer, source_meta = load_model(args.source, compute, args.model_tag, args.step, inference=False)
     args.corpus = args.corpus or source_meta["corpus"]
-    train_task, val_task = sft(args.corpus)
+    train_task, val_task = training_tasks("sft", args.corpus, args.conversations, args.conversations_only)
     num_steps = epoch_steps(args, train_task, args.target_examples_per_step)
     stage = Stage("sft", source_meta["model_tag"], args, compute, model.config, num_steps)
     if stage.finished:
@@ -72,6 +73,8 @@ def main(argv=None):
 
     # Data
     rows, context, rank_rows = args.target_examples_per_step, model.config.sequence_len, args.device_batch_size
+    check_lengths("training", train_task, tokenizer, context + 1)
+    check_lengths("validation", val_task, tokenizer, context + 1)
     position = stage.meta.get("loader_state")
     batches = conversation_batches(train_task, tokenizer, rows, context, rank_rows, compute, args.seed, position)
     loader = Prefetch(batches, compute.device)
@@ -95,7 +98,7 @@ def main(argv=None):
             print0(f"step {step:05d} | validation loss {results['val_loss']:.4f}")
         if due(step, args.eval_metrics_every, last):
             engine, limit = Engine(model, tokenizer, compute), args.eval_metrics_max_problems
-            for name in INLINE_TASKS[args.corpus]:
+            for name in () if args.conversations_only else INLINE_TASKS[args.corpus]:
                 score = evaluate_task(EVAL_TASKS[name].make(), engine, max_problems=limit, batch_size=2 * rank_rows)
                 results[name] = score.accuracy
                 log.metrics(step, **{name: score.accuracy})

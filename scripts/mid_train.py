@@ -9,13 +9,14 @@ Reads a base checkpoint, the tokenizer and a task mixture. Writes mid_checkpoint
 
 from functools import cache
 
-from nanochat.cli import add_run_flags, boolean, make_parser, parse_args, run_script
+from nanochat.cli import add_conversation_flags, add_run_flags, boolean, make_parser, parse_args, run_script
 from nanochat.common import compute_init, print0
 
 
 def build_parser():
     parser = make_parser("scripts.mid_train", __doc__)
     add_run_flags(parser, device_batch_size=32)
+    add_conversation_flags(parser)
     add = parser.add_argument
     corpora, flag = ("", "public", "pocket"), dict(type=boolean, nargs="?", const=True)
     add("--corpus", "--data", default="", choices=corpora, help="task mixture; empty = the base model's")
@@ -39,13 +40,13 @@ def build_parser():
 def main(argv=None):
     args = parse_args(build_parser(), argv)
     from nanochat.checkpoint_manager import load_model
-    from nanochat.dataloader import TaskSource
+    from nanochat.dataloader import TaskSource, check_lengths
     from nanochat.loss_eval import evaluate_bpb
     from nanochat.schedule import lr_multiplier, muon_momentum, set_schedule
     from nanochat.tokenizer import get_token_bytes
     from nanochat.tracking import StageLog
     from nanochat.train import Stage, due, rows_per_step
-    from tasks.mixtures import midtraining
+    from tasks.mixtures import training_tasks
 
     # Machine, tokenizer and model; --corpus and --max_seq_len default to those of the base run
     compute = compute_init(args.device_type, args.dtype, args.seed)
@@ -65,8 +66,11 @@ def main(argv=None):
     optimizers, compiled = stage.setup_optimizers(model), stage.compile(model)
 
     # Data; validation batches are read at the first validation
-    train_task, val_task = midtraining(args.corpus)
-    rendering = dict(max_tokens=args.max_seq_len, lanes=rows, use_mask=args.train_on == "assistant")
+    train_task, val_task = training_tasks("mid", args.corpus, args.conversations, args.conversations_only)
+    rendering = dict(max_tokens=args.max_seq_len, use_mask=args.train_on == "assistant")
+    check_lengths("training", train_task, tokenizer, **rendering)
+    check_lengths("validation", val_task, tokenizer, **rendering)
+    rendering["lanes"] = rows
     train_source = TaskSource(train_task, tokenizer, seed=args.seed, **rendering)
     loader = stage.training_loader(train_source, rows)
     val_batches = cache(lambda: stage.validation_batches(TaskSource(val_task, tokenizer, **rendering)))

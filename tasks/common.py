@@ -10,7 +10,7 @@ import json
 import time
 from random import Random
 
-from nanochat.common import UserError, base_dir, dist_env, fetch, mirror_url
+from nanochat.common import UserError, base_dir, dist_env, fetch, mirror_url, require
 
 FINGERPRINT_EXAMPLES = 256
 
@@ -76,11 +76,17 @@ class Task:
 
     def evaluate_many(self, pairs):
         """Verdicts on a list of (conversation, response) pairs."""
-        return [self.evaluate(conversation, response) for conversation, response in pairs]
+        return [self.verdict(conversation, response) for conversation, response in pairs]
+
+    def verdict(self, conversation, assistant_response):
+        """The result of evaluate() as a bool. Raises UserError for anything but True, False, 1 or 0."""
+        result = self.evaluate(conversation, assistant_response)
+        require(result in (0, 1), f"evaluate() returned {result!r}, expected True or False")
+        return bool(result)
 
     def reward(self, conversation, assistant_response):
         """Reward of the response in reinforcement learning: 1.0 or 0.0."""
-        return float(self.evaluate(conversation, assistant_response))
+        return float(self.verdict(conversation, assistant_response))
 
     def origin(self):
         """JSON-serializable list: what the examples are made from, for fingerprint()."""

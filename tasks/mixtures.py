@@ -1,18 +1,30 @@
 """Training mixtures of the stages and the evaluation tasks, for the public corpus and for the pocket world."""
 
 import importlib.util
+import inspect
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
-from nanochat.common import UserError, base_dir, fetch, mirror_url
+from nanochat.common import base_dir, fetch, mirror_url, print0, require, task_errors
 from tasks.arc import ARC
 from tasks.common import Task, TaskMixture
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
-from tasks.pocket import PocketChat, PocketFacts, PocketHardSums, PocketIdentity, PocketStories, PocketSums
+from tasks.pocket import (
+    PocketChat,
+    PocketFacts,
+    PocketHardSums,
+    PocketIdentity,
+    PocketStories,
+    PocketSums,
+    PocketWorldChat,
+)
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee, WordTask
 
@@ -30,12 +42,23 @@ POCKET_ROWS = {
 }
 
 
+def identity_file():
+    """Path of the user's identity conversations, where dev/gen_synthetic_data.py writes them."""
+    return base_dir() / "identity_conversations.jsonl"
+
+
 def identity_conversations():
     """The user's identity conversations in the base directory, or the public ones, downloaded there."""
-    path = base_dir() / "identity_conversations.jsonl"
+    path = identity_file()
     if not path.exists():
         fetch(f"{mirror_url('bucket')}/{path.name}", path, attempts=3, check=CustomJSON)
     return CustomJSON(path)
+
+
+def weighted(task, weight):
+    """List of tasks with `weight` times the examples of `task`: copies, and a random part of it for the fraction."""
+    rest = round(weight % 1 * len(task)) or int(weight < 1)
+    return [task] * int(weight) + [TaskMixture([task], stop=rest)] * (rest > 0)
 
 
 def make_generated(task, split, size, seed=0, corpus="public", **_):
@@ -45,9 +68,22 @@ def make_generated(task, split, size, seed=0, corpus="public", **_):
 
 
 def pocket_mixture(stage, split, seed, divisor=1):
-    """The pocket mixture for the stage "mid" or "sft", with 1 / `divisor` of the rows of each task."""
+    """
+    The pocket mixture for the stage "mid" or "sft", with 1 / `divisor` of the rows of each task.
+
+    If there is an identity file, its conversations replace all that PocketIdentity and PocketChat say of the model. In
+    training they are repeated to twice PocketIdentity's rows, which PocketChat's share makes up for.
+    """
     sizes = {task: rows[stage] // divisor for task, rows in POCKET_ROWS.items()}
-    return TaskMixture(make_generated(task, split, size, seed, "pocket") for task, size in sizes.items())
+    persona = []
+    if identity_file().exists():
+        sizes[PocketWorldChat], rows = sizes.pop(PocketChat), 2 * sizes.pop(PocketIdentity)
+        if split == "train":
+            own = CustomJSON(identity_file())
+            persona = weighted(own, max(1, rows / len(own)))
+            print0(f"{own.path.name}: {len(own):,} conversations about the model replace those about nanochat")
+    tasks = [make_generated(task, split, size, seed, "pocket") for task, size in sizes.items()]
+    return TaskMixture(tasks + persona)
 
 
 def midtraining(corpus):
@@ -69,6 +105,42 @@ def sft(corpus):
     train += [SmolTalk("train", stop=10_000), identity_conversations()]
     train += [SimpleSpelling(size=300), SpellingBee(size=300)]
     return TaskMixture(train), SmolTalk("test")
+
+
+def training_tasks(stage, corpus, conversations=None, only=False):
+    """
+    (train, validation) for the stage "mid" or "sft".
+
+    `conversations`: the user's files, as "FILE" or "FILE:WEIGHT", added to the mixture of `corpus`. With `only` there
+    is no mixture: 5 % of each file are for validation, and of files with less than 20 conversations all.
+    """
+    own = [(CustomJSON(path), weight) for path, weight in map(split_weight, conversations or [])]
+    require(own or not only, "--conversations_only needs --conversations=FILE")
+    train, val = ([], None) if only else {"mid": midtraining, "sft": sft}[stage](corpus)
+    if only:
+        held_out = [(task, weight, len(task) // 20) for task, weight in own]
+        val = TaskMixture(TaskMixture([task], stop=n or None) for task, _, n in held_out)
+        parts = [weighted(TaskMixture([task], start=n), weight) for task, weight, n in held_out]
+    else:
+        parts = [train.tasks, *(weighted(task, weight) for task, weight in own)]
+    if own:
+        train = TaskMixture(sum(parts, []))
+    for task, weight in own:
+        print0(f"{task.path}: {len(task):,} conversations x {weight:g} of {len(train):,}")
+    return train, val
+
+
+def split_weight(text):
+    """(path, weight) of "FILE", "FILE:WEIGHT" or "FILE*WEIGHT"; a file with that whole name has the weight 1."""
+    match = re.fullmatch(r"(.+)[:*](-?[\d.]+)", text)
+    if not match or Path(text).expanduser().exists():
+        return text, 1.0
+    try:
+        weight = float(match[2])
+    except ValueError:
+        weight = 0.0
+    require(0 < weight <= 1000, f"--conversations={text}: the weight {match[2]} is not a number above 0, up to 1000")
+    return match[1], weight
 
 
 @dataclass(frozen=True)
@@ -103,19 +175,29 @@ EVAL_TASKS = {
 
 
 def find_task(name):
-    """The EvalTask `name`: a key of EVAL_TASKS, or "file.py:Class". Raises UserError if there is none."""
+    """The EvalTask `name`: a key of EVAL_TASKS, a class in tasks/, or "file.py:Class". Raises UserError if missing."""
     if name in EVAL_TASKS:
         return EVAL_TASKS[name]
     path, _, class_name = name.rpartition(":")
-    if not path.endswith(".py"):
-        raise UserError(f"no task {name!r}; there are {', '.join(EVAL_TASKS)}, and your own as file.py:Class")
-    try:
+    definition = re.compile(rf"^class {re.escape(name)}\b", re.MULTILINE)
+    files = () if path else (f for f in Path(__file__).parent.glob("*.py") if definition.search(f.read_text("utf-8")))
+    path = path or str(next(files, ""))
+    known = f"no task {name!r}; there are {', '.join(EVAL_TASKS)}, and your own: a class in tasks/, or file.py:Class"
+    require(path.endswith(".py"), known)
+    with task_errors(name):  # anything the user's file raises
         spec = importlib.util.spec_from_file_location("own_task", path)
-        module = importlib.util.module_from_spec(spec)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look it up there
         spec.loader.exec_module(module)
         task = getattr(module, class_name)
-    except Exception as e:  # anything the user's file raises
-        raise UserError(f"task {name}: {type(e).__name__}: {e}") from e
-    if not (isinstance(task, type) and issubclass(task, Task)):
-        raise UserError(f"task {name}: {class_name} is no subclass of tasks.common.Task")
-    return EvalTask(lambda **_: task("test"), task.baseline, "own", lambda **_: task("train"))
+        require(isinstance(task, type) and issubclass(task, Task), f"{class_name} is no subclass of tasks.common.Task")
+    return EvalTask(
+        partial(_make_own, name, task, "test"), task.baseline, "own", partial(_make_own, name, task, "train")
+    )
+
+
+def _make_own(name, task, split, **_):
+    """An instance of the class `task`. Its constructor gets `split` if it has that parameter, or requires another."""
+    parameters = inspect.signature(task).parameters
+    required = any(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters.values())
+    with task_errors(name):
+        return task(split=split) if "split" in parameters else task(split) if required else task()

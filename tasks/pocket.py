@@ -7,7 +7,7 @@ The same split, seed and index always give the same conversation. No problem is 
 import re
 
 from nanochat.pocket.problems import arithmetic_problem, fact
-from nanochat.pocket.talk import conversation, draw_exchanges, informal
+from nanochat.pocket.talk import IDENTITY_TOPICS, TOPICS, conversation, draw_exchanges, informal
 from nanochat.pocket.world import load_world
 from tasks.common import GeneratedTask, user_and_assistant
 from tasks.gsm8k import FinalNumberTask, split_calls
@@ -90,9 +90,22 @@ def _mentioned_characters(text):
 class PocketChat(GeneratedTask):
     """Conversations of one to eight exchanges: greetings, facts, stories, arithmetic, questions about the model."""
 
+    topics = TOPICS
+
     def make(self, rng):
         messages = []
-        for question, reply in conversation(rng, self.split, load_world()):
+        for question, reply in conversation(rng, self.split, load_world(), self.topics):
             reply = split_calls(reply) if "<<" in reply else reply
             messages += user_and_assistant(informal(rng, question), reply)["messages"]
         return {"messages": messages}
+
+
+class PocketWorldChat(PocketChat):
+    """PocketChat without anything about the model itself, for a model with another persona."""
+
+    topics = {topic: weight for topic, weight in TOPICS.items() if topic not in IDENTITY_TOPICS}
+
+    def make(self, rng):
+        while "nanochat" in str(chat := super().make(rng)).lower():  # in some greetings
+            pass
+        return chat

@@ -14,6 +14,7 @@ from nanochat.pocket.world import ATTRIBUTES, fill
 TOPICS = {"fact": 22, "character": 10, "ask story": 12, "ask who": 8, "ask place": 4, "arithmetic": 6, "name": 9}
 TOPICS |= {"what": 5, "unknown": 5, "stranger": 3, "feel": 3, "can": 3, "like": 2, "sad": 1, "happy": 1, "world": 2}
 TOPICS |= dict.fromkeys(("places", "maker", "age", "size", "limits", "home", "eat", "favorite place"), 1)
+IDENTITY_TOPICS = {"name", "what", "maker", "age", "size", "limits", "home", "like", "eat", "favorite place"}
 # Slot -> section of the world file with words outside the pocket world, which the model does not know.
 OUTSIDE_WORDS = {"n": "strangers", "w": "countries", "t": "subjects"}
 
@@ -81,11 +82,11 @@ def draw_exchanges(rng, split, world, topic_weights):
             return [exchange]
 
 
-def conversation(rng, split, world):
+def conversation(rng, split, world, topics=TOPICS):
     """One to eight exchanges (user message, reply). Replies may contain calculator calls in GSM8K's format."""
     exchanges = draw_exchanges(rng, split, world, {"hello": 2, "hello name": 1}) if rng.random() < 0.25 else []
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        exchanges += draw_exchanges(rng, split, world, TOPICS)
+        exchanges += draw_exchanges(rng, split, world, topics)
         if len(exchanges[-1][1]) > 500:  # characters: a story, and two stories exceed a context of 512 tokens
             break
     if rng.random() < 0.2:
