@@ -1,6 +1,7 @@
 """Training mixtures of the stages and the evaluation tasks, for the public corpus and for the pocket world."""
 
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -108,7 +109,7 @@ def find_task(name):
     if not path.endswith(".py"):
         raise UserError(f"no task {name!r}; there are {', '.join(EVAL_TASKS)}, and your own as file.py:Class")
     try:
-        spec = importlib.util.spec_from_file_location("own_task", path)
+        spec = importlib.util.spec_from_file_location("own_task", os.path.expanduser(path))
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         task = getattr(module, class_name)
