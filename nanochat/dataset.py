@@ -51,11 +51,9 @@ def _parquet_files(folder):
 
 
 def fingerprint(data_dir=None):
-    """sha256 (hex) of the shards' names and sha256s; without a manifest, of their names, sizes and parquet metadata."""
+    """sha256 (hex) of the shards' names and sha256s; without a manifest, of their names and parquet metadata."""
     files, manifest = list_parquet_files(data_dir), _read_manifest(data_folder(data_dir))
-    shards = (
-        manifest["shards"] if manifest else {p.name: (p.stat().st_size, _open(p).metadata.to_dict()) for p in files}
-    )
+    shards = manifest["shards"] if manifest else [(p.name, _open(p).metadata.to_dict()) for p in files]
     return hashlib.sha256(json.dumps(shards, default=str).encode()).hexdigest()
 
 
@@ -135,14 +133,9 @@ def _read_manifest(folder):
         raise UserError(f"{path} is damaged ({e!r}); delete it to read all parquet files of the folder") from e
 
 
-def _write_manifest(folder, kind, settings, shards, sources=()):
+def _write_manifest(folder, kind, settings, shards, sources=None):
+    manifest = {"kind": kind, "settings": settings, "sources": sources or {}, "shards": dict(sorted(shards.items()))}
     with atomic_path(folder / "manifest.json") as draft:
-        manifest = {
-            "kind": kind,
-            "settings": settings,
-            "sources": dict(sources),
-            "shards": dict(sorted(shards.items())),
-        }
         draft.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
@@ -152,19 +145,18 @@ def _incomplete(folder, names, shards):
     return [name for name in names if not (path := folder / name).exists() or path.stat().st_size != sizes.get(name)]
 
 
-def _existing_shards(folder, kind, settings, overwrite, sources=()):
+def _existing_shards(folder, kind, settings, overwrite, sources=None):
     """
     The shards that the manifest of `folder` lists for this set; None if the set is to be written anew.
 
     Raises UserError if the folder holds a set that may be replaced only with `overwrite`: of another kind, with other
     settings, or from other sources. A newer version of the same sources replaces the older one.
     """
-    manifest = None if overwrite else _read_manifest(folder)
+    manifest, sources = None if overwrite else _read_manifest(folder), sources or {}
     if manifest and manifest["kind"] == kind:
-        old = manifest["sources"]
-        if manifest["settings"] == settings and list(old.values()) == [sources[name] for name in sources]:
+        if manifest["settings"] == settings and list(manifest["sources"].values()) == list(sources.values()):
             return manifest["shards"]
-        if manifest["shards"] and (changes := _source_changes(old, manifest["settings"], sources, settings)):
+        if manifest["shards"] and (changes := _source_changes(manifest, settings, sources)):
             return print0(f"{changes}: writing the set anew")
     if _parquet_files(folder) and not overwrite and (manifest is None or manifest["shards"]):
         content = _describe(**manifest) if manifest else "parquet files of unknown origin"
@@ -173,14 +165,15 @@ def _existing_shards(folder, kind, settings, overwrite, sources=()):
     return None
 
 
-def _source_changes(old, old_settings, new, settings):
-    """How the sources `new` differ from an older version of them, in words; "" if `old` are other sources."""
+def _source_changes(manifest, settings, new):
+    """In words, how the sources `new` differ from those of `manifest`; "" if they are not a newer version of them."""
+    old = manifest["sources"]
     if new and not old:  # older manifests have the number and the bytes of the files instead
         totals = {"files": len(new), "bytes": sum(entry["bytes"] for entry in new.values())}
-        is_older_version = old_settings.items() <= (totals | settings).items()
-        return "the content of the sources was not recorded" if is_older_version else ""
+        same_settings = manifest["settings"].items() <= (totals | settings).items()
+        return "the content of the sources was not recorded" if same_settings else ""
     gone, common = old.keys() - new.keys(), old.keys() & new.keys()
-    if old_settings != settings or not common or any(Path(name).exists() for name in gone):
+    if manifest["settings"] != settings or not common or any(Path(name).exists() for name in gone):
         return ""
     changed = [name for name in common if old[name] != new[name]]
     states = {"has changed": changed, "is new": new.keys() - old.keys(), "is gone": gone}
@@ -216,7 +209,7 @@ def verify(folder):
 # Writing
 
 
-def write_set(folder, kind, settings, documents, overwrite=False, shard_chars=None, sources=()):
+def write_set(folder, kind, settings, documents, overwrite=False, shard_chars=None, sources=None):
     """
     Write shards and manifest from an iterable of (is_validation, text), unless this set already exists.
 
