@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 
-from nanochat.cli import make_parser, parse_args, run_script
+from nanochat.cli import make_parser, parse_args, path, run_script
 from nanochat.common import UserError, api_key, atomic_path, base_dir
 from nanochat.pocket.talk import informal
 from nanochat.pocket.world import fill
@@ -127,11 +127,10 @@ def by_model(persona, rng, args):
 def build_parser():
     p = make_parser("dev.gen_synthetic_data", __doc__)
     default = Path(__file__).with_name("persona.json")
-    p.add_argument("--persona", default=default, type=Path, help="JSON file (default: dev/persona.json)")
+    p.add_argument("--persona", default=default, type=path, help="JSON file (default: dev/persona.json)")
     p.add_argument("-n", "--num", type=int, default=1000, help="number of conversations")
-    p.add_argument(
-        "-o", "--out", default="", help="file, - = stdout; default: stdout if redirected, else base directory"
-    )
+    out_help = "file, - = stdout; default: stdout if redirected, else base directory"
+    p.add_argument("-o", "--out", type=path, default="", help=out_help)
     p.add_argument("--seed", type=int, default=42, help="random seed")
     p.add_argument("--endpoint", default="", help="base URL of an OpenAI-compatible API; empty = use the templates")
     p.add_argument("--model", default="", help="name of the model at the endpoint; OPENAI_API_KEY holds the key")
@@ -157,10 +156,10 @@ def main(argv=None):
         sys.stdout.reconfigure(encoding="utf-8")
         sys.stdout.write(text)
         return
-    path = Path(args.out) if args.out else base_dir() / "identity_conversations.jsonl"
-    with atomic_path(path) as draft:
+    out_path = Path(args.out) if args.out else base_dir() / "identity_conversations.jsonl"
+    with atomic_path(out_path) as draft:
         draft.write_text(text, encoding="utf-8")
-    print(f"{len(conversations):,} conversations of {persona['name']} -> {path}", file=sys.stderr)
+    print(f"{len(conversations):,} conversations of {persona['name']} -> {out_path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ Kept for reference: `python -m nanochat.dataset` downloads the finished shards. 
 
 from pathlib import Path
 
-from nanochat.cli import make_parser, parse_args, run_script
+from nanochat.cli import make_parser, parse_args, path, run_script
 from nanochat.ingest.shards import cut_shards, write_shard
 
 
 def main(argv=None):
     parser = make_parser("dev.repackage_data_reference", __doc__)
-    parser.add_argument("--out_dir", default="shards", help="folder to write the shards to")
+    parser.add_argument("--out_dir", type=path, default="shards", help="folder to write the shards to")
     parser.add_argument(
         "--dataset", default="HuggingFaceFW/fineweb-edu", help="data set on the Hugging Face hub with a column `text`"
     )

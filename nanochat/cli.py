@@ -103,6 +103,11 @@ def boolean(text):
     return values[text.lower()]
 
 
+def path(text):
+    """argparse type of a file or folder: expands "~", which the shell leaves as it is in --flag=~/x."""
+    return os.path.expanduser(text)
+
+
 def parse_args(parser, argv=None):
     """Parsed flags. Dashes in the names of flags become underscores; values are unchanged."""
     argv = sys.argv[1:] if argv is None else argv

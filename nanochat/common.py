@@ -63,7 +63,7 @@ def base_dir():
 def mirror_url(host):
     """The base URL (or folder) of `host`: "hub", "bucket" or "github"; NANOCHAT_<HOST>_URL replaces it."""
     default = {"hub": HUB_URL, "bucket": BUCKET_URL, "github": GITHUB_URL}[host]
-    return (os.environ.get(f"NANOCHAT_{host.upper()}_URL") or default).rstrip("/")
+    return os.path.expanduser(os.environ.get(f"NANOCHAT_{host.upper()}_URL") or default).rstrip("/")
 
 
 def api_key():

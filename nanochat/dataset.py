@@ -3,19 +3,22 @@ Parquet shards of training text: their format, the manifest, and the command tha
 
     python -m nanochat.dataset -n 8                     # download 8 shards (about 100 MB each) and the validation shard
     python -m nanochat.dataset --pocket                 # generate the pocket corpus; needs no network
-    python -m nanochat.dataset --from-files books/      # your txt, md, jsonl ("text") and parquet (`text`)
+    python -m nanochat.dataset --from-files books/      # your txt, md, jsonl and parquet, also as .gz and .zst
     python -m nanochat.dataset --verify                 # compare every shard with its sha256
 
 Writes base_data/: a set of shards with one column `text`, the last of which is the validation split, and manifest.json.
 The manifest is written after the shards, and readers open only the shards it lists, so a set can grow while a run reads
-it. In a folder without a manifest, all parquet files are shards. Repeating a command resumes or repairs its set.
+it. In a folder without a manifest, all parquet files are shards. Repeating a command resumes or repairs its set, and
+makes it anew if what it was made from has changed.
 """
 
 import contextlib
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
-from nanochat.cli import boolean, make_parser, parse_args, run_script
+from nanochat import cli
 from nanochat.common import UserError, atomic_path, base_dir, file_fingerprint, print0
 
 COMMAND = "python -m nanochat.dataset"
@@ -33,13 +36,25 @@ def list_parquet_files(data_dir=None):
     """Paths of all shards in order; the last is validation. Raises UserError if there are none or one is incomplete."""
     folder = data_folder(data_dir)
     manifest = _read_manifest(folder)
-    files = [folder / name for name in manifest["shards"]] if manifest else sorted(folder.glob("*.parquet"))
+    files = [folder / name for name in manifest["shards"]] if manifest else _parquet_files(folder)
     if not files:
         hint = f"run `{COMMAND} -n 8` (public corpus), `{COMMAND} --pocket` (offline) or `{COMMAND} --from_files PATH`"
         raise UserError(f"no {'finished ' if manifest else ''}shards in {folder}; {hint}")
     if manifest and (bad := _incomplete(folder, manifest["shards"], manifest["shards"])):
         raise UserError(f"damaged or missing in {folder}: {', '.join(bad)}; {REPEAT_HINT}")
     return files
+
+
+def _parquet_files(folder):
+    """Paths of the parquet files in a folder, without hidden ones (macOS writes ._shard.parquet)."""
+    return sorted(path for path in folder.glob("*.parquet") if not path.name.startswith("."))
+
+
+def fingerprint(data_dir=None):
+    """sha256 (hex) of the shards' names and sha256s; without a manifest, of their names and parquet metadata."""
+    files, manifest = list_parquet_files(data_dir), _read_manifest(data_folder(data_dir))
+    shards = manifest["shards"] if manifest else [(p.name, _open(p).metadata.to_dict()) for p in files]
+    return hashlib.sha256(json.dumps(shards, default=str).encode()).hexdigest()
 
 
 def shard_files(split, data_dir=None):
@@ -65,8 +80,10 @@ def row_groups(split, data_dir=None):
 
 def read_column(path, index):
     """Documents of row group `index`: a pyarrow.ChunkedArray of strings. Raises UserError if the file is damaged."""
+    from nanochat.ingest.columns import to_strings
+
     with _damage_as_user_error(path):
-        return _open(path).read_row_group(index, columns=["text"]).column(0)
+        return to_strings(_open(path).read_row_group(index, columns=["text"]).column(0))
 
 
 def read_row_group(path, index):
@@ -82,14 +99,11 @@ def parquets_iter_batched(split, start=0, step=1, data_dir=None):
 
 
 def _open(path):
-    """The ParquetFile at `path`. Raises UserError if the file is truncated or has no column `text`."""
-    import pyarrow.parquet as pq
+    """The ParquetFile at `path`. Raises UserError if the file is truncated or has no column `text` of strings."""
+    from nanochat.ingest.columns import open_parquet
 
     with _damage_as_user_error(path):
-        file = pq.ParquetFile(path)
-    if "text" not in file.schema_arrow.names:
-        raise UserError(f"{path} has no column `text`, only {', '.join(file.schema_arrow.names)}")
-    return file
+        return open_parquet(path)
 
 
 @contextlib.contextmanager
@@ -103,7 +117,8 @@ def _damage_as_user_error(path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Manifest: {"kind", "settings", "shards": {name: {"bytes", "sha256"}}}. While a set is being written, shards is empty.
+# Manifest: {"kind", "settings", "sources", "shards": {name: {"bytes", "sha256"}}}. While a set is being written, shards
+# is empty. Sources: {path: {"bytes", "sha256"}}; {} for the public corpus and in older manifests.
 
 
 def _read_manifest(folder):
@@ -111,16 +126,16 @@ def _read_manifest(folder):
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        return {key: manifest[key] for key in ("kind", "settings", "shards")}
+        return {key: manifest[key] for key in ("kind", "settings", "shards")} | {"sources": manifest.get("sources", {})}
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path} is damaged ({e!r}); delete it to read all parquet files of the folder") from e
 
 
-def _write_manifest(folder, kind, settings, shards):
+def _write_manifest(folder, kind, settings, shards, sources=None):
+    manifest = {"kind": kind, "settings": settings, "sources": sources or {}, "shards": dict(sorted(shards.items()))}
     with atomic_path(folder / "manifest.json") as draft:
-        manifest = {"kind": kind, "settings": settings, "shards": dict(sorted(shards.items()))}
         draft.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
@@ -130,24 +145,54 @@ def _incomplete(folder, names, shards):
     return [name for name in names if not (path := folder / name).exists() or path.stat().st_size != sizes.get(name)]
 
 
-def _claim(folder, kind, settings, overwrite):
+def _existing_shards(folder, kind, settings, overwrite, sources=None):
     """
-    Reserve `folder` for one set and return the shards its manifest lists so far.
+    The shards that the manifest of `folder` lists for this set; None if the set is to be written anew.
 
-    If the folder holds another set, deletes it with `overwrite`, else raises UserError.
+    Raises UserError if the folder holds a set that may be replaced only with `overwrite`: of another kind, with other
+    settings, or from other sources. A newer version of the same sources replaces the older one.
     """
-    manifest = None if overwrite else _read_manifest(folder)
-    if manifest and (manifest["kind"], manifest["settings"]) == (kind, settings):
-        return manifest["shards"]
-    existing = list(folder.glob("*.parquet"))
-    if existing and not overwrite and (manifest is None or manifest["shards"]):
-        content = f"{manifest['kind']} {manifest['settings']}" if manifest else "parquet files of unknown origin"
+    manifest, sources = None if overwrite else _read_manifest(folder), sources or {}
+    if manifest and manifest["kind"] == kind:
+        if manifest["settings"] == settings and list(manifest["sources"].values()) == list(sources.values()):
+            return manifest["shards"]
+        if manifest["shards"] and (changes := _source_changes(manifest, settings, sources)):
+            return print0(f"{changes}: writing the set anew")
+    if _parquet_files(folder) and not overwrite and (manifest is None or manifest["shards"]):
+        content = _describe(**manifest) if manifest else "parquet files of unknown origin"
         hint = "choose another --data_dir, or replace it with --overwrite"
-        raise UserError(f"{folder} holds {content}, not {kind} {settings}; {hint}")
+        raise UserError(f"{folder} holds {content}, not {_describe(kind, settings, sources)}; {hint}")
+    return None
+
+
+def _source_changes(manifest, settings, new):
+    """In words, how the sources `new` differ from those of `manifest`; "" if they are not a newer version of them."""
+    old = manifest["sources"]
+    if new and not old:  # older manifests have the number and the bytes of the files instead
+        totals = {"files": len(new), "bytes": sum(entry["bytes"] for entry in new.values())}
+        same_settings = manifest["settings"].items() <= (totals | settings).items()
+        return "the content of the sources was not recorded" if same_settings else ""
+    gone, common = old.keys() - new.keys(), old.keys() & new.keys()
+    if manifest["settings"] != settings or not common or any(Path(name).exists() for name in gone):
+        return ""
+    changed = [name for name in common if old[name] != new[name]]
+    states = {"has changed": changed, "is new": new.keys() - old.keys(), "is gone": gone}
+    return _first([f"{Path(name).name} {state}" for state, names in states.items() for name in sorted(names)])
+
+
+def _first(names):
+    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+
+
+def _describe(kind, settings, sources, **_):
+    return f"{kind} {settings}" + (f" from {_first(list(sources))}" if sources else "")
+
+
+def _start_set(folder, kind, settings):
+    """Mark the set in `folder` as unfinished, then delete the shards of any other set."""
     _write_manifest(folder, kind, settings, {})  # before deleting: if killed here, the set already counts as unfinished
-    for path in [*existing, *folder.glob("*.part"), *folder.glob("*.tmp")]:
+    for path in (path for pattern in ("*.parquet", "*.part", "*.tmp") for path in folder.glob(pattern)):
         path.unlink()
-    return {}
 
 
 def verify(folder):
@@ -164,39 +209,54 @@ def verify(folder):
 # Writing
 
 
-def write_set(folder, kind, settings, documents, overwrite=False, shard_chars=None):
-    """Write shards and manifest from an iterable of (is_validation, text), unless this set already exists."""
+def write_set(folder, kind, settings, documents, overwrite=False, shard_chars=None, sources=None):
+    """
+    Write shards and manifest from an iterable of (is_validation, text), unless this set already exists.
+
+    A set that is in `folder` stays until the new one is complete.
+    """
     from nanochat.ingest.shards import SHARD_CHARS, write_shards
 
-    shards = _claim(folder, kind, settings, overwrite)
+    shards = _existing_shards(folder, kind, settings, overwrite, sources)
     if shards and not _incomplete(folder, shards, shards):
         return print0(f"{folder} already holds {kind}: {len(shards)} shards")
-    _write_manifest(folder, kind, settings, {})
-    shards = write_shards(folder, documents, settings["seed"], shard_chars or SHARD_CHARS)
-    for path in set(folder.glob("*.parquet")) - {folder / name for name in shards}:
-        path.unlink()  # left over from an unfinished set with more shards
-    _write_manifest(folder, kind, settings, shards)
+    draft = folder / ".draft"
+    shutil.rmtree(draft, ignore_errors=True)  # of a killed process
+    try:
+        shards = write_shards(draft, documents, settings["seed"], shard_chars or SHARD_CHARS)
+        _start_set(folder, kind, settings)
+        for name in shards:
+            (draft / name).replace(folder / name)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    _write_manifest(folder, kind, settings, shards, sources)
+    print0(f"all shards are in {folder}")
 
 
 def write_pocket(folder, chars, seed, overwrite=False):
     """Write the pocket corpus: `chars` characters for training and 2% of that for validation."""
-    from nanochat.pocket.documents import documents
+    from nanochat.pocket import documents
 
+    code = sorted(path for path in Path(documents.__file__).parent.iterdir() if path.suffix in (".py", ".txt"))
+    sources = {path.name: file_fingerprint(path) for path in code}
     splits = {"train": chars, "val": chars // 50}
-    labeled = ((split == "val", text) for split, n in splits.items() for text in documents(split, n, seed))
-    write_set(folder, "pocket", {"chars": chars, "seed": seed}, labeled, overwrite)
+    labeled = ((split == "val", text) for split, n in splits.items() for text in documents.documents(split, n, seed))
+    write_set(folder, "pocket", {"chars": chars, "seed": seed}, labeled, overwrite, sources=sources)
 
 
-def write_files(folder, paths, val_share, seed, overwrite=False):
+def write_files(folder, paths, val_share, seed, overwrite=False, text_column="text"):
     """Write a set from the user's own files; a share `val_share` (0 to 1) of the documents is for validation."""
     from nanochat.ingest.documents import labeled_documents, source_files
 
     if not 0 < val_share < 1:
         raise UserError(f"--val_share={val_share}: expected a share between 0 and 1, such as 0.01")
-    files = source_files(paths)
-    settings = {"files": len(files), "bytes": sum(path.stat().st_size for path in files)}
-    settings |= {"val_share": val_share, "seed": seed}
-    write_set(folder, "own files", settings, labeled_documents(files, val_share, seed), overwrite)
+    files = source_files(paths, exclude=folder.resolve())
+    settings = {"val_share": val_share, "seed": seed, "text_column": text_column}
+    sources = {
+        str(path): file_fingerprint(path) for path in files
+    }  # before they are read: an edit meanwhile is noticed
+    documents = labeled_documents(files, val_share, seed, text_column)
+    write_set(folder, "own files", settings, documents, overwrite, sources=sources)
 
 
 def download(folder, num_files=-1, num_workers=4, overwrite=False):
@@ -212,7 +272,10 @@ def download(folder, num_files=-1, num_workers=4, overwrite=False):
         if not _incomplete(folder, names, manifest["shards"]):
             return print0(f"{folder} already holds these {len(names)} shards")  # also without a network
     settings = {"last_shard": find_last_shard()}
-    shards = _claim(folder, PUBLIC, settings, overwrite)
+    shards = _existing_shards(folder, PUBLIC, settings, overwrite)
+    if shards is None:
+        _start_set(folder, PUBLIC, settings)
+        shards = {}
     names = _incomplete(folder, shard_names(count, settings["last_shard"]), shards)
     for name in shards.keys() & names:
         # The file has another size than the manifest lists. An unlisted file stays: fetch_shards() checks it.
@@ -231,24 +294,25 @@ def download(folder, num_files=-1, num_workers=4, overwrite=False):
 
 
 def build_parser():
-    parser = make_parser("nanochat.dataset", __doc__)
+    parser = cli.make_parser("nanochat.dataset", __doc__)
     add, add_mode = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    flag = dict(type=boolean, nargs="?", const=True, default=False)
+    flag = dict(type=cli.boolean, nargs="?", const=True, default=False)
     add("-n", "--num_files", type=int, default=-1, help="public shards to download besides the last (-1 = all 1,823)")
     add("-w", "--num_workers", type=int, default=4, help="number of parallel downloads")
     add_mode("--pocket", **flag, help="generate the pocket corpus instead")
     add("--chars", type=int, default=30_000_000, help="--pocket: characters of training text")
-    add_mode("--from_files", nargs="+", metavar="PATH", help="make shards from these files and folders instead")
+    add_mode("--from_files", type=cli.path, nargs="+", metavar="PATH", help="read these files and folders instead")
     add("--val_share", type=float, default=0.01, help="--from_files: share of the documents for validation, 0 to 1")
+    add("--text_column", default="text", help="--from_files: field of jsonl, column of parquet that holds the text")
     add("--seed", type=int, default=42, help="seed of the pocket corpus and of the order of documents")
-    add("--data_dir", help="folder of the shards (default: base_data in NANOCHAT_BASE_DIR)")
+    add("--data_dir", type=cli.path, help="folder of the shards (default: base_data in NANOCHAT_BASE_DIR)")
     add("--overwrite", **flag, help="replace existing shards that have another origin or other settings")
     add_mode("--verify", **flag, help="only compare the shards with their sha256")
     return parser
 
 
 def main(argv=None):
-    args = parse_args(build_parser(), argv)
+    args = cli.parse_args(build_parser(), argv)
     folder = data_folder(args.data_dir)
     if args.verify:
         return print0(f"all {verify(folder)} shards in {folder} match the manifest")
@@ -256,7 +320,7 @@ def main(argv=None):
         if args.pocket:
             write_pocket(folder, args.chars, args.seed, args.overwrite)
         elif args.from_files:
-            write_files(folder, args.from_files, args.val_share, args.seed, args.overwrite)
+            write_files(folder, args.from_files, args.val_share, args.seed, args.overwrite, args.text_column)
         else:
             download(folder, args.num_files, args.num_workers, args.overwrite)
 
@@ -275,4 +339,4 @@ def _lock(folder):
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

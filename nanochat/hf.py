@@ -8,7 +8,7 @@ Then AutoModelForCausalLM.from_pretrained("out") and AutoTokenizer.from_pretrain
 
 from pathlib import Path
 
-from nanochat.cli import add_model_flags, make_parser, parse_args, run_script
+from nanochat.cli import add_model_flags, make_parser, parse_args, path, run_script
 from nanochat.common import UserError, base_dir, compute_init
 
 # Parts of parameter names, ours -> transformers'.
@@ -86,7 +86,7 @@ def export(model, tokenizer, folder):
 def main(argv=None):
     parser = make_parser("nanochat.hf", __doc__)
     add_model_flags(parser)
-    parser.add_argument("folder", help="output folder; must not exist")
+    parser.add_argument("folder", type=path, help="output folder; must not exist")
     args = parse_args(parser, argv)
     if Path(args.folder).exists():
         raise UserError(f"{args.folder} already exists; choose a new folder")

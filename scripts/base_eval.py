@@ -14,19 +14,21 @@ import sys
 import time
 from pathlib import Path
 
-from nanochat.cli import add_checkpoint_flags, make_parser, parse_args, run_script
+from nanochat.cli import add_checkpoint_flags, make_parser, parse_args, path, run_script
 from nanochat.common import atomic_path, base_dir, choose_device, compute_init, print0, require, write_jsonl
 from nanochat.tracking import progress_printer
 
 
 def build_parser():
     p = make_parser("scripts.base_eval", __doc__)
-    p.add_argument("--hf_path", help="evaluate this Hugging Face model: a name on the Hub, or a folder")
+    p.add_argument("--hf_path", type=path, help="evaluate this Hugging Face model: a name on the Hub, or a folder")
     add_checkpoint_flags(p, dtype="float32; on CUDA bfloat16 where the hardware has it")
     p.add_argument("--max_per_task", type=int, default=-1, help="examples per task; -1 = all")
     p.add_argument("--tasks", help="only these tasks, e.g. 'copa|winograd' (default: all)")
     p.add_argument("--pass_tokens", type=int, help="maximum padded tokens per forward pass; limits memory")
-    p.add_argument("--save_samples", metavar="FILE", help="write every example, answer and verdict to this .jsonl")
+    p.add_argument(
+        "--save_samples", type=path, metavar="FILE", help="write examples, answers and verdicts to this .jsonl"
+    )
     return p
 
 
@@ -88,9 +90,9 @@ def main(argv=None):
     limit = f" on at most {args.max_per_task:,} examples per task" if args.max_per_task > 0 else ""
     print0(f"CORE{limit}: {score.core:.4f}")
     if compute.rank == 0:
-        path = base_dir() / "base_eval" / f"{name}.csv"
-        write_csv(path, score)
-        print0(f"written to {path}")
+        csv_path = base_dir() / "base_eval" / f"{name}.csv"
+        write_csv(csv_path, score)
+        print0(f"written to {csv_path}")
     facts = {"Model": name, "CORE metric": score.core, **score.centered}
     # The report sums the wall clock times of a training run; scoring a Hugging Face model is not part of it.
     clock = {"wall_clock_seconds": time.time() - started} if args.hf_path is None else {}

@@ -7,7 +7,7 @@ Evaluate a base model's loss: bits per byte on training and validation text, and
 Reads a base checkpoint, tokenizer/ and base_data/. Writes a section of the report.
 """
 
-from nanochat.cli import add_checkpoint_flags, make_parser, parse_args, run_script
+from nanochat.cli import add_checkpoint_flags, make_parser, parse_args, path, run_script
 from nanochat.common import compute_init, print0, require
 
 
@@ -16,6 +16,7 @@ def build_parser():
     add_checkpoint_flags(p)
     p.add_argument("--device_batch_size", type=int, default=32, help="rows per forward pass and device")
     p.add_argument("--split_tokens", type=int, default=20 * 524288, help="tokens per split to evaluate")
+    p.add_argument("--data_dir", type=path, help="folder of the shards (default: base_data in NANOCHAT_BASE_DIR)")
     return p
 
 
@@ -38,7 +39,7 @@ def main(argv=None):
 
     bpb, token_bytes = {}, get_token_bytes()
     for split in ("train", "val"):
-        batches = eval_batches(ShardSource(row_groups(split), tokenizer, rows), rows, T, steps, compute)
+        batches = eval_batches(ShardSource(row_groups(split, args.data_dir), tokenizer, rows), rows, T, steps, compute)
         bpb[split] = evaluate_bpb(model, batches, token_bytes, compute)
         print0(f"{split} bpb {bpb[split]:.4f}")
     samples = greedy_samples(Engine(model, tokenizer, compute), meta["corpus"]) if compute.rank == 0 else {}

@@ -9,7 +9,7 @@ Reads tokenizer/ and base_data/. Writes base_checkpoints/d<depth>/ and report/me
 
 import functools
 
-from nanochat.cli import add_run_flags, boolean, make_parser, parse_args, run_script
+from nanochat.cli import add_run_flags, boolean, make_parser, parse_args, path, run_script
 from nanochat.common import UserError, compute_init, print0
 
 
@@ -35,6 +35,7 @@ def build_parser():
     add("--core_metric_every", type=int, default=2000, help="steps between CORE evaluations; -1 = never")
     add("--core_metric_max_per_task", type=int, default=500, help="examples per CORE task")
     add("--sample_every", type=int, default=2000, help="steps between samples; -1 = never")
+    add("--data_dir", type=path, help="folder of the shards (default: base_data in NANOCHAT_BASE_DIR)")
     add("--model_tag", default="", help="folder name of the checkpoints; empty = d<depth>")
     return parser
 
@@ -98,10 +99,10 @@ def main(argv=None):
     compiled = stage.compile(model)
 
     # Data
-    corpus = corpus_name()
-    source = ShardSource(row_groups("train"), tokenizer, rows, args.seed)
+    corpus = corpus_name(args.data_dir)
+    source = ShardSource(row_groups("train", args.data_dir), tokenizer, rows, args.seed)
     loader = stage.training_loader(source, rows)
-    val_source = functools.partial(ShardSource, row_groups("val"), tokenizer, rows)
+    val_source = functools.partial(ShardSource, row_groups("val", args.data_dir), tokenizer, rows)
     val_batches = functools.cache(lambda: stage.validation_batches(val_source()))  # read at the first validation
     core_tasks = load_core_tasks(args, corpus)
 

@@ -13,7 +13,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from nanochat.cli import add_model_flags, boolean, choose_source, make_parser, parse_args, run_script
+from nanochat.cli import add_model_flags, boolean, choose_source, make_parser, parse_args, path, run_script
 from nanochat.common import UserError, compute_init, print0, require, write_jsonl
 from nanochat.tracking import progress_printer
 
@@ -34,7 +34,7 @@ def build_parser():
     add("--data_seed", type=int, default=0, help="seed of tasks that generate their problems (default 0)")
     unsafe = "run HumanEval's programs even if this machine cannot isolate them"
     add("--unsafe_exec", type=boolean, nargs="?", const=True, default=False, help=unsafe)
-    add("--save_samples", metavar="FILE", help="write every problem, answer and verdict to this .jsonl")
+    add("--save_samples", type=path, metavar="FILE", help="write every problem, answer and verdict to this .jsonl")
     return parser
 
 

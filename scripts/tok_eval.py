@@ -9,7 +9,7 @@ Reads tokenizer/ and base_data/. Writes the report's section "Tokenizer evaluati
 from pathlib import Path
 from unittest import mock
 
-from nanochat.cli import make_parser, parse_args, run_script
+from nanochat.cli import make_parser, parse_args, path, run_script
 from nanochat.common import UserError, print0
 
 BASELINES = {"gpt2": "GPT-2", "cl100k_base": "GPT-4"}
@@ -17,7 +17,9 @@ TEXTS = ("news", "korean", "code", "math", "science")  # scripts/tok_eval_texts/
 
 
 def build_parser():
-    return make_parser("scripts.tok_eval", __doc__)
+    parser = make_parser("scripts.tok_eval", __doc__)
+    parser.add_argument("--data_dir", type=path, help="folder of the shards (default: base_data in NANOCHAT_BASE_DIR)")
+    return parser
 
 
 def load_cached(name):
@@ -31,7 +33,7 @@ def load_cached(name):
         return None
 
 
-def evaluation_texts():
+def evaluation_texts(data_dir=None):
     """{name: text}: five short texts of different kinds, and the first row group of each split."""
     from nanochat.dataset import parquets_iter_batched
 
@@ -39,7 +41,7 @@ def evaluation_texts():
     texts = {name: (folder / f"{name}.txt").read_text(encoding="utf-8").strip() for name in TEXTS}
     for split in ("train", "val"):
         try:
-            texts[split] = "\n".join(next(iter(parquets_iter_batched(split))))
+            texts[split] = "\n".join(next(iter(parquets_iter_batched(split, data_dir=data_dir))))
         except UserError as e:
             print0(f"skipping the {split} split: {e}")
     return {name: text for name, text in texts.items() if text}
@@ -61,12 +63,12 @@ def compression_table(texts, tokenizer, baseline=None, label=""):
 
 
 def main(argv=None):
-    parse_args(build_parser(), argv)
+    args = parse_args(build_parser(), argv)
     from nanochat.report import get_report
     from nanochat.tokenizer import get_tokenizer
 
     tokenizer = get_tokenizer()
-    texts = evaluation_texts()
+    texts = evaluation_texts(args.data_dir)
     for name, text in texts.items():
         assert tokenizer.decode(tokenizer.encode(text)) == text, name
     sections = [compression_table(texts, tokenizer)]

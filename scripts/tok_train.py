@@ -13,7 +13,7 @@ import itertools
 import math
 import time
 
-from nanochat.cli import make_parser, parse_args, run_script
+from nanochat.cli import make_parser, parse_args, path, run_script
 from nanochat.common import UserError, base_dir, format_duration, print0
 from nanochat.tracking import progress_printer
 
@@ -34,10 +34,11 @@ def build_parser():
     parser.add_argument("--max_chars", type=count, default=10_000_000_000, help="maximum characters of training text")
     parser.add_argument("--doc_cap", type=count, default=10_000, help="maximum characters read from each document")
     parser.add_argument("--vocab_size", type=count, default=65_536, help="number of tokens, including special tokens")
+    parser.add_argument("--data_dir", type=path, help="folder of the shards (default: base_data in NANOCHAT_BASE_DIR)")
     return parser
 
 
-def read_texts(max_chars, doc_cap, totals):
+def read_texts(max_chars, doc_cap, totals, data_dir=None):
     """
     Yield the training documents as pyarrow string arrays until they have `max_chars` characters.
 
@@ -47,9 +48,9 @@ def read_texts(max_chars, doc_cap, totals):
 
     from nanochat.dataset import read_column, row_groups
 
-    groups, show_progress = row_groups("train"), progress_printer("characters", every=2.0)
-    for i, (path, index, _) in enumerate(groups, 1):
-        texts = read_column(path, index).drop_null()
+    groups, show_progress = row_groups("train", data_dir), progress_printer("characters", every=2.0)
+    for i, (shard, index, _) in enumerate(groups, 1):
+        texts = read_column(shard, index).drop_null()
         lengths = (min(n, doc_cap) for n in pc.utf8_length(texts).to_pylist())
         ends = list(itertools.accumulate(lengths, initial=totals["characters"]))
         n = min(bisect.bisect_left(ends, max_chars), len(texts))  # the document that reaches max_chars is the last
@@ -77,7 +78,7 @@ def main(argv=None):
         if phase == "merging":  # read_texts shows the progress of counting
             show_progress(phase, done, total)
 
-    texts = read_texts(args.max_chars, args.doc_cap, totals)
+    texts = read_texts(args.max_chars, args.doc_cap, totals, args.data_dir)
     tokenizer = Tokenizer.train_from_iterator(texts, args.vocab_size, progress, max_chars=args.doc_cap, arrow=True)
     train_time = time.time() - start
     vocab_size, n_merges = tokenizer.get_vocab_size(), len(tokenizer.ranks) - 256

@@ -185,7 +185,7 @@ def find_task(name):
     known = f"no task {name!r}; there are {', '.join(EVAL_TASKS)}, and your own: a class in tasks/, or file.py:Class"
     require(path.endswith(".py"), known)
     with task_errors(name):  # anything the user's file raises
-        spec = importlib.util.spec_from_file_location("own_task", path)
+        spec = importlib.util.spec_from_file_location("own_task", Path(path).expanduser())
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look it up there
         spec.loader.exec_module(module)
         task = getattr(module, class_name)

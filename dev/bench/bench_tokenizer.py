@@ -241,7 +241,8 @@ def main():
         "--env", type=Path, default=Path.home() / ".cache" / "nanochat-bench", help="folder of the peers' environment"
     )
     args = parser.parse_args()
-    for path in args.text or ():
+    args.text, args.env = [path.expanduser() for path in args.text or ()], args.env.expanduser()
+    for path in args.text:
         if not path.is_file():
             parser.error(f"--text={path}: no such file")
     from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from nanochat.cli import make_parser, parse_args, run_script
+from nanochat.cli import make_parser, parse_args, path, run_script
 
 # Step -> validation bits per byte of the reference (version 1, float32, 2 CPU cores, seed 42) with FLAGS.
 REFERENCE = {
@@ -37,7 +37,7 @@ FLAGS = (
 
 def main(argv=None):
     parser = make_parser("dev.bench.learning_curve", __doc__)
-    parser.add_argument("--hub", required=True, help="URL or folder of the shards")
+    parser.add_argument("--hub", type=path, required=True, help="URL or folder of the shards")
     parser.add_argument("--dtype", default="", help="float32 or bfloat16; empty = base_train chooses")
     args = parse_args(parser, argv)
     with tempfile.TemporaryDirectory() as base:

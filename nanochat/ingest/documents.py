@@ -1,83 +1,212 @@
-"""Documents from your files: txt, md (split at blank lines), jsonl ("text" of each line), parquet (column `text`)."""
+"""
+Documents from your files: txt, md (split at blank lines), jsonl ("text" of each line), parquet (column `text`).
 
+Each may be compressed (.gz, .zst).
+"""
+
+import codecs
+import collections
 import hashlib
+import io
 import json
+import os
+import re
 from pathlib import Path
 
-from nanochat.common import UserError, well_formed
+from nanochat.common import UserError, print0, require, well_formed
+from nanochat.ingest.columns import open_parquet, to_strings
 
 DOC_CHARS = 10_000  # text files are split into documents of about this size, the default of tok_train's --doc_cap
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}  # suffix -> pyarrow's name
+UNDECODABLE = re.compile("[\udc80-\udcff]")  # how errors="surrogateescape" decodes a byte that is not UTF-8
+ICONV = "if it is text, convert it, for example with `iconv -f {} -t utf-8`"
+MIN_VAL_DOCS = 8  # number of validation documents that a small set gets, if they are within MAX_VAL_SHARE
+MAX_VAL_SHARE = 0.05  # maximum share of validation in all characters, unless the only document in it is longer
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
 
 
-def source_files(paths):
-    """All readable files among `paths`, including those in folders, in a reproducible order."""
-    files = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise UserError(f"--from_files: no file or folder at {path}")
-        candidates = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        readable = [p for p in candidates if p.suffix.lower() in (".txt", ".md", ".jsonl", ".parquet")]
-        if not readable:
-            raise UserError(f"--from_files: no txt, md, jsonl or parquet file at {path}")
-        files += readable
-    return files
+def source_files(paths, exclude):
+    """
+    All readable files among `paths` and in the folders among them, each once, as sorted absolute paths.
+
+    Leaves out hidden files in these folders, and what is in the folder `exclude`. Prints how many files of other kinds
+    there are. Raises UserError for a path without any readable file.
+    """
+    files, left_out = {}, collections.Counter()
+    for path in paths:
+        require(os.path.exists(path), f"--from_files: no file or folder at {path}")
+        found, others = {}, collections.Counter()
+        for candidate in sorted(_walk(path)) if os.path.isdir(path) else [Path(path)]:
+            real = Path(os.path.realpath(candidate))  # unlike resolve(), also of a link to itself
+            if exclude in real.parents:
+                continue
+            if _kind(candidate)[0] and real.is_file():
+                found.setdefault(real, candidate.absolute())
+            else:
+                others[_suffix(candidate) if real.is_file() else "broken link or device"] += 1
+        reason = f"; found only {_listing(others)}" if others else ""
+        require(found, f"--from_files: no txt, md, jsonl or parquet file at {path}{reason}")
+        files = found | files
+        left_out += others
+    if left_out:
+        print0(f"left out: {_listing(left_out)}")
+    return sorted(files.values())
 
 
-def labeled_documents(files, val_share, seed):
+def _walk(folder):
+    """Paths of all files in `folder` and its subfolders, but for hidden ones. Follows links, into each folder once."""
+
+    def fail(error):
+        raise UserError(f"--from_files: cannot read {error.filename} ({error.strerror})") from error
+
+    seen = set()
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=fail):
+        if (real := os.path.realpath(parent)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not _is_hidden(name))
+        yield from (Path(parent, name) for name in names if not _is_hidden(name))
+
+
+def _is_hidden(name):
+    return name.startswith(".") or name == "__MACOSX"  # what macOS adds to zip archives
+
+
+def _kind(path):
+    """("jsonl", "gzip") for x.jsonl.gz; ("jsonl", None) for x.jsonl; (None, ...) if the file is of no known kind."""
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    suffix = (path.with_suffix("") if compression else path).suffix.lower()
+    return suffix[1:] if suffix in (".txt", ".md", ".jsonl", ".parquet") else None, compression
+
+
+def _suffix(path):
+    """The suffix of a file in lower case, with that of its content for a compressed file."""
+    return "".join(path.suffixes[-2 if _kind(path)[1] else -1 :]).lower() or "without a suffix"
+
+
+def _listing(counts):
+    """{".csv": 3} as "3 .csv"; the most frequent first."""
+    return ", ".join(f"{count:,} {suffix}" for suffix, count in counts.most_common())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Splits
+
+
+def labeled_documents(files, val_share, seed, column="text"):
     """
     Yield (is_validation, text) for every document of `files`.
 
-    The split depends on a hash of the text, so that duplicates never appear in both training and validation.
+    A hash of the text chooses, in any order of the documents: a share `val_share` of them, at least MIN_VAL_DOCS,
+    and of these as many as are within MAX_VAL_SHARE of all characters, at least one. Equal documents are in one split.
+    Keeps the candidates in memory. Raises UserError if there are no two different documents.
     """
-    for path in files:
-        for text in read_documents(path):
-            digest = hashlib.blake2b(text.encode(), digest_size=8, key=b"%d" % seed).digest()
-            yield int.from_bytes(digest, "big") < val_share * 2**64, text
+    # {hash: equal documents}: those that `val_share` chooses, and the next ones in case that these are too few.
+    chosen, reserve = {}, {}
+    count = chars = 0
+    for text in (text for path in files for text in read_documents(path, column)):
+        digest = hashlib.blake2b(text.strip().encode(), digest_size=8, key=b"%d" % seed).digest()
+        group = chosen if int.from_bytes(digest, "big") < val_share * 2**64 else reserve
+        group.setdefault(digest, []).append(text)
+        count, chars = count + 1, chars + len(text)
+        if len(reserve) > MIN_VAL_DOCS:
+            yield from ((False, text) for text in reserve.pop(max(reserve)))
+    groups = dict(sorted((chosen | reserve).items()))
+    reason = f"{count} document{'s that are all equal' if count > 1 else ''}" if count else "no text"
+    require(len(groups) > 1, f"{reason} in these files; training and validation need at least one document each")
+    sizes = {digest: sum(map(len, texts)) for digest, texts in groups.items()}
+    val, left = set(), chars * max(val_share, MAX_VAL_SHARE)
+    for digest, size in sizes.items():
+        if (digest in chosen or len(val) < MIN_VAL_DOCS) and size <= left:
+            val.add(digest)
+            left -= size
+    val = val or {min(sizes, key=sizes.get)}
+    yield from ((digest in val, text) for digest, texts in groups.items() for text in texts)
 
 
-def read_documents(path):
+# ---------------------------------------------------------------------------------------------------------------------
+# Documents of one file
+
+
+def read_documents(path, column="text"):
     """Yield the non-blank documents of one file without loading it whole. Raises UserError if it is unreadable."""
-    kind = path.suffix.lower().lstrip(".")
-    read = {"parquet": parquet_documents, "jsonl": json_documents}.get(kind, text_documents)
+    kind = _kind(path)[0]
     try:
-        yield from (text for text in read(path) if text and text.strip())
+        if kind == "parquet":
+            documents = parquet_documents(path, column)
+        else:
+            documents = json_documents(path, column) if kind == "jsonl" else text_documents(path)
+        yield from (text for text in documents if text and text.strip())
     except UserError:
         raise
     except (OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read as {kind} ({str(e).splitlines()[0]})") from e
 
 
-def parquet_documents(path):
-    """Yield column `text` of a parquet file."""
-    import pyarrow.parquet as pq
+def _open(path):
+    """Binary file with the decompressed content of `path`."""
+    import pyarrow as pa
 
-    file = pq.ParquetFile(path)
-    if "text" not in file.schema_arrow.names:
-        raise UserError(f"{path} has no column `text`, only {', '.join(file.schema_arrow.names)}")
-    for batch in file.iter_batches(1024, columns=["text"]):
-        yield from batch.column(0).to_pylist()
+    return pa.input_stream(str(path), compression=_kind(path)[1])
 
 
-def json_documents(path):
-    """Yield the "text" of every line of a jsonl file. Raises UserError with the number of a malformed line."""
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                if line.strip():
-                    yield well_formed(json.loads(line)["text"])
-            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
-                expected = 'expected a JSON object with a string "text"'
-                raise UserError(f"{path}:{number}: {expected}, got {line.strip()[:60]}") from e
+def read_lines(path, size=-1):
+    """
+    Yield (line number, line) of a file in UTF-8, or in UTF-16 with a byte order mark; a line in pieces of `size`.
+
+    Raises UserError with the line of the first byte that is not UTF-8, or if the file is not text.
+    """
+    encoding = "utf-16" if _open(path).read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    file, number = io.TextIOWrapper(_open(path), encoding, errors="surrogateescape"), 1
+    while line := file.readline(size):
+        if byte := UNDECODABLE.search(line):
+            hint = ICONV.format("cp1252")
+            raise UserError(f"{path}:{number}: the byte 0x{ord(byte[0]) - 0xDC00:x} is not UTF-8; {hint}")
+        if line.count("\0") > len(line) // 10:
+            raise UserError(f"{path}:{number}: many NUL bytes; {ICONV.format('utf-16')}")
+        yield number, line
+        number += line.endswith("\n")
+
+
+def parquet_documents(path, column="text"):
+    """Yield one column of a parquet file; None for null."""
+    import pyarrow as pa
+
+    source = pa.BufferReader(_open(path).read()) if _kind(path)[1] else None
+    for batch in open_parquet(path, column, source).iter_batches(1024, columns=[column]):
+        yield from to_strings(batch.column(0)).to_pylist()
+
+
+def json_documents(path, column="text"):
+    """Yield a field of every line of a jsonl file; None for null. Raises UserError with the number of a wrong line."""
+    for number, line in read_lines(path):
+        line = line.strip().lstrip("\ufeff")  # joined files may have a byte order mark in the middle
+        try:
+            record = json.loads(line) if line else {column: None}
+            yield None if record[column] is None else well_formed(record[column])
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as e:
+            got = line[:60]
+            if isinstance(e, KeyError) and record:
+                got = f"the fields {', '.join(record)}; name the one of the text with --text_column"
+            raise UserError(f'{path}:{number}: expected a JSON object with a string "{column}", got {got}') from e
 
 
 def text_documents(path, size=DOC_CHARS):
-    """Yield pieces of a text file. Each ends at the first blank line after `size` characters, or after 2 * `size`."""
-    doc, chars = [], 0
-    with open(path, encoding="utf-8-sig") as file:
-        while line := file.readline(size):
-            doc.append(line)
-            chars += len(line)
-            if chars >= (2 * size if line.strip() else size):
-                yield "".join(doc)
-                doc, chars = [], 0
-    yield "".join(doc)
+    """
+    Yield pieces of a text file. Each ends at the first blank line after `size` characters, or after 2 * `size`.
+
+    The last one has at least `size` / 2 characters, unless it is the only one.
+    """
+    complete, doc, chars = "", [], 0
+    for _, line in read_lines(path, size):
+        doc.append(line)
+        chars += len(line)
+        if chars >= (2 * size if line.strip() else size):
+            if complete:
+                yield complete
+            complete, doc, chars = "".join(doc), [], 0
+    rest = "".join(doc)
+    yield from [complete, rest] if len(rest) >= size // 2 else [complete + rest]

@@ -2,11 +2,10 @@
 
 import random
 
-from nanochat.common import UserError, atomic_path, file_fingerprint, print0
+from nanochat.common import atomic_path, file_fingerprint, print0, require
 
 SHARD_CHARS = 250_000_000  # minimum size of a shard in characters, about 100 MB compressed
 ROW_GROUP = 1024  # documents per row group, the unit of reading
-MIN_VAL_DOCS = 8  # minimum number of validation documents
 
 
 def cut_shards(documents, shard_chars=SHARD_CHARS):
@@ -40,7 +39,7 @@ def write_shards(folder, documents, seed, shard_chars=SHARD_CHARS):
     Keeps one training shard and all validation documents in memory. Documents are shuffled within their shard; the
     loader shuffles the row groups of all shards.
     """
-    rng, val, shards = random.Random(seed), [], {}
+    rng, val, shards, total = random.Random(seed), [], {}, 0
 
     def train_documents():
         for is_val, text in documents:
@@ -49,17 +48,18 @@ def write_shards(folder, documents, seed, shard_chars=SHARD_CHARS):
             else:
                 yield text
 
-    def add_shard(texts, purpose):
+    def add_shard(texts, split):
+        nonlocal total
+        chars = sum(map(len, texts))
+        total += chars
         name = f"shard_{len(shards):05d}.parquet"
         shards[name] = write_shard(folder / name, texts)
-        print0(f"{name}: {len(texts):,} documents, {sum(map(len, texts)):,} characters for {purpose}")
+        share = f" ({100 * chars / total:.1f} %)" if split == "validation" else ""
+        print0(f"{name}, {split}: {len(texts):,} documents, {chars:,} characters{share}")
 
     for shard in cut_shards(train_documents(), shard_chars):
         rng.shuffle(shard)
-        while len(val) < MIN_VAL_DOCS and len(val) + 1 < len(shard):  # a small set may have too few
-            val.append(shard.pop())
         add_shard(shard, "training")
-    if not shards or not val:
-        raise UserError(f"too little text for {folder}: training and validation need at least one document each")
-    add_shard(val, f"validation; all shards are in {folder}")
+    require(shards and val, "too little text: training and validation need at least one document each")
+    add_shard(val, "validation")
     return shards

@@ -1,0 +1,31 @@
+"""The text column of a parquet file, in whatever type its writer chose."""
+
+from nanochat.common import UserError
+
+# pyarrow's names. Polars writes string_view, pandas and `datasets` large_string, a category becomes a dictionary.
+TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
+
+
+def open_parquet(path, column="text", source=None):
+    """The ParquetFile at `path` (or in `source`). Raises UserError if `column` is missing or is not text."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(source or path)
+    schema = file.schema_arrow
+    if column not in schema.names:
+        hint = "name the column of the text with --from_files PATH --text_column"
+        raise UserError(f"{path} has no column `{column}`, only {', '.join(schema.names)}; {hint}")
+    kind = schema.field(column).type
+    if str(kind.value_type if pa.types.is_dictionary(kind) else kind) not in TEXT_TYPES:
+        raise UserError(f"{path}: the column `{column}` has the type {kind}, expected text")
+    return file
+
+
+def to_strings(column):
+    """A pyarrow array of one of TEXT_TYPES as an array of strings. Raises ValueError for bytes that are not UTF-8."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    return column if column.type == pa.string() else column.cast(pa.large_string())
