@@ -8,7 +8,6 @@ A checkpoint is written to step_XXXXXX.tmp, synced and renamed. meta.json holds 
 size and sha256 of the other files. Reading verifies them and falls back, with a warning, to the newest intact step.
 """
 
-import itertools
 import json
 import os
 import pickle
@@ -22,9 +21,18 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from nanochat.common import CHECKPOINT_FOLDERS as FOLDERS
-from nanochat.common import UserError, atomic_path, base_dir, file_fingerprint, print0
+from nanochat.common import (
+    Compute,
+    UserError,
+    atomic_path,
+    base_dir,
+    choose_dtype,
+    file_fingerprint,
+    print0,
+    require,
+)
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.tokenizer import get_tokenizer
+from nanochat.tokenizer import check_tokenizer, get_tokenizer
 
 SCRIPTS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}
 
@@ -43,14 +51,6 @@ def _step_dirs(folder):
 
 def has_checkpoints(folder):
     return bool(_step_dirs(folder))
-
-
-def set_aside(folder):
-    """If `folder` holds an earlier run, rename it to <folder>.old1, .old2, ..."""
-    if has_checkpoints(folder):
-        n = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}.old{n}").exists())
-        folder.rename(folder.with_name(f"{folder.name}.old{n}"))
-        print0(f"{folder} held an earlier run, renamed to {folder.name}.old{n}")
 
 
 def _sync(path):
@@ -199,17 +199,26 @@ def load_optimizers(path, meta, optimizers):
         optimizer.load_shards([shards[i] for shards in saved])
 
 
-def load_model(source, compute, model_tag=None, step=None, inference=True, quantize=None):
+def load_model(source, compute, phase="eval", model_tag=None, step=None, quantize=None):
     """
-    (model, tokenizer, meta) of a stage: `source` is "base", "mid", "sft" or "rl".
+    (model, tokenizer, meta) of a stage: `source` is "base", "mid", "sft" or "rl". `compute`: a Compute, or a device.
 
-    By default it loads the newest step of the deepest model. `inference` casts the weights to compute.dtype and freezes
-    them; quantize="int8" also quantizes them for the CPU backend. Raises UserError if there is no such checkpoint, or
-    if the vocabularies of tokenizer and model differ in size.
+    By default it loads the newest step of the deepest model. Phase "eval" casts the weights to compute.dtype and
+    freezes them; quantize="int8" also quantizes them for the CPU backend. Raises UserError if there is no such
+    checkpoint, or if it was trained with another tokenizer. Warns if the checkpoint has no fingerprints.
     """
+    require(source in FOLDERS, f"source {source!r}: choose one of {', '.join(FOLDERS)}")
+    require(phase in ("train", "eval"), f'phase {phase!r}: choose "train" or "eval"')
+    if not isinstance(compute, Compute):
+        device = torch.device(compute)
+        compute = Compute(device, choose_dtype(device.type))
     model_tag = model_tag or find_model_tag(source)
     path, meta = find_checkpoint(checkpoint_dir(source, model_tag), step)
     tokenizer = get_tokenizer()
+    if "made_from" in meta:
+        check_tokenizer(tokenizer, meta["made_from"]["tokenizer"], path)
+    else:
+        print0(f"warning: {path} does not record its tokenizer and data; the present ones may differ", file=sys.stderr)
     if tokenizer.get_vocab_size() != meta["model_config"]["vocab_size"]:
         raise UserError(
             f"{path} was trained with a vocabulary of {meta['model_config']['vocab_size']:,}, the tokenizer in "
@@ -218,7 +227,7 @@ def load_model(source, compute, model_tag=None, step=None, inference=True, quant
     model = GPT(GPTConfig(**meta["model_config"]))
     model.allocate(compute.device)
     load_weights(model, path)
-    if inference:
+    if phase == "eval":
         model.to(dtype=compute.dtype).eval().requires_grad_(False)
     if quantize:
         from nanochat.inference.cpu_backend import quantize as to_int8
@@ -228,3 +237,10 @@ def load_model(source, compute, model_tag=None, step=None, inference=True, quant
         to_int8(model)
     corpus = meta.get("corpus", meta.get("data", "public"))  # "data" before version 0.3
     return model, tokenizer, meta | {"model_tag": model_tag, "corpus": corpus}
+
+
+def made_from(source_meta, tokenizer, task):
+    """What a mid, sft or rl checkpoint is made from: fingerprints by name. `source_meta`: of the loaded model."""
+    shards = source_meta.get("made_from", {}).get("shards")
+    weights = source_meta["files"]["model.safetensors"]["sha256"]
+    return {"tokenizer": tokenizer.fingerprint(), "shards": shards, "mixture": task.fingerprint(), "model": weights}

@@ -82,6 +82,7 @@ def add_run_flags(parser, device_batch_size, save_every=-1):
     add("--seed", type=int, default=42, help="random seed of weights, data order and sampling")
     add("--resume", **flag, help="continue from the newest intact checkpoint")
     add("--resume_from_step", type=int, default=-1, help="continue from the checkpoint of this step; -1 = off")
+    add("--resume_unverified", **flag, help="resume a checkpoint that does not record its tokenizer and data")
     add("--save_every", type=int, default=save_every, help="steps between checkpoints; -1 = only at the end")
     add("--keep", type=int, default=0, help="number of newest checkpoints to keep; 0 = all")
 

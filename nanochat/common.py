@@ -7,6 +7,7 @@ Only this module reads environment variables; the README lists them.
 import contextlib
 import gc
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -226,6 +227,14 @@ def atomic_path(path):
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def set_aside(path):
+    """Rename a file or folder to <path>.old1, .old2, ...; returns the new path."""
+    n = next(n for n in itertools.count(1) if not path.with_name(f"{path.name}.old{n}").exists())
+    old = path.rename(path.with_name(f"{path.name}.old{n}"))
+    print0(f"{path} held an earlier {'tokenizer' if path.name == 'tokenizer' else 'run'}, renamed to {old.name}")
+    return old
 
 
 def write_jsonl(path, records):

@@ -97,7 +97,7 @@ def main(argv=None):
     from nanochat.checkpoint_manager import load_model
 
     compute = compute_init("cpu", args.dtype or "float32")
-    model, tokenizer, _ = load_model(args.source, compute, args.model_tag, args.step)
+    model, tokenizer, _ = load_model(args.source, compute, "eval", args.model_tag, args.step)
     export(model, tokenizer, args.folder)
     print(f"wrote {args.folder}")
 

@@ -15,12 +15,13 @@ import contextlib
 import hashlib
 import io
 import json
+import shutil
 import struct
 import zipfile
 from bisect import bisect_left
 from pathlib import Path
 
-from nanochat.common import UserError, atomic_path, base_dir
+from nanochat.common import UserError, atomic_path, base_dir, print0, set_aside
 
 SPECIAL_TOKENS = (
     "<|bos|>",  # starts every document
@@ -119,6 +120,13 @@ class Tokenizer:
         with contextlib.ExitStack() as stack:
             for name, data in reversed(files.items()):  # files are replaced in reverse order of this loop
                 stack.enter_context(atomic_path(Path(directory) / name)).write_bytes(data)
+
+    def fingerprint(self):
+        """sha256 (hex) of the pattern, the tokens and the special tokens: equal if all texts get equal ids."""
+        digest = hashlib.sha256(json.dumps([self.pattern, self.bos, sorted(self.special_tokens.items())]).encode())
+        for token in sorted(self.ranks, key=self.ranks.get):
+            digest.update(b"%d %d %b" % (self.ranks[token], len(token), token))
+        return digest.hexdigest()
 
     # -----------------------------------------------------------------------------------------------------------------
     # Vocabulary
@@ -249,6 +257,37 @@ RustBPETokenizer = Tokenizer  # former name, for older scripts
 def get_tokenizer():
     """The trained tokenizer, from tokenizer/ in the base directory."""
     return Tokenizer.from_directory(base_dir() / "tokenizer")
+
+
+def save_as_default(tokenizer):
+    """Make `tokenizer` the one of get_tokenizer(). Another one there is set aside, an equal one is left in its place."""
+    folder, draft = base_dir() / "tokenizer", base_dir() / "tokenizer.tmp"
+    with contextlib.suppress(UserError):  # none yet, or a damaged one
+        if get_tokenizer().fingerprint() == tokenizer.fingerprint():
+            return print0(f"{folder} holds this tokenizer already")
+    try:
+        tokenizer.save(draft)
+    except Exception:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    if folder.exists():
+        set_aside(folder)
+    draft.rename(folder)
+    print0(f"saved {tokenizer.get_vocab_size():,} tokens to {folder}")
+
+
+def check_tokenizer(tokenizer, fingerprint, where):
+    """Raises UserError unless `tokenizer`, the default one, has the fingerprint recorded by the checkpoint `where`."""
+    if tokenizer.fingerprint() == fingerprint:
+        return
+    for folder in sorted(base_dir().glob("tokenizer.old*")):
+        with contextlib.suppress(UserError):
+            if Tokenizer.from_directory(folder).fingerprint() == fingerprint:
+                hint = f"its tokenizer is {folder.name}: move tokenizer away and rename {folder.name} to tokenizer"
+                break
+    else:
+        hint = "put its tokenizer back, or train the model anew"
+    raise UserError(f"{where} was trained with another tokenizer than {base_dir() / 'tokenizer'}; {hint}")
 
 
 def get_token_bytes(device="cpu"):

@@ -13,10 +13,9 @@ from nanochat.checkpoint_manager import (
     load_optimizers,
     load_weights,
     save_checkpoint,
-    set_aside,
     update_meta,
 )
-from nanochat.common import UserError, print0, require
+from nanochat.common import UserError, print0, require, set_aside
 from nanochat.dataloader import Prefetch, eval_batches, lane_batches
 
 
@@ -110,16 +109,27 @@ RESUME_INVARIANTS = (
 )
 
 
+# What a checkpoint is made from: fingerprint -> how it differs, and how to get the old one back.
+ORIGINS = {
+    "tokenizer": ("with another tokenizer", "put that one back"),
+    "shards": ("from other shards (their number counts too)", "put those back"),
+    "mixture": ("from other conversations or tasks", "put those back"),
+    "model": ("from another checkpoint of the previous stage", "name that one with --step or --model_tag"),
+}
+
+
 class Stage:
     """
     One run of a training stage, and its checkpoint folder.
 
     --resume continues from the newest intact checkpoint if there is one, --resume_from_step from the given one. When a
     fresh run first saves, it renames the folder of an earlier run. `num_steps` is -1 if the run is one epoch long.
+    `made_from`: {name of ORIGINS: fingerprint}; a run resumes only from a checkpoint with equal ones.
     """
 
-    def __init__(self, source, model_tag, args, compute, config, num_steps):
+    def __init__(self, source, model_tag, args, compute, config, num_steps, made_from):
         self.folder, self.args, self.compute = checkpoint_dir(source, model_tag), args, compute
+        self.made_from = made_from
         self.path, self.meta = None, {}
         if args.resume_from_step >= 0:
             self.path, self.meta = find_checkpoint(self.folder, args.resume_from_step)
@@ -129,6 +139,7 @@ class Stage:
         self.finished = bool(self.meta.get("finished")) and self.first_step >= num_steps
         if self.path:
             self._check_invariants(config)
+            self._check_origins()
             print0(f"{self.path}: " + ("finished already" if self.finished else "resuming from here"))
         self.stopping, self.signum = False, None
         if not self.finished:
@@ -146,6 +157,19 @@ class Stage:
                 f"cannot resume {self.path}, it was made with other settings: {', '.join(differences)}; "
                 "run without --resume to start anew, or with another --model_tag"
             )
+
+    def _check_origins(self):
+        """Raises UserError if the checkpoint was made from something else, or does not say from what."""
+        saved = self.meta.get("made_from")
+        if saved is None:
+            hint = "add --resume_unverified if they are the same, else run without --resume to start anew"
+            require(self.args.resume_unverified, f"{self.path} does not record its tokenizer and data; {hint}")
+            return
+        for name, fingerprint in self.made_from.items():
+            if saved.get(name) != fingerprint:
+                difference, hint = ORIGINS[name]
+                anew = "run without --resume to start anew" + (f", or {hint}" if hint else "")
+                raise UserError(f"cannot resume {self.path}, it was made {difference}; {anew}")
 
     def setup_optimizers(self, model):
         """Optimizers with the learning rates of the flags. When resuming, also loads weights and optimizer state."""
@@ -193,9 +217,10 @@ class Stage:
         requested = last or self.stopping or due(step, self.args.save_every)
         if step > self.first_step and requested and not getattr(self.args, "dry_run", False):
             positions = self.compute.all_gather(loader.state if loader else {})  # of each rank's lanes
-            if self.path is None and self.compute.rank == 0:
+            if self.path is None and self.compute.rank == 0 and has_checkpoints(self.folder):
                 set_aside(self.folder)
-            meta = {"user_config": vars(self.args), "finished": last, **state, "log_state": log.state()}
+            meta = {"user_config": vars(self.args), "made_from": self.made_from, "finished": last, **state}
+            meta["log_state"] = log.state()
             meta["loader_state"] = {lane: position for part in positions for lane, position in part.items()}
             self.path = save_checkpoint(self.folder, step, model, optimizers, meta, self.compute, self.args.keep)
         if self.stopping:

@@ -57,7 +57,7 @@ def main(argv=None):
     default_dtype = "" if choose_device(args.device_type) == "cuda" else "float32"
     compute = compute_init(args.device_type, args.dtype or default_dtype)
     if args.hf_path is None:
-        model, tokenizer, meta = load_model("base", compute, args.model_tag, args.step, quantize=args.quantize)
+        model, tokenizer, meta = load_model("base", compute, "eval", args.model_tag, args.step, quantize=args.quantize)
         name, section = f"base_model_{meta['step']:06d}", "Base model evaluation"
     else:
         model, tokenizer = load_hf(args.hf_path, compute)

@@ -7,6 +7,8 @@ Evaluate a base model's loss: bits per byte on training and validation text, and
 Reads a base checkpoint, tokenizer/ and base_data/. Writes a section of the report.
 """
 
+import sys
+
 from nanochat.cli import add_checkpoint_flags, make_parser, parse_args, path, run_script
 from nanochat.common import compute_init, print0, require
 
@@ -24,14 +26,16 @@ def main(argv=None):
     args = parse_args(build_parser(), argv)
     from nanochat.checkpoint_manager import load_model
     from nanochat.dataloader import ShardSource, eval_batches
-    from nanochat.dataset import row_groups
+    from nanochat.dataset import fingerprint, row_groups
     from nanochat.engine import Engine
     from nanochat.loss_eval import evaluate_bpb, greedy_samples
     from nanochat.report import get_report
     from nanochat.tokenizer import get_token_bytes
 
     compute = compute_init(args.device_type, args.dtype)
-    model, tokenizer, meta = load_model("base", compute, args.model_tag, args.step, quantize=args.quantize)
+    model, tokenizer, meta = load_model("base", compute, "eval", args.model_tag, args.step, quantize=args.quantize)
+    if meta.get("made_from", {}).get("shards", shards := fingerprint(args.data_dir)) != shards:
+        print0("warning: the model was trained on other shards, which may contain these documents", file=sys.stderr)
     rows, T = args.device_batch_size * compute.world_size, model.config.sequence_len
     steps, rest = divmod(args.split_tokens, rows * T)
     size = f"{rows * T:,} ({rows} rows x {T} tokens)"

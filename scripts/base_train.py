@@ -67,7 +67,7 @@ def main(argv=None):
     args = parse_args(build_parser(), argv)
     from nanochat.core_eval import evaluate_core
     from nanochat.dataloader import ShardSource
-    from nanochat.dataset import corpus_name, row_groups
+    from nanochat.dataset import corpus_name, fingerprint, row_groups
     from nanochat.engine import Engine
     from nanochat.gpt import GPT, GPTConfig
     from nanochat.loss_eval import evaluate_bpb, greedy_samples
@@ -86,7 +86,8 @@ def main(argv=None):
     model = GPT(config)
     flops_per_token, num_params = model.estimate_flops(), model.num_params()
     num_steps = steps_to_train(args, num_params, flops_per_token)
-    stage = Stage("base", args.model_tag or f"d{args.depth}", args, compute, config, num_steps)
+    origins = {"tokenizer": tokenizer.fingerprint(), "shards": fingerprint(args.data_dir)}
+    stage = Stage("base", args.model_tag or f"d{args.depth}", args, compute, config, num_steps, origins)
     if stage.finished:
         return
     model.init_weights(compute.device)

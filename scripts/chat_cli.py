@@ -54,7 +54,7 @@ def main(argv=None):
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "seed": args.seed}
     Request([0], args.max_tokens, **sampling)  # checks the settings before the model is loaded
     compute = compute_init(args.device_type, args.dtype, args.seed)
-    model, tokenizer, meta = load_model(args.source, compute, args.model_tag, args.step, quantize=args.quantize)
+    model, tokenizer, meta = load_model(args.source, compute, "eval", args.model_tag, args.step, quantize=args.quantize)
     # With earlier turns in the prefix cache, only a prompt's new tokens are prefilled.
     engine = Engine(model, tokenizer, compute, prefix_tokens=2 * model.config.sequence_len)
     chat = Chat(engine, args.source, args.max_tokens, args.system, **sampling)

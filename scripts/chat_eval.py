@@ -81,7 +81,7 @@ def main(argv=None):
 
     # Machine and model
     compute = compute_init(args.device_type, args.dtype, args.seed)
-    model, tokenizer, meta = load_model(args.source, compute, args.model_tag, args.step, quantize=args.quantize)
+    model, tokenizer, meta = load_model(args.source, compute, "eval", args.model_tag, args.step, quantize=args.quantize)
     engine, corpus = Engine(model, tokenizer, compute), meta["corpus"]
 
     # Tasks

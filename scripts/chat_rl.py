@@ -79,7 +79,7 @@ def main(argv=None):
     args = parse_args(build_parser(), argv)
     check_flags(args)
     from nanochat.chat_eval import evaluate_task
-    from nanochat.checkpoint_manager import load_model
+    from nanochat.checkpoint_manager import load_model, made_from
     from nanochat.rl import make_sampler, mean_over_ranks, policy_batches, roll_out, sync
     from nanochat.schedule import lr_multiplier, set_schedule
     from nanochat.tracking import StageLog
@@ -87,13 +87,14 @@ def main(argv=None):
 
     # Machine, tokenizer, model and task
     compute = compute_init(args.device_type, args.dtype, args.seed)
-    model, tokenizer, source_meta = load_model(args.source, compute, args.model_tag, args.step, inference=False)
+    model, tokenizer, source_meta = load_model(args.source, compute, "train", args.model_tag, args.step)
     corpus = source_meta["corpus"]
     if args.init_lr_frac is None:
         args.init_lr_frac = {"public": 0.05, "pocket": 0.15}[corpus]
     args.task, train_task, eval_task = load_task(args.task, corpus)
     num_steps = epoch_steps(args, train_task, args.examples_per_step)
-    stage = Stage("rl", source_meta["model_tag"], args, compute, model.config, num_steps)
+    origins = made_from(source_meta, tokenizer, train_task)
+    stage = Stage("rl", source_meta["model_tag"], args, compute, model.config, num_steps, origins)
     if stage.finished:
         return
 

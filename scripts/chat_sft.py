@@ -48,7 +48,7 @@ def check_batch(args, world_size):
 def main(argv=None):
     args = parse_args(build_parser(), argv)
     from nanochat.chat_eval import evaluate_task
-    from nanochat.checkpoint_manager import load_model
+    from nanochat.checkpoint_manager import load_model, made_from
     from nanochat.dataloader import Prefetch, check_lengths, conversation_batches
     from nanochat.engine import Engine
     from nanochat.loss_eval import evaluate_loss
@@ -60,11 +60,12 @@ def main(argv=None):
     # Machine, tokenizer and model
     compute = compute_init(args.device_type, args.dtype, args.seed)
     check_batch(args, compute.world_size)
-    model, tokenizer, source_meta = load_model(args.source, compute, args.model_tag, args.step, inference=False)
+    model, tokenizer, source_meta = load_model(args.source, compute, "train", args.model_tag, args.step)
     args.corpus = args.corpus or source_meta["corpus"]
     train_task, val_task = training_tasks("sft", args.corpus, args.conversations, args.conversations_only)
     num_steps = epoch_steps(args, train_task, args.target_examples_per_step)
-    stage = Stage("sft", source_meta["model_tag"], args, compute, model.config, num_steps)
+    origins = made_from(source_meta, tokenizer, train_task)
+    stage = Stage("sft", source_meta["model_tag"], args, compute, model.config, num_steps, origins)
     if stage.finished:
         return
 

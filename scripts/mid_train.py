@@ -39,7 +39,7 @@ def build_parser():
 
 def main(argv=None):
     args = parse_args(build_parser(), argv)
-    from nanochat.checkpoint_manager import load_model
+    from nanochat.checkpoint_manager import load_model, made_from
     from nanochat.dataloader import TaskSource, check_lengths
     from nanochat.loss_eval import evaluate_bpb
     from nanochat.schedule import lr_multiplier, muon_momentum, set_schedule
@@ -50,12 +50,14 @@ def main(argv=None):
 
     # Machine, tokenizer and model; --corpus and --max_seq_len default to those of the base run
     compute = compute_init(args.device_type, args.dtype, args.seed)
-    model, tokenizer, base_meta = load_model("base", compute, args.model_tag, args.step, inference=False)
+    model, tokenizer, base_meta = load_model("base", compute, "train", args.model_tag, args.step)
     args.corpus = args.corpus or base_meta["corpus"]
     args.max_seq_len = args.max_seq_len if args.max_seq_len > 0 else model.config.sequence_len
     base_batch_size = base_meta["user_config"].get("device_batch_size", args.device_batch_size)
     rows = rows_per_step(args, compute.world_size)
-    stage = Stage("mid", base_meta["model_tag"], args, compute, model.config, args.num_iterations)
+    train_task, val_task = training_tasks("mid", args.corpus, args.conversations, args.conversations_only)
+    origins = made_from(base_meta, tokenizer, train_task)
+    stage = Stage("mid", base_meta["model_tag"], args, compute, model.config, args.num_iterations, origins)
     if stage.finished:
         return
     model.grad_checkpoint = args.grad_checkpoint
@@ -66,7 +68,6 @@ def main(argv=None):
     optimizers, compiled = stage.setup_optimizers(model), stage.compile(model)
 
     # Data; validation batches are read at the first validation
-    train_task, val_task = training_tasks("mid", args.corpus, args.conversations, args.conversations_only)
     rendering = dict(max_tokens=args.max_seq_len, use_mask=args.train_on == "assistant")
     check_lengths("training", train_task, tokenizer, **rendering)
     check_lengths("validation", val_task, tokenizer, **rendering)

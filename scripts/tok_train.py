@@ -4,7 +4,7 @@ Train the tokenizer on the training shards.
     python -m scripts.tok_train                                            # 65,536 tokens from 10 billion characters
     python -m scripts.tok_train --max_chars=10000000 --vocab_size=4096     # a few seconds
 
-Reads base_data/. Writes tokenizer/; an existing tokenizer is replaced only by a complete new one.
+Reads base_data/. Writes tokenizer/; another tokenizer there is renamed to tokenizer.old1, .old2, ...
 """
 
 import bisect
@@ -14,7 +14,7 @@ import math
 import time
 
 from nanochat.cli import make_parser, parse_args, path, run_script
-from nanochat.common import UserError, base_dir, format_duration, print0
+from nanochat.common import UserError, format_duration, print0
 from nanochat.tracking import progress_printer
 
 # Round-trip check: contractions, numbers, white space, other scripts, a multi-code-point emoji, a special token's name.
@@ -68,7 +68,7 @@ def main(argv=None):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag}={getattr(args, flag)}: give 1 or more")
     from nanochat.report import get_report
-    from nanochat.tokenizer import Tokenizer
+    from nanochat.tokenizer import Tokenizer, save_as_default
 
     # Train
     print0(f"training a tokenizer of {args.vocab_size:,} tokens on at most {args.max_chars:,} characters")
@@ -89,8 +89,7 @@ def main(argv=None):
 
     # Save
     assert tokenizer.decode(tokenizer.encode(SAMPLE)) == SAMPLE
-    tokenizer.save(base_dir() / "tokenizer")
-    print0(f"saved {vocab_size:,} tokens to {base_dir() / 'tokenizer'}")
+    save_as_default(tokenizer)
 
     # Report
     token_bytes = [n for n in tokenizer.count_bytes() if n]

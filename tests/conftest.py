@@ -49,10 +49,12 @@ def empty_base(tmp_path, monkeypatch):
 def sft_checkpoint(base):
     """`base` with step 3 of a tiny random sft model, d1, whose metadata names the pocket corpus."""
     from nanochat.checkpoint_manager import checkpoint_dir, save_checkpoint
+    from nanochat.tokenizer import get_tokenizer
 
     # "data" is what "corpus" was called before version 0.3.
     model = random_model(600, sequence_len=128, n_layer=1)
-    save_checkpoint(checkpoint_dir("sft", "d1"), 3, model, [], {"data": "pocket", "user_config": {}}, CPU)
+    meta = {"data": "pocket", "user_config": {}, "made_from": {"tokenizer": get_tokenizer().fingerprint()}}
+    save_checkpoint(checkpoint_dir("sft", "d1"), 3, model, [], meta, CPU)
     return base
 
 

@@ -8,7 +8,7 @@ import torch
 from helpers import CPU
 
 from nanochat import checkpoint_manager as cm
-from nanochat.common import UserError
+from nanochat.common import UserError, set_aside
 from nanochat.gpt import GPT, GPTConfig
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=600, n_layer=1, n_head=2, n_kv_head=2, n_embd=32)
@@ -107,7 +107,7 @@ def test_set_aside_renames_the_old_checkpoint_folder(base):
     folder = cm.checkpoint_dir("base", "d1")
     for n in (1, 2):
         save(folder, n)
-        cm.set_aside(folder)
+        set_aside(folder)
         assert not folder.exists()
         assert (folder.with_name(f"d1.old{n}") / f"step_{n:06d}" / "meta.json").exists()
 

@@ -76,7 +76,7 @@ def main(argv=None):
     for name in ("problems", "max_rows", "repeats"):
         require(getattr(args, name) >= 1, f"--{name}={getattr(args, name)}: expected at least 1")
     compute = compute_init(args.device_type, args.dtype)
-    model, tokenizer, meta = load_model(args.source, compute, args.model_tag, args.step, quantize=args.quantize)
+    model, tokenizer, meta = load_model(args.source, compute, "eval", args.model_tag, args.step, quantize=args.quantize)
     engine = Engine(model, tokenizer, compute)
     task = find_task(args.task).make(corpus=meta["corpus"])
     seconds, verdicts = {}, {}

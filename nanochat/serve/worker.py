@@ -140,7 +140,7 @@ def _load(options):
     if compute.device.type == "cpu" and options.num_workers > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // options.num_workers))
     source, tag = options.source, options.model_tag
-    model, tokenizer, meta = load_model(source, compute, tag, options.step, quantize=options.quantize)
+    model, tokenizer, meta = load_model(source, compute, "eval", tag, options.step, quantize=options.quantize)
     engine = Engine(model, tokenizer, compute, options.prefix_tokens)
     return engine, ModelInfo(f"nanochat-{meta['model_tag']}-{source}", model.config.sequence_len, str(compute.device))
 
