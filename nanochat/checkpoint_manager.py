@@ -26,6 +26,7 @@ from nanochat.common import (
     UserError,
     atomic_path,
     base_dir,
+    choose_device,
     choose_dtype,
     file_fingerprint,
     print0,
@@ -210,13 +211,16 @@ def load_model(source, compute, phase="eval", model_tag=None, step=None, quantiz
     require(source in FOLDERS, f"source {source!r}: choose one of {', '.join(FOLDERS)}")
     require(phase in ("train", "eval"), f'phase {phase!r}: choose "train" or "eval"')
     if not isinstance(compute, Compute):
-        device = torch.device(compute)
-        compute = Compute(device, choose_dtype(device.type))
+        try:
+            device = torch.device(compute)
+        except (RuntimeError, TypeError) as e:
+            raise UserError(f"device {compute!r}: give a Compute, a torch.device or its name, such as cuda:0") from e
+        compute = Compute(device, choose_dtype(choose_device(device.type)))
     model_tag = model_tag or find_model_tag(source)
     path, meta = find_checkpoint(checkpoint_dir(source, model_tag), step)
     tokenizer = get_tokenizer()
     if "made_from" in meta:
-        check_tokenizer(tokenizer, meta["made_from"]["tokenizer"], path)
+        check_tokenizer(tokenizer.fingerprint(), meta["made_from"]["tokenizer"], path)
     else:
         print0(f"warning: {path} does not record its tokenizer and data; the present ones may differ", file=sys.stderr)
     if tokenizer.get_vocab_size() != meta["model_config"]["vocab_size"]:
@@ -243,4 +247,4 @@ def made_from(source_meta, tokenizer, task):
     """What a mid, sft or rl checkpoint is made from: fingerprints by name. `source_meta`: of the loaded model."""
     shards = source_meta.get("made_from", {}).get("shards")
     weights = source_meta["files"]["model.safetensors"]["sha256"]
-    return {"tokenizer": tokenizer.fingerprint(), "shards": shards, "mixture": task.fingerprint(), "model": weights}
+    return {"tokenizer": tokenizer.fingerprint(), "model": weights, "shards": shards, "mixture": task.fingerprint()}
