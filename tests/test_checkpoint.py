@@ -380,7 +380,7 @@ def test_checkpoint_of_an_older_version(trained, capsys, monkeypatch):
 def test_load_model_takes_the_calls_of_the_reference(trained):
     model, _, meta = cm.load_model("sft", torch.device("cpu"), "eval", "d1", 1)
     assert (meta["step"], model.lm_head.weight.requires_grad) == (1, False)
-    model, _, _ = cm.load_model("sft", "cpu", phase="train", model_tag="d1", step=1)
+    model, _, _ = cm.load_model("sft", device="cpu", phase="train", model_tag="d1", step=1)
     assert model.lm_head.weight.requires_grad and model.lm_head.weight.dtype == torch.float32
 
 
