@@ -260,7 +260,7 @@ def get_tokenizer():
 
 
 def save_as_default(tokenizer):
-    """Make `tokenizer` the one of get_tokenizer(). Another one there is set aside, an equal one is left in its place."""
+    """Make `tokenizer` the one of get_tokenizer(). Another one there is set aside, an equal one is left."""
     folder, draft = base_dir() / "tokenizer", base_dir() / "tokenizer.tmp"
     with contextlib.suppress(UserError):  # none yet, or a damaged one
         if get_tokenizer().fingerprint() == tokenizer.fingerprint():
