@@ -76,10 +76,16 @@ def run_script(base):
 
 
 @pytest.fixture
-def run_main(base):
-    """run_main("scripts.base_train", "--depth=2") calls the script's main() in this process, which is faster."""
+def run_main_in():
+    """As run_main, in a base directory that another fixture has chosen."""
 
     def run_main(module, *flags):
         importlib.import_module(module).main(list(map(str, flags)))
 
     return run_main
+
+
+@pytest.fixture
+def run_main(base, run_main_in):
+    """run_main("scripts.base_train", "--depth=2") calls the script's main() in this process, which is faster."""
+    return run_main_in
