@@ -112,13 +112,14 @@ def training_tasks(stage, corpus, conversations=None, only=False):
     (train, validation) for the stage "mid" or "sft".
 
     `conversations`: the user's files, as "FILE" or "FILE:WEIGHT", added to the mixture of `corpus`. With `only` there
-    is no mixture: 5 % of each file are for validation, and of files with less than 20 conversations all.
+    is no mixture: validation takes 5 % of each file; from a file of less than 200 conversations it takes all of them,
+    which are then trained on too.
     """
     own = [(CustomJSON(path), weight) for path, weight in map(split_weight, conversations or [])]
     require(own or not only, "--conversations_only needs --conversations=FILE")
     train, val = ([], None) if only else {"mid": midtraining, "sft": sft}[stage](corpus)
     if only:
-        held_out = [(task, weight, len(task) // 20) for task, weight in own]
+        held_out = [(task, weight, len(task) // 20 * (len(task) >= 200)) for task, weight in own]
         val = TaskMixture(TaskMixture([task], stop=n or None) for task, _, n in held_out)
         parts = [weighted(TaskMixture([task], start=n), weight) for task, weight, n in held_out]
     else:
