@@ -299,7 +299,7 @@ def _fetch_part(url, part, timeout, progress, chunk=1 << 20):
 
 
 def _check_fetched(url, draft, check):
-    """Delete `draft` and raise UserError if it is an error page instead of the file at `url`, or check(draft) raises."""
+    """Delete `draft` and raise UserError if it is an error page instead of the file at `url`, or check(draft) fails."""
     with open(draft, "rb") as f:
         head = f.read(200).lstrip().lower()
     kinds = {b"<": "a web page, perhaps a login page of your network", b"version https://git-lfs": "a Git LFS pointer"}

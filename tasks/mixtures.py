@@ -104,11 +104,12 @@ def training_tasks(stage, corpus, conversations=None, only=False):
     own = [(CustomJSON(path), weight) for path, weight in map(split_weight, conversations or [])]
     require(own or not only, "--conversations_only needs --conversations=FILE")
     train, val = (TaskMixture([]), []) if only else {"mid": midtraining, "sft": sft}[stage](corpus)
-    tasks = train.tasks
+    tasks = [*train.tasks]
     for task, weight in own:
         held_out = len(task) // 20 if only and len(task) >= 200 else 0
         tasks += weighted(TaskMixture([task], start=held_out), weight)
-        val += [TaskMixture([task], stop=held_out or None)] if only else []
+        if only:
+            val.append(TaskMixture([task], stop=held_out or None))
     train, val = TaskMixture(tasks) if own else train, TaskMixture(val) if only else val
     for task, weight in own:
         print0(f"{task.path}: {len(task):,} conversations x {weight:g} of {len(train):,}")
