@@ -210,7 +210,7 @@ def fetch_files(repo, stem, shards=(1,)):
     candidates = [[folder / f"{stem}-{i:05d}-of-{n:05d}.parquet" for i in range(n)] for n in shards]
 
     def local_files():
-        return next((paths for paths in candidates if all(p.exists() and _tail(p, 4) == b"PAR1" for p in paths)), None)
+        return next((paths for paths in candidates if all(map(is_parquet, paths))), None)
 
     if dist_env()[1] == 0 and not local_files():
         _download(repo, folder, candidates)
@@ -224,7 +224,7 @@ def _download(repo, folder, candidates):
     for paths in candidates:
         try:
             for path in paths:
-                if not (path.exists() and _tail(path, 4) == b"PAR1"):
+                if not is_parquet(path):
                     url = f"{mirror_url('hub')}/{repo}/resolve/main/{path.relative_to(folder).as_posix()}"
                     fetch(url, path, attempts=3, check=check_parquet)
             return
@@ -233,9 +233,13 @@ def _download(repo, folder, candidates):
     raise UserError(f"cannot download {repo}: {error}; set NANOCHAT_HUB_URL to use a mirror (a URL or a folder)")
 
 
+def is_parquet(path):
+    """Whether `path` is a complete parquet file, which ends with its magic number."""
+    return path.is_file() and _tail(path, 4) == b"PAR1"
+
+
 def check_parquet(path):
-    """Raises UserError unless `path` is a complete parquet file, which ends with its magic number."""
-    require(_tail(path, 4) == b"PAR1", f"{path} is not a complete parquet file")
+    require(is_parquet(path), f"{path} is not a complete parquet file")
 
 
 def fetch_once(url, name, check):
