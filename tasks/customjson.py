@@ -71,19 +71,15 @@ def _values(path):
         yield from ((row, f"{path}, row {i}") for i, row in enumerate(pq.read_table(path).to_pylist(), 1))
         return
     text, decoder, position, line, array_end = _read_text(path), json.JSONDecoder(), 0, 1, 0
-    while True:
-        start = SEPARATORS[position < array_end].match(text, position).end()
+    while (start := SEPARATORS[position < array_end].match(text, position).end()) < len(text):
         line += text.count("\n", position, start)
-        if start == len(text):
-            return
         try:
             value, end = decoder.raw_decode(text, start)
         except (ValueError, RecursionError) as e:
             first_line = text[start:].partition("\n")[0].strip()
             # In a pretty-printed value, the line of the error; else the line of the value, which may be cut.
             line = line if first_line.strip("[{") else getattr(e, "lineno", line)
-            hint = "" if start else f"; {FORMS}"
-            raise UserError(f"{path}:{line}: not JSON ({e}): {first_line[:60]}{hint}") from None
+            raise UserError(f"{path}:{line}: not JSON ({e}): {first_line[:60]}; {FORMS}") from None
         if isinstance(value, list) and value and not _is_message(value[0]) and start >= array_end:
             position, array_end = start + 1, end  # valid JSON as a whole; next, its items one by one
             continue
@@ -105,9 +101,8 @@ def _parse(value, where):
             fields = ", ".join(map(str, value))[:80]
             require(messages, f"expected at least two messages, got an object with the fields {fields}; {FORMS}")
         require(isinstance(messages, list), f"expected a list of messages, got {repr(messages)[:80]}; {FORMS}")
+        messages = [{"role": "system", "content": system}] * bool(system) + messages
         messages = [_message(message, f"message {i}") for i, message in enumerate(messages, 1)]
-        if system and isinstance(system, str):
-            messages.insert(0, {"role": "system", "content": system})
         _, turns = check_conversation({"messages": messages}) if messages else ("", [])
         require(len(turns) >= 2, "expected at least two messages, from user and assistant in turns")
         require(len(turns) % 2 == 0, f"message {len(messages)}, the last one, is the user's; expected an assistant's")
@@ -143,9 +138,8 @@ def _tool_parts(text, steps):
     try:
         for step in steps:
             parts += [("text", text[start : step["position"]]), ("python", step["expression"])]
-            parts += [("python_output", step["result"])]
-            start = step["position"]
-        parts += [("text", text[start:])]
+            parts, start = [*parts, ("python_output", step["result"])], step["position"]
+        parts.append(("text", text[start:]))
     except (TypeError, KeyError) as e:
         raise UserError(f"a step of tool_steps lacks position, expression or result ({e})") from e
     return [{"type": kind, "text": part} for kind, part in parts if part]
