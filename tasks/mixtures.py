@@ -34,11 +34,13 @@ POCKET_ROWS = {
 }
 
 
-def identity_conversations(download=True):
-    """The user's identity conversations in the base directory, or else the public ones, downloaded there, or None."""
+def identity_conversations(public=True):
+    """The user's identity conversations in the base directory; else the public ones, or None unless `public`."""
     path = base_dir() / "identity_conversations.jsonl"
-    if download and not path.exists():
-        fetch(f"{mirror_url('bucket')}/{path.name}", path, attempts=3, check=CustomJSON)
+    if public and not path.exists():
+        path = base_dir() / "task_data" / path.name  # elsewhere, so that it does not count as the user's
+        if not path.exists():
+            fetch(f"{mirror_url('bucket')}/{path.name}", path, attempts=3, check=CustomJSON)
     return CustomJSON(path) if path.exists() else None
 
 
@@ -62,7 +64,7 @@ def pocket_mixture(stage, split, seed, divisor=1):
     training they are repeated to twice PocketIdentity's rows, which PocketChat's share makes up for.
     """
     sizes = {task: rows[stage] // divisor for task, rows in POCKET_ROWS.items()}
-    persona = identity_conversations(download=False)
+    persona = identity_conversations(public=False)
     if persona:
         sizes[WorldChat], rows = sizes.pop(PocketChat), 2 * sizes.pop(PocketIdentity)
     tasks = [make_generated(task, split, size, seed, "pocket") for task, size in sizes.items()]

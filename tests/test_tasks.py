@@ -435,6 +435,7 @@ def test_sizes_of_the_public_mixtures(mirror, monkeypatch):
     assert len(train) == 3571 + 3858 + 7473 + 2 * 300 + 2000 + 80_000 and len(val) == 429 + 5200 + 420
     train, val = mixtures.sft("public")
     assert len(train) == 2251 + 1119 + 7473 + 3571 + 300 + 3 + 300 and len(val) == 429
+    assert mixtures.identity_conversations(public=False) is None  # the public ones do not count as the user's
 
 
 def test_evaluation_tasks_accept_a_seed():
