@@ -21,6 +21,7 @@ from pathlib import Path
 from nanochat import cli
 from nanochat.common import UserError, atomic_path, base_dir, file_fingerprint, print0
 
+OWN_FILES = "own files"  # kind of a set
 COMMAND = "python -m nanochat.dataset"
 REPEAT_HINT = f"run `{COMMAND}` with the same flags again"
 
@@ -83,7 +84,7 @@ def read_column(path, index):
     from nanochat.ingest.columns import to_strings
 
     with _damage_as_user_error(path):
-        return to_strings(_open(path).read_row_group(index, columns=["text"]).column(0))
+        return to_strings(_open(path).read_row_group(index, columns=["text"]).column(0), path)
 
 
 def read_row_group(path, index):
@@ -185,7 +186,7 @@ def _first(names):
 
 
 def _describe(kind, settings, sources, **_):
-    return f"{kind} {settings}" + (f" from {_first(list(sources))}" if sources else "")
+    return f"{kind} {settings}" + (f" from {_first(list(sources))}" if kind == OWN_FILES else "")
 
 
 def _start_set(folder, kind, settings):
@@ -256,7 +257,7 @@ def write_files(folder, paths, val_share, seed, overwrite=False, text_column="te
         str(path): file_fingerprint(path) for path in files
     }  # before they are read: an edit meanwhile is noticed
     documents = labeled_documents(files, val_share, seed, text_column)
-    write_set(folder, "own files", settings, documents, overwrite, sources=sources)
+    write_set(folder, OWN_FILES, settings, documents, overwrite, sources=sources)
 
 
 def download(folder, num_files=-1, num_workers=4, overwrite=False):

@@ -45,7 +45,7 @@ def source_files(paths, exclude):
             if _kind(candidate)[0] and real.is_file():
                 found.setdefault(real, candidate.absolute())
             else:
-                others[_suffix(candidate) if real.is_file() else "broken link or device"] += 1
+                others[_description(candidate)] += 1
         reason = f"; found only {_listing(others)}" if others else ""
         require(found, f"--from_files: no txt, md, jsonl or parquet file at {path}{reason}")
         files = found | files
@@ -56,23 +56,19 @@ def source_files(paths, exclude):
 
 
 def _walk(folder):
-    """Paths of all files in `folder` and its subfolders, but for hidden ones. Follows links, into each folder once."""
+    """Paths of all files in `folder` and its subfolders, and of links to folders, but for what is hidden."""
 
     def fail(error):
         raise UserError(f"--from_files: cannot read {error.filename} ({error.strerror})") from error
 
-    seen = set()
-    for parent, folders, names in os.walk(folder, followlinks=True, onerror=fail):
-        if (real := os.path.realpath(parent)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not _is_hidden(name))
-        yield from (Path(parent, name) for name in names if not _is_hidden(name))
+    for parent, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = filter(_is_visible, folders)
+        links = (name for name in folders if os.path.islink(os.path.join(parent, name)))
+        yield from (Path(parent, name) for name in (*links, *filter(_is_visible, names)))
 
 
-def _is_hidden(name):
-    return name.startswith(".") or name == "__MACOSX"  # what macOS adds to zip archives
+def _is_visible(name):
+    return not name.startswith(".") and name != "__MACOSX"  # macOS adds this folder to zip archives
 
 
 def _kind(path):
@@ -82,8 +78,10 @@ def _kind(path):
     return suffix[1:] if suffix in (".txt", ".md", ".jsonl", ".parquet") else None, compression
 
 
-def _suffix(path):
-    """The suffix of a file in lower case, with that of its content for a compressed file."""
+def _description(path):
+    """For the list of what is left out: the suffix in lower case; both suffixes of a compressed file."""
+    if not path.is_file():
+        return "linked folder" if path.is_dir() else "broken link or device"
     return "".join(path.suffixes[-2 if _kind(path)[1] else -1 :]).lower() or "without a suffix"
 
 
@@ -115,8 +113,9 @@ def labeled_documents(files, val_share, seed, column="text"):
         if len(reserve) > MIN_VAL_DOCS:
             yield from ((False, text) for text in reserve.pop(max(reserve)))
     groups = dict(sorted((chosen | reserve).items()))
-    reason = f"{count} document{'s that are all equal' if count > 1 else ''}" if count else "no text"
-    require(len(groups) > 1, f"{reason} in these files; training and validation need at least one document each")
+    if len(groups) < 2:
+        reason = (f"all {count} documents are equal" if count > 1 else "one document only") if count else "no text"
+        raise UserError(f"{reason}; training and validation need at least one document each: add more text")
     sizes = {digest: sum(map(len, texts)) for digest, texts in groups.items()}
     val, left = set(), chars * max(val_share, MAX_VAL_SHARE)
     for digest, size in sizes.items():
@@ -177,7 +176,7 @@ def parquet_documents(path, column="text"):
 
     source = pa.BufferReader(_open(path).read()) if _kind(path)[1] else None
     for batch in open_parquet(path, column, source).iter_batches(1024, columns=[column]):
-        yield from to_strings(batch.column(0)).to_pylist()
+        yield from to_strings(batch.column(0), path).to_pylist()
 
 
 def json_documents(path, column="text"):
