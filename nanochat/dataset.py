@@ -128,10 +128,10 @@ def _read_manifest(folder):
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         return {key: manifest[key] for key in ("kind", "settings", "shards")} | {"sources": manifest.get("sources", {})}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} is damaged ({e!r}); delete it to read all parquet files of the folder") from e
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path} is unreadable ({e!r}); delete it to read all parquet files of the folder") from e
 
 
 def _write_manifest(folder, kind, settings, shards, sources=None):
@@ -330,13 +330,15 @@ def _lock(folder):
     """Context manager of the folder's lock: two concurrent downloads would append to the same partial file."""
     import filelock
 
-    folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         return lock.acquire(timeout=0)
     except filelock.Timeout:
         print0(f"waiting for another `{COMMAND}` to finish with {folder}")
         return lock.acquire()
+    except OSError as e:
+        raise UserError(f"cannot write to {folder} ({e.strerror}); choose another --data_dir") from e
 
 
 if __name__ == "__main__":

@@ -149,7 +149,8 @@ def _open(path):
     """Binary file with the decompressed content of `path`."""
     import pyarrow as pa
 
-    return pa.input_stream(str(path), compression=_kind(path)[1])
+    file, compression = open(path, "rb"), _kind(path)[1]
+    return pa.CompressedInputStream(file, compression) if compression else file
 
 
 def read_lines(path, size=-1):
@@ -174,8 +175,8 @@ def parquet_documents(path, column="text"):
     """Yield one column of a parquet file; None for null."""
     import pyarrow as pa
 
-    source = pa.BufferReader(_open(path).read()) if _kind(path)[1] else None
-    for batch in open_parquet(path, column, source).iter_batches(1024, columns=[column]):
+    file = pa.BufferReader(_open(path).read()) if _kind(path)[1] else _open(path)
+    for batch in open_parquet(path, column, file).iter_batches(1024, columns=[column]):
         yield from to_strings(batch.column(0), path).to_pylist()
 
 
