@@ -186,7 +186,7 @@ def _first(names):
 
 
 def _describe(kind, settings, sources, **_):
-    return f"{kind} {settings}" + (f" from {_first(list(sources))}" if kind == OWN_FILES else "")
+    return f"{kind} {settings}" + (f" from {_first(list(sources))}" if sources and kind == OWN_FILES else "")
 
 
 def _start_set(folder, kind, settings):
@@ -253,9 +253,8 @@ def write_files(folder, paths, val_share, seed, overwrite=False, text_column="te
         raise UserError(f"--val_share={val_share}: expected a share between 0 and 1, such as 0.01")
     files = source_files(paths, exclude=folder.resolve())
     settings = {"val_share": val_share, "seed": seed, "text_column": text_column}
-    sources = {
-        str(path): file_fingerprint(path) for path in files
-    }  # before they are read: an edit meanwhile is noticed
+    # Before reading: if a file changes meanwhile, the next run notices it.
+    sources = {str(path): file_fingerprint(path) for path in files}
     documents = labeled_documents(files, val_share, seed, text_column)
     write_set(folder, OWN_FILES, settings, documents, overwrite, sources=sources)
 
@@ -303,7 +302,12 @@ def build_parser():
     add_mode("--pocket", **flag, help="generate the pocket corpus instead")
     add("--chars", type=int, default=30_000_000, help="--pocket: characters of training text")
     add_mode("--from_files", type=cli.path, nargs="+", metavar="PATH", help="read these files and folders instead")
-    add("--val_share", type=float, default=0.01, help="--from_files: share of the documents for validation, 0 to 1")
+    add(
+        "--val_share",
+        type=float,
+        default=0.01,
+        help="share of the documents for validation, 0 to 1 (at most 5%% of the text)",
+    )
     add("--text_column", default="text", help="--from_files: field of jsonl, column of parquet that holds the text")
     add("--seed", type=int, default=42, help="seed of the pocket corpus and of the order of documents")
     add("--data_dir", type=cli.path, help="folder of the shards (default: base_data in NANOCHAT_BASE_DIR)")

@@ -43,6 +43,7 @@ def source_files(paths, exclude):
             if exclude in real.parents:
                 continue
             if _kind(candidate)[0] and real.is_file():
+                require(os.access(real, os.R_OK), f"--from_files: no permission to read {candidate}")
                 found.setdefault(real, candidate.absolute())
             else:
                 others[_description(candidate)] += 1
@@ -98,11 +99,12 @@ def labeled_documents(files, val_share, seed, column="text"):
     """
     Yield (is_validation, text) for every document of `files`.
 
-    A hash of the text chooses, in any order of the documents: a share `val_share` of them, at least MIN_VAL_DOCS,
-    and of these as many as are within MAX_VAL_SHARE of all characters, at least one. Equal documents are in one split.
-    Keeps the candidates in memory. Raises UserError if there are no two different documents.
+    Validation is a share `val_share` of the documents, at least MIN_VAL_DOCS, but at most MAX_VAL_SHARE (or `val_share`)
+    of all characters, and at least one document. A hash of the text chooses, so the order of the documents has no
+    influence, and equal documents are in one split. Keeps all candidates in memory. Raises UserError if there are no
+    two different documents.
     """
-    # {hash: equal documents}: those that `val_share` chooses, and the next ones in case that these are too few.
+    # {hash: equal documents}. Chosen: the hash is in the first `val_share` of its range. Reserve: the next MIN_VAL_DOCS.
     chosen, reserve = {}, {}
     count = chars = 0
     for text in (text for path in files for text in read_documents(path, column)):
@@ -134,10 +136,8 @@ def read_documents(path, column="text"):
     """Yield the non-blank documents of one file without loading it whole. Raises UserError if it is unreadable."""
     kind = _kind(path)[0]
     try:
-        if kind == "parquet":
-            documents = parquet_documents(path, column)
-        else:
-            documents = json_documents(path, column) if kind == "jsonl" else text_documents(path)
+        read = {"parquet": parquet_documents, "jsonl": json_documents}.get(kind)
+        documents = read(path, column) if read else text_documents(path)
         yield from (text for text in documents if text and text.strip())
     except UserError:
         raise
@@ -163,8 +163,8 @@ def read_lines(path, size=-1):
     file, number = io.TextIOWrapper(_open(path), encoding, errors="surrogateescape"), 1
     while line := file.readline(size):
         if byte := UNDECODABLE.search(line):
-            hint = ICONV.format("cp1252")
-            raise UserError(f"{path}:{number}: the byte 0x{ord(byte[0]) - 0xDC00:x} is not UTF-8; {hint}")
+            place = f"{path}:{number}: the byte 0x{ord(byte[0]) - 0xDC00:x}"
+            raise UserError(f"{place} is not UTF-8; {ICONV.format('cp1252')}")
         if line.count("\0") > len(line) // 10:
             raise UserError(f"{path}:{number}: many NUL bytes; {ICONV.format('utf-16')}")
         yield number, line
