@@ -302,12 +302,7 @@ def build_parser():
     add_mode("--pocket", **flag, help="generate the pocket corpus instead")
     add("--chars", type=int, default=30_000_000, help="--pocket: characters of training text")
     add_mode("--from_files", type=cli.path, nargs="+", metavar="PATH", help="read these files and folders instead")
-    add(
-        "--val_share",
-        type=float,
-        default=0.01,
-        help="share of the documents for validation, 0 to 1 (at most 5%% of the text)",
-    )
+    add("--val_share", type=float, default=0.01, help="share of documents for validation (at most 5%% of the text)")
     add("--text_column", default="text", help="--from_files: field of jsonl, column of parquet that holds the text")
     add("--seed", type=int, default=42, help="seed of the pocket corpus and of the order of documents")
     add("--data_dir", type=cli.path, help="folder of the shards (default: base_data in NANOCHAT_BASE_DIR)")

@@ -462,6 +462,14 @@ def test_edited_pocket_world_is_written_anew(monkeypatch, capsys):
     assert "pocket_world.txt has changed: writing the set anew" in capsys.readouterr().out
 
 
+def test_data_dir_that_is_a_file_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with raises_user_error("cannot write to .*file .*choose another --data_dir"):
+        dataset.main(["--pocket", f"--data_dir={tmp_path / 'file'}"])
+    with raises_user_error("no shards in .*file"):
+        dataset.list_parquet_files(tmp_path / "file")
+
+
 def test_fingerprint_depends_on_content_only(tmp_path, data_dir):
     prints = set()
     for seed in (0, 1):

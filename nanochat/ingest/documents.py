@@ -99,12 +99,12 @@ def labeled_documents(files, val_share, seed, column="text"):
     """
     Yield (is_validation, text) for every document of `files`.
 
-    Validation is a share `val_share` of the documents, at least MIN_VAL_DOCS, but at most MAX_VAL_SHARE (or `val_share`)
-    of all characters, and at least one document. A hash of the text chooses, so the order of the documents has no
-    influence, and equal documents are in one split. Keeps all candidates in memory. Raises UserError if there are no
-    two different documents.
+    Validation is a share `val_share` of the documents, at least MIN_VAL_DOCS, but at most MAX_VAL_SHARE (`val_share`
+    if larger) of all characters, and at least one document. A hash of the text chooses, so the order of the documents
+    has no influence, and equal documents are in one split. Keeps all candidates in memory. Raises UserError if there
+    are no two different documents.
     """
-    # {hash: equal documents}. Chosen: the hash is in the first `val_share` of its range. Reserve: the next MIN_VAL_DOCS.
+    # {hash: equal documents}. Chosen: hashes in the first `val_share` of their range. Reserve: the next MIN_VAL_DOCS.
     chosen, reserve = {}, {}
     count = chars = 0
     for text in (text for path in files for text in read_documents(path, column)):
