@@ -4,7 +4,7 @@
 
 die() {
     echo "error: $*" >&2
-    exit 1
+    exit 2
 }
 
 set_up() {
