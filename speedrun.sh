@@ -34,8 +34,9 @@ pocket() {
         python -m scripts.base_loss -g d4 --device_batch_size=32 --split_tokens=131072
     stage "base evaluation" 20 report/chat-evaluation-base.md "base_checkpoints/d4 tokenizer $world" \
         python -m scripts.chat_eval -i base -g d4 -a "$tasks" -x 64 --max_new_tokens=160
-    stage "midtraining" 240 mid_checkpoints/d4 "base_checkpoints/d4 tokenizer $mixture" python -m scripts.mid_train "$run" \
-        --resume=1 --model_tag=d4 $size --total_batch_size=4096 --packing=bos --train_on=assistant --eval_every=250
+    stage "midtraining" 240 mid_checkpoints/d4 "base_checkpoints/d4 tokenizer $mixture" \
+        python -m scripts.mid_train "$run" --resume=1 --model_tag=d4 $size --total_batch_size=4096 --packing=bos \
+        --train_on=assistant --eval_every=250
     stage "midtraining evaluation" 15 report/chat-evaluation-mid.md "mid_checkpoints/d4 tokenizer $world" \
         python -m scripts.chat_eval -i mid -g d4 -a "$tasks|PocketStories" -x 128
     stage "supervised finetuning" 110 chatsft_checkpoints/d4 "mid_checkpoints/d4 tokenizer $mixture" \
@@ -57,7 +58,7 @@ laptop() { depth=8 context=1024 batch=8 vocab=32768 shards=22 hours=7 && public;
 single() { depth=12 context=2048 batch=16 vocab=32768 shards=52 hours=10 && public; }
 speedrun() {
     export OMP_NUM_THREADS=1
-    launch="python -m nanochat.launch --standalone --nproc_per_node=${NPROC_PER_NODE:-8}"
+    launch="python -m dev.launch --standalone --nproc_per_node=${NPROC_PER_NODE:-8}"
     depth=20 context=2048 batch=32 vocab=65536 shards=240 hours=3 && public
 }
 
@@ -74,19 +75,20 @@ public() {
         python -m scripts.tok_train --max_chars=2000000000 --vocab_size="$vocab"
     stage "tokenizer evaluation" 20 report/tokenizer-evaluation.md "tokenizer base_data:8" python -m scripts.tok_eval
     stage "corpus: other shards" $((shards * 5)) "base_data:$shards" "" python -m nanochat.dataset -n "$shards"
-    stage "base pretraining" $((hours * 3600)) $base "tokenizer base_data" $launch -m scripts.base_train "$run" \
+    stage "base pretraining" $((hours * 3600)) $base "tokenizer base_data" $launch -m scripts.base_train -- "$run" \
         --resume=1 --depth="$depth" --max_seq_len="$context" --device_batch_size="$batch" --save_every=500 --keep=2
     stage "base loss" 120 report/base-model-loss.md "$base tokenizer base_data" \
-        $launch -m scripts.base_loss -g "$tag" --device_batch_size="$batch"
-    stage "base evaluation" 1200 report/base-model-evaluation.md "$base tokenizer" $launch -m scripts.base_eval -g "$tag"
-    stage "midtraining" $((hours * 400)) $mid "$base tokenizer $own_data" $launch -m scripts.mid_train "$run" --resume=1 \
-        --model_tag="$tag" --max_seq_len="$context" --device_batch_size="$batch" --save_every=500 --keep=2
+        $launch -m scripts.base_loss -- -g "$tag" --device_batch_size="$batch"
+    stage "base evaluation" 1200 report/base-model-evaluation.md "$base tokenizer" \
+        $launch -m scripts.base_eval -- -g "$tag"
+    stage "midtraining" $((hours * 400)) $mid "$base tokenizer $own_data" $launch -m scripts.mid_train -- "$run" \
+        --resume=1 --model_tag="$tag" --max_seq_len="$context" --device_batch_size="$batch" --save_every=500 --keep=2
     stage "midtraining evaluation" 900 report/chat-evaluation-mid.md "$mid tokenizer" \
-        $launch -m scripts.chat_eval -i mid -g "$tag"
+        $launch -m scripts.chat_eval -- -i mid -g "$tag"
     stage "supervised finetuning" 900 $sft "$mid tokenizer $own_data" \
-        $launch -m scripts.chat_sft "$run" --resume=1 --model_tag="$tag"
+        $launch -m scripts.chat_sft -- "$run" --resume=1 --model_tag="$tag"
     stage "SFT evaluation" 900 report/chat-evaluation-sft.md "$sft tokenizer" \
-        $launch -m scripts.chat_eval -i sft -g "$tag"
+        $launch -m scripts.chat_eval -- -i sft -g "$tag"
     stage "report" 10 report/report.md "report/*.json" python -m nanochat.report generate
 }
 

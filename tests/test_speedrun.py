@@ -29,8 +29,9 @@ checkpoint() { # <folder> <step> <finished> <content>
     local path=$1/step_00000$2
     mkdir -p "$path"
     echo "$4" >"$path/model.safetensors"
-    echo "{\"finished\": $3, \"model_config\": {\"n_layer\": 1}, \"seconds\": $RANDOM, \"files\": {\"model.safetensors\":
-        {\"bytes\": 1, \"sha256\": \"$(hash "$path/model.safetensors")\"}}}" >"$path/meta.json"
+    echo "{\"finished\": $3, \"model_config\": {\"n_layer\": 1}, \"seconds\": $RANDOM,
+        \"files\": {\"model.safetensors\": {\"bytes\": 1, \"sha256\": \"$(hash "$path/model.safetensors")\"}}}" \
+        >"$path/meta.json"
 }
 train() { # <folder> <inputs> <flags...>
     [[ ! -e $1/step_000001 ]] || echo "resumes $1"
