@@ -19,9 +19,9 @@ stage() {
 
 # set_base_dir <default>: makes NANOCHAT_BASE_DIR an absolute path and creates the folder. Call it before any `cd`.
 set_base_dir() {
-    local base="${NANOCHAT_BASE_DIR:-$1}"
+    local base="${NANOCHAT_BASE_DIR:-$1}" home=~
     case $base in
-    "~" | "~/"*) base=~${base#"~"} ;; # quoted where it was set, so no shell has expanded it
+    "~" | "~/"*) base=$home${base#"~"} ;; # quoted where it was set, so no shell has expanded it
     esac
     mkdir -p -- "$base" || die "cannot create $base; point NANOCHAT_BASE_DIR at a folder you can write to"
     export NANOCHAT_BASE_DIR
@@ -37,8 +37,7 @@ run_stages() {
     wait_for_other_runs
     for ((i = 0; i < count; i++)); do
         stamp="$stamps/${OUTPUTS[i]//\//_}" title="[$((i + 1))/$count] ${TITLES[i]}"
-        key=$(python -S -E dev/stamp.py "$NANOCHAT_BASE_DIR" "${OUTPUTS[i]}" "${INPUTS[i]}" "${COMMANDS[i]}") ||
-            die "$title: cannot read its inputs, see above"
+        key=$(stamp_of_stage "$i") || die "$title: cannot read its inputs, see above"
         state=${key#* } key=${key% *}
         if [[ $(cat "$stamp" 2>/dev/null) == "$key done" && $state == complete ]]; then
             echo "$title: done before"
@@ -59,18 +58,25 @@ run_stages() {
             fi
         fi
         echo "$key" >"$stamp"
-        code=0
+        code=0 problem="failed, see above; fix the cause"
         eval "${COMMANDS[i]}" || code=$?
-        if ((code)); then
-            ((code == 130)) && problem="was interrupted" || problem="failed, see above; fix the cause"
+        # A stage that received SIGTERM saves its state and ends without an error.
+        [[ $code != 0 || ${COMMANDS[i]} != *--resume=1* || $(stamp_of_stage "$i") != *partial ]] || code=143
+        ((code < 128)) || problem="was stopped"
+        ((code == 0)) || {
             echo "error: $title $problem; run the same command to continue here" >&2
             exit "$code"
-        fi
+        }
         echo "$key done" >"$stamp"
         seconds=$((SECONDS - started))
         [[ -z $is_training ]] || measured=$((measured + seconds)) expected=$((expected + SECONDS_EXPECTED[i]))
         echo "$title: took $(duration $seconds)"
     done
+}
+
+# stamp_of_stage <index>: the checksum of a stage's command and inputs, and the state of its output.
+stamp_of_stage() {
+    python -S -E dev/stamp.py "$NANOCHAT_BASE_DIR" "${OUTPUTS[$1]}" "${INPUTS[$1]}" "${COMMANDS[$1]}"
 }
 
 # closing_words <model tag>: prints commands that can be pasted, whatever the paths contain.

@@ -1,7 +1,9 @@
 """What a second `bash speedrun.sh` runs again: dev/stages.sh with cheap commands instead of the real stages."""
 
+import importlib
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import pytest
 from helpers import ROOT, environment
 
 from dev import stamp
+from nanochat.cli import parse_args
 
 # Stages whose outputs have the layout of the real ones. A blank in world.txt does not change the corpus.
 STAGES = r"""
@@ -36,7 +39,7 @@ checkpoint() { # <folder> <step> <finished> <content>
 train() { # <folder> <inputs> <flags...>
     [[ ! -e $1/step_000001 ]] || echo "resumes $1"
     checkpoint "$1" 1 false half
-    [[ ${KILLED:-} != "$1" ]] || return 130
+    [[ ${KILLED:-} != "$1" ]] || return ${CODE:-130}
     checkpoint "$1" 2 true "$(cat $2 2>/dev/null) ${FLAGS:-}"
 }
 in_base() { (cd "$NANOCHAT_BASE_DIR" && "$@"); }
@@ -134,7 +137,8 @@ def test_what_depends_on_changed_content_runs_again(run, change):
 def test_killed_stage_resumes_only_with_the_same_inputs(run):
     write(run.base / "world.txt", "d\n")
     assert run(returncode=130, KILLED="base_checkpoints/d1") == ALL[:3]
-    assert "base was interrupted; run the same command" in run.output
+    assert "base was stopped; run the same command" in run.output
+    assert run(returncode=143, KILLED="base_checkpoints/d1", CODE="0") == ["base"]
     assert run() == ["base", "evaluation", "mid"]
     assert "resumes base_checkpoints/d1" in run.output
     assert run(returncode=130, KILLED="base_checkpoints/d1", FLAGS="--x") == ["base"]
@@ -190,3 +194,66 @@ def test_content_of_a_folder_ignores_caches_and_hidden_files(tmp_path):
     assert stamp.content(tmp_path) == before
     (tmp_path / "world.txt").rename(tmp_path / "other.txt")
     assert stamp.content(tmp_path) != before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The scripts, with a fake Python
+
+
+FAKE_PYTHON = f"""#!/usr/bin/env bash
+case $1 in
+-S) exec {sys.executable} "$@" ;;
+-m) printf '%q ' "$@" >>"$FAKE_LOG"; echo >>"$FAKE_LOG" ;;
+esac
+"""
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A repository whose path has a space and a quote, with a .venv that is up to date and whose python only logs."""
+    root = tmp_path / "it's my repo"
+    (root / "dev").mkdir(parents=True)
+    for name in ("speedrun.sh", "run1000.sh", "dev/setup.sh", "dev/stages.sh", "dev/stamp.py", "dev/runcpu.sh"):
+        shutil.copy(ROOT / name, root / name)
+    for name in ("rustbpe", "pyproject.toml", "dev/constraints.txt"):
+        (root / name).symlink_to(ROOT / name)
+    python = root / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    write(python, FAKE_PYTHON)
+    python.chmod(0o755)
+    command = ["bash", "-c", ". dev/setup.sh; sources_hash"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    write(root / ".venv" / "installed-", done.stdout)
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, tier", [("speedrun.sh", "pocket"), ("speedrun.sh", "speedrun"), ("run1000.sh", "")])
+def test_scripts_run_valid_commands_and_end_with_ones_that_can_be_pasted(repository, tmp_path, script, tier):
+    """Whatever characters the paths have, and with a base directory relative to the caller's folder."""
+    log = tmp_path / "log"
+    env = environment(NANOCHAT_BASE_DIR="my base", TIER=tier, FAKE_LOG=str(log), CDPATH=str(tmp_path))
+    command = ["bash", f"{repository.name}/{script}"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    commands = [shlex.split(line) for line in log.read_text().splitlines()]
+    for words in commands:
+        words = words[len(words) - 1 - words[::-1].index("-m") + 1 :]  # without dev.launch and its flags
+        if words[0] != "nanochat.report":
+            parse_args(importlib.import_module(words[0]).build_parser(), words[1:])
+    assert (commands[-1][1] == "scripts.chat_web") == (script == "run1000.sh")
+    pasted = done.stdout.split("http://localhost:8000:")[1].replace("source .venv/bin/activate", "PATH=.venv/bin:$PATH")
+    log.unlink()
+    subprocess.run(["bash", "-ec", pasted + 'echo "$NANOCHAT_BASE_DIR"'], env=env, check=True, capture_output=True)
+    assert [line.split()[1] for line in log.read_text().splitlines()] == ["scripts.chat_cli", "scripts.chat_web"]
+    assert (tmp_path / "my base" / "stamps").is_dir()
+
+
+@pytest.mark.parametrize(
+    "value, expected", [("~/my base", "home/my base"), ("my base", "my base"), ("", "home/default")]
+)
+def test_base_directory_of_any_spelling(tmp_path, value, expected):
+    command = f". {ROOT}/dev/setup.sh; . {ROOT}/dev/stages.sh; set_base_dir ~/default; echo $NANOCHAT_BASE_DIR"
+    env = environment(HOME=str(tmp_path / "home"), NANOCHAT_BASE_DIR=value)
+    done = subprocess.run(["bash", "-ec", command], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(tmp_path / expected) and (tmp_path / expected).is_dir()
