@@ -58,13 +58,13 @@ run_stages() {
             fi
         fi
         echo "$key" >"$stamp"
-        code=0 problem="failed, see above; fix the cause"
+        code=0 problem="failed, see above"
         eval "${COMMANDS[i]}" || code=$?
         # A stage that received SIGTERM saves its state and ends without an error.
         [[ $code != 0 || ${COMMANDS[i]} != *--resume=1* || $(stamp_of_stage "$i") != *partial ]] || code=143
         ((code < 128)) || problem="was stopped"
         ((code == 0)) || {
-            echo "error: $title $problem; run the same command to continue here" >&2
+            echo "error: $title $problem; the same command continues here" >&2
             exit "$code"
         }
         echo "$key done" >"$stamp"

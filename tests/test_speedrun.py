@@ -137,7 +137,7 @@ def test_what_depends_on_changed_content_runs_again(run, change):
 def test_killed_stage_resumes_only_with_the_same_inputs(run):
     write(run.base / "world.txt", "d\n")
     assert run(returncode=130, KILLED="base_checkpoints/d1") == ALL[:3]
-    assert "base was stopped; run the same command" in run.output
+    assert "base was stopped; the same command" in run.output
     assert run(returncode=143, KILLED="base_checkpoints/d1", CODE="0") == ["base"]
     assert run() == ["base", "evaluation", "mid"]
     assert "resumes base_checkpoints/d1" in run.output
