@@ -61,13 +61,8 @@ def server_api_key():
 
 
 def no_color():
-    """Whether terminal output should have no colors (no-color.org)."""
-    return bool(os.environ.get("NO_COLOR")) or is_dumb()
-
-
-def is_dumb():
-    """Whether the terminal understands no control sequences."""
-    return os.environ.get("TERM") == "dumb"
+    """Whether terminal output should have no colors and other control sequences (no-color.org)."""
+    return bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
 
 
 def load_extension():
@@ -148,12 +143,13 @@ def print_error(message):
     """
     if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # <folder of this run>/<local rank>/error.json
         report = {"message": message, "extraInfo": {"py_callstack": f"error: {message}", "timestamp": int(time.time())}}
-        Path(error_file).write_text(json.dumps({"message": report}), encoding="utf-8")
         digest = hashlib.sha256(message.encode("utf-8", "replace")).hexdigest()
         try:
+            Path(error_file).write_text(json.dumps({"message": report}), encoding="utf-8")
             (Path(error_file).parents[1] / digest).touch(exist_ok=False)
-        except FileExistsError:
-            return
+        except OSError as e:
+            if isinstance(e, FileExistsError):  # else the disk is full, for example
+                return
     print(f"error: {message}", file=sys.stderr, flush=True)
 
 

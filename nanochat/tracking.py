@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 
-from nanochat.common import base_dir, format_duration, is_dumb, print0
+from nanochat.common import base_dir, format_duration, no_color, print0
 from nanochat.report import get_report
 
 # Dense bfloat16 FLOP/s from the vendors' data sheets, by the first key that the device's name contains.
@@ -186,8 +186,8 @@ class StageLog:
 
 
 def erase_line():
-    """The characters that erase the line in a terminal; "" if standard output is a file, a pipe or a dumb terminal."""
-    return "\r\x1b[K" if sys.stdout.isatty() and not is_dumb() else ""
+    """The characters that erase the line of a terminal; "" for files, pipes, and terminals without colors."""
+    return "\r\x1b[K" if sys.stdout.isatty() and not no_color() else ""
 
 
 def progress_printer(unit, every=10.0):

@@ -103,33 +103,38 @@ def replace_tokenizer(base):
     )
 
 
+def damage_tokenizer_and_model(base):
+    write(base / "tokenizer" / "ranks.tiktoken", "a")
+    write(base / "base_checkpoints" / "d1" / "step_000002" / "model.safetensors", "")
+
+
+def delete_outputs(base):
+    shutil.rmtree(base / "base_checkpoints" / "d1")
+    (base / "evaluation.md").unlink()
+
+
+# name: (change of the base directory, flags, stages that run again)
 CHANGES = {
-    "nothing": (lambda base: None, {}, []),
-    "text": (lambda base: write(base / "world.txt", "b\nc\n"), {}, ALL),
-    "text, to the same corpus": (lambda base: write(base / "world.txt", "b \na\n"), {}, ["corpus"]),
-    "identity": (lambda base: write(base / "identity.jsonl", "I am nobody"), {}, ["mid"]),
-    "tokenizer": (replace_tokenizer, {}, ["base", "evaluation", "mid"]),
-    "damaged tokenizer": (lambda base: write(base / "tokenizer" / "ranks.tiktoken", "a"), {}, ["tokenizer"]),
-    "flag": (lambda base: None, {"FLAGS": "--depth=2"}, ["base", "evaluation", "mid"]),
-    "deleted checkpoint": (lambda base: shutil.rmtree(base / "base_checkpoints" / "d1"), {}, ["base"]),
-    "damaged checkpoint": (
-        lambda base: write(base / "base_checkpoints" / "d1" / "step_000002" / "model.safetensors", ""),
-        {},
-        ["base"],
-    ),
-    "deleted evaluation": (lambda base: (base / "evaluation.md").unlink(), {}, ["evaluation"]),
+    "nothing": (lambda base: None, "", []),
+    "text": (lambda base: write(base / "world.txt", "b\nc\n"), "", ALL),
+    "text, to the same corpus": (lambda base: write(base / "world.txt", "b \na\n"), "", ["corpus"]),
+    "identity": (lambda base: write(base / "identity.jsonl", "I am nobody"), "", ["mid"]),
+    "tokenizer": (replace_tokenizer, "", ["base", "evaluation", "mid"]),
+    "flag": (lambda base: None, "--depth=2", ["base", "evaluation", "mid"]),
+    "damaged outputs": (damage_tokenizer_and_model, "", ["tokenizer", "base"]),
+    "deleted outputs": (delete_outputs, "", ["base", "evaluation"]),
 }
 
 
 @pytest.mark.parametrize("change", [pytest.param(c, marks=[pytest.mark.slow] * (c != "tokenizer")) for c in CHANGES])
 def test_what_depends_on_changed_content_runs_again(run, change):
-    make_change, variables, expected = CHANGES[change]
+    make_change, flags, expected = CHANGES[change]
     make_change(run.base)
-    assert run(**variables) == expected
-    if change in ("identity", "flag"):  # a deleted file is a change too
-        (run.base / "identity.jsonl").unlink(missing_ok=True)
-        assert run(**variables) == (["mid"] if change == "identity" else [])
-    if change == "damaged checkpoint":
+    assert run(FLAGS=flags) == expected
+    if change == "identity":  # a deleted file is a change too
+        (run.base / "identity.jsonl").unlink()
+        assert run() == ["mid"]
+    if change == "damaged outputs":
         assert "renamed to d1.old1" in run.output
 
 

@@ -2,7 +2,6 @@
 
 import codecs
 import contextlib
-import io
 import os
 import select
 import sys
@@ -58,7 +57,7 @@ def has_piped_text(stdin):
 
 def read_piped(stdin):
     """All text of `stdin`: UTF-8, or UTF-16 with a byte-order mark, or in the terminal's encoding."""
-    data = stdin.buffer.read() if hasattr(stdin, "buffer") else stdin.read().encode()
+    data = stdin.buffer.read()
     encodings = ["utf-16"] if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else ["utf-8", stdin.encoding]
     for encoding in encodings:
         with contextlib.suppress(UnicodeDecodeError):
@@ -69,7 +68,7 @@ def read_piped(stdin):
 
 def read_question(prompt):
     """Piped text and `prompt`, separated by a blank line; None if there is no prompt and stdin is a terminal."""
-    stdin = sys.stdin or io.StringIO()  # sys.stdin is None if the parent process closed it
+    stdin = sys.stdin or open(os.devnull)  # sys.stdin is None if the parent process closed it
     if prompt is None and stdin.isatty():
         return None
     needs_stdin = prompt in (None, "-")
