@@ -7,6 +7,7 @@
 # the chat page at http://localhost:8000; Ctrl-C ends it.
 # Number of shards: 1.88e9 parameters x 20 tokens x 4.8 characters / 250 million characters = 720; it downloads 800.
 
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" # for those who type `sh`
 set -euo pipefail
 repository=$(dirname "${BASH_SOURCE[0]}")
 . "$repository/dev/setup.sh"
@@ -18,11 +19,10 @@ run=--run=${WANDB_RUN:-dummy}
 launch="python -m dev.launch --standalone --nproc_per_node=${NPROC_PER_NODE:-8}"
 base=base_checkpoints/d32 mid=mid_checkpoints/d32 sft=chatsft_checkpoints/d32
 own_data="identity_conversations.jsonl ./tasks/mixtures.py" # what midtraining and SFT read of yours
-identity="from tasks.mixtures import identity_conversations as fetch; fetch()"
 
 stage "report: machine and time" 10 report/header.md "" python -m nanochat.report reset
 stage "corpus: first shards" 120 base_data:16 "" python -m nanochat.dataset -n 16
-stage "identity conversations" 5 identity_conversations.jsonl "" python -c "$identity"
+stage "identity conversations" 5 identity_conversations.jsonl "" fetch_identity
 stage "tokenizer" 300 tokenizer base_data:16 downloading 800 python -m scripts.tok_train --max_chars=4000000000
 stage "tokenizer evaluation" 20 report/tokenizer-evaluation.md "tokenizer base_data:16" python -m scripts.tok_eval
 stage "corpus: other shards" 3600 base_data:800 "" python -m nanochat.dataset -n 800

@@ -7,6 +7,7 @@
 # finally prints how to chat. Run it again to continue where it stopped. All outputs are in NANOCHAT_BASE_DIR
 # (~/.cache/nanochat). WANDB_RUN=<name> logs to wandb.
 
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" # for those who type `sh`
 set -euo pipefail
 repository=$(dirname "${BASH_SOURCE[0]}")
 . "$repository/dev/setup.sh"
@@ -64,13 +65,12 @@ speedrun() {
 
 # One GPU or eight, public corpus. The tokenizer trains on the first shards while the others download.
 public() {
-    local launch=${launch:-python} identity="from tasks.mixtures import identity_conversations as fetch; fetch()"
+    local launch=${launch:-python}
     tag=d$depth
     local base=base_checkpoints/$tag mid=mid_checkpoints/$tag sft=chatsft_checkpoints/$tag
     stage "report: machine and time" 10 report/header.md "" python -m nanochat.report reset
     stage "corpus: first shards" 120 base_data:8 "" python -m nanochat.dataset -n 8
-    # Yours if there is one, else the public one: fetched first, because midtraining runs again when it changes.
-    stage "identity conversations" 5 identity_conversations.jsonl "" python -c "$identity"
+    stage "identity conversations" 5 identity_conversations.jsonl "" fetch_identity
     stage "tokenizer" 180 tokenizer base_data:8 downloading "$shards" \
         python -m scripts.tok_train --max_chars=2000000000 --vocab_size="$vocab"
     stage "tokenizer evaluation" 20 report/tokenizer-evaluation.md "tokenizer base_data:8" python -m scripts.tok_eval

@@ -23,7 +23,8 @@ set_base_dir() {
     case $base in
     "~" | "~/"*) base=$home${base#"~"} ;; # quoted where it was set, so no shell has expanded it
     esac
-    mkdir -p -- "$base" || die "cannot create $base; point NANOCHAT_BASE_DIR at a folder you can write to"
+    { mkdir -p -- "$base" 2>/dev/null && [[ -w $base ]]; } ||
+        die "cannot write to $base; point NANOCHAT_BASE_DIR at a folder you can write to"
     export NANOCHAT_BASE_DIR
     NANOCHAT_BASE_DIR=$(CDPATH="" cd -- "$base" && pwd)
 }
@@ -122,6 +123,12 @@ wait_for_other_runs() {
         echo "waiting for another run in $NANOCHAT_BASE_DIR, or for the last stage of a killed run"
         flock 9
     }
+}
+
+# fetch_identity: downloads the public identity conversations, unless the base dir has some. This is a stage of its own,
+# so that the file is there before midtraining, which runs again when it changes.
+fetch_identity() {
+    python -c "from nanochat.cli import run_script; import tasks.mixtures as m; run_script(m.identity_conversations)"
 }
 
 # downloading <shards> <command...>: runs the command while shards download in the background. The command does not see

@@ -75,7 +75,7 @@ def content(path, count=None):
 def key(base, inputs, command):
     """Checksum of the command and of the content of its inputs."""
     # These flags do not change what a stage computes.
-    command = re.sub(r"--(run|nproc_per_node)=\S*", "", command)
+    command = re.sub(r"--(run|nproc_per_node)=(\\.|\S)*", "", command)
     values = {}
     for name in inputs.split():
         path, count = split_count(name)

@@ -187,7 +187,7 @@ def test_key_covers_the_files_that_a_command_names(tmp_path):
     empty = [key(command) for command in commands]
     write(file, "[1]")
     assert len({*missing, *empty, *map(key, commands)}) == 6
-    assert key("mid --run=a --depth=1") == key("mid --run=b --depth=1") != key("mid --depth=2")
+    assert key("mid --run=my\\ run --depth=1") == key("mid --run=b --depth=1") != key("mid --depth=2")
 
 
 def test_content_of_a_folder_ignores_caches_and_hidden_files(tmp_path):
