@@ -7,42 +7,50 @@
 # finally prints how to chat. Run it again to continue where it stopped. All outputs are in NANOCHAT_BASE_DIR
 # (~/.cache/nanochat). WANDB_RUN=<name> logs to wandb.
 
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" # for those who type `sh`
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
-. dev/setup.sh
-. dev/stages.sh
-export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
-mkdir -p "$NANOCHAT_BASE_DIR"
+repository=$(dirname "${BASH_SOURCE[0]}")
+. "$repository/dev/setup.sh"
+. "$repository/dev/stages.sh"
+set_base_dir ~/.cache/nanochat
+CDPATH="" cd "$repository"
 run=--run=${WANDB_RUN:-dummy}
+own_data="identity_conversations.jsonl ./tasks/mixtures.py" # what midtraining and SFT read of yours
 
 # No GPU, no network: trains on the pocket world, in about a quarter of an hour on two cores.
 pocket() {
     local size="--max_seq_len=512 --device_batch_size=8 --eval_tokens=65536 --save_every=50 --keep=2"
     local tasks="PocketSums|PocketHardSums|PocketFacts|PocketIdentity|SpellingBee"
-    stage "report: machine and time" 5 report/header.md python -m nanochat.report reset
-    stage "corpus: pocket world" 5 base_data/manifest.json python -m nanochat.dataset --pocket --chars=14000000
+    local world=./nanochat/pocket mixture="$own_data ./nanochat/pocket"
+    tag=d4
+    stage "report: machine and time" 5 report/header.md "" python -m nanochat.report reset
+    stage "corpus: pocket world" 5 base_data $world python -m nanochat.dataset --pocket --chars=14000000
     # With a small vocabulary, words consist of a few common tokens, which the model soon learns to copy.
-    stage "tokenizer" 10 tokenizer python -m scripts.tok_train --vocab_size=1024
-    stage "tokenizer evaluation" 5 report/tokenizer-evaluation.md python -m scripts.tok_eval
-    stage "base pretraining" 240 base_checkpoints/d4 python -m scripts.base_train "$run" --resume=1 --depth=4 $size \
-        --total_batch_size=8192 --num_iterations=400 --eval_every=100 --core_metric_every=-1 --sample_every=200
-    stage "base loss" 10 report/base-model-loss.md \
-        python -m scripts.base_loss --device_batch_size=32 --split_tokens=131072
-    stage "base evaluation" 20 report/chat-evaluation-base.md python -m scripts.chat_eval -i base \
-        -a "$tasks" -x 64 --max_new_tokens=160
-    stage "midtraining" 240 mid_checkpoints/d4 python -m scripts.mid_train "$run" --resume=1 $size \
-        --total_batch_size=4096 --packing=bos --train_on=assistant --eval_every=250
-    stage "midtraining evaluation" 15 report/chat-evaluation-mid.md python -m scripts.chat_eval -i mid \
-        -a "$tasks|PocketStories" -x 128
-    stage "supervised finetuning" 110 chatsft_checkpoints/d4 python -m scripts.chat_sft "$run" --resume=1 \
-        --device_batch_size=8 --init_lr_frac=0.3 --eval_steps=32 --eval_metrics_every=-1 --save_every=50 --keep=2
-    stage "SFT evaluation" 20 report/chat-evaluation-sft.md python -m scripts.chat_eval -i sft \
-        -a "$tasks|PocketStories" -x 256
-    stage "reinforcement learning" 120 chatrl_checkpoints/d4 python -m scripts.chat_rl "$run" --resume=1 \
-        --num_iterations=60 --eval_every=20 --eval_examples=128 --save_every=20 --keep=2
-    stage "RL evaluation" 20 report/chat-evaluation-rl.md python -m scripts.chat_eval -i rl \
-        -a "$tasks|PocketStories" -x 256
-    stage "report" 5 report/report.md python -m nanochat.report generate
+    stage "tokenizer" 10 tokenizer base_data python -m scripts.tok_train --vocab_size=1024
+    stage "tokenizer evaluation" 5 report/tokenizer-evaluation.md "tokenizer base_data" python -m scripts.tok_eval
+    stage "base pretraining" 240 base_checkpoints/d4 "tokenizer base_data" python -m scripts.base_train "$run" \
+        --resume=1 --depth=4 $size --total_batch_size=8192 --num_iterations=400 --eval_every=100 \
+        --core_metric_every=-1 --sample_every=200
+    stage "base loss" 10 report/base-model-loss.md "base_checkpoints/d4 tokenizer base_data" \
+        python -m scripts.base_loss -g d4 --device_batch_size=32 --split_tokens=131072
+    stage "base evaluation" 20 report/chat-evaluation-base.md "base_checkpoints/d4 tokenizer $world" \
+        python -m scripts.chat_eval -i base -g d4 -a "$tasks" -x 64 --max_new_tokens=160
+    stage "midtraining" 240 mid_checkpoints/d4 "base_checkpoints/d4 tokenizer $mixture" \
+        python -m scripts.mid_train "$run" --resume=1 --model_tag=d4 $size --total_batch_size=4096 --packing=bos \
+        --train_on=assistant --eval_every=250
+    stage "midtraining evaluation" 15 report/chat-evaluation-mid.md "mid_checkpoints/d4 tokenizer $world" \
+        python -m scripts.chat_eval -i mid -g d4 -a "$tasks|PocketStories" -x 128
+    stage "supervised finetuning" 110 chatsft_checkpoints/d4 "mid_checkpoints/d4 tokenizer $mixture" \
+        python -m scripts.chat_sft "$run" --resume=1 --model_tag=d4 --device_batch_size=8 --init_lr_frac=0.3 \
+        --eval_steps=32 --eval_metrics_every=-1 --save_every=50 --keep=2
+    stage "SFT evaluation" 20 report/chat-evaluation-sft.md "chatsft_checkpoints/d4 tokenizer $world" \
+        python -m scripts.chat_eval -i sft -g d4 -a "$tasks|PocketStories" -x 256
+    stage "reinforcement learning" 120 chatrl_checkpoints/d4 "chatsft_checkpoints/d4 tokenizer $world" \
+        python -m scripts.chat_rl "$run" --resume=1 --model_tag=d4 --num_iterations=60 --eval_every=20 \
+        --eval_examples=128 --save_every=20 --keep=2
+    stage "RL evaluation" 20 report/chat-evaluation-rl.md "chatrl_checkpoints/d4 tokenizer $world" \
+        python -m scripts.chat_eval -i rl -g d4 -a "$tasks|PocketStories" -x 256
+    stage "report" 5 report/report.md "report/*.json" python -m nanochat.report generate
 }
 
 # Number of shards: 20 tokens per parameter, 4.8 characters per token, 250 million characters per shard. `hours` is the
@@ -51,29 +59,37 @@ laptop() { depth=8 context=1024 batch=8 vocab=32768 shards=22 hours=7 && public;
 single() { depth=12 context=2048 batch=16 vocab=32768 shards=52 hours=10 && public; }
 speedrun() {
     export OMP_NUM_THREADS=1
-    launch="torchrun --standalone --nproc_per_node=${NPROC_PER_NODE:-8}"
+    launch="python -m dev.launch --standalone --nproc_per_node=${NPROC_PER_NODE:-8}"
     depth=20 context=2048 batch=32 vocab=65536 shards=240 hours=3 && public
 }
 
 # One GPU or eight, public corpus. The tokenizer trains on the first shards while the others download.
 public() {
     local launch=${launch:-python}
-    stage "report: machine and time" 10 report/header.md python -m nanochat.report reset
-    stage "corpus: first shards" 120 base_data/manifest.json python -m nanochat.dataset -n 8
-    stage "tokenizer" 180 tokenizer downloading "$shards" \
+    tag=d$depth
+    local base=base_checkpoints/$tag mid=mid_checkpoints/$tag sft=chatsft_checkpoints/$tag
+    stage "report: machine and time" 10 report/header.md "" python -m nanochat.report reset
+    stage "corpus: first shards" 120 base_data:8 "" python -m nanochat.dataset -n 8
+    stage "identity conversations" 5 identity_conversations.jsonl "" fetch_identity
+    stage "tokenizer" 180 tokenizer base_data:8 downloading "$shards" \
         python -m scripts.tok_train --max_chars=2000000000 --vocab_size="$vocab"
-    stage "tokenizer evaluation" 20 report/tokenizer-evaluation.md python -m scripts.tok_eval
-    stage "corpus: other shards" $((shards * 5)) base_data/manifest.json python -m nanochat.dataset -n "$shards"
-    stage "base pretraining" $((hours * 3600)) "base_checkpoints/d$depth" $launch -m scripts.base_train "$run" \
+    stage "tokenizer evaluation" 20 report/tokenizer-evaluation.md "tokenizer base_data:8" python -m scripts.tok_eval
+    stage "corpus: other shards" $((shards * 5)) "base_data:$shards" "" python -m nanochat.dataset -n "$shards"
+    stage "base pretraining" $((hours * 3600)) $base "tokenizer base_data" $launch -m scripts.base_train -- "$run" \
         --resume=1 --depth="$depth" --max_seq_len="$context" --device_batch_size="$batch" --save_every=500 --keep=2
-    stage "base loss" 120 report/base-model-loss.md $launch -m scripts.base_loss --device_batch_size="$batch"
-    stage "base evaluation" 1200 report/base-model-evaluation.md $launch -m scripts.base_eval
-    stage "midtraining" $((hours * 400)) "mid_checkpoints/d$depth" $launch -m scripts.mid_train "$run" \
-        --resume=1 --max_seq_len="$context" --device_batch_size="$batch" --save_every=500 --keep=2
-    stage "midtraining evaluation" 900 report/chat-evaluation-mid.md $launch -m scripts.chat_eval -i mid
-    stage "supervised finetuning" 900 "chatsft_checkpoints/d$depth" $launch -m scripts.chat_sft "$run" --resume=1
-    stage "SFT evaluation" 900 report/chat-evaluation-sft.md $launch -m scripts.chat_eval -i sft
-    stage "report" 10 report/report.md python -m nanochat.report generate
+    stage "base loss" 120 report/base-model-loss.md "$base tokenizer base_data" \
+        $launch -m scripts.base_loss -- -g "$tag" --device_batch_size="$batch"
+    stage "base evaluation" 1200 report/base-model-evaluation.md "$base tokenizer" \
+        $launch -m scripts.base_eval -- -g "$tag"
+    stage "midtraining" $((hours * 400)) $mid "$base tokenizer $own_data" $launch -m scripts.mid_train -- "$run" \
+        --resume=1 --model_tag="$tag" --max_seq_len="$context" --device_batch_size="$batch" --save_every=500 --keep=2
+    stage "midtraining evaluation" 900 report/chat-evaluation-mid.md "$mid tokenizer" \
+        $launch -m scripts.chat_eval -- -i mid -g "$tag"
+    stage "supervised finetuning" 900 $sft "$mid tokenizer $own_data" \
+        $launch -m scripts.chat_sft -- "$run" --resume=1 --model_tag="$tag"
+    stage "SFT evaluation" 900 report/chat-evaluation-sft.md "$sft tokenizer" \
+        $launch -m scripts.chat_eval -- -i sft -g "$tag"
+    stage "report" 10 report/report.md "report/*.json" python -m nanochat.report generate
 }
 
 gpu_mib=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null || true)
@@ -99,12 +115,4 @@ echo "tier $tier: $gpus GPUs with $smallest MiB and $(getconf _NPROCESSORS_ONLN)
 set_up
 $tier
 run_stages
-cat <<END
-
-Done. The report is report.md; all other outputs are in $NANOCHAT_BASE_DIR. To chat with the model:
-
-    cd $PWD
-    source .venv/bin/activate
-    export NANOCHAT_BASE_DIR=$NANOCHAT_BASE_DIR
-    python -m scripts.chat_cli
-END
+closing_words "$tag"

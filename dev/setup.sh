@@ -4,7 +4,7 @@
 
 die() {
     echo "error: $*" >&2
-    exit 1
+    exit 2
 }
 
 set_up() {
@@ -16,7 +16,7 @@ set_up() {
     export VIRTUAL_ENV="$PWD/.venv" PATH="$PWD/.venv/bin:$PATH"
     hash=$(sources_hash)
     for done in ".venv/installed-$extra" .venv/installed-dev; do
-        if [[ -e $done && $(cat "$done") == "$hash" ]]; then
+        if [[ -e $done && $(cat "$done") == "$hash" ]] && python -c 'from rustbpe import Tokenizer' 2>/dev/null; then
             echo "up to date: $VIRTUAL_ENV"
             return
         fi

@@ -7,18 +7,29 @@ Command lines: flags shared by several scripts, --a-b as a spelling of --a_b, on
 """
 
 import argparse
+import contextlib
+import errno
+import io
 import os
 import re
 import sys
 
-from nanochat.common import CHECKPOINT_FOLDERS, UserError, base_dir, compute_cleanup, is_rank0, print0
+from nanochat.common import (
+    CHECKPOINT_FOLDERS,
+    ENVIRONMENT_HINT,
+    UserError,
+    base_dir,
+    compute_cleanup,
+    is_rank0,
+    print0,
+    print_error,
+)
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         """Print a one-line error that points to --help, instead of argparse's usage text, and exit with code 2."""
-        if is_rank0():
-            print(f"error: {message}; see python -m {self.prog} --help", file=sys.stderr)
+        print_error(f"{message}; see python -m {self.prog} --help")
         sys.exit(2)
 
 
@@ -72,7 +83,7 @@ def add_checkpoint_flags(parser, dtype=BF16_DEFAULT):
 def add_run_flags(parser, device_batch_size, save_every=-1):
     """Flags that all training stages share, with the defaults of one stage."""
     add, flag = parser.add_argument, dict(type=boolean, nargs="?", const=True, default=False)
-    add("--run", default="dummy", help='wandb run name; "dummy" = no wandb')
+    add("--run", type=wandb_run, default="dummy", help='wandb run name; "dummy" = no wandb')
     add_machine_flags(parser)
     add("--device_batch_size", type=int, default=device_batch_size, help="rows per forward pass and device")
     add("--embedding_lr", type=float, default=0.2, help="learning rate of the embedding (AdamW)")
@@ -96,6 +107,24 @@ def add_conversation_flags(parser):
     add("--conversations_only", **flag, help="train on --conversations alone, without the mixture")
 
 
+def wandb_run(name):
+    """argparse type of --run. Unless the name is "dummy", rank 0 logs in to wandb, so before any work."""
+    if name == "dummy" or not is_rank0():
+        return name
+    try:
+        from unittest import mock
+
+        import wandb
+
+        if wandb.setup().settings.mode not in ("offline", "disabled"):
+            with mock.patch("sys.stdin", io.StringIO()):  # so that wandb does not ask
+                wandb.login(verify=True)
+    except Exception as e:  # not installed, no login, no connection
+        problem = (str(e) or repr(e)).split("\n")[0].rstrip(".")
+        raise argparse.ArgumentTypeError(f"{name}: {problem}; or set WANDB_MODE=offline, or leave --run out") from None
+    return name
+
+
 def boolean(text):
     """argparse type for `--x`, `--x=1`, `--x=0`; use with add_argument(type=boolean, nargs="?", const=True)."""
     values = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
@@ -112,31 +141,51 @@ def path(text):
 def parse_args(parser, argv=None):
     """Parsed flags. Dashes in the names of flags become underscores; values are unchanged."""
     argv = sys.argv[1:] if argv is None else argv
+    argv = argv[argv[:1] == ["--"] :]  # torchrun's separator, which some versions of Python leave in place
     name = re.compile(r"(?<=^--)\w[\w-]*")
     return parser.parse_args([name.sub(lambda m: m[0].replace("-", "_"), a) for a in argv])
 
 
 def run_script(main):
-    """Run main(). Exit code: 0 = success, 2 = UserError (prints its message), 130 = Ctrl-C."""
+    """Run main(). Exit code: 0 = success, 2 = an error of the user (prints one line), 130 = Ctrl-C."""
+    _prepare_streams()
     try:
         main()
         compute_cleanup()
+        sys.stdout.flush()
     except SystemExit as e:  # --help, a wrong flag, or a run stopped by a signal
         _exit(e.code or 0)
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.stderr.flush()
-        _exit(2)
+        _exit(2, e)
+    except ModuleNotFoundError as e:
+        _exit(2, f"the Python package {e.name} is not installed here; {ENVIRONMENT_HINT}")
     except BrokenPipeError:  # `... | head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _exit(1)
+    except OSError as e:
+        if e.filename is None and e.errno != errno.ENOSPC:
+            raise
+        _exit(2, f"{e.filename or 'cannot write the output'}: {e.strerror}")
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         _exit(130)
 
 
-def _exit(code):
-    """Exit without cleanup: a failed rank must not wait in a collective, nor for its loader thread."""
-    sys.stdout.flush()
+def _prepare_streams():
+    """Characters that an output's encoding lacks become "?"; streams that the parent closed become os.devnull."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _exit(code, error=None):
+    """Print `error` and exit, without cleanup: a failed rank must not wait in a collective or for its loader thread."""
+    with contextlib.suppress(OSError):  # the disk is full
+        sys.stdout.flush()
+    if error:
+        print_error(str(error))
     sys.stderr.flush()
     os._exit(code)

@@ -28,6 +28,7 @@ CHECKPOINT_FOLDERS = {
 HUB_URL = "https://huggingface.co/datasets"  # <base>/<organisation>/<dataset>/resolve/main/<file>
 BUCKET_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com"  # <base>/<file>
 GITHUB_URL = "https://raw.githubusercontent.com"  # <base>/<owner>/<repository>/refs/heads/<branch>/<file>
+ENVIRONMENT_HINT = "`bash -c '. dev/setup.sh; set_up'` makes or updates .venv, `source .venv/bin/activate` uses it"
 
 
 class UserError(ValueError):
@@ -78,8 +79,19 @@ def server_api_key():
 
 
 def no_color():
-    """Whether terminal output should have no colors (no-color.org)."""
-    return bool(os.environ.get("NO_COLOR"))
+    """Whether terminal output should have no colors and other control sequences (no-color.org)."""
+    return bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+
+
+def load_extension():
+    """The module rustbpe. Raises UserError if it is not built; Python may then import the folder of its sources."""
+    try:
+        import rustbpe
+
+        rustbpe.Tokenizer  # noqa: B018
+    except (ImportError, AttributeError) as e:
+        raise UserError(f"the extension rustbpe is not built ({e}); {ENVIRONMENT_HINT}") from None
+    return rustbpe
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,6 +152,25 @@ def is_rank0():
     return dist_env()[0] == 0
 
 
+def print_error(message):
+    """
+    Print "error: <message>" on standard error; if several ranks of a machine have the same message, only once.
+
+    torchrun stops the other ranks when one has failed, so it need not be rank 0 that prints. torchrun's own report
+    ends with the message too.
+    """
+    if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # <folder of this run>/<local rank>/error.json
+        report = {"message": message, "extraInfo": {"py_callstack": f"error: {message}", "timestamp": int(time.time())}}
+        digest = hashlib.sha256(message.encode("utf-8", "replace")).hexdigest()
+        try:
+            Path(error_file).write_text(json.dumps({"message": report}), encoding="utf-8")
+            (Path(error_file).parents[1] / digest).touch(exist_ok=False)
+        except OSError as e:
+            if isinstance(e, FileExistsError):  # else the disk is full, for example
+                return
+    print(f"error: {message}", file=sys.stderr, flush=True)
+
+
 def print0(*args, **kwargs):
     """print() on rank 0 only, flushed."""
     if is_rank0():
@@ -186,8 +217,9 @@ def compute_init(device_type="", dtype="", seed=42):
     rank, local_rank, world_size = dist_env()
     torch.manual_seed(seed)
     if device_type == "cuda":
+        local_world_size = os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)
         if local_rank >= (n := torch.cuda.device_count()):
-            raise UserError(f"{local_rank + 1} GPUs requested, {n} available; lower --nproc_per_node or --num_gpus")
+            raise UserError(f"{local_world_size} GPUs requested, {n} available; lower --nproc_per_node or --num_gpus")
         torch.cuda.manual_seed(seed)
         torch.set_float32_matmul_precision("high")  # tf32
         torch.cuda.set_device(local_rank)

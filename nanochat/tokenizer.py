@@ -21,7 +21,7 @@ import zipfile
 from bisect import bisect_left
 from pathlib import Path
 
-from nanochat.common import UserError, atomic_path, base_dir, print0, set_aside
+from nanochat.common import UserError, atomic_path, base_dir, load_extension, print0, set_aside
 
 SPECIAL_TOKENS = (
     "<|bos|>",  # starts every document
@@ -53,8 +53,7 @@ class Tokenizer:
     """A BPE tokenizer: mergeable ranks (bytes -> id), a split pattern, and special tokens (name -> id)."""
 
     def __init__(self, pattern, ranks, special_tokens, bos="<|bos|>"):
-        import rustbpe
-
+        rustbpe = load_extension()
         self.pattern, self.ranks, self.special_tokens, self.bos = pattern, ranks, special_tokens, bos
         self.tokens = {rank: token for token, rank in ranks.items()}
         self.tokens |= {i: name.encode() for name, i in special_tokens.items()}
@@ -77,8 +76,7 @@ class Tokenizer:
         strings. `progress(phase, done, total)` is called repeatedly: phase "counting" with (bytes, None),
         then phase "merging" with (merges, total merges).
         """
-        import rustbpe
-
+        rustbpe = load_extension()
         n_special = len(SPECIAL_TOKENS)
         if vocab_size < 256 + n_special:
             raise UserError(f"vocab_size={vocab_size} is too small: 256 bytes + special tokens = {256 + n_special}")

@@ -2,13 +2,12 @@
 
 import json
 import os
+import shutil
 import sys
 import threading
 import time
 
-import psutil
-
-from nanochat.common import base_dir, format_duration, print0
+from nanochat.common import base_dir, format_duration, no_color, print0
 from nanochat.report import get_report
 
 # Dense bfloat16 FLOP/s from the vendors' data sheets, by the first key that the device's name contains.
@@ -165,6 +164,8 @@ class StageLog:
 
     def report(self, section, args, facts, **metrics):
         """Write the stage's section of the report: flags, `facts`, speed and memory. `metrics`: see Report.log()."""
+        import psutil
+
         speed = {
             "World size": self.compute.world_size,
             "Precision": str(self.compute.dtype).removeprefix("torch."),
@@ -184,6 +185,11 @@ class StageLog:
             self.wandb.finish()
 
 
+def erase_line():
+    """The characters that erase the line of a terminal; "" for files, pipes, and terminals without colors."""
+    return "\r\x1b[K" if sys.stdout.isatty() and not no_color() else ""
+
+
 def progress_printer(unit, every=10.0):
     """
     A thread-safe function show(label, done, total, note="") that prints progress and remaining time on rank 0.
@@ -196,17 +202,18 @@ def progress_printer(unit, every=10.0):
     def show(name, done, total, note=""):
         nonlocal label, start, last_printed
         with lock:
-            now, terminal = time.perf_counter(), sys.stdout.isatty()
+            now, erase = time.perf_counter(), erase_line()
             if name != label:
                 label, start, last_printed = name, now, now
-            if terminal and total and done >= total:
-                return print0("\r\x1b[K", end="")  # erase the line
-            if now - last_printed < (min(0.3, every) if terminal else every) or not done:
+            if erase and total and done >= total:
+                return print0(erase, end="")
+            if now - last_printed < (min(0.3, every) if erase else every) or not done:
                 return
             last_printed, speed = now, done / (now - start)
             total_text, time_left = (f"{total:,}", format_duration((total - done) / speed)) if total else ("?", "?")
             text = f"{label}: {done:,}/{total_text} {unit}, {speed:,.1f}/s, {time_left} left{note and ', ' + note}"
-            print0(f"\r{text}\x1b[K" if terminal else text, end="" if terminal else "\n")
+            width = shutil.get_terminal_size().columns - 1 if erase else None
+            print0(erase + text[:width], end="" if erase else "\n")
 
     return show
 

@@ -10,13 +10,12 @@ Downloads the tasks once. Writes base_eval/<model>.csv and a section of the repo
 
 import csv
 import re
-import sys
 import time
 from pathlib import Path
 
 from nanochat.cli import add_checkpoint_flags, make_parser, parse_args, path, run_script
 from nanochat.common import atomic_path, base_dir, choose_device, compute_init, print0, require, write_jsonl
-from nanochat.tracking import progress_printer
+from nanochat.tracking import erase_line, progress_printer
 
 
 def build_parser():
@@ -69,7 +68,7 @@ def main(argv=None):
     labels = args.tasks.split("|") if args.tasks else None
     tasks = load_tasks(labels, lambda done, total: show_download("eval_bundle.zip", done, total))
     print0(f"{name}: {len(tasks)} tasks, {compute.device}, {str(compute.dtype).removeprefix('torch.')}")
-    records, clear_line = {}, "\r\x1b[K" if sys.stdout.isatty() else ""
+    records, clear_line = {}, erase_line()
     for task in tasks:
         t0 = time.perf_counter()
         score = evaluate_core(model, tokenizer, compute, args.max_per_task, [task], show_examples, args.pass_tokens)

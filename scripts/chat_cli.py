@@ -10,9 +10,7 @@ Loads the newest sft checkpoint, or else of rl, mid or base. In a terminal, calc
 NO_COLOR is set; pipes and files get only the text. Exit codes: 1 = failure, 2 = user error, 130 = Ctrl-C.
 """
 
-import io
 import json
-import sys
 
 from nanochat.cli import add_model_flags, choose_source, make_parser, parse_args, run_script
 from nanochat.common import UserError, base_dir, compute_init
@@ -37,9 +35,6 @@ def build_parser():
 def main(argv=None):
     args = parse_args(build_parser(), argv)
     choose_source(args, ("sft", "rl", "mid", "base"))
-    for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # the terminal's encoding may lack some characters
     question = read_question(args.prompt)
     if question is None:
         if args.json:

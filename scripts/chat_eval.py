@@ -15,7 +15,7 @@ from pathlib import Path
 
 from nanochat.cli import add_model_flags, boolean, choose_source, make_parser, parse_args, path, run_script
 from nanochat.common import UserError, compute_init, print0, require, write_jsonl
-from nanochat.tracking import progress_printer
+from nanochat.tracking import erase_line, progress_printer
 
 
 def build_parser():
@@ -98,7 +98,7 @@ def main(argv=None):
     tasks = {name: find_task(name) for name in names}
     flags = "max_problems num_samples max_new_tokens temperature top_k batch_size max_rows seed".split()
     settings = {name: getattr(args, name) for name in flags}
-    scores, progress, clear_line = {}, progress_printer("problems"), "\r\x1b[K" if sys.stdout.isatty() else ""
+    scores, progress, clear_line = {}, progress_printer("problems"), erase_line()
     for name, entry in tasks.items():
         task, t0 = entry.make(seed=args.data_seed, corpus=corpus, level=args.level), time.perf_counter()
         scores[name] = evaluate_task(task, engine, progress=partial(progress, name), **settings)

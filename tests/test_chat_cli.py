@@ -1,6 +1,7 @@
 """The terminal chat: conversations with a scripted model, and the command line with a tiny checkpoint."""
 
 import contextlib
+import io
 import json
 import os
 import shlex
@@ -361,6 +362,27 @@ def test_piped_text_comes_before_the_flag(tmp_path, monkeypatch, flag, piped, ex
     with open(tmp_path / "piped") as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
         assert console.read_question(flag) == expected
+
+
+@pytest.mark.parametrize(
+    "data, encoding, expected",
+    [
+        ("\ufeffWho\r\nare you?\r\n".encode(), "utf-8", "Who\nare you?"),
+        ("Größe?".encode("utf-16"), "utf-8", "Größe?"),
+        ("Größe?".encode("latin-1"), "latin-1", "Größe?"),
+        ("Größe?".encode(), "ascii", "Größe?"),
+        ("Größe?".encode("latin-1"), "utf-8", "Gr\ufffd\ufffde?"),
+    ],
+)
+def test_encodings_of_piped_text(monkeypatch, capsys, data, encoding, expected):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding=encoding))
+    assert console.read_question("-") == expected
+    assert ("is not UTF-8" in capsys.readouterr().err) == ("\ufffd" in expected)
+
+
+def test_byte_order_mark_of_a_flag_is_removed(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert console.read_question("\ufeffHi\r\nthere") == "Hi\nthere"
 
 
 @pytest.mark.parametrize("flag", [None, "-", " "])

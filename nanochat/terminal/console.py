@@ -1,7 +1,7 @@
 """Reads questions from the terminal, a flag or a pipe, and prints answers while they are generated."""
 
+import codecs
 import contextlib
-import io
 import os
 import select
 import sys
@@ -55,17 +55,29 @@ def has_piped_text(stdin):
     return bool(ready)
 
 
+def read_piped(stdin):
+    """All text of `stdin`: UTF-8, or UTF-16 with a byte-order mark, or in the terminal's encoding."""
+    data = stdin.buffer.read()
+    encodings = ["utf-16"] if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else ["utf-8", stdin.encoding]
+    for encoding in encodings:
+        with contextlib.suppress(UnicodeDecodeError):
+            return data.decode(encoding)
+    print(f"warning: standard input is not {encodings[0].upper()}; its other bytes are replaced", file=sys.stderr)
+    return data.decode(encodings[0], "replace")
+
+
 def read_question(prompt):
     """Piped text and `prompt`, separated by a blank line; None if there is no prompt and stdin is a terminal."""
-    stdin = sys.stdin or io.StringIO()  # sys.stdin is None if the parent process closed it
+    stdin = sys.stdin or open(os.devnull)  # sys.stdin is None if the parent process closed it
     if prompt is None and stdin.isatty():
         return None
     needs_stdin = prompt in (None, "-")
     texts = ["", "" if needs_stdin else prompt]
     with contextlib.suppress(OSError):  # stdin has no file descriptor, or is a folder
         if needs_stdin or has_piped_text(stdin):
-            texts[0] = stdin.read()
-    question = "\n\n".join(text.strip() for text in texts if text.strip())
+            texts[0] = read_piped(stdin)
+    texts = [text.removeprefix("\ufeff").replace("\r\n", "\n").strip() for text in texts]  # \ufeff: byte-order mark
+    question = "\n\n".join(filter(None, texts))
     if not question:
         raise UserError("the question is empty; give it with -p, or on standard input")
     return question
