@@ -104,14 +104,14 @@ def main(argv=None):
     from nanochat.checkpoint_manager import load_model
 
     folder = Path(args.folder).expanduser()
-    draft = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    if os.path.exists(folder):
+        raise UserError(f"{folder} already exists; choose a new folder")
+    compute = compute_init("cpu", args.dtype or "float32")
+    model, tokenizer, _ = load_model(args.source, compute, model_tag=args.model_tag, step=args.step)
+    logging.disable_progress_bar()
+    draft = Path(f"{folder}.{os.getpid()}.tmp")
     try:
-        if folder.exists():
-            raise UserError(f"{folder} already exists; choose a new folder")
         draft.mkdir(parents=True)
-        compute = compute_init("cpu", args.dtype or "float32")
-        model, tokenizer, _ = load_model(args.source, compute, args.model_tag, args.step)
-        logging.disable_progress_bar()
         export(model, tokenizer, draft)
         draft.rename(folder)
     except (OSError, SafetensorError) as e:
