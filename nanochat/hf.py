@@ -3,7 +3,8 @@ Export of models to Hugging Face transformers, for its NanoChat class: configura
 
     python -m nanochat.hf -i sft out/
 
-Then AutoModelForCausalLM.from_pretrained("out") and AutoTokenizer.from_pretrained("out") load the folder.
+Then AutoModelForCausalLM.from_pretrained("out") and AutoTokenizer.from_pretrained("out") load the folder. The weights
+are written in float32 unless --dtype says otherwise.
 """
 
 import os
@@ -11,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from nanochat.cli import add_model_flags, make_parser, parse_args, run_script
-from nanochat.common import UserError, base_dir, compute_init
+from nanochat.common import UserError, base_dir, compute_init, require
 
 HERE = Path(__file__).parent
 # Parts of parameter names, ours -> transformers'.
@@ -103,6 +104,7 @@ def main(argv=None):
         raise UserError("transformers is not installed: pip install transformers") from e
     from nanochat.checkpoint_manager import load_model
 
+    require(not args.quantize, f"--quantize={args.quantize}: only float32 and bfloat16 weights can be exported")
     folder = Path(args.folder).expanduser()
     if os.path.exists(folder):
         raise UserError(f"{folder} already exists; choose a new folder")

@@ -201,6 +201,8 @@ def test_folder_that_exists_or_cannot_be_written_is_refused(sft_checkpoint, monk
     (sft_checkpoint / "out").mkdir()
     with raises_user_error("out already exists; choose a new folder"):
         hf.main(["-i", "sft", "out"])
+    with raises_user_error("--quantize=int8: only float32 and bfloat16 weights can be exported"):
+        hf.main(["-i", "sft", "--quantize=int8", "new"])
     (sft_checkpoint / "file").touch()
     with raises_user_error("cannot write file/out: .*Not a directory"):
         hf.main(["-i", "sft", "file/out"])
