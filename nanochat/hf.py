@@ -3,14 +3,18 @@ Export of models to Hugging Face transformers, for its NanoChat class: configura
 
     python -m nanochat.hf -i sft out/
 
-Then AutoModelForCausalLM.from_pretrained("out") and AutoTokenizer.from_pretrained("out") load the folder.
+Then AutoModelForCausalLM.from_pretrained("out") and AutoTokenizer.from_pretrained("out") load the folder. The weights
+are written in float32 unless --dtype says otherwise.
 """
 
+import os
+import shutil
 from pathlib import Path
 
 from nanochat.cli import add_model_flags, make_parser, parse_args, path, run_script
-from nanochat.common import UserError, base_dir, compute_init
+from nanochat.common import UserError, base_dir, compute_init, require
 
+HERE = Path(__file__).parent
 # Parts of parameter names, ours -> transformers'.
 NAMES = {
     "transformer.wte": "model.embed_tokens",
@@ -22,21 +26,9 @@ NAMES = {
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
-CHAT_TEMPLATE = """
-{{- bos_token -}}
-{%- set ns = namespace(system='') -%}
-{%- for message in messages -%}
-    {%- if message.role == 'system' -%}
-        {%- set ns.system = message.content + '\n\n' -%}
-    {%- elif message.role == 'user' -%}
-        {{- '<|user_start|>' + ns.system + message.content + '<|user_end|>' -}}
-        {%- set ns.system = '' -%}
-    {%- else -%}
-        {{- '<|assistant_start|>' + message.content + '<|assistant_end|>' -}}
-    {%- endif -%}
-{%- endfor -%}
-{{- '<|assistant_start|>' if add_generation_prompt else '' -}}
-""".strip()
+# The chat template writes this noncharacter into each "<|" of a message, so that the name of a special token stays
+# text. The tokenizer removes it again.
+ESCAPE = "\ufdd0"
 
 
 def hf_config(config):
@@ -60,27 +52,44 @@ def hf_weights(model):
 
 
 def export(model, tokenizer, folder):
-    """
-    Write model and tokenizer to `folder`, for from_pretrained(). Logits and token ids are the same as ours.
-
-    One difference: text such as "<|bos|>" becomes a special token in transformers, but ordinary text in our tokenizer.
-    """
+    """Write model, tokenizer and model card to `folder`, for from_pretrained(). Logits and ids are the same as ours."""
+    from tokenizers.normalizers import Replace
     from transformers import GenerationConfig, NanoChatConfig, NanoChatForCausalLM, PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
+    folder, config = Path(folder), model.config
     bos, end = tokenizer.get_bos_token_id(), tokenizer.encode_special("<|assistant_end|>")
     dtype = model.lm_head.weight.dtype
-    ids = dict(bos_token_id=bos, eos_token_id=end, pad_token_id=end)
-    hf = NanoChatForCausalLM(NanoChatConfig(**hf_config(model.config), **ids, dtype=dtype)).to(dtype)
+    # Padding is not trained on, but the end token must be.
+    ids = dict(bos_token_id=bos, eos_token_id=end, pad_token_id=bos)
+    hf = NanoChatForCausalLM(NanoChatConfig(**hf_config(config), **ids, dtype=dtype)).to(dtype)
     hf.load_state_dict(hf_weights(model))
     hf.generation_config = GenerationConfig(**ids | {"eos_token_id": [end, bos]})
     hf.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):  # only the owner could read them
+        shutil.copymode(folder / "config.json", path)
     ranks = str(base_dir() / "tokenizer" / "ranks.tiktoken")
     special = sorted(tokenizer.get_special_tokens(), key=tokenizer.encode_special)
     converted = TikTokenConverter(ranks, pattern=tokenizer.pattern, extra_special_tokens=special).converted()
-    names = dict(bos_token="<|bos|>", eos_token="<|assistant_end|>", pad_token="<|assistant_end|>")
-    fast = PreTrainedTokenizerFast(tokenizer_object=converted, chat_template=CHAT_TEMPLATE, **names)
-    fast.save_pretrained(folder)
+    converted.normalizer = Replace(ESCAPE, "")
+    PreTrainedTokenizerFast(
+        tokenizer_object=converted,
+        chat_template=(HERE / "chat_template.jinja").read_text(encoding="utf-8"),
+        bos_token="<|bos|>",
+        eos_token="<|assistant_end|>",
+        pad_token="<|bos|>",
+        add_bos_token=True,
+        padding_side="left",  # a generated text continues the right end
+        model_max_length=config.sequence_len,
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(folder)
+    n = sum(p.numel() for p in hf.parameters())
+    card = (
+        (HERE / "model_card.md")
+        .read_text(encoding="utf-8")
+        .format(parameters=n, context=config.sequence_len, vocabulary=config.vocab_size)
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def main(argv=None):
@@ -88,18 +97,30 @@ def main(argv=None):
     add_model_flags(parser)
     parser.add_argument("folder", type=path, help="output folder; must not exist")
     args = parse_args(parser, argv)
-    if Path(args.folder).exists():
-        raise UserError(f"{args.folder} already exists; choose a new folder")
     try:
-        import transformers  # noqa: F401
+        from safetensors import SafetensorError
+        from transformers import logging
     except ImportError as e:
         raise UserError("transformers is not installed: pip install transformers") from e
     from nanochat.checkpoint_manager import load_model
 
+    require(not args.quantize, f"--quantize={args.quantize}: only float32 and bfloat16 weights can be exported")
+    folder = Path(args.folder)
+    if os.path.exists(folder):
+        raise UserError(f"{folder} already exists; choose a new folder")
     compute = compute_init("cpu", args.dtype or "float32")
-    model, tokenizer, _ = load_model(args.source, compute, "eval", args.model_tag, args.step)
-    export(model, tokenizer, args.folder)
-    print(f"wrote {args.folder}")
+    model, tokenizer, _ = load_model(args.source, compute, model_tag=args.model_tag, step=args.step)
+    logging.disable_progress_bar()
+    draft = Path(f"{folder}.{os.getpid()}.tmp")
+    try:
+        draft.mkdir(parents=True)
+        export(model, tokenizer, draft)
+        draft.rename(folder)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"cannot write {folder}: {e}") from e
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    print(f"wrote {folder}")
 
 
 if __name__ == "__main__":
