@@ -43,6 +43,7 @@ pytestmark = pytest.mark.slow
 MODEL, LONG_MODEL, CONTEXT = "nanochat-d2-sft", "nanochat-long-sft", 256
 LONG = 30_000  # tokens: an answer that takes longer than any test
 ROWS = 8
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
 QUESTION = [{"role": "user", "content": "Who lives in the old mill?"}]
 SUM = [*QUESTION, {"role": "assistant", "content": "So ~"}]  # answered with a call of the calculator
 FOX = [*QUESTION, {"role": "assistant", "content": "A ^"}]  # answered with one character in four tokens
@@ -383,6 +384,34 @@ def test_a_stream_is_for_one_prompt(server):
         server.client.completions.create(model=MODEL, prompt=["Once upon a time", "Then"], stream=True)
 
 
+def test_every_generated_token_of_a_completion_has_logprobs(server, reference):
+    """Also special tokens: clients cut off the last entry, which is the generated token."""
+    tokenizer = reference.tokenizer
+    end = tokenizer.encode_special("<|assistant_end|>")
+    bias = {str(end): 100}
+    body = dict(model=MODEL, prompt="The mill", temperature=0, max_tokens=1, logprobs=1, echo=True, logit_bias=bias)
+    choice = server.client.completions.create(**body).choices[0]
+    assert choice.finish_reason == "stop"
+    n = 1 + len(tokenizer.encode("The mill"))
+    logprobs = choice.logprobs
+    assert [len(x) for x in (logprobs.tokens, logprobs.token_logprobs, logprobs.text_offset)] == [n + 1] * 3
+    assert logprobs.tokens[-1] == "<|assistant_end|>"
+    assert logprobs.text_offset[-1] == len("The mill")
+
+
+def test_a_stream_of_logprobs_equals_the_whole_answer(server):
+    body = dict(model=MODEL, prompt="Once upon \U0001f98a a time", temperature=0, max_tokens=12, logprobs=2, echo=True)
+    whole = server.client.completions.create(**body).choices[0]
+    chunks = [chunk.choices[0] for chunk in server.client.completions.create(**body, stream=True)]
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    for field in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        streamed = [entry for chunk in chunks if chunk.logprobs for entry in getattr(chunk.logprobs, field)]
+        assert streamed == getattr(whole.logprobs, field)
+    tokens, offsets = whole.logprobs.tokens, whole.logprobs.text_offset
+    for token, offset in zip(tokens[1:], offsets[1:], strict=True):
+        assert token.startswith("bytes:") or whole.text[offset:].startswith(token)
+
+
 def test_lm_eval_reads_the_likelihood_of_a_continuation(server, reference):
     # lm-eval's local-completions model sends context and continuation as ids, and ignores the generated token.
     tokenizer = reference.tokenizer
@@ -685,10 +714,73 @@ def test_null_and_unknown_fields_have_no_effect(server, reference):
     more = "stop_token_ids logit_bias logprobs top_logprobs stream stream_options response_format tools model"
     body = {"messages": QUESTION, "temperature": 0, "max_tokens": 24} | dict.fromkeys(f"{nulls} {more}".split())
     body |= {"user": "me", "store": True, "metadata": {"a": "b"}, "parallel_tool_calls": 3, "unheard_of": [{}]}
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-    for extra in ({}, {"tools": tools, "tool_choice": "auto"}, {"functions": [], "reasoning_effort": "high"}):
+    for extra in (
+        {}, {"tools": [], "tool_choice": "auto"}, {"functions": [], "reasoning_effort": "none", "modalities": ["text"]},
+        {"tools": TOOLS, "tool_choice": "none", "best_of": 1, "suffix": None, "audio": None},
+    ):  # fmt: skip
         answer = server.post(CHAT, body | extra).raise_for_status().json()
         assert answer["choices"][0]["message"]["content"] == reference.text(QUESTION)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("tools", TOOLS), ("tool_choice", "required"), ("functions", [{"name": "f"}]), ("best_of", 3), ("suffix", "x"),
+        ("function_call", {"name": "f"}), ("modalities", ["text", "audio"]), ("reasoning_effort", "high"),
+        ("prediction", {"type": "content", "content": "x"}), ("audio", {"voice": "x"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_parameters_without_effect_are_refused_by_name(server, field, value):
+    for path in (CHAT, TEXT):
+        error = refused(server, param=field, path=path, **{field: value})
+        assert field in error["message"] and "not supported" in error["message"]
+
+
+def test_roles_and_parts_are_read_as_the_official_clients_send_them(server, reference):
+    def parts(*texts):
+        return [{"type": "text", "text": text} for text in texts]
+
+    plain = [{"role": "system", "content": "Be brief.\n\nAnd kind."}, *QUESTION]
+    official = [{"role": "developer", "content": parts("Be brief.", "And kind.")}]
+    official += [{"role": "user", "content": parts(QUESTION[0]["content"]), "name": "ann"}]
+    assert server.text(official) == server.text(plain) == reference.text(plain)
+    history = [*QUESTION, {"role": "assistant", "content": ""}, *QUESTION]
+    null = [*QUESTION, {"role": "assistant", "content": None, "tool_calls": None, "refusal": None}, *QUESTION]
+    assert server.text(null) == server.text(history)
+    half_emoji = b'{"messages": [{"role": "user", "content": "the \\ud83d fox"}], "temperature": 0, "max_tokens": 24}'
+    answer = server.post(CHAT, half_emoji).json()["choices"][0]["message"]["content"]
+    assert answer == server.text([{"role": "user", "content": "the ? fox"}])
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+         "messages[0].content: part 0 has the type 'image_url'; only parts of the type 'text' are supported"),
+        ({"messages": [*QUESTION, {"role": "tool", "content": "x"}]}, "messages[1].role: "),
+        ({"messages": [*QUESTION, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
+         "messages[1]: tool_calls="),
+        ({"messages": [*QUESTION, {"role": "user", "content": None}]}, "messages[1].content: "),
+        ({"stop": list("abcde")}, "stop: 5 stop strings are too many, the limit is 4"),
+        ({"stop": ["a", 1]}, "stop: expected a string, or a list of strings"),
+        ({"response_format": {"type": "json_object"}}, "response_format="),
+        (b'{"messages": [,]}', "the body is not valid JSON: "),
+        (b"\xff\xfe", "the body is not"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_errors_say_what_is_wrong(server, body, message):
+    body = {"messages": QUESTION} | body if isinstance(body, dict) else body
+    error = error_of(server.post(CHAT, body), 400)
+    assert error["message"].startswith(message) and "constrained" not in error["message"]
+
+
+def test_errors_name_the_content_type_and_the_routes(server):
+    for headers in ({}, {"Content-Type": "text/plain"}):
+        response = server.http.post(CHAT, content=json.dumps({"messages": QUESTION}), headers=headers)
+        assert "Content-Type: application/json" in error_of(response, 400)["message"]
+    assert "/v1/chat/completions" in error_of(server.post("/v1/responses", {"input": "hi"}), 404)["message"]
 
 
 def test_plain_text_is_the_only_response_format(server, reference):
@@ -700,6 +792,9 @@ def test_plain_text_is_the_only_response_format(server, reference):
 
 def test_the_error_for_a_prompt_beyond_the_context_has_its_length(server, reference):
     messages = [{"role": "user", "content": "mill " * 300}]
+    many = [{"role": role, "content": "x" * 70} for _ in range(300) for role in ("user", "assistant")] + QUESTION
+    for too_long in (many, [{"role": "user", "content": "x" * 9000}]):
+        assert refused(server, messages=too_long)["code"] == "context_length_exceeded"
     for stream in (False, True):
         error = refused(server, messages=messages, stream=stream)
         assert (error["type"], error["code"]) == ("exceed_context_size_error", "context_length_exceeded")
@@ -793,6 +888,17 @@ def test_routes_work_without_the_prefix_v1(server):
         body = prompt | {"temperature": 0, "max_tokens": 9}
         answers = [server.post(p, body).raise_for_status().json() for p in (path, path.removeprefix("/v1"))]
         assert answers[0]["choices"] == answers[1]["choices"]
+
+
+def test_head_and_final_slashes(server):
+    for path in ("/", "/health", "/v1/models", "/logo.svg"):
+        answers = [server.http.request(method, path) for method in ("GET", "HEAD")]
+        assert [response.status_code for response in answers] == [200, 200]
+        assert answers[1].content == b""
+        assert answers[0].headers["content-type"] == answers[1].headers["content-type"]
+    assert server.http.get("/v1/models/").json() == server.http.get("/v1/models").json()
+    body = {"messages": QUESTION, "max_tokens": 1}
+    assert server.post(f"{CHAT}/", body).status_code == 200
 
 
 def test_health_and_stats(server):
@@ -922,6 +1028,12 @@ def test_only_configured_origins_may_read_answers(server, guarded):
     assert "authorization" in response.headers["access-control-allow-headers"].lower()
     for origin in ("http://localhost:3000", "http://127.0.0.1", "https://[::1]:3000"):  # the default: this machine's
         assert allowed(server, origin)[0] == origin and allowed(guarded, origin, **key)[0] is None
+    assert allowed(guarded, "https://chat.example")[1].status_code == 401
+    assert allowed(guarded, "https://chat.example")[0] == "https://chat.example"
+    too_large = {"content": b"x" * 2**21, "headers": key | {"Origin": "https://chat.example"}}
+    response = httpx.post(f"{guarded.url}{CHAT}", **too_large)
+    assert response.status_code == 413
+    assert response.headers["access-control-allow-origin"] == "https://chat.example"
     for origin in ("https://evil.example", "http://localhost.evil.com", "https://chat.example.evil.com", "null"):
         assert allowed(guarded, origin, **key)[0] is None
         assert allowed(guarded, origin, "OPTIONS", **preflight)[0] is None
@@ -982,6 +1094,18 @@ def test_the_server_answers_after_many_clients_disconnected(server, reference):
     server.running(0)
     server.waiting(0)
     assert server.text() == reference.text(QUESTION)
+
+
+def test_a_stream_that_nobody_reads_frees_its_place_when_it_is_computed(served_base):
+    """Its events fill the buffers of the sockets, because each token has log-probabilities of 20 alternatives."""
+    flags = ["-g", "long", "--max_rows=1", "--max_queue=0", "--request_timeout=60"]
+    with serving(served_base, *flags) as server:
+        body = {"messages": QUESTION, "max_tokens": LONG, "stream": True, "logprobs": True, "top_logprobs": 20, "n": 1}
+        with server.connect(body):
+            server.running(1)
+            eventually(lambda: server.http.get("/stats").json()["workers"][0]["in_flight"] == 0, "the place is free")
+            server.running(0)
+            assert server.chat(model=LONG_MODEL, max_tokens=3).usage.completion_tokens == 3
 
 
 def test_a_full_queue_gets_429_and_frees_up(guarded):

@@ -1,6 +1,7 @@
 """Assembles an answer from its tokens, for the server and for the terminal."""
 
 import itertools
+import math
 
 from nanochat.inference.detokenizer import Detokenizer
 
@@ -11,16 +12,17 @@ class Answer:
 
     `pieces` has one (part type, text) per token, see Detokenizer. `steps` are the calculator's calls; the position of a
     step is the number of characters of `text` before it. `logprobs` has (token, log-probabilities) for each text token
-    before the stop string.
+    before the stop string; with `every_token`, also for special tokens and the calculator's, None for forced ones.
     """
 
-    def __init__(self, tokenizer, index=0, stop=(), stop_tokens=()):
-        self.tokenizer, self.index, self.stop_tokens = tokenizer, index, stop_tokens
+    def __init__(self, tokenizer, index=0, stop=(), stop_tokens=(), every_token=False):
+        self.tokenizer, self.index, self.stop_tokens, self.every_token = tokenizer, index, stop_tokens, every_token
         self.detokenizer = Detokenizer(tokenizer, stop)
         self.python_start, self.python_end = map(tokenizer.encode_special, ("<|python_start|>", "<|python_end|>"))
         self.text, self.pieces, self.steps, self.logprobs = "", [], [], []
         self.open_step = None  # tool step whose expression or result is incomplete
         self.pending_logprobs = []  # log-probabilities of tokens whose text is held back
+        self.logged_bytes = 0  # of the text of the tokens in `logprobs`
         self.n_returned_logprobs = 0  # entries that new_logprobs() has returned
         self.n_tokens, self.finish = 0, None
 
@@ -29,8 +31,10 @@ class Answer:
         self.n_tokens, self.finish = self.n_tokens + 1, finish
         detokenizer, is_stop_token = self.detokenizer, finish == "stop" and token in self.stop_tokens
         part, text = (detokenizer.part, "") if is_stop_token else detokenizer.push(token)
-        if logprobs and part == "text" and not is_stop_token and token not in detokenizer.special_tokens:
-            self.pending_logprobs.append((token, logprobs))
+        is_text = part == "text" and not is_stop_token and token not in detokenizer.special_tokens
+        if self.every_token or (logprobs and is_text):
+            n_bytes = len(self.tokenizer.decode_bytes([token])) if is_text else 0
+            self.pending_logprobs.append((token, logprobs, n_bytes))
         if finish:
             text += detokenizer.flush()[1]
         self.pieces.append((part, text))
@@ -41,7 +45,11 @@ class Answer:
             delta["content"] = text
             self.text += text
         if self.pending_logprobs and (text or finish):
-            self.logprobs += self._logprobs_before_stop() if detokenizer.stopped else self.pending_logprobs
+            end = len(self.text.encode()) if detokenizer.stopped else math.inf  # only tokens that begin before it
+            for token, logprobs, n_bytes in self.pending_logprobs:
+                if self.logged_bytes < end:
+                    self.logprobs.append((token, logprobs))
+                self.logged_bytes += n_bytes
             self.pending_logprobs = []
         return delta
 
@@ -62,13 +70,6 @@ class Answer:
         completed = [step | {"position": len(self.text)} for step in completed]
         self.steps += completed
         return {"tool_steps": completed} if completed else {}
-
-    def _logprobs_before_stop(self):
-        """The pending log-probabilities of the tokens that begin before the stop string."""
-        n_bytes = [len(self.tokenizer.decode_bytes([token])) for token, _ in self.logprobs + self.pending_logprobs]
-        starts = [0, *itertools.accumulate(n_bytes)][len(self.logprobs) :]
-        end = len(self.text.encode())
-        return [entry for entry, start in zip(self.pending_logprobs, starts, strict=False) if start < end]
 
     @property
     def parts(self):

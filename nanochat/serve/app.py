@@ -30,7 +30,7 @@ from nanochat.serve.service import Service
 from nanochat.serve.worker import RequestTimeout, WorkerError
 
 HERE = Path(__file__).parent
-PUBLIC_PATHS = {"/", "/logo.svg", "/health", "/health/"}  # need no API key
+PUBLIC_PATHS = {"/", "/logo.svg", "/health"}  # need no API key
 LOCAL_ORIGINS = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 MAX_BODY = 1 << 20  # bytes
 TOO_LARGE = f"the body is larger than {MAX_BODY:,} bytes"
@@ -47,6 +47,9 @@ class Gate:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        method, path = scope["method"], scope["path"].rstrip("/") or "/"
+        # The server leaves the body of an answer to HEAD out. No redirects: they would not know a proxy's prefix.
+        scope = scope | {"method": "GET" if method == "HEAD" else method, "path": path}
         headers = Headers(scope=scope)
         request_id = headers.get("x-request-id", "")
         if not re.fullmatch(r"[\w.:-]{1,128}", request_id):
@@ -77,8 +80,7 @@ class Gate:
 
     def _refusal(self, scope, headers):
         """The ApiError for a request that the app should not see, else None."""
-        preflight = scope["method"] == "OPTIONS" and "origin" in headers and "access-control-request-method" in headers
-        if self.api_key is not None and not preflight and scope["path"] not in PUBLIC_PATHS:
+        if self.api_key is not None and scope["path"] not in PUBLIC_PATHS:
             scheme, _, key = headers.get("authorization", "").partition(" ")
             same_key = hmac.compare_digest(key.strip().encode(), self.api_key.encode())  # takes constant time
             if scheme.lower() != "bearer" or not same_key:
@@ -149,15 +151,27 @@ def error_response(error):
     return JSONResponse(error.body, error.status, error.headers)
 
 
+def invalid_request(request, first):
+    """The ApiError for `first`, pydantic's first error of a request."""
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']} at character {first['loc'][1]}")
+    if len(first["loc"]) == 1 and "application/json" not in request.headers.get("content-type", "").lower():
+        return ApiError(400, "the body is not declared as JSON; send the header Content-Type: application/json")
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:])[1:]
+    message = first["msg"].removeprefix("Value error, ")
+    param = str(first["loc"][1]) if where else message.partition("=")[0]
+    return ApiError(400, f"{where}: {message}" if where else message, param=param if param.isidentifier() else None)
+
+
 async def handle_exception(request, error):
     """The response to a request that raised `error`, in OpenAI's format."""
     if isinstance(error, RequestValidationError):
-        first = error.errors()[0]
-        where = [str(part) for part in first["loc"][1:]]
-        message = f"{'.'.join(where)}: {first['msg']}" if where else first["msg"]
-        error = ApiError(400, message, param=where[0] if where else None)
+        error = invalid_request(request, error.errors()[0])
     elif isinstance(error, HTTPException):
-        error = ApiError(error.status_code, str(error.detail), error.headers)
+        message = str(error.detail)
+        if error.status_code == 404:
+            message = f"no {request.url.path} here; there are /v1/chat/completions, /v1/completions and /v1/models"
+        error = ApiError(error.status_code, message, error.headers)
     elif isinstance(error, WorkerError):
         error = ApiError(504 if isinstance(error, RequestTimeout) else 503, str(error))
     elif not isinstance(error, ApiError):
@@ -227,8 +241,8 @@ def create_app(options):
         app.add_exception_handler(exception, handle_exception)
     app.state.service = service = Service(options)
     origins = {"allow_origins": options.cors} if options.cors else {"allow_origin_regex": LOCAL_ORIGINS}
-    app.add_middleware(CORSMiddleware, allow_methods=["GET", "POST"], allow_headers=["*"], **origins)
     app.add_middleware(Gate, api_key=options.api_key, metrics=service.metrics)
+    app.add_middleware(CORSMiddleware, allow_methods=["GET", "POST"], allow_headers=["*"], **origins)  # the outermost
     add_completions(app, service)
     add_status(app, service)
     add_page(app)
@@ -269,7 +283,6 @@ def add_status(app, service):
         raise ApiError(404, f"no model {name[:100]!r} here", param="model", code="model_not_found")
 
     @app.get("/health", responses=ERRORS)
-    @app.get("/health/", include_in_schema=False)
     async def health():
         ready, n, free = service.status == "ok", len(service.workers), service.free_workers
         body = {"status": service.status, "ready": ready, "num_gpus": n, "available_workers": free}

@@ -1,6 +1,7 @@
 """Chat and text completions: from a request's body to OpenAI's JSON, whole or in chunks."""
 
 import asyncio
+import codecs
 import contextlib
 import itertools
 import time
@@ -9,7 +10,6 @@ from collections import defaultdict
 
 from nanochat.inference.answer import Answer
 from nanochat.serve.schemas import ApiError, envelope
-from nanochat.serve.service import listed
 
 
 class Generation:
@@ -19,7 +19,8 @@ class Generation:
         self.completion, self.key, self.tokens = completion, key, tokens
         settings = completion.settings
         stop, n = (settings["stop"], settings["stop_tokens"]), settings["num_samples"]
-        self.answers = [Answer(completion.tokenizer, i, *stop) for i in range(n)]
+        self.answers = [Answer(completion.tokenizer, i, *stop, completion.scores_every_token) for i in range(n)]
+        self.prompt_logprobs = []  # of an echoed prompt
         self.n_cached = 0  # prompt tokens taken from the prefix cache
 
     async def batches(self):
@@ -89,6 +90,7 @@ class Completion:
         (generation,) = self.generations
         with_usage = self.body.stream_options and self.body.stream_options.include_usage
         head = envelope(self.chunk_object, self.id, self.worker.model.name) | ({"usage": None} if with_usage else {})
+        await self._score_prompt(generation)
         async with contextlib.aclosing(generation.batches()) as batches:
             async for batch in batches:
                 for answer, deltas in batch.items():
@@ -100,19 +102,23 @@ class Completion:
         if with_usage:
             yield head | {"choices": [], "usage": usage([generation])}
 
-    def _choice(self, index, finish, logprobs, **content):
+    async def _score_prompt(self, generation):
+        """Set generation.prompt_logprobs if the request asks for them."""
+
+    def _choice(self, answer, finish, logprobs, **content):
         """
-        The JSON of a choice; `content` is its message, delta or text.
+        The JSON of a choice, an answer or a piece of it; `content` is its message, delta or text.
 
         `logprobs`: [(token, (its log-probability, [(alternative token, its log-probability)]))].
         """
         wanted = self.settings["logprobs"] is not None and (logprobs or not self.body.stream)
-        formatted = self._formatted(logprobs) if wanted else None
-        return {"index": index, **content, "finish_reason": finish, "logprobs": formatted}
+        formatted = self._formatted(logprobs, answer) if wanted else None
+        return {"index": answer.index, **content, "finish_reason": finish, "logprobs": formatted}
 
 
 class ChatCompletion(Completion):
     id_prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    scores_every_token = False
 
     def __init__(self, service, body):
         if body.top_logprobs is not None and not body.logprobs:
@@ -124,17 +130,17 @@ class ChatCompletion(Completion):
 
     async def _choices(self, generation):
         await generation.run()
-        return [self._choice(a.index, a.finish, a.logprobs, message=a.message()) for a in generation.answers]
+        return [self._choice(a, a.finish, a.logprobs, message=a.message()) for a in generation.answers]
 
     def _chunk_choices(self, answer, deltas, is_first):
         if is_first:
-            yield self._choice(answer.index, None, [], delta={"role": "assistant", "content": ""})
+            yield self._choice(answer, None, [], delta={"role": "assistant", "content": ""})
         for delta in merged(deltas):
-            yield self._choice(answer.index, None, answer.new_logprobs(), delta=delta)
+            yield self._choice(answer, None, answer.new_logprobs(), delta=delta)
         if answer.finish:
-            yield self._choice(answer.index, answer.finish, answer.new_logprobs(), delta={})
+            yield self._choice(answer, answer.finish, answer.new_logprobs(), delta={})
 
-    def _formatted(self, logprobs):
+    def _formatted(self, logprobs, answer):
         """`logprobs` in the format of chat completions."""
 
         def entry(token, logprob):
@@ -149,7 +155,9 @@ class TextCompletion(Completion):
     id_prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
 
     def __init__(self, service, body):
-        super().__init__(service, body, len(listed(body.prompt)))
+        super().__init__(service, body, len(body.prompt))
+        self.scores_every_token = body.logprobs is not None
+        self.positions = {}  # answer -> [UTF-8 decoder, number of characters]: where its next token begins
         self.max_tokens = 16 if body.max_tokens is None else body.max_tokens
         if self.max_tokens == 0 and not body.echo:
             raise ApiError(400, "max_tokens=0 needs echo=true", param="max_tokens")
@@ -157,41 +165,57 @@ class TextCompletion(Completion):
         if len(prompts) * n > 128:
             raise ApiError(400, f"{len(prompts)} prompts with {n} answers each are more than 128", param="prompt")
         if body.stream and (len(prompts) > 1 or self.max_tokens == 0):
-            raise ApiError(400, "a stream is for the answer to one prompt", param="stream")
+            raise ApiError(400, "a stream is for the answer to one prompt, of at least one token", param="stream")
         self._set_prompts(prompts, max(1, self.max_tokens), body.logprobs)
 
     async def _choices(self, generation):
-        tokens, prompt, scored = generation.tokens, self._echoed(generation), []
-        if self.body.echo and self.body.logprobs is not None:
-            scores = await self.worker.score(f"{generation.key}-score", tokens, self.body.logprobs)
-            scored = list(zip(tokens, scores, strict=True))
+        await self._score_prompt(generation)
+        prompt, scored = self._echoed(generation), generation.prompt_logprobs
         if self.max_tokens == 0:
-            self.service.metrics.prompt_tokens.inc(len(tokens))
-            return [self._choice(0, "length", scored, text=prompt)]
+            self.service.metrics.prompt_tokens.inc(len(generation.tokens))
+            return [self._choice(a, "length", scored, text=prompt) for a in generation.answers]
         await generation.run()
-        return [self._choice(0, a.finish, scored + a.logprobs, text=prompt + a.text) for a in generation.answers]
+        return [self._choice(a, a.finish, scored + a.logprobs, text=prompt + a.text) for a in generation.answers]
+
+    async def _score_prompt(self, generation):
+        if self.body.echo and self.body.logprobs is not None:
+            scores = await self.worker.score(f"{generation.key}-score", generation.tokens, self.body.logprobs)
+            generation.prompt_logprobs = list(zip(generation.tokens, scores, strict=True))
 
     def _chunk_choices(self, answer, deltas, is_first):
-        text = self._echoed(self.generations[0]) if is_first else ""
+        (generation,) = self.generations
+        text, logprobs = (self._echoed(generation), generation.prompt_logprobs) if is_first else ("", [])
         text += "".join(delta.get("content", "") for delta in deltas)
         if text or answer.finish:
-            yield self._choice(answer.index, answer.finish, answer.new_logprobs(), text=text)
+            yield self._choice(answer, answer.finish, logprobs + answer.new_logprobs(), text=text)
 
     def _echoed(self, generation):
         """The text of the prompt if the request has echo=true, else ""."""
         has_bos = generation.tokens[0] == self.tokenizer.get_bos_token_id()
         return self.tokenizer.decode(generation.tokens[has_bos:]) if self.body.echo else ""
 
-    def _formatted(self, logprobs):
+    def _formatted(self, logprobs, answer):
         """`logprobs` in the format of text completions. The first token of an echoed prompt has none, but None."""
-        texts, bos = [self.tokenizer.decode([token]) for token, _ in logprobs], self.tokenizer.get_bos_token_id()
-        lengths = [0 if token == bos else len(text) for (token, _), text in zip(logprobs, texts, strict=True)]
+        specials, offsets = self.tokenizer.special_tokens.values(), []
+        decoder, position = self.positions.get(answer) or (codecs.getincrementaldecoder("utf-8")("replace"), 0)
+        for token, _ in logprobs:
+            offsets.append(position)
+            position += 0 if token in specials else len(decoder.decode(self.tokenizer.decode_bytes([token])))
+        self.positions[answer] = decoder, position
         return {
-            "tokens": texts,
+            "tokens": [self._token_text(token) for token, _ in logprobs],
             "token_logprobs": [entry and entry[0] for _, entry in logprobs],
-            "top_logprobs": [entry and {self.tokenizer.decode([t]): p for t, p in entry[1]} for _, entry in logprobs],
-            "text_offset": list(itertools.accumulate(lengths, initial=0))[:-1],
+            "top_logprobs": [entry and {self._token_text(t): p for t, p in entry[1]} for _, entry in logprobs],
+            "text_offset": offsets,
         }
+
+    def _token_text(self, token):
+        """The text of a token; its bytes as "bytes:\\xf0\\x9f" if they are no complete characters."""
+        data = self.tokenizer.decode_bytes([token])
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def usage(generations):

@@ -1,39 +1,88 @@
 """The JSON of OpenAI's API: request bodies with their limits, errors, and the parts of answers."""
 
+import json
 import time
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from nanochat.common import well_formed
 
-MAX_MESSAGE_CHARS, MAX_CHARS = 8_000, 32_000  # in one message, and in all messages of a request
+MAX_MESSAGES, MAX_MESSAGE_CHARS, MAX_CHARS = 500, 8_000, 32_000  # of a request, unless old turns are cut
 RETRY = {"Retry-After": "1"}  # seconds
 ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error"}
 ERROR_TYPES |= {503: "service_unavailable_error", 504: "timeout_error"}
-StopString = Annotated[str, Field(min_length=1)]
+# Fields of OpenAI's API that this server does not implement, and the values that ask for nothing.
+UNSUPPORTED = dict.fromkeys(("tools", "functions", "audio", "prediction", "web_search_options"), ())
+UNSUPPORTED |= dict.fromkeys(("tool_choice", "function_call"), ("none", "auto"))
+UNSUPPORTED |= {"tool_calls": (), "reasoning_effort": ("none",), "response_format": ({"type": "text"},)}
+UNSUPPORTED |= {"best_of": (1,), "suffix": ("",), "modalities": (["text"],), "verbosity": ("medium",)}
 
 
 class Schema(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def refuse_unsupported(self):
+        unused = {"tools", "functions"} if self.model_extra.get("tool_choice") == "none" else ()
+        for name, value in self.model_extra.items():
+            if name in UNSUPPORTED and name not in unused and value not in (None, [], *UNSUPPORTED[name]):
+                raise ValueError(f"{name}={json.dumps(value)[:60]} is not supported; leave it out")
+        return self
 
 
-class TextPart(Schema):
-    type: Literal["text"]
-    text: str
+def message_text(content):
+    """The text of a message's content: a string, or text parts, which are joined."""
+    if not isinstance(content, list):
+        return content
+    for i, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text":
+            raise ValueError(f"part {i} has the type {str(kind)[:40]!r}; only parts of the type 'text' are supported")
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"part {i} has no string 'text'")
+    return "\n\n".join(part["text"] for part in content)
+
+
+def stop_strings(stop):
+    """`stop` as a list of strings."""
+    stop = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
+        raise ValueError("expected a string, or a list of strings, that are not empty")
+    if len(stop) > 4:
+        raise ValueError(f"{len(stop)} stop strings are too many, the limit is 4")
+    return stop
+
+
+def prompt_list(prompt):
+    """`prompt` as a list of prompts, each a string or a list of token ids."""
+    prompts = prompt if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else [prompt]
+    if all(isinstance(p, str) for p in prompts):
+        return prompts
+    if all(isinstance(p, list) and all(type(token) is int for token in p) for p in prompts):
+        return prompts
+    raise ValueError("expected a string, a list of strings, a list of token ids, or a list of such lists")
+
+
+TEXT, TOKENS = {"type": "string"}, {"type": "array", "items": {"type": "integer"}}
+TEXT_PART = {"type": "object", "required": ["type", "text"], "properties": {"type": {"const": "text"}, "text": TEXT}}
+CONTENT_SCHEMA = {"anyOf": [TEXT, {"type": "array", "items": TEXT_PART}]}
+PROMPT_SCHEMA = {"anyOf": [TEXT, TOKENS, *({"type": "array", "minItems": 1, "items": x} for x in (TEXT, TOKENS))]}
+STOP = TEXT | {"minLength": 1}
+STOP_SCHEMA = {"anyOf": [STOP, {"type": "array", "maxItems": 4, "items": STOP}]}
 
 
 class Message(Schema):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, Field(max_length=MAX_MESSAGE_CHARS)] | list[TextPart]
+    content: Annotated[str, BeforeValidator(message_text), WithJsonSchema(CONTENT_SCHEMA)]
 
-    @property
-    def text(self):
-        return self.content if isinstance(self.content, str) else "\n\n".join(part.text for part in self.content)
-
-
-class ResponseFormat(Schema):
-    type: Literal["text"]
+    @model_validator(mode="before")
+    @classmethod
+    def fill_content(cls, message):
+        """An assistant's content may be null, as the official clients send it."""
+        if isinstance(message, dict) and message.get("role") == "assistant" and message.get("content") is None:
+            message = message | {"content": ""}
+        return message
 
 
 class StreamOptions(Schema):
@@ -55,22 +104,27 @@ class CompletionBody(Schema):
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
+    stop: Annotated[list[str], BeforeValidator(stop_strings), WithJsonSchema(STOP_SCHEMA)] | None = None
     stop_token_ids: list[int] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def replace_surrogates(cls, body):
+        """Half an emoji (a lone surrogate) becomes "?"; it cannot be encoded."""
+        return json.loads(well_formed(json.dumps(body, ensure_ascii=False))) if isinstance(body, dict) else body
+
 
 class ChatRequest(CompletionBody):
-    messages: list[Message] = Field(min_length=1, max_length=500)
+    messages: list[Message] = Field(min_length=1)
     max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: ResponseFormat | None = None
 
 
 class CompletionRequest(CompletionBody):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Annotated[list[str | list[int]], BeforeValidator(prompt_list), WithJsonSchema(PROMPT_SCHEMA)]
     max_tokens: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None

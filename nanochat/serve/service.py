@@ -4,20 +4,15 @@ import random
 import re
 import time
 
-from nanochat.common import UserError, well_formed
+from nanochat.common import UserError
 from nanochat.serve.metrics import Metrics
-from nanochat.serve.schemas import MAX_CHARS, ApiError
+from nanochat.serve.schemas import MAX_CHARS, MAX_MESSAGE_CHARS, MAX_MESSAGES, ApiError
 from nanochat.serve.worker import Worker
 from nanochat.tokenizer import get_tokenizer
 
 # Fields that have the same name and meaning in a request's body and in the engine's Request.
 ENGINE_FIELDS = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty"}
 ENGINE_FIELDS |= {"presence_penalty", "seed"}
-
-
-def listed(prompt):
-    """The prompts in the field `prompt`: one string or list of token ids, or a list of these."""
-    return prompt if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else [prompt]
 
 
 class Service:
@@ -68,11 +63,14 @@ class Service:
     def chat_prompt(self, messages, max_tokens):
         """The conversation as tokens. Raises ApiError if it is malformed or too long."""
         roles = {"developer": "system"}
-        messages = [{"role": roles.get(m.role, m.role), "content": well_formed(m.text)} for m in messages]
-        if sum(len(m["content"]) for m in messages) > MAX_CHARS:
-            raise ApiError(400, f"the messages have more than {MAX_CHARS:,} characters", param="messages")
-        context, last = self.model.context, messages[-1]
-        room = max(8, context - min(max_tokens, context // 2)) if self.options.overflow == "truncate" else None
+        messages = [{"role": roles.get(m.role, m.role), "content": m.content} for m in messages]
+        context, last, truncate = self.model.context, messages[-1], self.options.overflow == "truncate"
+        room = max(8, context - min(max_tokens, context // 2)) if truncate else None
+        sizes = [len(m["content"]) for m in messages]
+        if not truncate and (len(sizes) > MAX_MESSAGES or max(sizes) > MAX_MESSAGE_CHARS or sum(sizes) > MAX_CHARS):
+            limits = f"{MAX_MESSAGES} messages, {MAX_MESSAGE_CHARS:,} characters in each and {MAX_CHARS:,} in all"
+            detail = {"param": "messages", "code": "context_length_exceeded"}
+            raise ApiError(400, f"the conversation is longer than {limits}; leave out its oldest turns", **detail)
         try:
             tokens = self.tokenizer.render_for_completion({"messages": messages}, room)
         except UserError as e:
@@ -81,27 +79,30 @@ class Service:
             tokens += self.tokenizer.encode(last["content"])
         return self._check_length(tokens, "messages")
 
-    def text_prompts(self, prompt):
-        """A list of tokens for each prompt. Raises ApiError."""
-        prompts = []
-        for tokens in listed(prompt):
+    def text_prompts(self, prompts):
+        """A list of tokens for each of `prompts`, strings or lists of tokens. Raises ApiError."""
+        result = []
+        for tokens in prompts:
             if isinstance(tokens, str):
-                tokens = self.tokenizer.encode(well_formed(tokens), prepend="<|bos|>")
+                tokens = self.tokenizer.encode(tokens, prepend="<|bos|>")
             if not tokens:
                 raise ApiError(400, "a prompt has no tokens", param="prompt")
             self._check_vocabulary(tokens, "prompt")
-            prompts.append(self._check_length(tokens, "prompt"))
-        return prompts
+            result.append(self._check_length(tokens, "prompt"))
+        return result
 
     def engine_settings(self, body, max_tokens, logprobs):
         """The fields of an engine's Request, except its prompt. Raises ApiError for unknown tokens."""
         bias = {int(t) if re.fullmatch(r"\d{1,9}", t) else t: value for t, value in (body.logit_bias or {}).items()}
         self._check_vocabulary(bias, "logit_bias")
         self._check_vocabulary(body.stop_token_ids or (), "stop_token_ids")
-        stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
         settings = {"temperature": self.options.temperature, "top_k": self.options.top_k}
         settings |= {"seed": random.getrandbits(31)} | body.model_dump(include=ENGINE_FIELDS, exclude_none=True)
-        settings |= {"stop": stop, "stop_tokens": frozenset(body.stop_token_ids or ()), "logit_bias": bias or None}
+        settings |= {
+            "stop": tuple(body.stop or ()),
+            "stop_tokens": frozenset(body.stop_token_ids or ()),
+            "logit_bias": bias or None,
+        }
         return settings | {"max_tokens": max_tokens, "num_samples": body.n or 1, "logprobs": logprobs}
 
     def _check_vocabulary(self, tokens, param):
@@ -114,7 +115,9 @@ class Service:
         """`tokens`, if they leave room for an answer. Raises ApiError."""
         n, context = len(tokens), self.model.context
         if n >= context:
-            message = f"the prompt has {n:,} tokens; the model's context of {context:,} must hold the answer too"
+            # Clients look for the first words.
+            message = f"This model's maximum context length is {context:,} tokens, which must hold the answer too. "
+            message += f"The prompt has {n:,} tokens; shorten it"
             detail = {"type": "exceed_context_size_error", "code": "context_length_exceeded"}
             raise ApiError(400, message, param=param, n_prompt_tokens=n, n_ctx=context, **detail)
         return tokens

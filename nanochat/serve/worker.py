@@ -195,6 +195,7 @@ class EngineLoop:
         self.keys = {row: owner for row, owner in self.keys.items() if owner != key}
         self.pending.pop(key, None)
         self.sent_at.pop(key, None)
+        self._send({})  # the load
 
     def _score(self, key, tokens, top):
         self._send({key: self.engine.score(tokens, top)})
@@ -206,7 +207,7 @@ class EngineLoop:
         for row in rows:
             key = keys.pop(row) if row.finish else keys[row]
             logprobs = row.logprobs[-1] if row.logprobs else None
-            # The fields of a TokenEvent: a plain tuple is pickled ten times faster. Worker.generate() converts it.
+            # The fields of a TokenEvent: a plain tuple is pickled ten times faster. Worker._read() converts it.
             pending[key].append((row.sample, row.tokens[-1], logprobs, row.finish, row.cached))
             if row.finish or now - sent_at.get(key, 0.0) >= interval:
                 due.add(key)
@@ -236,9 +237,14 @@ class Worker:
         self.index, self.options = index, options
         self.state = "loading"  # then "ready" or "dead"
         self.error, self.model = None, None  # why it is dead; its ModelInfo
-        self.load, self.in_flight = Load(), 0  # `in_flight`: unfinished answers
+        self.load, self.unfinished = Load(), {}  # key -> number of unfinished answers
         self.queues = {}  # key -> queue of the replies
         self.loaded = asyncio.Event()  # set when the state is no longer "loading"
+
+    @property
+    def in_flight(self):
+        """Number of unfinished answers. One that a client does not read is finished when it has been generated."""
+        return sum(self.unfinished.values())
 
     async def start(self):
         self.loop = asyncio.get_running_loop()
@@ -275,7 +281,11 @@ class Worker:
             while True:
                 replies, self.load = await receive()
                 for key in replies.keys() & self.queues.keys():
-                    self.queues[key].put_nowait(replies[key])
+                    reply = replies[key]
+                    if key in self.unfinished and isinstance(reply, list):
+                        reply = [TokenEvent._make(event) for event in reply]
+                        self.unfinished[key] -= sum(event.finish is not None for event in reply)
+                    self.queues[key].put_nowait(reply)
         except (WorkerError, asyncio.IncompleteReadError, OSError) as e:
             self.error = str(e) if isinstance(e, WorkerError) else "the engine's process has ended"
             self.state, self.load = "dead", Load()
@@ -289,23 +299,27 @@ class Worker:
 
         `fields` are those of an engine's Request. Closing the generator early cancels the request.
         """
-        unfinished = n = fields["num_samples"]
         replies = self.queues[key] = asyncio.Queue()
-        self.in_flight += n
-        timeout = RequestTimeout("the answer took too long")
-        timer = self.loop.call_later(self.options.request_timeout, replies.put_nowait, timeout)
+        self.unfinished[key] = fields["num_samples"]
+        timer = self.loop.call_later(self.options.request_timeout, self._time_out, key)
         try:
             self._send("submit", key, fields)
-            while unfinished:
-                events = [TokenEvent._make(event) for event in checked(await replies.get())]
-                unfinished -= sum(event.finish is not None for event in events)
-                yield events
+            while self.unfinished.get(key) or not replies.empty():
+                yield checked(await replies.get())
         finally:
             timer.cancel()
-            self.in_flight -= n
             del self.queues[key]
-            if unfinished:
-                self.writer.write(pack(("cancel", key)))
+            self._cancel(key)
+
+    def _time_out(self, key):
+        """Free the places of a request, also if its client does not read."""
+        if self.unfinished[key]:
+            self._cancel(key)
+            self.queues[key].put_nowait(RequestTimeout("the answer took too long"))
+
+    def _cancel(self, key):
+        if self.unfinished.pop(key, 0):
+            self.writer.write(pack(("cancel", key)))
 
     async def score(self, key, tokens, top):
         """Log-probabilities of a prompt's tokens, see Engine.score(). Raises WorkerError."""
