@@ -66,8 +66,8 @@ def export(model, tokenizer, folder):
     hf.load_state_dict(hf_weights(model))
     hf.generation_config = GenerationConfig(**ids | {"eos_token_id": [end, bos]})
     hf.save_pretrained(folder)
-    for path in folder.glob("*.safetensors"):  # only the owner could read them
-        shutil.copymode(folder / "config.json", path)
+    for file in folder.glob("*.safetensors"):  # only the owner could read them
+        shutil.copymode(folder / "config.json", file)
     ranks = str(base_dir() / "tokenizer" / "ranks.tiktoken")
     special = sorted(tokenizer.get_special_tokens(), key=tokenizer.encode_special)
     converted = TikTokenConverter(ranks, pattern=tokenizer.pattern, extra_special_tokens=special).converted()
