@@ -5,6 +5,7 @@ Only this module reads environment variables; the README lists them.
 """
 
 import contextlib
+import errno
 import gc
 import hashlib
 import json
@@ -79,6 +80,7 @@ class Compute:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    group: object = None  # process group of the collectives; None = the default one
 
     def autocast(self):
         """Autocast context for `dtype`; a no-op for float32."""
@@ -92,7 +94,7 @@ class Compute:
 
         values = [value] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def all_reduce(self, tensor):
@@ -100,7 +102,7 @@ class Compute:
         import torch.distributed as dist
 
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def synchronize(self):
@@ -196,19 +198,52 @@ def compute_cleanup():
 # Files
 
 
+# Causes of a failed write that the user can remove: a full disk, a quota, missing rights, too many open files.
+WRITE_ERRNOS = {
+    getattr(errno, name, None)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EACCES", "EPERM", "EROFS", "EIO", "EMFILE", "ENFILE")
+}
+
+
+def write_error(path, error, hint="or set NANOCHAT_BASE_DIR to another folder"):
+    """UserError for the exception `error` of a write to `path`; `hint` ends the message."""
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    folder = next(p for p in (path, *path.absolute().parents) if p.is_dir())
+    free = shutil.disk_usage(folder).free
+    denied = getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS)
+    remedy = "make it writable" if denied else f"make room in {folder} ({free / 1e6:,.1f} MB free)"
+    return UserError(f"cannot write {path}: {reason}; {remedy}, {hint}")
+
+
+@contextlib.contextmanager
+def write_errors(path):
+    """Context manager that raises a failed write to `path` (an OSError of WRITE_ERRNOS) as a UserError."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in WRITE_ERRNOS:
+            raise
+        raise write_error(Path(path), e) from e
+
+
 @contextlib.contextmanager
 def atomic_path(path):
-    """Context manager of a temporary path. If the block succeeds, the file is synced to disk and renamed to `path`."""
+    """
+    Context manager of a temporary path. If the block succeeds, the file is synced to disk and renamed to `path`.
+
+    Otherwise it is deleted. Raises UserError if the disk is full or not writable.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield draft
-        with open(draft, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield draft
+            with open(draft, "rb+") as f:
+                os.fsync(f.fileno())
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
 
 
 def write_jsonl(path, records):
@@ -266,7 +301,7 @@ def _fetch_part(url, part, timeout, progress, chunk=1 << 20):
             received = 0
         length = response.headers.get("Content-Length")
         total = received + int(length) if length else None
-        with open(part, "ab" if received else "wb") as f:
+        with write_errors(part), open(part, "ab" if received else "wb") as f:
             while block := response.read(chunk):
                 f.write(block)
                 received += len(block)

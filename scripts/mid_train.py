@@ -7,6 +7,7 @@ Midtraining: teach the base model conversations, multiple choice and the calcula
 Reads a base checkpoint, the tokenizer and a task mixture. Writes mid_checkpoints/<tag of the base model>/.
 """
 
+from dataclasses import replace
 from functools import cache
 
 from nanochat.cli import add_run_flags, boolean, make_parser, parse_args, run_script
@@ -51,7 +52,11 @@ def main(argv=None):
     compute = compute_init(args.device_type, args.dtype, args.seed)
     model, tokenizer, base_meta = load_model("base", compute, args.model_tag, args.step, inference=False)
     args.corpus = args.corpus or base_meta["corpus"]
-    args.max_seq_len = args.max_seq_len if args.max_seq_len > 0 else model.config.sequence_len
+    base_context = model.config.sequence_len
+    args.max_seq_len = args.max_seq_len if args.max_seq_len > 0 else base_context
+    if args.max_seq_len > base_context:  # rotary embeddings have no weights, so the model can learn longer contexts
+        model.config = replace(model.config, sequence_len=args.max_seq_len)
+        print0(f"the context grows from {base_context:,} to {args.max_seq_len:,} tokens, --max_seq_len")
     base_batch_size = base_meta["user_config"].get("device_batch_size", args.device_batch_size)
     rows = rows_per_step(args, compute.world_size)
     stage = Stage("mid", base_meta["model_tag"], args, compute, model.config, args.num_iterations)
