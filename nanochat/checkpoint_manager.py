@@ -19,10 +19,9 @@ import sys
 from dataclasses import asdict
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nanochat.common import UserError, atomic_path, base_dir, file_fingerprint, print0, write_error
+from nanochat.common import UserError, atomic_path, base_dir, file_fingerprint, print0, write_errors
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import get_tokenizer
 
@@ -96,11 +95,10 @@ def _on_all_ranks(compute, draft):
     """Context manager of one phase of a save; it ends on all ranks together, with the first rank's write error."""
     error = None
     try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
-        if type(e) is RuntimeError and "PytorchStreamWriter" not in str(e):
-            raise
-        error = write_error(draft, e, "then continue with --resume; earlier checkpoints are intact")
+        with write_errors(draft.with_suffix(""), "then continue with --resume; earlier checkpoints are intact"):
+            yield
+    except UserError as e:
+        error = e
     if errors := list(filter(None, compute.all_gather(error))):
         if compute.rank == 0:
             shutil.rmtree(draft, ignore_errors=True)

@@ -198,32 +198,26 @@ def compute_cleanup():
 # Files
 
 
-# Causes of a failed write that the user can remove: a full disk, a quota, missing rights, too many open files.
-WRITE_ERRNOS = {
-    getattr(errno, name, None)
-    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EACCES", "EPERM", "EROFS", "EIO", "EMFILE", "ENFILE")
-}
-
-
-def write_error(path, error, hint="or set NANOCHAT_BASE_DIR to another folder"):
-    """UserError for the exception `error` of a write to `path`; `hint` ends the message."""
-    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-    folder = next(p for p in (path, *path.absolute().parents) if p.is_dir())
-    free = shutil.disk_usage(folder).free
-    denied = getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS)
-    remedy = "make it writable" if denied else f"make room in {folder} ({free / 1e6:,.1f} MB free)"
-    return UserError(f"cannot write {path}: {reason}; {remedy}, {hint}")
+# A full disk, a quota, missing permissions, too many open files: causes of a failed write that the user can remove.
+DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+WRITE_ERRNOS = DENIED | {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE}
 
 
 @contextlib.contextmanager
-def write_errors(path):
-    """Context manager that raises a failed write to `path` (an OSError of WRITE_ERRNOS) as a UserError."""
+def write_errors(path, hint="or set NANOCHAT_BASE_DIR to another folder"):
+    """Context manager that raises a failed write to `path` as a UserError; `hint` ends its message."""
     try:
         yield
-    except OSError as e:
-        if e.errno not in WRITE_ERRNOS:
+    except Exception as e:
+        number = getattr(e, "errno", None)
+        # torch.save (inline_container.cc) and safetensors report a full disk without an error number.
+        if number not in WRITE_ERRNOS and "inline_container" not in str(e) and "I/O error" not in str(e):
             raise
-        raise write_error(Path(path), e) from e
+        folder = next(p for p in Path(path).absolute().parents if p.is_dir())
+        room = f"make room in {folder} ({shutil.disk_usage(folder).free / 1e6:,.1f} MB free)"
+        remedy = "make it writable" if number in DENIED else room
+        reason = getattr(e, "strerror", None) or "the disk is full or failing"
+        raise UserError(f"cannot write {path}: {reason}; {remedy}, {hint}") from e
 
 
 @contextlib.contextmanager

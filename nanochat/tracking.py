@@ -37,10 +37,7 @@ UNTIMED_STEPS = 10  # the first steps do not count in the throughput: compilatio
 PRINT_SECONDS = 2.0  # minimum time between progress lines
 LONG_SECONDS = 12 * 3600  # a longer run on a CPU is probably a mistake
 # The flags that set how long a run takes; a stage has some of them.
-LENGTH_FLAGS = (
-    *("depth", "num_iterations", "num_epochs", "total_batch_size", "max_seq_len", "target_examples_per_step"),
-    *("examples_per_step", "num_samples", "eval_tokens"),
-)
+LENGTH_FLAGS = "depth", "num_iterations", "total_batch_size", "max_seq_len", "examples_per_step", "num_samples"
 
 
 def peak_flops(compute):

@@ -73,15 +73,7 @@ class Diverged(UserError):
 
 
 def train_step(
-    model,
-    optimizers,
-    micro_batches,
-    compute,
-    grad_clip=0.0,
-    progress=0.0,
-    stop=False,
-    skipped_tokens=0,
-    before_update=lambda: None,
+    model, optimizers, micro_batches, compute, grad_clip=0.0, progress=0.0, stop=False, skipped_tokens=0, lock=None
 ):
     """
     One optimizer step. `micro_batches`: this rank's (inputs, targets) or (inputs, targets, token weights).
@@ -90,7 +82,7 @@ def train_step(
     micro-batches and ranks. Without any trained token it is 0 and no weight changes. `skipped_tokens`: number of
     trained tokens of weight 0 that this rank omitted from its micro-batches; the mean includes them. Gradients are
     averaged, then clipped by their global norm (`grad_clip` 0 = off). Raises Diverged, before any change, if loss or
-    gradient is not finite. `before_update` is called before the first change of weights or optimizer state.
+    gradient is not finite. `lock` is acquired before the first change of weights or optimizer state.
     """
     totals = torch.tensor([0.0, progress, float(stop)], device=compute.device)
     totals[0] = skipped_tokens + sum((y >= 0).sum() for _, y, *_ in micro_batches)
@@ -112,7 +104,8 @@ def train_step(
             f"the run diverged: the loss is {loss} and the gradient norm {grad_norm}; lower the learning rates; "
             "--resume continues from the newest checkpoint, if there is one"
         )
-    before_update()
+    if lock:
+        lock.acquire()
     clip = grad_clip / (grad_norm + 1e-6) if grad_clip else 1.0
     for optimizer in optimizers:
         if grad_norm:  # with a zero gradient, momentum alone would still move the weights
@@ -206,7 +199,7 @@ class Stage:
 
     def train_step(self, model, optimizers, micro_batches, **settings):
         """Call train_step(). A stop signal that any rank has received stops all ranks."""
-        settings |= dict(stop=self.first_signal is not None, before_update=self.lock.acquire)
+        settings |= dict(stop=self.first_signal is not None, lock=self.lock)
         try:
             result = train_step(model, optimizers, micro_batches, self.compute, **settings)
         except RuntimeError as e:
@@ -291,7 +284,10 @@ class Stage:
         sys.excepthook = lambda *_: time.sleep(60)  # the main thread's collectives fail as soon as another rank ends
         code = 1
         try:
-            print0(f"\n{signal.Signals(signum).name}: saving the last complete step; a second signal exits at once")
+            try:
+                print0(f"\n{signal.Signals(signum).name}: saving the last complete step; a second signal exits at once")
+            except OSError:  # Ctrl-C has ended the reader of the pipe too, such as tee
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             signum = min(compute.all_gather(signum))
             # Ranks that hold the lock at the same time are at the same step: nobody completes an update alone.
             while not all(compute.all_gather(locked := self.lock.acquire(timeout=0.1))):
@@ -308,8 +304,7 @@ class Stage:
         except UserError as e:
             print0(f"error: {e}", file=sys.stderr)
             code = 2
-        except RuntimeError as e:
-            print0(f"error: not saved, another process has ended ({str(e).splitlines()[0]})", file=sys.stderr)
+        except RuntimeError:
+            print0("error: not saved, because another process has ended", file=sys.stderr)
         finally:
-            sys.stdout.flush()
             os._exit(code)
