@@ -184,15 +184,12 @@ class StageLog:
     def _print_forecast(self, steps_left, timed_steps):
         """Print how long the rest of the stage will take; on a CPU also, if that is long, how to shorten it."""
         seconds = steps_left * self.timed_seconds / timed_steps
-        if steps_left < 1:
-            return
-        end = time.localtime(time.time() + seconds)
-        when = time.strftime("%H:%M" if seconds < LONG_SECONDS else "%a %d %b %Y %H:%M", end)
-        hint = f"; to shorten it on a CPU, lower {', '.join(self.length_flags)}"
-        print0(
-            f"about {format_duration(seconds)} for {steps_left:,} more steps, until about {when}, plus evaluations"
-            + (hint if self.compute.device.type == "cpu" and seconds > LONG_SECONDS else "")
-        )
+        long, end = seconds > LONG_SECONDS, time.localtime(time.time() + seconds)
+        when = time.strftime("%a %d %b %Y %H:%M" if long else "%H:%M", end)
+        hint = f"; to shorten it, lower {', '.join(self.length_flags)}" * (long and self.compute.device.type == "cpu")
+        text = f"about {format_duration(seconds)} for {steps_left:,} more steps, until about {when}, plus evaluations"
+        if steps_left >= 1:
+            print0(text + hint)
 
     def report(self, section, args, facts, **metrics):
         """Write the stage's section of the report: flags, `facts`, speed and memory. `metrics`: see Report.log()."""

@@ -23,7 +23,7 @@ def build_parser():
     add("--model_tag", help="folder name of the base checkpoint (default: the deepest)")
     add("--step", type=int, help="step of the base checkpoint (default: the newest)")
     add("--num_iterations", type=int, default=-1, help="optimizer steps; -1 = one epoch of the mixture")
-    add("--max_seq_len", type=int, default=-1, help="context length in tokens; -1 = the base model's")
+    add("--max_seq_len", type=int, default=-1, help="context in tokens; -1 = the base model's; more extends it")
     add("--total_batch_size", type=int, default=524288, help="tokens per step, over all devices")
     packings = ("stream", "bos")
     add("--packing", default="stream", choices=packings, help="cut rows anywhere, or start them at conversations")
