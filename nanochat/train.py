@@ -147,7 +147,7 @@ class Stage:
         if self.path:
             self._check_invariants(config)
             print0(f"{self.path}: " + ("finished already" if self.finished else "resuming from here"))
-        self.saved_step, self.save, self.log = self.first_step, None, None
+        self.saved_step, self.step, self.save, self.log = self.first_step, None, None, None
         self.first_signal = None  # time of arrival
         # Held by the main thread while the weights differ from what self.save would save: from a step's update to the
         # next call of checkpoint(). A thread that stops the run holds it while it saves.
@@ -222,7 +222,7 @@ class Stage:
             self.lock.acquire()
         state = copy.deepcopy({"finished": last, **state, "log_state": log.state()})
         positions = loader.state if loader else {}  # of this rank's lanes
-        self.log = log
+        self.step, self.log = step, log
         self.save = functools.partial(self._save, step, model, optimizers, positions, state)
         if last or due(step, self.args.save_every):
             self.save(self.compute)
@@ -289,8 +289,8 @@ class Stage:
             except OSError:  # Ctrl-C has ended the reader of the pipe too, such as tee
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             signum = min(compute.all_gather(signum))
-            # Ranks that hold the lock at the same time are at the same step: nobody completes an update alone.
-            while not all(compute.all_gather(locked := self.lock.acquire(timeout=0.1))):
+            # A rank may be one step ahead. The lock keeps this one's step while all ranks compare theirs.
+            while set(compute.all_gather((locked := self.lock.acquire(timeout=0.1), self.step))) != {(True, self.step)}:
                 if locked:
                     self.lock.release()
                 time.sleep(0.05)
