@@ -298,7 +298,7 @@ class Stage:
                 self.save(compute)
                 self.log.close()
             result = f"saved {self.path}. Continue with the same command and --resume"
-            print0(f"stopped; {result if self.path else 'nothing to save: no step is complete'}")
+            print0(f"stopped; {result if self.path else 'nothing to save'}")
             code = 130 if signum == signal.SIGINT else 0  # 130 stops a calling shell script too
             compute.all_gather(None)  # a rank that ends earlier would make torchrun kill the others
         except UserError as e:
