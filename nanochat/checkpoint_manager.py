@@ -8,6 +8,7 @@ A checkpoint is written to step_XXXXXX.tmp, synced and renamed. meta.json holds 
 size and sha256 of the other files. Reading verifies them and falls back, with a warning, to the newest intact step.
 """
 
+import contextlib
 import json
 import os
 import pickle
@@ -17,7 +18,6 @@ import sys
 from dataclasses import asdict
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from nanochat.common import CHECKPOINT_FOLDERS as FOLDERS
@@ -31,6 +31,7 @@ from nanochat.common import (
     file_fingerprint,
     print0,
     require,
+    write_errors,
 )
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import check_tokenizer, get_tokenizer
@@ -67,40 +68,59 @@ def save_checkpoint(folder, step, model, optimizers, meta, compute, keep=0):
     Write `folder`/step_<step> and return its path. All ranks call it; each writes its shard of the optimizer state.
 
     `meta` must be JSON-serializable; step, model_config and checksums are added. Only the newest `keep` checkpoints are
-    kept (0 = all).
+    kept (0 = all). If a rank cannot write, the draft is deleted and all ranks raise the same UserError.
     """
     final, draft = folder / f"step_{step:06d}", folder / f"step_{step:06d}.tmp"
-    if compute.rank == 0:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-    _barrier(compute)
-    if optimizers:
-        torch.save([o.state_shard() for o in optimizers], draft / f"optim_rank{compute.rank}.pt")
-    if compute.rank == 0:
-        save_file(
-            {n: p.detach().cpu().contiguous() for n, p in model.state_dict().items()}, draft / "model.safetensors"
-        )
-    _barrier(compute)
-    if compute.rank == 0:
-        files = {p.name: file_fingerprint(p) for p in sorted(draft.iterdir())}
-        meta = {
-            "step": step,
-            "model_config": asdict(model.config),
-            "world_size": compute.world_size,
-            "torch_version": torch.__version__,
-            **meta,
-            "files": files,
-        }
-        (draft / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-        for path in [*draft.iterdir(), draft]:
-            _sync(path)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(draft, final)
-        _sync(folder)
-        for old in sorted(_step_dirs(folder))[:-keep] if keep else ():
-            shutil.rmtree(folder / f"step_{old:06d}")
-    _barrier(compute)
+    with _on_all_ranks(compute, draft):
+        if compute.rank == 0:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+    with _on_all_ranks(compute, draft):
+        if optimizers:
+            torch.save([o.state_shard() for o in optimizers], draft / f"optim_rank{compute.rank}.pt")
+        if compute.rank == 0:
+            weights = {n: p.detach().cpu().contiguous() for n, p in model.state_dict().items()}
+            save_file(weights, draft / "model.safetensors")
+    with _on_all_ranks(compute, draft):
+        if compute.rank == 0:
+            _complete(draft, final, step, model, meta, compute, keep)
     return final
+
+
+@contextlib.contextmanager
+def _on_all_ranks(compute, draft):
+    """Context manager of one phase of a save; it ends on all ranks together, with the first rank's write error."""
+    error = None
+    try:
+        with write_errors(draft.with_suffix(""), "then continue with --resume; earlier checkpoints are intact"):
+            yield
+    except UserError as e:
+        error = e
+    if errors := list(filter(None, compute.all_gather(error))):
+        if compute.rank == 0:
+            shutil.rmtree(draft, ignore_errors=True)
+        raise errors[0]
+
+
+def _complete(draft, final, step, model, meta, compute, keep):
+    """Write meta.json, sync the files of `draft`, rename it to `final`, and delete all but the newest `keep` steps."""
+    files = {p.name: file_fingerprint(p) for p in sorted(draft.iterdir())}
+    meta = {
+        "step": step,
+        "model_config": asdict(model.config),
+        "world_size": compute.world_size,
+        "torch_version": torch.__version__,
+        **meta,
+        "files": files,
+    }
+    (draft / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    for path in [*draft.iterdir(), draft]:
+        _sync(path)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(draft, final)
+    _sync(final.parent)
+    for old in sorted(_step_dirs(final.parent))[:-keep] if keep else ():
+        shutil.rmtree(final.parent / f"step_{old:06d}")
 
 
 def update_meta(path, compute, **values):
@@ -109,11 +129,6 @@ def update_meta(path, compute, **values):
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         with atomic_path(path / "meta.json") as draft:
             draft.write_text(json.dumps(meta | values, indent=1) + "\n", encoding="utf-8")
-
-
-def _barrier(compute):
-    if compute.world_size > 1:
-        dist.barrier()
 
 
 def _read_meta(path):

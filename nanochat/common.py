@@ -5,6 +5,7 @@ Only this module reads environment variables; the README lists them.
 """
 
 import contextlib
+import errno
 import gc
 import hashlib
 import itertools
@@ -109,6 +110,7 @@ class Compute:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    group: object = None  # process group of the collectives; None = the default one
 
     def autocast(self):
         """Autocast context for `dtype`; a no-op for float32."""
@@ -122,7 +124,7 @@ class Compute:
 
         values = [value] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def all_reduce(self, tensor):
@@ -130,7 +132,7 @@ class Compute:
         import torch.distributed as dist
 
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def synchronize(self):
@@ -246,19 +248,46 @@ def compute_cleanup():
 # Files
 
 
+# A full disk, a quota, missing permissions, too many open files: causes of a failed write that the user can remove.
+DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+WRITE_ERRNOS = DENIED | {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE}
+
+
+@contextlib.contextmanager
+def write_errors(path, hint="or set NANOCHAT_BASE_DIR to another folder"):
+    """Context manager that raises a failed write to `path` as a UserError; `hint` ends its message."""
+    try:
+        yield
+    except Exception as e:
+        number = getattr(e, "errno", None)
+        # torch.save (inline_container.cc) and safetensors report a full disk without an error number.
+        if number not in WRITE_ERRNOS and "inline_container" not in str(e) and "I/O error" not in str(e):
+            raise
+        folder = next(p for p in Path(path).absolute().parents if p.is_dir())
+        room = f"make room in {folder} ({shutil.disk_usage(folder).free / 1e6:,.1f} MB free)"
+        remedy = "make it writable" if number in DENIED else room
+        reason = getattr(e, "strerror", None) or "the disk is full or failing"
+        raise UserError(f"cannot write {path}: {reason}; {remedy}, {hint}") from e
+
+
 @contextlib.contextmanager
 def atomic_path(path):
-    """Context manager of a temporary path. If the block succeeds, the file is synced to disk and renamed to `path`."""
+    """
+    Context manager of a temporary path. If the block succeeds, the file is synced to disk and renamed to `path`.
+
+    Otherwise it is deleted. Raises UserError if the disk is full or not writable.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield draft
-        with open(draft, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield draft
+            with open(draft, "rb+") as f:
+                os.fsync(f.fileno())
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
 
 
 def set_aside(path, content):
@@ -326,7 +355,7 @@ def _fetch_part(url, part, timeout, progress, chunk=1 << 20):
             received = 0
         length = response.headers.get("Content-Length")
         total = received + int(length) if length else None
-        with open(part, "ab" if received else "wb") as f:
+        with write_errors(part), open(part, "ab" if received else "wb") as f:
             while block := response.read(chunk):
                 f.write(block)
                 received += len(block)

@@ -7,6 +7,8 @@ import math
 
 import torch
 
+from nanochat.tracking import with_progress
+
 
 @torch.no_grad()
 def evaluate_bpb(model, batches, token_bytes, compute):
@@ -19,7 +21,7 @@ def evaluate_bpb(model, batches, token_bytes, compute):
     token_bytes = token_bytes.to(compute.device)
     dtype = torch.float32 if compute.device.type == "mps" else torch.float64  # MPS has no float64
     totals = torch.zeros(2, dtype=dtype, device=compute.device)
-    for x, y in batches:
+    for x, y in with_progress(list(batches), "bits per byte", "batches"):
         x, y = x.to(compute.device, non_blocking=True), y.to(compute.device, non_blocking=True)
         with compute.autocast():
             nats = model(x, y, loss_reduction="none")

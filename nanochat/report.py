@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from nanochat.cli import make_parser, parse_args, run_script
-from nanochat.common import base_dir, format_duration, is_rank0, print0
+from nanochat.common import atomic_path, base_dir, format_duration, is_rank0, print0
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = (
@@ -101,8 +101,8 @@ class Report:
         return self._write("report.md", "\n".join(parts))
 
     def _write(self, name, text):
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / name).write_text(text, encoding="utf-8")
+        with atomic_path(self.folder / name) as draft:
+            draft.write_text(text, encoding="utf-8")
         return self.folder / name
 
     def _curve(self, section):

@@ -1,11 +1,15 @@
 """Learning rate and momentum schedules: pure functions of progress (0 to 1) or of the step."""
 
 
-def lr_multiplier(progress, warmup_ratio=0.0, warmdown_ratio=0.2, final_lr_frac=0.0):
-    """Rises linearly to 1 over the first `warmup_ratio`, falls to `final_lr_frac` over the last `warmdown_ratio`."""
+def lr_multiplier(progress, warmup_ratio=0.0, warmdown_ratio=0.2, final_lr_frac=0.0, per_step=0.0):
+    """
+    Rises linearly to 1 over the first `warmup_ratio`, falls to `final_lr_frac` over the last `warmdown_ratio`.
+
+    `per_step`: progress of one step; during the warm-up it is added, so that the first step's rate is not 0.
+    """
     progress = min(max(progress, 0.0), 1.0)
     if progress < warmup_ratio:
-        return progress / warmup_ratio
+        return min(1.0, (progress + per_step) / warmup_ratio)
     remaining = min(1.0, (1 - progress) / warmdown_ratio) if warmdown_ratio else 1.0
     return final_lr_frac + (1 - final_lr_frac) * remaining
 

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 
-from nanochat.common import base_dir, format_duration, no_color, print0
+from nanochat.common import base_dir, format_duration, no_color, print0, write_errors
 from nanochat.report import get_report
 
 # Dense bfloat16 FLOP/s from the vendors' data sheets, by the first key that the device's name contains.
@@ -34,6 +34,9 @@ PEAK_FLOPS = {
 }
 UNTIMED_STEPS = 10  # the first steps do not count in the throughput: compilation, cold caches
 PRINT_SECONDS = 2.0  # minimum time between progress lines
+LONG_SECONDS = 12 * 3600  # a longer run on a CPU is probably a mistake
+# The flags that set how long a run takes; a stage has some of them.
+LENGTH_FLAGS = "depth", "num_iterations", "total_batch_size", "max_seq_len", "examples_per_step", "num_samples"
 
 
 def peak_flops(compute):
@@ -64,7 +67,9 @@ class StageLog:
 
     def __init__(self, source, args, compute, num_steps, flops_per_token, state=None):
         self.num_steps, self.flops_per_token, self.compute = num_steps, flops_per_token, compute
+        self.length_flags = [f"--{name}" for name in LENGTH_FLAGS if hasattr(args, name)]
         state = state or {"smooth_loss": 0.0, "step_count": 0, "train_seconds": 0.0}
+        self.earlier_seconds = state.get("wall_clock_seconds", 0.0)  # of the runs that this one resumes
         self.smooth_loss, self.train_seconds = state["smooth_loss"], state["train_seconds"]
         self.first_step = self.step_count = state["step_count"]
         self.timed_tokens, self.timed_seconds = 0, 0.0
@@ -81,21 +86,33 @@ class StageLog:
 
     def _open(self, path):
         """Open the metrics file for appending, without the lines of steps after the resumed one."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text(encoding="utf-8").splitlines() if self.step_count and path.exists() else []
-        lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step_count]
-        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        return open(path, "a", encoding="utf-8")
+        with write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = path.read_text(encoding="utf-8").splitlines() if self.step_count and path.exists() else []
+            lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step_count]
+            path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            return open(path, "ab", buffering=0)  # unbuffered: close() must not fail on a full disk
 
     def state(self):
         """JSON-serializable state for StageLog(state=...)."""
-        return {k: getattr(self, k) for k in ("smooth_loss", "step_count", "train_seconds")}
+        state = {k: getattr(self, k) for k in ("smooth_loss", "step_count", "train_seconds")}
+        return state | {"wall_clock_seconds": self.wall_clock_seconds}
+
+    @property
+    def wall_clock_seconds(self):
+        """Duration of the stage: of this process, and of the runs it resumes up to their last checkpoint."""
+        import psutil
+
+        return self.earlier_seconds + time.time() - psutil.Process().create_time()
 
     def metrics(self, step, **values):
-        """Log named numbers of this step to the metrics file and to wandb."""
+        """Log named numbers of this step to the metrics file and to wandb. A file that cannot be written is dropped."""
         if self.file:
-            self.file.write(json.dumps({"step": step, **values}) + "\n")
-            self.file.flush()
+            try:
+                self.file.write(json.dumps({"step": step, **values}).encode() + b"\n")
+            except OSError as e:  # not an error: a checkpoint may still fit
+                print0(f"warning: no more metrics in {self.file.name}: {e.strerror}", file=sys.stderr)
+                self.file = None
         if self.wandb:
             self.wandb.log({"step": step, **values})
 
@@ -136,7 +153,8 @@ class StageLog:
         self.step_count = step + 1
         self.smooth_loss = 0.9 * self.smooth_loss + 0.1 * result.loss
         self.train_seconds += seconds
-        if step == self.first_step + UNTIMED_STEPS:
+        own_steps = step - self.first_step  # before this one, in this process
+        if own_steps in (1, UNTIMED_STEPS):
             self.timed_tokens, self.timed_seconds = 0, 0.0
         self.timed_tokens += tokens
         self.timed_seconds += seconds
@@ -144,6 +162,8 @@ class StageLog:
         values = {"loss": result.loss, "grad_norm": result.grad_norm, "lr_mult": lr_mult, "dt_ms": seconds * 1e3}
         self.metrics(step, **values, tokens_per_second=speed, **extra)
         progress = (step + 1) / self.num_steps if progress is None else progress
+        if own_steps == (0 if self.compute.device.type == "cpu" else UNTIMED_STEPS - 1):
+            self._print_forecast(round((step + 1) * (1 / max(progress, 1e-9) - 1)), max(1, own_steps))
         if time.time() - self.last_printed < PRINT_SECONDS and progress < 1:
             return
         self.last_printed = time.time()
@@ -162,10 +182,18 @@ class StageLog:
             sep=" | ",
         )
 
+    def _print_forecast(self, steps_left, timed_steps):
+        """Print how long the rest of the stage will take; on a CPU also, if that is long, how to shorten it."""
+        seconds = steps_left * self.timed_seconds / timed_steps
+        long, end = seconds > LONG_SECONDS, time.localtime(time.time() + seconds)
+        when = time.strftime("%a %d %b %Y %H:%M" if long else "%H:%M", end)
+        hint = f"; to shorten it, lower {', '.join(self.length_flags)}" * (long and self.compute.device.type == "cpu")
+        text = f"about {format_duration(seconds)} for {steps_left:,} more steps, until about {when}, plus evaluations"
+        if steps_left >= 1:
+            print0(text + hint)
+
     def report(self, section, args, facts, **metrics):
         """Write the stage's section of the report: flags, `facts`, speed and memory. `metrics`: see Report.log()."""
-        import psutil
-
         speed = {
             "World size": self.compute.world_size,
             "Precision": str(self.compute.dtype).removeprefix("torch."),
@@ -175,7 +203,7 @@ class StageLog:
             "Training time": f"{self.train_seconds / 60:.2f} minutes",
             "Peak memory": f"{peak_memory_mib(self.compute):,.0f} MiB",
         }
-        wall_clock = {"wall_clock_seconds": time.time() - psutil.Process().create_time()}
+        wall_clock = {"wall_clock_seconds": self.wall_clock_seconds}
         get_report().log(section, [vars(args), facts | speed | wall_clock], metrics | wall_clock)
 
     def close(self):
@@ -216,6 +244,15 @@ def progress_printer(unit, every=10.0):
             print0(erase + text[:width], end="" if erase else "\n")
 
     return show
+
+
+def with_progress(items, label, unit):
+    """Yield the elements of the list `items`; from 10 s on (in a terminal at once), progress_printer() shows them."""
+    show = progress_printer(unit)
+    for done, item in enumerate(items):
+        show(label, done, len(items))
+        yield item
+    show(label, len(items), len(items))
 
 
 def peak_memory_mib(compute):

@@ -1,10 +1,19 @@
 """Building blocks of every training stage: batch geometry, one optimizer step, checkpoints of a run."""
 
+import copy
+import functools
 import math
+import os
+import re
 import signal
-from dataclasses import asdict, dataclass
+import socket
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass, replace
 
 import torch
+import torch.distributed as dist
 
 from nanochat.checkpoint_manager import (
     checkpoint_dir,
@@ -18,6 +27,7 @@ from nanochat.checkpoint_manager import (
 from nanochat.common import UserError, print0, require, set_aside
 from nanochat.dataloader import Prefetch, eval_batches, lane_batches
 from nanochat.tokenizer import check_tokenizer
+from nanochat.tracking import with_progress
 
 
 def rows_per_step(args, world_size):
@@ -62,7 +72,9 @@ class Diverged(UserError):
     """Loss or gradient is not finite. The step has changed neither weights nor optimizer state."""
 
 
-def train_step(model, optimizers, micro_batches, compute, grad_clip=0.0, progress=0.0, stop=False, skipped_tokens=0):
+def train_step(
+    model, optimizers, micro_batches, compute, grad_clip=0.0, progress=0.0, stop=False, skipped_tokens=0, lock=None
+):
     """
     One optimizer step. `micro_batches`: this rank's (inputs, targets) or (inputs, targets, token weights).
 
@@ -70,14 +82,14 @@ def train_step(model, optimizers, micro_batches, compute, grad_clip=0.0, progres
     micro-batches and ranks. Without any trained token it is 0 and no weight changes. `skipped_tokens`: number of
     trained tokens of weight 0 that this rank omitted from its micro-batches; the mean includes them. Gradients are
     averaged, then clipped by their global norm (`grad_clip` 0 = off). Raises Diverged, before any change, if loss or
-    gradient is not finite.
+    gradient is not finite. `lock` is acquired before the first change of weights or optimizer state.
     """
     totals = torch.tensor([0.0, progress, float(stop)], device=compute.device)
     totals[0] = skipped_tokens + sum((y >= 0).sum() for _, y, *_ in micro_batches)
     compute.all_reduce(totals)
     scale = compute.world_size / totals[0].clamp(min=1)  # the optimizers average over ranks
     loss = torch.zeros((), device=compute.device)
-    for x, y, *weights in micro_batches:
+    for x, y, *weights in with_progress(micro_batches, "step", "micro-batches"):
         with compute.autocast():
             micro_loss = model(x, y, loss_reduction="sum", weights=weights[0] if weights else None) * scale
         micro_loss.backward()
@@ -89,8 +101,11 @@ def train_step(model, optimizers, micro_batches, compute, grad_clip=0.0, progres
     grad_norm = math.sqrt(max(sq_norm, 0.0)) if math.isfinite(sq_norm) else math.nan
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise Diverged(
-            f"the run diverged: the loss is {loss} and the gradient norm {grad_norm}; lower the learning rates"
+            f"the run diverged: the loss is {loss} and the gradient norm {grad_norm}; lower the learning rates; "
+            "--resume continues from the newest checkpoint, if there is one"
         )
+    if lock:
+        lock.acquire()
     clip = grad_clip / (grad_norm + 1e-6) if grad_clip else 1.0
     for optimizer in optimizers:
         if grad_norm:  # with a zero gradient, momentum alone would still move the weights
@@ -102,6 +117,8 @@ def train_step(model, optimizers, micro_batches, compute, grad_clip=0.0, progres
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A stage's run: checkpoints, resume, stop on SIGTERM or Ctrl-C
+
+STOP_SIGNALS = signal.SIGINT, signal.SIGTERM
 
 # A run can be resumed only with the same values of these flags.
 RESUME_INVARIANTS = (
@@ -142,10 +159,13 @@ class Stage:
             self._check_invariants(config)
             self._check_origins()
             print0(f"{self.path}: " + ("finished already" if self.finished else "resuming from here"))
-        self.stopping, self.signum = False, None
+        self.saved_step, self.step, self.save, self.log = self.first_step, None, None, None
+        self.first_signal = None  # time of arrival
+        # Held by the main thread while the weights differ from what self.save would save: from a step's update to the
+        # next call of checkpoint(). A thread that stops the run holds it while it saves.
+        self.lock = threading.Lock()
         if not self.finished:
-            for signum in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(signum, self._on_signal)
+            self._catch_signals()
 
     def _check_invariants(self, config):
         """Raises UserError if the checkpoint has another model config or other values of RESUME_INVARIANTS."""
@@ -204,45 +224,113 @@ class Stage:
         return {name: self.meta.get(name) for name in names}
 
     def train_step(self, model, optimizers, micro_batches, **settings):
-        """Call train_step(). If any rank has received a stop signal, `self.stopping` is then True on all ranks."""
-        stop = self.signum is not None
-        result = train_step(model, optimizers, micro_batches, self.compute, stop=stop, **settings)
-        self.stopping = result.stop
+        """Call train_step(). A stop signal that any rank has received stops all ranks."""
+        settings |= dict(stop=self.first_signal is not None, lock=self.lock)
+        try:
+            result = train_step(model, optimizers, micro_batches, self.compute, **settings)
+        except RuntimeError as e:
+            if not re.search("out of memory|can't allocate memory", str(e)):
+                raise
+            hint = f"lower --device_batch_size={self.args.device_batch_size}, which does not change the result"
+            raise UserError(f"out of memory; {hint}, or train a smaller model") from e
+        if result.stop and self.first_signal is None:  # only another rank has received a signal
+            self.wakeup.send(bytes([signal.SIGTERM]))
         return result
 
     def checkpoint(self, step, last, model, optimizers, loader, log, state):
         """
-        Save a checkpoint if one is due after `step` steps, and exit after a stop signal. All ranks call it.
+        Save a checkpoint if one is due after `step` steps, and remember how to, in case a signal stops the next step.
 
-        `state` (JSON-serializable) and the positions of `loader` (a Prefetch, or None) are added to meta.json.
+        All ranks call it, once per step. `state` (JSON-serializable) and the positions of `loader` (a Prefetch, or
+        None) are added to meta.json.
         """
-        requested = last or self.stopping or due(step, self.args.save_every)
-        if step > self.first_step and requested and not getattr(self.args, "dry_run", False):
-            positions = self.compute.all_gather(loader.state if loader else {})  # of each rank's lanes
-            if self.path is None and self.compute.rank == 0 and has_checkpoints(self.folder):
-                set_aside(self.folder, "an earlier run")
-            meta = {"user_config": vars(self.args), "made_from": self.made_from, "finished": last, **state}
-            meta["log_state"] = log.state()
-            meta["loader_state"] = {lane: position for part in positions for lane, position in part.items()}
-            self.path = save_checkpoint(self.folder, step, model, optimizers, meta, self.compute, self.args.keep)
-        if self.stopping:
-            log.close()
-            print0(f"stopped; saved {self.path}. Continue with the same command and --resume")
-            raise SystemExit(130 if self.signum == signal.SIGINT else 0)  # 130 stops a calling shell script too
-        if last:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if step == self.first_step:  # later, train_step() has acquired it
+            self.lock.acquire()
+        state = copy.deepcopy({"finished": last, **state, "log_state": log.state()})
+        positions = loader.state if loader else {}  # of this rank's lanes
+        self.step, self.log = step, log
+        self.save = functools.partial(self._save, step, model, optimizers, positions, state)
+        if last or due(step, self.args.save_every):
+            self.save(self.compute)
+        self.lock.release()
+
+    def _save(self, step, model, optimizers, positions, state, compute):
+        """Write a checkpoint, unless there is nothing new since the last one."""
+        if step == self.saved_step or getattr(self.args, "dry_run", False):
+            return
+        positions = compute.all_gather(positions)
+        if self.path is None and compute.rank == 0 and has_checkpoints(self.folder):
+            set_aside(self.folder, "an earlier run")
+        meta = {"user_config": vars(self.args), "made_from": self.made_from, **state}
+        meta["loader_state"] = {lane: position for part in positions for lane, position in part.items()}
+        self.path = save_checkpoint(self.folder, step, model, optimizers, meta, compute, self.args.keep)
+        self.saved_step = step
 
     def close(self, loader, log, **values):
         """Close loader and log, and add `values`, which are known only after the last save, to meta.json."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.wakeup.close()
         if loader:
             loader.close()
         log.close()
         if self.path:
             update_meta(self.path, self.compute, **values)
 
-    def _on_signal(self, signum, frame):
-        print0(f"\n{signal.Signals(signum).name}: saving after this step, then exiting; a second signal exits at once")
-        self.signum = signum
-        for s in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(s, signal.SIG_DFL)
+    # -----------------------------------------------------------------------------------------------------------------
+    # Stop by a signal. A handler in Python would run only after the present call into C++, such as a backward pass.
+    # Therefore the signal wakes a thread, which saves while the main thread goes on, up to its next update of weights.
+
+    def _catch_signals(self):
+        """From now on, SIGINT and SIGTERM stop the run."""
+        # The main thread may be in a collective, so the threads of the ranks need a process group of their own.
+        group = dist.new_group(backend="gloo") if self.compute.world_size > 1 else None
+        receiver, self.wakeup = socket.socketpair()
+        self.wakeup.setblocking(False)
+        signal.set_wakeup_fd(self.wakeup.fileno())
+        for signum in STOP_SIGNALS:
+            signal.signal(signum, lambda *_: None)  # the number of the signal goes to the socket
+        arguments = receiver, replace(self.compute, group=group)
+        threading.Thread(target=self._watch, args=arguments, daemon=True, name="signals").start()
+
+    def _watch(self, receiver, compute):
+        """Thread: stop the run at the first signal; at a second one, exit at once."""
+        while data := receiver.recv(1):
+            if data[0] not in STOP_SIGNALS:
+                continue
+            if self.first_signal is None:
+                self.first_signal = time.monotonic()
+                threading.Thread(target=self._stop, args=(data[0], compute), daemon=True, name="stop").start()
+            elif time.monotonic() > self.first_signal + 1:  # torchrun may pass on what a terminal has sent already
+                os._exit(130)
+
+    def _stop(self, signum, compute):
+        """Thread: save the state before the present step, on all ranks alike, and end the process."""
+        sys.excepthook = lambda *_: time.sleep(60)  # the main thread's collectives fail as soon as another rank ends
+        code = 1
+        try:
+            try:
+                print0(f"\n{signal.Signals(signum).name}: saving the last complete step; a second signal exits at once")
+            except OSError:  # Ctrl-C has ended the reader of the pipe too, such as tee
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            signum = min(compute.all_gather(signum))
+            # A rank may be one step ahead. The lock keeps this one's step while all ranks compare theirs.
+            while set(compute.all_gather((locked := self.lock.acquire(timeout=0.1), self.step))) != {(True, self.step)}:
+                if locked:
+                    self.lock.release()
+                time.sleep(0.05)
+            if self.save:
+                self.save(compute)
+                self.log.close()
+            result = f"saved {self.path}. Continue with the same command and --resume"
+            print0(f"stopped; {result if self.path else 'nothing to save'}")
+            code = 130 if signum == signal.SIGINT else 0  # 130 stops a calling shell script too
+            compute.all_gather(None)  # a rank that ends earlier would make torchrun kill the others
+        except UserError as e:
+            print0(f"error: {e}", file=sys.stderr)
+            code = 2
+        except RuntimeError:
+            print0("error: not saved, because another process has ended", file=sys.stderr)
+        finally:
+            os._exit(code)

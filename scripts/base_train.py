@@ -134,7 +134,8 @@ def main(argv=None):
             break
         log.start_step()
         batch = next(loader)
-        lr_mult = lr_multiplier(step / num_steps, args.warmup_ratio, args.warmdown_ratio, args.final_lr_frac)
+        ratios = args.warmup_ratio, args.warmdown_ratio, args.final_lr_frac
+        lr_mult = lr_multiplier(step / num_steps, *ratios, per_step=1 / num_steps)
         set_schedule(optimizers, lr_mult, muon_momentum(step))
         result = stage.train_step(compiled, optimizers, batch.micro_batches, grad_clip=args.grad_clip)
         log.end_step(step, result, args.total_batch_size, lr_mult)

@@ -7,6 +7,7 @@ Midtraining: teach the base model conversations, multiple choice and the calcula
 Reads a base checkpoint, the tokenizer and a task mixture. Writes mid_checkpoints/<tag of the base model>/.
 """
 
+from dataclasses import replace
 from functools import cache
 
 from nanochat.cli import add_conversation_flags, add_run_flags, boolean, make_parser, parse_args, run_script
@@ -23,7 +24,7 @@ def build_parser():
     add("--model_tag", help="folder name of the base checkpoint (default: the deepest)")
     add("--step", type=int, help="step of the base checkpoint (default: the newest)")
     add("--num_iterations", type=int, default=-1, help="optimizer steps; -1 = one epoch of the mixture")
-    add("--max_seq_len", type=int, default=-1, help="context length in tokens; -1 = the base model's")
+    add("--max_seq_len", type=int, default=-1, help="context in tokens; -1 = the base model's; more extends it")
     add("--total_batch_size", type=int, default=524288, help="tokens per step, over all devices")
     packings = ("stream", "bos")
     add("--packing", default="stream", choices=packings, help="cut rows anywhere, or start them at conversations")
@@ -52,7 +53,11 @@ def main(argv=None):
     compute = compute_init(args.device_type, args.dtype, args.seed)
     model, tokenizer, base_meta = load_model("base", compute, "train", args.model_tag, args.step)
     args.corpus = args.corpus or base_meta["corpus"]
-    args.max_seq_len = args.max_seq_len if args.max_seq_len > 0 else model.config.sequence_len
+    base_context = model.config.sequence_len
+    args.max_seq_len = args.max_seq_len if args.max_seq_len > 0 else base_context
+    if args.max_seq_len > base_context:  # rotary embeddings have no weights, so the model can learn longer contexts
+        model.config = replace(model.config, sequence_len=args.max_seq_len)
+        print0(f"the context grows from {base_context:,} to {args.max_seq_len:,} tokens, --max_seq_len")
     base_batch_size = base_meta["user_config"].get("device_batch_size", args.device_batch_size)
     rows = rows_per_step(args, compute.world_size)
     train_task, val_task = training_tasks("mid", args.corpus, args.conversations, args.conversations_only)

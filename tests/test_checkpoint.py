@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import shutil
 from functools import partial
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from helpers import CPU, raises_user_error
 
 from nanochat import checkpoint_manager as cm
 from nanochat import dataset
-from nanochat.common import UserError, set_aside
+from nanochat.common import UserError, atomic_path, set_aside
 from nanochat.dataset import parquets_iter_batched
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.serve import worker
@@ -83,6 +84,46 @@ def test_damaged_checkpoint_is_skipped_with_a_warning(base, capsys, name, damage
     assert "step_000002" in capsys.readouterr().err
     with pytest.raises(UserError, match="step_000002"):  # an explicit step has no fallback
         cm.find_checkpoint(folder, step=2)
+
+
+@pytest.fixture
+def max_file_size():
+    """max_file_size(n): writing more than n bytes to a file fails until the end of the test, as on a full disk."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda n: resource.setrlimit(resource.RLIMIT_FSIZE, (n, old[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+@pytest.mark.parametrize("optimizer_state", [True, False])
+@pytest.mark.parametrize("size", [0, 50_000])
+def test_disk_full_is_one_line_and_leaves_older_checkpoints(base, max_file_size, size, optimizer_state):
+    folder = cm.checkpoint_dir("base", "d1")
+    model, optimizers = save(folder, 1)
+    max_file_size(size)
+    with raises_user_error(r"cannot write .*step_000002: .*make room in .*--resume"):
+        cm.save_checkpoint(folder, 2, model, optimizers if optimizer_state else [], {}, CPU, keep=1)
+    assert [path.name for path in folder.iterdir()] == ["step_000001"]
+    assert cm.find_checkpoint(folder)[1]["step"] == 1
+
+
+def test_all_ranks_raise_the_write_error_of_one(base):
+    folder = cm.checkpoint_dir("base", "d1")
+
+    class Rank0(type(CPU)):
+        def all_gather(self, value):
+            return [value, UserError("cannot write: rank 1")]
+
+    with raises_user_error("rank 1"):
+        cm.save_checkpoint(folder, 2, *trained_model(), {}, Rank0(CPU.device, CPU.dtype))
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize(("error", "remedy"), [(PermissionError(13, "Permission denied"), "writable"), (24, "room")])
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path, error, remedy):
+    with raises_user_error(f"a.txt: .*{remedy}"), atomic_path(tmp_path / "a.txt") as draft:
+        draft.write_text("half")
+        raise OSError(error, "Too many open files") if isinstance(error, int) else error
+    assert not list(tmp_path.iterdir())
 
 
 def test_failed_save_leaves_no_readable_checkpoint(base, monkeypatch):

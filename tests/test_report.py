@@ -1,17 +1,20 @@
 """The report: sections and summary of logged values; it works without git, torch and some of its sections."""
 
 import json
+import re
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from helpers import ROOT
+from helpers import CPU, ROOT
 
-from nanochat import report
+from nanochat import report, tracking
 from nanochat.report import Report, get_report
+from nanochat.train import StepResult
 
 
 def table_row(text, metric):
@@ -183,6 +186,53 @@ def test_loss_curves_are_drawn_from_the_training_log(empty_base):
     assert all(48 <= x <= 708 and 12 <= y <= 232 for x, y in loss + bpb)
     assert loss[0][1] < loss[-1][1]  # the loss falls; in SVG, y grows downwards
     assert report.curve_svg([{"step": 0, "loss": 1.0}]) is None
+
+
+@pytest.fixture
+def stage_log(empty_base, monkeypatch):
+    """stage_log(num_steps, seconds, state=None, **flags): a StageLog after one step, which took `seconds`."""
+    monkeypatch.setattr(tracking, "peak_flops", lambda compute: 1.0)
+
+    def stage_log(num_steps, seconds, state=None, **flags):
+        args = SimpleNamespace(run="dummy", **flags)
+        log = tracking.StageLog("base", args, CPU, num_steps, 1.0, state)
+        clock = iter([0.0, seconds])
+        with monkeypatch.context() as patch:
+            patch.setattr(tracking.time, "perf_counter", lambda: next(clock))
+            log.start_step()
+            log.end_step(log.step_count, StepResult(1.0, 1.0, 10, 0.0, False), 10, 1.0)
+        return log
+
+    return stage_log
+
+
+def test_first_step_on_a_cpu_tells_how_long_the_run_takes(stage_log, capsys):
+    stage_log(5001, 2.4, depth=4)
+    assert re.match(r"about 3h20m for 5,000 more steps, until about \d\d:\d\d, plus.*\n", capsys.readouterr().out)
+    stage_log(101, 1584.0, depth=4, total_batch_size=524288)
+    assert re.match(r"about 44h00m for 100 .* lower --depth, --total_batch_size\n", capsys.readouterr().out)
+    stage_log(1, 2.0)
+    assert "about" not in capsys.readouterr().out
+
+
+def test_time_adds_up_over_resumes(stage_log, empty_base):
+    state = stage_log(4, 100.0).state()
+    state["wall_clock_seconds"] += 1000
+    log = stage_log(4, 60.0, state)
+    assert log.train_seconds == 160
+    log.report("Base model training", SimpleNamespace(), {})
+    record = json.loads((empty_base / "report" / "base-model-training.json").read_text())
+    assert record["metrics"]["wall_clock_seconds"] > state["wall_clock_seconds"] >= 1000
+    assert record["values"]["Training time"] == "2.67 minutes"
+
+
+def test_metrics_file_that_cannot_be_written_is_dropped_with_one_warning(stage_log, capsys):
+    log = stage_log(4, 1.0)
+    log.file = open("/dev/full", "ab", buffering=0)
+    log.metrics(1, loss=1.0)
+    log.metrics(2, loss=1.0)
+    log.close()
+    assert re.fullmatch("warning: no more metrics in /dev/full: No space left on device\n", capsys.readouterr().err)
 
 
 def test_other_ranks_write_nothing(empty_base, monkeypatch):

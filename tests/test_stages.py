@@ -1,11 +1,15 @@
 """All stages on a tiny model, as a user runs them: from text to chat, killed and resumed, on one and two processes."""
 
 import json
+import os
 import signal
 import subprocess
+import threading
 
 import pytest
+import torch
 from helpers import (
+    CPU,
     assert_equal_weights,
     environment,
     load_weights,
@@ -16,7 +20,10 @@ from helpers import (
     wait_until,
 )
 
+from nanochat import ops, tracking
+from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError
+from nanochat.gpt import GPT
 from tasks.common import user_and_assistant
 
 SIZE = ["--max_seq_len=32", "--device_batch_size=2", "--total_batch_size=256", "--eval_tokens=512", "--device_type=cpu"]
@@ -99,6 +106,117 @@ def test_sigterm_saves_a_checkpoint_and_exits_with_code_0(base):
     assert process.wait(timeout=60) == 0
     assert "stopped; saved" in process.stdout.read()
     assert len(list((base / "base_checkpoints" / "d1").glob("step_*/meta.json"))) == 1
+
+
+@pytest.fixture
+def send_signal(monkeypatch):
+    """
+    send_signal(run, signum, owner, name, call) runs run() and sends a signal at the `call`th call of owner.name().
+
+    Returns the exit code. The process goes on: os._exit() raises Exited in the main thread instead.
+    """
+
+    class Exited(BaseException):
+        pass
+
+    def raise_exited(*_):
+        raise Exited
+
+    def send_signal(run, signum, owner, name, call):
+        codes, calls, original = [], [], getattr(owner, name)
+
+        def exit_process(code):
+            codes.append(code)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
+
+        def signalling(*args, **options):
+            calls.append(name)
+            if len(calls) == call:
+                os.kill(os.getpid(), signum)
+            return original(*args, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "_exit", exit_process)
+            patch.setattr(owner, name, signalling)
+            old = signal.signal(signal.SIGALRM, raise_exited)
+            with pytest.raises(Exited):
+                run()
+            signal.set_wakeup_fd(-1)
+            for number, handler in ((signal.SIGALRM, old), (signal.SIGTERM, signal.SIG_DFL)):
+                signal.signal(number, handler)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        return codes[0]
+
+    return send_signal
+
+
+# Four micro-batches of 64 tokens per step and two validation batches, each validation after two steps.
+@pytest.mark.parametrize(
+    ("signum", "owner", "name", "call", "step"),
+    [
+        (signal.SIGINT, GPT, "hidden", 2 + 8 + 2 + 4 + 2, 3),  # in the second micro-batch of step 3
+        (signal.SIGTERM, ops.SquaredReLU, "backward", 1, 0),
+        pytest.param(signal.SIGTERM, ops.SquaredReLU, "backward", 5, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, GPT, "hidden", 2 + 8 + 2, 2, marks=pytest.mark.slow),  # in a validation
+    ],
+    ids=["forward", "first step", "backward", "validation"],
+)
+def test_signal_saves_the_state_before_the_present_step(
+    base, run_main, capsys, monkeypatch, send_signal, signum, owner, name, call, step
+):
+    """The resumed run then has the weights of an uninterrupted one."""
+    monkeypatch.setattr(tracking, "peak_flops", lambda compute: 1.0)  # else each run measures for half a second
+    flags = ["--num_iterations=5", "--eval_every=2", "--sample_every=-1", "--eval_tokens=128"]
+    code = send_signal(lambda: train(run_main, *flags), signum, owner, name, call)
+    output = capsys.readouterr().out
+    assert code == (130 if signum == signal.SIGINT else 0)
+    checkpoints = base / "base_checkpoints"
+    if step == 0:
+        assert "nothing to save" in output
+        assert not checkpoints.exists()
+        return
+    assert f"stopped; saved {checkpoints / 'd1'}/step_{step:06d}. " in output
+    assert [path.name for path in (checkpoints / "d1").iterdir()] == [f"step_{step:06d}"]
+    train(run_main, *flags, "--resume")
+    train(run_main, *flags, "--model_tag=uninterrupted")
+    assert_equal_weights(load_weights(checkpoints / "d1", 5), load_weights(checkpoints / "uninterrupted", 5))
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_long_step_stops_both_ranks(base):
+    command = ["-m", "scripts.base_train", *BASE, "--total_batch_size=1048576", "--num_iterations=9", "--eval_every=-1"]
+    process = subprocess.Popen(
+        python_command(*command, ranks=2),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for line in process.stdout:
+        if "steps of" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    output = process.stdout.read()
+    process.wait(timeout=60)
+    assert output.count("stopped; nothing to save") == 1
+    assert "closing signal SIGKILL" not in output
+
+
+def test_out_of_memory_names_the_flag(base, run_main, monkeypatch):
+    def forward(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(GPT, "forward", forward)
+    with pytest.raises(UserError, match="--device_batch_size=2"):
+        train(run_main, "--eval_every=-1")
+
+
+def test_midtraining_extends_the_context(base, run_main, capsys):
+    train(run_main, "--num_iterations=1", "--eval_every=-1", "--sample_every=-1")
+    flags = ["--total_batch_size=128", "--device_batch_size=2", "--num_iterations=1", "--eval_every=-1"]
+    run_main("scripts.mid_train", *flags, "--max_seq_len=64", "--device_type=cpu")
+    assert "from 32 to 64 tokens" in capsys.readouterr().out
+    assert load_model("mid", CPU)[0].config.sequence_len == 64
 
 
 @pytest.mark.parametrize("stage", ["mid", "sft"])
