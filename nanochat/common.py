@@ -61,6 +61,9 @@ def base_dir():
     return path
 
 
+get_base_dir = base_dir  # the reference's name
+
+
 def mirror_url(host):
     """The base URL (or folder) of `host`: "hub", "bucket" or "github"; NANOCHAT_<HOST>_URL replaces it."""
     default = {"hub": HUB_URL, "bucket": BUCKET_URL, "github": GITHUB_URL}[host]
@@ -146,7 +149,7 @@ def print0(*args, **kwargs):
         print(*args, **kwargs, flush=True)
 
 
-def choose_device(device_type=""):
+def autodetect_device_type(device_type=""):
     """`device_type`, or if empty the first available of cuda, mps, cpu. Raises UserError if it is not available."""
     import torch
 
@@ -182,7 +185,7 @@ def compute_init(device_type="", dtype="", seed=42):
     """Seed torch, choose device and dtype, and under torchrun join the process group (NCCL on CUDA, else gloo)."""
     import torch
 
-    device_type = choose_device(device_type)
+    device_type = autodetect_device_type(device_type)
     rank, local_rank, world_size = dist_env()
     torch.manual_seed(seed)
     if device_type == "cuda":

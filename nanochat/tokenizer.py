@@ -172,7 +172,7 @@ class Tokenizer:
         rows = self.encode_ordinary_batch(text, num_threads=num_threads)
         return [head + row + tail for row in rows] if head or tail else rows
 
-    __call__ = encode
+    __call__ = encode_batch = encode
 
     def decode(self, ids):
         """Text of `ids`. Special tokens appear by name; invalid UTF-8 becomes U+FFFD."""
@@ -260,7 +260,7 @@ def get_tokenizer():
 
 
 def save_as_default(tokenizer):
-    """Make `tokenizer` the one of get_tokenizer(). Another one there is set aside, an equal one is left in its place."""
+    """Make `tokenizer` the one of get_tokenizer(). Another one there is set aside, an equal one is left there."""
     folder, draft = base_dir() / "tokenizer", base_dir() / "tokenizer.tmp"
     with contextlib.suppress(UserError):  # none yet, or a damaged one
         if get_tokenizer().fingerprint() == tokenizer.fingerprint():
