@@ -103,15 +103,13 @@ def test_model_and_engine(base):
     """A seed document's example of generate_batch(), on a model that is built as in the reference."""
     tokenizer, shape = get_tokenizer(), {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "n_embd": 32}
     config = GPTConfig(sequence_len=64, vocab_size=tokenizer.get_vocab_size(), **shape)
-    with torch.device("meta"):
-        model = GPT(config)
+    model = GPT(config)
     for _ in range(2):
         model.init_weights()
         assert model.get_device() == torch.device("cpu")
     prompt = tokenizer.encode("The chemical formula for water is")
     ids = torch.tensor([prompt])
     assert model(ids, ids, loss_reduction="none").shape == ids.shape
-    assert len(model.setup_optimizers(0.004, 0.2, 0.02, 0.0)) == 2
     engine, settings = Engine(model, tokenizer), dict(num_samples=3, max_tokens=5, temperature=0.8, top_k=50)
     results, masks = engine.generate_batch(prompt, **settings)
     columns = list(engine.generate(prompt, **settings, seed=42))
@@ -140,7 +138,8 @@ def test_tasks(empty_base, mirror):
     assert {"role", "content"} == mixture[0]["messages"][0].keys()
     assert curriculum[0] == parts[4][0]
     assert len(ARC(subset="ARC-Easy", split="test", start=1, stop=9, step=2)) == 4
-    assert len(SpellingBee(size=5, split="test")) == len(SimpleSpelling(size=5, split="test")) == 5
+    for spelling_task in (SpellingBee, SimpleSpelling):
+        assert len(spelling_task(size=5, split="test", corpus="pocket")) == 5
     assert len(MMLU(subset="all", split="test", stop=7)) == 7
     assert len(HumanEval(stop=3)) == 3
     assert render_mc("Why?", ("A", "B"), ("x", "y")).startswith("Multiple Choice question: Why?\n- x=A\n- y=B\n\n")
