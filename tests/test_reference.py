@@ -4,14 +4,15 @@ import importlib
 
 import pytest
 import torch
-from helpers import needs_mirror
+from helpers import ByteTokenizer, needs_mirror, random_model
 
 from nanochat import common, dataset
+from nanochat.chat_eval import evaluate_task
 from nanochat.engine import Engine, KVCache
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer, get_token_bytes, get_tokenizer
 from tasks.arc import ARC
-from tasks.common import Task, TaskMixture, TaskSequence, render_mc, user_and_assistant
+from tasks.common import Conversation, Message, Task, TaskMixture, TaskSequence, render_mc, user_and_assistant
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
@@ -143,3 +144,31 @@ def test_tasks(empty_base, mirror):
     assert len(MMLU(subset="all", split="test", stop=7)) == 7
     assert len(HumanEval(stop=3)) == 3
     assert render_mc("Why?", ("A", "B"), ("x", "y")).startswith("Multiple Choice question: Why?\n- x=A\n- y=B\n\n")
+
+
+class MyTask(Task):
+    """A seed document's task of one's own, as written there: no super().__init__(), no letters."""
+
+    eval_type = "generative"  # or "categorical"
+
+    def __init__(self):
+        self.examples = [{"question": f"{i}?", "answer": "A"} for i in range(4)]
+
+    def num_examples(self):
+        return len(self.examples)
+
+    def get_example(self, idx):
+        ex = self.examples[idx]
+        return Conversation(
+            [Message(role="user", content=ex["question"]), Message(role="assistant", content=ex["answer"])]
+        )
+
+    def evaluate(self, problem, completion):
+        return completion.strip() == problem.answer.strip()
+
+
+@pytest.mark.parametrize("eval_type", ["generative", "categorical"])
+def test_own_task(eval_type, monkeypatch):
+    monkeypatch.setattr(MyTask, "eval_type", eval_type)
+    engine = Engine(random_model(n_layer=1), ByteTokenizer())
+    assert evaluate_task(MyTask(), engine, max_new_tokens=4).records[3]["answers"]
