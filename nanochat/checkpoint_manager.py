@@ -26,6 +26,7 @@ from nanochat.common import (
     UserError,
     atomic_path,
     base_dir,
+    choose_device,
     choose_dtype,
     file_fingerprint,
     print0,
@@ -199,9 +200,9 @@ def load_optimizers(path, meta, optimizers):
         optimizer.load_shards([shards[i] for shards in saved])
 
 
-def load_model(source, compute, phase="eval", model_tag=None, step=None, quantize=None):
+def load_model(source, device, phase="eval", model_tag=None, step=None, quantize=None):
     """
-    (model, tokenizer, meta) of a stage: `source` is "base", "mid", "sft" or "rl". `compute`: a Compute, or a device.
+    (model, tokenizer, meta) of a stage: `source` is "base", "mid", "sft" or "rl". `device`: a Compute, or a device.
 
     By default it loads the newest step of the deepest model. Phase "eval" casts the weights to compute.dtype and
     freezes them; quantize="int8" also quantizes them for the CPU backend. Raises UserError if there is no such
@@ -209,14 +210,12 @@ def load_model(source, compute, phase="eval", model_tag=None, step=None, quantiz
     """
     require(source in FOLDERS, f"source {source!r}: choose one of {', '.join(FOLDERS)}")
     require(phase in ("train", "eval"), f'phase {phase!r}: choose "train" or "eval"')
-    if not isinstance(compute, Compute):
-        device = torch.device(compute)
-        compute = Compute(device, choose_dtype(device.type))
+    compute = device if isinstance(device, Compute) else _compute_on(device)
     model_tag = model_tag or find_model_tag(source)
     path, meta = find_checkpoint(checkpoint_dir(source, model_tag), step)
     tokenizer = get_tokenizer()
     if "made_from" in meta:
-        check_tokenizer(tokenizer, meta["made_from"]["tokenizer"], path)
+        check_tokenizer(tokenizer.fingerprint(), meta["made_from"]["tokenizer"], path)
     else:
         print0(f"warning: {path} does not record its tokenizer and data; the present ones may differ", file=sys.stderr)
     if tokenizer.get_vocab_size() != meta["model_config"]["vocab_size"]:
@@ -239,8 +238,17 @@ def load_model(source, compute, phase="eval", model_tag=None, step=None, quantiz
     return model, tokenizer, meta | {"model_tag": model_tag, "corpus": corpus}
 
 
+def _compute_on(device):
+    """The Compute for a torch.device, or for its name."""
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as e:
+        raise UserError(f"device {device!r}: give a Compute, a torch.device or its name, such as cuda:0") from e
+    return Compute(device, choose_dtype(choose_device(device.type)))
+
+
 def made_from(source_meta, tokenizer, task):
     """What a mid, sft or rl checkpoint is made from: fingerprints by name. `source_meta`: of the loaded model."""
     shards = source_meta.get("made_from", {}).get("shards")
     weights = source_meta["files"]["model.safetensors"]["sha256"]
-    return {"tokenizer": tokenizer.fingerprint(), "shards": shards, "mixture": task.fingerprint(), "model": weights}
+    return {"tokenizer": tokenizer.fingerprint(), "model": weights, "shards": shards, "mixture": task.fingerprint()}

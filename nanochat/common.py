@@ -232,12 +232,11 @@ def atomic_path(path):
         draft.unlink(missing_ok=True)
 
 
-def set_aside(path):
-    """Rename a file or folder to <path>.old1, .old2, ...; returns the new path."""
+def set_aside(path, content):
+    """Rename a folder that holds `content` to <path>.old1, .old2, ..., and say so."""
     n = next(n for n in itertools.count(1) if not path.with_name(f"{path.name}.old{n}").exists())
-    old = path.rename(path.with_name(f"{path.name}.old{n}"))
-    print0(f"{path} held an earlier {'tokenizer' if path.name == 'tokenizer' else 'run'}, renamed to {old.name}")
-    return old
+    path.rename(path.with_name(f"{path.name}.old{n}"))
+    print0(f"{path} held {content}, renamed to {path.name}.old{n}")
 
 
 def write_jsonl(path, records):

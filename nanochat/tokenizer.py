@@ -260,9 +260,10 @@ def get_tokenizer():
 
 
 def save_as_default(tokenizer):
-    """Make `tokenizer` the one of get_tokenizer(). Another one there is set aside, an equal one is left there."""
+    """Make `tokenizer` the one of get_tokenizer(). Another one there is set aside, an equal one is left."""
     folder, draft = base_dir() / "tokenizer", base_dir() / "tokenizer.tmp"
     with contextlib.suppress(UserError):  # none yet, or a damaged one
+        _read_file(folder, "token_bytes.pt", _read_config(folder))
         if get_tokenizer().fingerprint() == tokenizer.fingerprint():
             return print0(f"{folder} holds this tokenizer already")
     try:
@@ -271,23 +272,22 @@ def save_as_default(tokenizer):
         shutil.rmtree(draft, ignore_errors=True)
         raise
     if folder.exists():
-        set_aside(folder)
+        set_aside(folder, "another tokenizer (rename it back to use models trained with it)")
     draft.rename(folder)
     print0(f"saved {tokenizer.get_vocab_size():,} tokens to {folder}")
 
 
-def check_tokenizer(tokenizer, fingerprint, where):
-    """Raises UserError unless `tokenizer`, the default one, has the fingerprint recorded by the checkpoint `where`."""
-    if tokenizer.fingerprint() == fingerprint:
+def check_tokenizer(fingerprint, expected, checkpoint):
+    """Raises UserError unless the base directory's tokenizer has the fingerprint that `checkpoint` records."""
+    if fingerprint == expected:
         return
-    for folder in sorted(base_dir().glob("tokenizer.old*")):
-        with contextlib.suppress(UserError):
-            if Tokenizer.from_directory(folder).fingerprint() == fingerprint:
-                hint = f"its tokenizer is {folder.name}: move tokenizer away and rename {folder.name} to tokenizer"
-                break
-    else:
-        hint = "put its tokenizer back, or train the model anew"
-    raise UserError(f"{where} was trained with another tokenizer than {base_dir() / 'tokenizer'}; {hint}")
+    hint = "put its tokenizer back, or train the model anew"
+    for path in sorted(base_dir().glob("tokenizer?*")):
+        with contextlib.suppress(UserError, OSError):
+            if Tokenizer.from_directory(path).fingerprint() == expected:
+                hint = f"its tokenizer is {path.name}: move tokenizer away and rename {path.name} to tokenizer"
+    was, now = f"was trained with tokenizer {expected[:12]}", f"{base_dir() / 'tokenizer'} is {fingerprint[:12]}"
+    raise UserError(f"{checkpoint} {was}, {now}; {hint}")
 
 
 def get_token_bytes(device="cpu"):

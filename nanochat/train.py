@@ -17,6 +17,7 @@ from nanochat.checkpoint_manager import (
 )
 from nanochat.common import UserError, print0, require, set_aside
 from nanochat.dataloader import Prefetch, eval_batches, lane_batches
+from nanochat.tokenizer import check_tokenizer
 
 
 def rows_per_step(args, world_size):
@@ -108,13 +109,11 @@ RESUME_INVARIANTS = (
     *("task", "examples_per_step", "num_samples", "max_new_tokens"),
 )
 
-
-# What a checkpoint is made from: fingerprint -> how it differs, and how to get the old one back.
+# What a checkpoint is made from besides the tokenizer -> (how it differs, how to get the old one back).
 ORIGINS = {
-    "tokenizer": ("with another tokenizer", "put that one back"),
-    "shards": ("from other shards (their number counts too)", "put those back"),
-    "mixture": ("from other conversations or tasks", "put those back"),
-    "model": ("from another checkpoint of the previous stage", "name that one with --step or --model_tag"),
+    "model": ("another checkpoint of the previous stage", "select that one with --step, or rename its folder back"),
+    "shards": ("other shards, or another number of them", "put those back"),
+    "mixture": ("other conversations or tasks", "put those back"),
 }
 
 
@@ -124,7 +123,7 @@ class Stage:
 
     --resume continues from the newest intact checkpoint if there is one, --resume_from_step from the given one. When a
     fresh run first saves, it renames the folder of an earlier run. `num_steps` is -1 if the run is one epoch long.
-    `made_from`: {name of ORIGINS: fingerprint}; a run resumes only from a checkpoint with equal ones.
+    `made_from`: {"tokenizer" or a name of ORIGINS: fingerprint}; a run resumes only a checkpoint with equal ones.
     """
 
     def __init__(self, source, model_tag, args, compute, config, num_steps, made_from):
@@ -138,6 +137,8 @@ class Stage:
         self.first_step = self.meta.get("step", 0)
         self.finished = bool(self.meta.get("finished")) and self.first_step >= num_steps
         if self.path:
+            if "made_from" in self.meta:
+                check_tokenizer(made_from["tokenizer"], self.meta["made_from"]["tokenizer"], self.path)
             self._check_invariants(config)
             self._check_origins()
             print0(f"{self.path}: " + ("finished already" if self.finished else "resuming from here"))
@@ -165,11 +166,12 @@ class Stage:
             hint = "add --resume_unverified if they are the same, else run without --resume to start anew"
             require(self.args.resume_unverified, f"{self.path} does not record its tokenizer and data; {hint}")
             return
-        for name, fingerprint in self.made_from.items():
-            if saved.get(name) != fingerprint:
+        for name in ORIGINS:
+            if saved.get(name) != (fingerprint := self.made_from.get(name)):
                 difference, hint = ORIGINS[name]
-                anew = "run without --resume to start anew" + (f", or {hint}" if hint else "")
-                raise UserError(f"cannot resume {self.path}, it was made {difference}; {anew}")
+                difference += f" ({str(saved.get(name))[:12]}, now {str(fingerprint)[:12]})"
+                hint = f"run without --resume to start anew, or {hint}"
+                raise UserError(f"cannot resume {self.path}, it was made from {difference}; {hint}")
 
     def setup_optimizers(self, model):
         """Optimizers with the learning rates of the flags. When resuming, also loads weights and optimizer state."""
@@ -218,7 +220,7 @@ class Stage:
         if step > self.first_step and requested and not getattr(self.args, "dry_run", False):
             positions = self.compute.all_gather(loader.state if loader else {})  # of each rank's lanes
             if self.path is None and self.compute.rank == 0 and has_checkpoints(self.folder):
-                set_aside(self.folder)
+                set_aside(self.folder, "an earlier run")
             meta = {"user_config": vars(self.args), "made_from": self.made_from, "finished": last, **state}
             meta["log_state"] = log.state()
             meta["loader_state"] = {lane: position for part in positions for lane, position in part.items()}

@@ -1,15 +1,26 @@
-"""Checkpoints: atomic saves, verification on loading, and the fallback to the newest undamaged one."""
+"""Checkpoints: atomic saves, verification on loading, fallback to an undamaged one, what a model was made from."""
 
+import importlib
+import itertools
 import json
 import os
+import re
+import shutil
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import CPU
+from helpers import CPU, raises_user_error
 
 from nanochat import checkpoint_manager as cm
+from nanochat import dataset
 from nanochat.common import UserError, set_aside
+from nanochat.dataset import parquets_iter_batched
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.serve import worker
+from nanochat.tokenizer import Tokenizer, get_token_bytes, get_tokenizer, save_as_default
+from tasks import mixtures
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=600, n_layer=1, n_head=2, n_kv_head=2, n_embd=32)
 
@@ -107,7 +118,7 @@ def test_set_aside_renames_the_old_checkpoint_folder(base):
     folder = cm.checkpoint_dir("base", "d1")
     for n in (1, 2):
         save(folder, n)
-        set_aside(folder)
+        set_aside(folder, "an earlier run")
         assert not folder.exists()
         assert (folder.with_name(f"d1.old{n}") / f"step_{n:06d}" / "meta.json").exists()
 
@@ -144,3 +155,245 @@ def test_optimizer_state_that_would_run_code_is_refused(base):
     with pytest.raises(UserError, match="cannot be read"):
         cm.load_optimizers(path, meta, optimizers)
     assert not (base / "executed").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a model was made from
+
+SIZE = ["--max_seq_len=32", "--total_batch_size=64", "--sample_every=-1", "--core_metric_every=-1"]
+STAGES = {
+    "base": ["scripts.base_train", "--depth=1", *SIZE],
+    "mid": ["scripts.mid_train", *SIZE[:2]],
+    "sft": ["scripts.chat_sft", "--target_examples_per_step=2", "--eval_metrics_every=-1"],
+    "rl": ["scripts.chat_rl", "--examples_per_step=1", "--num_samples=2", "--max_new_tokens=4"],
+}
+
+
+def stage(name, *flags):
+    """Runs one step of a stage."""
+    module, *own_flags = STAGES[name]
+    common = ["--device_type=cpu", "--dtype=float32", "--device_batch_size=2", "--eval_every=-1"]
+    run(module, *own_flags, *common, *([] if "--num_iterations" in str(flags) else ["--num_iterations=1"]), *flags)
+
+
+def run(module, *flags):
+    importlib.import_module(module).main(list(flags))
+
+
+def edit_meta(name, edit):
+    """Calls `edit` with the content of meta.json of the newest checkpoint of stage `name`."""
+    path = cm.find_checkpoint(cm.checkpoint_dir(name, "d1"))[0] / "meta.json"
+    meta = json.loads(path.read_text(encoding="utf-8"))
+    edit(meta)
+    path.write_text(json.dumps(meta), encoding="utf-8")
+
+
+def save_another_tokenizer():
+    """Replaces the tokenizer by one of the same size, trained on other text."""
+    texts = [text.upper() for texts in parquets_iter_batched("train") for text in texts]
+    save_as_default(Tokenizer.train_from_iterator(texts, 600))
+    assert get_tokenizer().get_vocab_size() == 600
+
+
+@pytest.fixture(scope="module")
+def small_mixtures():
+    """Reduces the pocket mixtures to a few hundred conversations, for speed."""
+    with pytest.MonkeyPatch.context() as patch:
+        for task in mixtures.POCKET_ROWS:
+            patch.setitem(mixtures.POCKET_ROWS, task, {"mid": 40, "sft": 20})
+        yield
+
+
+@pytest.fixture(scope="module")
+def all_stages(pocket_base, small_mixtures, tmp_path_factory):
+    """A base directory with the first step of all four stages. Read-only."""
+    folder = tmp_path_factory.mktemp("all_stages") / "base"
+    shutil.copytree(pocket_base, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
+        for name in STAGES:
+            stage(name)
+    return folder
+
+
+@pytest.fixture
+def trained(all_stages, tmp_path, monkeypatch):
+    """A copy of all_stages, which is the base directory; the working directory is its parent."""
+    shutil.copytree(all_stages, tmp_path / "base")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "base"
+
+
+@pytest.fixture(scope="module")
+def other_tokenizer(all_stages, tmp_path_factory):
+    """all_stages with another tokenizer. Read-only."""
+    folder = tmp_path_factory.mktemp("other_tokenizer") / "base"
+    shutil.copytree(all_stages, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
+        save_another_tokenizer()
+    return folder
+
+
+def test_checkpoints_record_what_they_were_made_from(trained):
+    metas = {name: cm.load_model(name, CPU)[2] for name in STAGES}
+    origins = {name: meta["made_from"] for name, meta in metas.items()}
+    assert origins["base"] == {"tokenizer": get_tokenizer().fingerprint(), "shards": dataset.fingerprint()}
+    for source, name in itertools.pairwise(STAGES):
+        assert origins[name]["model"] == metas[source]["files"]["model.safetensors"]["sha256"]
+        assert origins["base"].items() <= origins[name].items()
+    assert len({origins[name]["mixture"] for name in ("mid", "sft", "rl")}) == 3
+
+
+def load_as_chat_web():
+    settings = dict.fromkeys(["dtype", "model_tag", "step", "quantize"])
+    worker._load(SimpleNamespace(device_type="cpu", source="sft", num_workers=1, **settings))
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        partial(run, "scripts.chat_cli", "-p", "hi"),
+        load_as_chat_web,
+        partial(run, "scripts.chat_eval", "-i", "rl", "-a", "PocketSums"),
+        partial(run, "scripts.base_loss", "--device_batch_size=2", "--split_tokens=64"),
+        partial(run, "scripts.base_eval", "--max_per_task=1"),
+        partial(run, "nanochat.hf", "-i", "mid", "out"),
+        *(partial(stage, name) for name in ("mid", "sft", "rl")),
+        *(partial(stage, name, flag) for name in STAGES for flag in ("--resume", "--resume_from_step=1")),
+    ],
+    ids=lambda load: " ".join(load.args[:2]) if isinstance(load, partial) else "chat_web",
+)
+def test_another_tokenizer_of_the_same_size_is_refused(other_tokenizer, monkeypatch, load):
+    if "nanochat.hf" in getattr(load, "args", ()):
+        pytest.importorskip("transformers")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(other_tokenizer))
+    with raises_user_error("with tokenizer [0-9a-f]{12}, .*tokenizer is [0-9a-f]{12}; its tokenizer is tokenizer.old1"):
+        load()
+
+
+def test_tokenizers_are_set_aside_and_can_be_put_back(trained, capsys):
+    tokenizer = get_tokenizer()
+    save_as_default(tokenizer)
+    assert "already" in capsys.readouterr().out
+    save_another_tokenizer()
+    assert "renamed to tokenizer.old1" in capsys.readouterr().out
+    (trained / "tokenizer").rename(trained / "tokenizer_of_another_model")
+    (trained / "tokenizer.old1").rename(trained / "tokenizer")
+    assert get_token_bytes().tolist() == tokenizer.count_bytes()
+    cm.load_model("sft", CPU)
+    (trained / "tokenizer" / "token_bytes.pt").write_bytes(b"damaged")
+    save_as_default(tokenizer)  # its message recommends tok_train, so an equal tokenizer must replace damaged files
+    assert get_token_bytes().tolist() == tokenizer.count_bytes()
+
+
+@pytest.mark.parametrize("failing", ["os.fsync", "pathlib.Path.rename"])
+def test_a_failed_save_keeps_the_old_tokenizer(trained, monkeypatch, failing):
+    """Path.rename fails as if the process had been killed before the old tokenizer was set aside."""
+    before = get_tokenizer().fingerprint()
+
+    def fail(*_):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(failing, fail)
+        save_another_tokenizer()
+    assert get_tokenizer().fingerprint() == before
+    save_another_tokenizer()
+    assert sorted(path.name for path in trained.glob("tokenizer*")) == ["tokenizer", "tokenizer.old1"]
+
+
+def test_other_shards(trained, capsys):
+    """base_train does not resume; base_loss warns."""
+    run("nanochat.dataset", "--pocket", "--chars=210000", "--overwrite")
+    with raises_user_error("cannot resume .* other shards, or another number of them .*; run without --resume"):
+        stage("base", "--resume")
+    capsys.readouterr()
+    run("scripts.base_loss", "--device_batch_size=2", "--split_tokens=64", "--device_type=cpu")
+    assert capsys.readouterr().err.count("warning: the model was trained on other shards") == 1
+
+
+@pytest.mark.parametrize("name", ["mid", "sft"])
+def test_another_mixture_is_not_resumed(trained, monkeypatch, name):
+    stage(name, "--resume")  # finished already
+    monkeypatch.setitem(mixtures.POCKET_ROWS, mixtures.PocketSums, {"mid": 39, "sft": 19})
+    with raises_user_error("cannot resume .* other conversations or tasks"):
+        stage(name, "--resume")
+
+
+OWN_TASK = """
+from tasks.common import Task, user_and_assistant
+class Own(Task):
+    def __init__(self, split): super().__init__()
+    def num_examples(self): return 3
+    def get_example(self, index): return user_and_assistant("say %s", "ok")
+    def evaluate(self, conversation, response): return False
+"""
+
+
+@pytest.mark.slow
+def test_another_training_task_is_not_resumed(trained):
+    own = trained / "own.py"
+    own.write_text(OWN_TASK % "one", encoding="utf-8")
+    stage("rl", f"--task={own}:Own")
+    own.write_text(OWN_TASK % "another", encoding="utf-8")
+    with raises_user_error("cannot resume .* other conversations or tasks"):
+        stage("rl", f"--task={own}:Own", "--resume")
+
+
+@pytest.mark.slow
+def test_a_retrained_source_is_not_resumed_unless_step_selects_the_old_one(trained):
+    stage("base", "--resume", "--num_iterations=2")
+    with raises_user_error("cannot resume .* another checkpoint of the previous stage .*--step"):
+        stage("mid", "--resume")
+    stage("mid", "--resume", "--step=1")
+
+
+@pytest.mark.slow
+def test_a_retrained_source_is_not_resumed_unless_the_old_one_is_put_back(trained):
+    stage("sft", "--seed=7")
+    with raises_user_error("cannot resume .* another checkpoint of the previous stage .* rename its folder back"):
+        stage("rl", "--resume")
+    folder = cm.checkpoint_dir("sft", "d1")
+    shutil.rmtree(folder)
+    folder.with_name("d1.old1").rename(folder)
+    stage("rl", "--resume")
+
+
+@pytest.mark.slow
+def test_checkpoint_of_an_older_version(trained, capsys, monkeypatch):
+    """Loads with one warning, on rank 0 only; resuming needs a flag, after which the origin is recorded."""
+    for name in ("base", "mid"):
+        edit_meta(name, lambda meta: meta.pop("made_from"))
+    capsys.readouterr()
+    with raises_user_error("does not record .*--resume_unverified"):
+        stage("mid", "--resume")
+    stage("mid", "--resume", "--resume_unverified", "--num_iterations=2")
+    assert capsys.readouterr().err.count("does not record") == 2  # one per run
+    assert cm.load_model("mid", CPU)[2]["made_from"]["tokenizer"] == get_tokenizer().fingerprint()
+    monkeypatch.setenv("RANK", "1")
+    cm.load_model("base", CPU)
+    assert "does not record" not in capsys.readouterr().err
+
+
+def test_load_model_takes_the_calls_of_the_reference(trained):
+    model, _, meta = cm.load_model("sft", torch.device("cpu"), "eval", "d1", 1)
+    assert (meta["step"], model.lm_head.weight.requires_grad) == (1, False)
+    model, _, _ = cm.load_model("sft", device="cpu", phase="train", model_tag="d1", step=1)
+    assert model.lm_head.weight.requires_grad and model.lm_head.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("chat", "cpu"), "source 'chat': choose one of base, mid, sft, rl"),
+        (("sft", CPU, "d1"), 'phase \'d1\': choose "train" or "eval"'),
+        (("sft", "gpu"), "device 'gpu'"),
+        (("sft", None), "device None"),
+        (("sft", "xpu"), "xpu: choose one of"),
+    ],
+)
+def test_load_model_refuses_other_arguments(trained, arguments, message):
+    with raises_user_error(re.escape(message)):
+        cm.load_model(*arguments)

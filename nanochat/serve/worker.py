@@ -106,7 +106,7 @@ def pack(message):
 def run_worker(connection, index, options):
     """Load the model, then decode until the server closes the socket."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the server stops us
-    os.environ["LOCAL_RANK"] = str(index)  # selects the GPU
+    os.environ |= {"LOCAL_RANK": str(index), "RANK": str(index)}  # select the GPU; only worker 0 prints warnings
     inbox = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the server has ended
