@@ -86,8 +86,7 @@ def evaluate_task(
         for i, problem in problems.items():
             check_conversation(problem)
             if task.eval_type == "categorical" and not problem.get("letters"):
-                letters = {"letters": find_letters(problem["messages"])}
-                problems[i] = type(problem)(**problem | letters)  # remains a Conversation, if it is one
+                problems[i] = dict(problem, letters=find_letters(problem["messages"]))
         kinds = ("categorical", "generative")
         require(task.eval_type in kinds, f"eval_type is {task.eval_type!r}, expected one of {', '.join(kinds)}")
     if task.eval_type == "categorical":
