@@ -82,13 +82,15 @@ def evaluate_task(
     with task_errors(name):
         total = len(task) if max_problems is None else min(max_problems, len(task))
         require(total > 0, f"no problems to score; it has {len(task)}, max_problems={max_problems}")
-        problems = {i: task[i] for i in range(rank, total, world_size)}
-        for i, problem in problems.items():
-            check_conversation(problem)
-            if task.eval_type == "categorical" and not problem.get("letters"):
-                problems[i] = dict(problem, letters=find_letters(problem["messages"]))
         kinds = ("categorical", "generative")
         require(task.eval_type in kinds, f"eval_type is {task.eval_type!r}, expected one of {', '.join(kinds)}")
+    problems = {}
+    for i in range(rank, total, world_size):
+        with task_errors(f"{name}, problem {i}"):
+            problems[i] = task[i]
+            check_conversation(problems[i])
+            if task.eval_type == "categorical":
+                check_letters(problems[i], engine.tokenizer)
     if task.eval_type == "categorical":
         results = choose_letters(engine, problems, batch_size)
     else:
@@ -112,16 +114,20 @@ def evaluate_task(
     return Score(sorted(records, key=lambda record: record["index"]))
 
 
-def find_letters(messages):
-    """The letters of a problem that has no "letters": those of its prompt, or else A to D if one of them is correct."""
-    prompt, answer = str(messages[-2:][0]["content"]), messages[-1]["content"]
-    letters = re.findall(r"^\W*([A-Z])[).:] |=([A-Z])$", prompt, re.MULTILINE)
-    letters = list(dict.fromkeys("".join(pair) for pair in letters)) or list("ABCD")
-    expected = 'add "letters" to the conversation, or set eval_type to "generative"'
-    require(
-        answer in letters, f"the problem has no letters, and its answer {answer!r} is none of {letters}; {expected}"
-    )
-    return letters
+def check_letters(problem, tokenizer):
+    """
+    Raises UserError unless the problem's "letters" are single tokens.
+
+    A problem without letters gets those of its prompt, or else A to D if one of them is the correct answer.
+    """
+    if not problem.get("letters"):
+        prompt, answer = str(problem["messages"][-2:][0]["content"]), problem["messages"][-1]["content"]
+        pairs = re.findall(r"^\W*([A-Z])[).:] |=([A-Z])$", prompt, re.MULTILINE)
+        problem["letters"] = letters = list(dict.fromkeys(map("".join, pairs))) or list("ABCD")
+        hint = 'add "letters" to the conversation, or set eval_type to "generative"'
+        require(answer in letters, f"no letters, and the answer {answer!r} is none of {', '.join(letters)}; {hint}")
+    single = all(len(tokenizer.encode(letter)) == 1 for letter in problem["letters"])
+    require(single, f"the letters {problem['letters']} are not single tokens")
 
 
 def choose_letters(engine, problems, batch_size):
@@ -134,7 +140,6 @@ def choose_letters(engine, problems, batch_size):
         logits = engine.next_logits([prompts[i] for i in batch]).cpu()
         for row, i in enumerate(batch):
             letters = [tokenizer.encode(letter) for letter in problems[i]["letters"]]
-            require(all(len(ids) == 1 for ids in letters), f"letters {problems[i]['letters']} are not single tokens")
             best = logits[row, [ids[0] for ids in letters]].argmax().item()
             yield i, [problems[i]["letters"][best]]
 

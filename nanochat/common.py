@@ -268,17 +268,11 @@ def fetch(url, path, attempts=5, timeout=30, progress=None, check=None):
         return path
     part = path.with_name(path.name + ".part")
     for attempt in range(1, attempts + 1):
-        resumed = part.exists()
         try:
             _fetch_part(url, part, timeout, progress)
             _check_fetched(url, part, check)
             os.replace(part, path)
             return path
-        except UserError as e:
-            part.unlink()
-            if not resumed or attempt == attempts:  # the beginning of a resumed file may come from another host
-                raise
-            error = e
         except urllib.error.HTTPError as e:
             if e.code == 416:  # the file on the host has changed
                 part.unlink(missing_ok=True)
@@ -316,21 +310,18 @@ def _fetch_part(url, part, timeout, progress, chunk=1 << 20):
 
 
 def _check_fetched(url, draft, check):
-    """Raises UserError if the file `draft` is an error page instead of the file at `url`, or if check(draft) does."""
+    """Delete `draft` and raise UserError if it is an error page instead of the file at `url`, or check(draft) fails."""
     with open(draft, "rb") as f:
         head = f.read(200).lstrip().lower()
-    kinds = {
-        b"<": "a web page, perhaps the login page of your network",
-        b"version https://git-lfs": "a Git LFS pointer",
-    }
-    kinds |= {b'{"error': f"an error message: {head.decode(errors='replace')}"}
+    kinds = {b"<": "a web page, perhaps a login page of your network", b"version https://git-lfs": "a Git LFS pointer"}
+    kinds[b'{"error'] = "an error message: " + " ".join(head.decode(errors="replace").split())
     kind = next((kinds[start] for start in kinds if head.startswith(start)), None if head else "an empty file")
     try:
-        if kind:
-            raise UserError(f"the answer is {' '.join(kind.split())}")
+        require(not kind, f"the answer is {kind}")
         if check:
             check(draft)
     except UserError as e:
+        draft.unlink()
         problem = str(e).replace(str(draft), "the file")
         raise UserError(f"{url}: {problem}; nothing was kept: open the address in a browser, then try again") from e
 

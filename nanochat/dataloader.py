@@ -93,17 +93,14 @@ def check_lengths(name, task, tokenizer, max_tokens, use_mask=True, sample=500):
     """
     checked = range(0, len(task), max(1, -(-len(task) // sample)))
     masks = [tokenizer.render_conversation(task[i], sys.maxsize)[1] for i in checked]
-    cut = sum(len(mask) > max_tokens for mask in masks)
-    untrained = sum(use_mask and not any(mask[:max_tokens]) for mask in masks)
-    about, shares = "about " * (len(masks) < len(task)), [f"{n / max(1, len(masks)):.1%}" for n in (cut, untrained)]
-    problem = (
-        f"{about}{shares[0]} are longer than {max_tokens} tokens and are cut; {shares[1]} have no trained token left"
-    )
-    if untrained == len(masks):
-        hint = "the model's context is too short for them, or every answer has weight 0"
-        raise UserError(f"{name} conversations: nothing to train on: {problem}; {hint}")
-    if cut or untrained:
-        print0(f"{name} conversations: {problem}")
+    cut = sum(len(mask) > max_tokens for mask in masks), f"are longer than {max_tokens} tokens and are cut"
+    untrained = sum(use_mask and not any(mask[:max_tokens]) for mask in masks), "have no trained token left"
+    problems = "; ".join(f"{n / len(masks):.1%} {problem}" for n, problem in (cut, untrained) if n)
+    problems = f"{name} conversations: {'about ' * (len(masks) < len(task))}{problems}"
+    if untrained[0] == len(masks):
+        raise UserError(f"{problems}: nothing to train on; the context is too short, or all weights are 0")
+    if cut[0] or untrained[0]:
+        print0(problems)
 
 
 def _block_ranges(n, block_size, total, lanes):

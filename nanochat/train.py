@@ -36,7 +36,7 @@ def rows_per_step(args, world_size):
 def epoch_steps(args, task, per_step):
     """Number of optimizer steps: --num_iterations, else --num_epochs passes over `task`. Raises UserError if 0."""
     steps = args.num_iterations if args.num_iterations > 0 else args.num_epochs * len(task) // per_step
-    require(steps >= 1, f"nothing to train: {len(task)} examples, {per_step} per step")
+    require(steps >= 1, f"nothing to train: {len(task)} examples, {per_step} per step; set --num_iterations")
     return steps
 
 

@@ -74,8 +74,8 @@ def main(argv=None):
 
     # Data
     rows, context, rank_rows = args.target_examples_per_step, model.config.sequence_len, args.device_batch_size
-    check_lengths("training", train_task, tokenizer, context + 1)
-    check_lengths("validation", val_task, tokenizer, context + 1)
+    check_lengths("training", train_task, tokenizer, context)
+    check_lengths("validation", val_task, tokenizer, context)
     position = stage.meta.get("loader_state")
     batches = conversation_batches(train_task, tokenizer, rows, context, rank_rows, compute, args.seed, position)
     loader = Prefetch(batches, compute.device)
@@ -83,7 +83,7 @@ def main(argv=None):
     val_steps = max(1, min(args.eval_steps, len(val_task) // val_rows))
 
     # Horizon
-    print0(f"{len(train_task):,} conversations ({args.corpus} mixture), {num_steps:,} steps of {rows}")
+    print0(f"{len(train_task):,} conversations, {num_steps:,} steps of {rows}")
     log = StageLog("sft", args, compute, num_steps, model.estimate_flops(), stage.meta.get("log_state"))
     results = stage.meta.get("results", {})
 

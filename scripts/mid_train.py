@@ -78,7 +78,7 @@ def main(argv=None):
     token_bytes = get_token_bytes()
 
     # Horizon: one epoch, unless --num_iterations is given
-    print0(f"{len(train_task):,} conversations for training, {len(val_task):,} for validation ({args.corpus} mixture)")
+    print0(f"{len(train_task):,} conversations for training, {len(val_task):,} for validation")
     num_steps, flops = max(0, args.num_iterations), model.estimate_flops()
     log = StageLog("mid", args, compute, num_steps, flops, stage.meta.get("log_state"))
     results = stage.restored("val_bpb", "min_val_bpb", "progress")

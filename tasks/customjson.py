@@ -21,8 +21,7 @@ from nanochat.common import UserError, require, well_formed
 from nanochat.tokenizer import check_conversation
 from tasks.common import Task, check_parquet
 
-ROLES = {"user": ("human", "prompter"), "assistant": ("gpt", "chatgpt", "bot", "model"), "system": ("developer",)}
-ROLES = {alias: role for role, aliases in ROLES.items() for alias in aliases}
+ROLES = {"human": "user", "developer": "system"} | dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant")
 SEPARATORS = re.compile(r"\s*"), re.compile(r"[\s,\]]*")  # between values, and in an array
 FORMS = 'readable are {"messages": [...]}, a list of messages, and ShareGPT\'s {"conversations": [...]}'
 
@@ -72,19 +71,15 @@ def _values(path):
         yield from ((row, f"{path}, row {i}") for i, row in enumerate(pq.read_table(path).to_pylist(), 1))
         return
     text, decoder, position, line, array_end = _read_text(path), json.JSONDecoder(), 0, 1, 0
-    while True:
-        start = SEPARATORS[position < array_end].match(text, position).end()
+    while (start := SEPARATORS[position < array_end].match(text, position).end()) < len(text):
         line += text.count("\n", position, start)
-        if start == len(text):
-            return
         try:
             value, end = decoder.raw_decode(text, start)
         except (ValueError, RecursionError) as e:
             first_line = text[start:].partition("\n")[0].strip()
             # In a pretty-printed value, the line of the error; else the line of the value, which may be cut.
             line = line if first_line.strip("[{") else getattr(e, "lineno", line)
-            hint = "" if start else f"; {FORMS}"
-            raise UserError(f"{path}:{line}: not JSON ({e}): {first_line[:60]}{hint}") from None
+            raise UserError(f"{path}:{line}: not JSON ({e}): {first_line[:60]}; {FORMS}") from None
         if isinstance(value, list) and value and not _is_message(value[0]) and start >= array_end:
             position, array_end = start + 1, end  # valid JSON as a whole; next, its items one by one
             continue
@@ -106,15 +101,14 @@ def _parse(value, where):
             fields = ", ".join(map(str, value))[:80]
             require(messages, f"expected at least two messages, got an object with the fields {fields}; {FORMS}")
         require(isinstance(messages, list), f"expected a list of messages, got {repr(messages)[:80]}; {FORMS}")
+        messages = [{"role": "system", "content": system}] * bool(system) + messages
         messages = [_message(message, f"message {i}") for i, message in enumerate(messages, 1)]
-        if system and isinstance(system, str):
-            messages.insert(0, {"role": "system", "content": system})
         _, turns = check_conversation({"messages": messages}) if messages else ("", [])
         require(len(turns) >= 2, "expected at least two messages, from user and assistant in turns")
         require(len(turns) % 2 == 0, f"message {len(messages)}, the last one, is the user's; expected an assistant's")
     except UserError as e:
         raise UserError(f"{where}: {e}") from None
-    return {"messages": messages}
+    return json.loads(well_formed(json.dumps({"messages": messages}, ensure_ascii=False)))  # no lone surrogates
 
 
 def _message(message, where):
@@ -125,30 +119,27 @@ def _message(message, where):
         require(not message.get(name), f"{where} has {name}; write calls as parts of type python and python_output")
     role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
     role = ROLES.get(role.lower(), role.lower()) if isinstance(role, str) else role
-    is_list = isinstance(content, list) and content and all(isinstance(part, dict) for part in content)
-    if is_list and all(part.get("type") == "text" and isinstance(part.get("text"), str) for part in content):
+    if isinstance(content, list) and content and all(_is_text(part) for part in content):
         content = "\n\n".join(part["text"] for part in content)  # as in the API
-    elif is_list:
-        content = [
-            part | {"text": well_formed(part["text"])} if isinstance(part.get("text"), str) else part
-            for part in content
-        ]
-    if isinstance(content, str):
-        content = _tool_parts(well_formed(content), message.get("tool_steps") or [], where)
+    if message.get("tool_steps"):
+        content = _tool_parts(content, message["tool_steps"])
     weight = message.get("weight")
     require(weight in (None, 0, 1), f"{where} has the weight {weight!r}, expected 0 or 1")
     return {"role": role, "content": content} | ({"weight": 0} if weight == 0 else {})
 
 
-def _tool_parts(text, steps, where):
-    """`text`, or with the calculator calls that the chat page exports, a list of parts."""
+def _is_text(part):
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def _tool_parts(text, steps):
+    """`text` and the calculator calls that the chat page exports, as a list of parts."""
     parts, start = [], 0
     try:
         for step in steps:
             parts += [("text", text[start : step["position"]]), ("python", step["expression"])]
-            parts += [("python_output", step["result"])] * (step["result"] is not None)
-            start = step["position"]
+            parts, start = [*parts, ("python_output", step["result"])], step["position"]
+        parts.append(("text", text[start:]))
     except (TypeError, KeyError) as e:
-        raise UserError(f"{where} has tool_steps without position, expression and result") from e
-    parts = [{"type": kind, "text": part} for kind, part in [*parts, ("text", text[start:])] if part]
-    return parts if steps else text
+        raise UserError(f"a step of tool_steps lacks position, expression or result ({e})") from e
+    return [{"type": kind, "text": part} for kind, part in parts if part]

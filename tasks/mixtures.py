@@ -16,15 +16,7 @@ from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
-from tasks.pocket import (
-    PocketChat,
-    PocketFacts,
-    PocketHardSums,
-    PocketIdentity,
-    PocketStories,
-    PocketSums,
-    PocketWorldChat,
-)
+from tasks.pocket import PocketChat, PocketFacts, PocketHardSums, PocketIdentity, PocketStories, PocketSums, WorldChat
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee, WordTask
 
@@ -42,17 +34,14 @@ POCKET_ROWS = {
 }
 
 
-def identity_file():
-    """Path of the user's identity conversations, where dev/gen_synthetic_data.py writes them."""
-    return base_dir() / "identity_conversations.jsonl"
-
-
-def identity_conversations():
-    """The user's identity conversations in the base directory, or the public ones, downloaded there."""
-    path = identity_file()
-    if not path.exists():
-        fetch(f"{mirror_url('bucket')}/{path.name}", path, attempts=3, check=CustomJSON)
-    return CustomJSON(path)
+def identity_conversations(public=True):
+    """The user's identity conversations in the base directory; else the public ones, or None unless `public`."""
+    path = base_dir() / "identity_conversations.jsonl"
+    if public and not path.exists():
+        path = base_dir() / "task_data" / path.name  # elsewhere, so that it does not count as the user's
+        if not path.exists():
+            fetch(f"{mirror_url('bucket')}/{path.name}", path, attempts=3, check=CustomJSON)
+    return CustomJSON(path) if path.exists() else None
 
 
 def weighted(task, weight):
@@ -75,15 +64,14 @@ def pocket_mixture(stage, split, seed, divisor=1):
     training they are repeated to twice PocketIdentity's rows, which PocketChat's share makes up for.
     """
     sizes = {task: rows[stage] // divisor for task, rows in POCKET_ROWS.items()}
-    persona = []
-    if identity_file().exists():
-        sizes[PocketWorldChat], rows = sizes.pop(PocketChat), 2 * sizes.pop(PocketIdentity)
-        if split == "train":
-            own = CustomJSON(identity_file())
-            persona = weighted(own, max(1, rows / len(own)))
-            print0(f"{own.path.name}: {len(own):,} conversations about the model replace those about nanochat")
+    persona = identity_conversations(public=False)
+    if persona:
+        sizes[WorldChat], rows = sizes.pop(PocketChat), 2 * sizes.pop(PocketIdentity)
     tasks = [make_generated(task, split, size, seed, "pocket") for task, size in sizes.items()]
-    return TaskMixture(tasks + persona)
+    if persona and split == "train":
+        print0(f"{persona.path}: {len(persona):,} conversations replace those about nanochat")
+        tasks += weighted(persona, max(1, rows / len(persona)))
+    return TaskMixture(tasks)
 
 
 def midtraining(corpus):
@@ -112,19 +100,19 @@ def training_tasks(stage, corpus, conversations=None, only=False):
     (train, validation) for the stage "mid" or "sft".
 
     `conversations`: the user's files, as "FILE" or "FILE:WEIGHT", added to the mixture of `corpus`. With `only` there
-    is no mixture: 5 % of each file are for validation, and of files with less than 20 conversations all.
+    is no mixture: validation takes 5 % of each file; from a file of less than 200 conversations it takes all of them,
+    which are then trained on too.
     """
     own = [(CustomJSON(path), weight) for path, weight in map(split_weight, conversations or [])]
     require(own or not only, "--conversations_only needs --conversations=FILE")
-    train, val = ([], None) if only else {"mid": midtraining, "sft": sft}[stage](corpus)
-    if only:
-        held_out = [(task, weight, len(task) // 20) for task, weight in own]
-        val = TaskMixture(TaskMixture([task], stop=n or None) for task, _, n in held_out)
-        parts = [weighted(TaskMixture([task], start=n), weight) for task, weight, n in held_out]
-    else:
-        parts = [train.tasks, *(weighted(task, weight) for task, weight in own)]
-    if own:
-        train = TaskMixture(sum(parts, []))
+    train, val = (TaskMixture([]), []) if only else {"mid": midtraining, "sft": sft}[stage](corpus)
+    tasks = [*train.tasks]
+    for task, weight in own:
+        held_out = len(task) // 20 if only and len(task) >= 200 else 0
+        tasks += weighted(TaskMixture([task], start=held_out), weight)
+        if only:
+            val.append(TaskMixture([task], stop=held_out or None))
+    train, val = TaskMixture(tasks) if own else train, TaskMixture(val) if only else val
     for task, weight in own:
         print0(f"{task.path}: {len(task):,} conversations x {weight:g} of {len(train):,}")
     return train, val
@@ -132,15 +120,11 @@ def training_tasks(stage, corpus, conversations=None, only=False):
 
 def split_weight(text):
     """(path, weight) of "FILE", "FILE:WEIGHT" or "FILE*WEIGHT"; a file with that whole name has the weight 1."""
-    match = re.fullmatch(r"(.+)[:*](-?[\d.]+)", text)
+    match = re.fullmatch(r"(.+)[:*](-?\d*\.?\d+)", text)
     if not match or Path(text).expanduser().exists():
         return text, 1.0
-    try:
-        weight = float(match[2])
-    except ValueError:
-        weight = 0.0
-    require(0 < weight <= 1000, f"--conversations={text}: the weight {match[2]} is not a number above 0, up to 1000")
-    return match[1], weight
+    require(0 < float(match[2]) <= 1000, f"--conversations={text}: expected a weight above 0, up to 1000")
+    return match[1], float(match[2])
 
 
 @dataclass(frozen=True)
@@ -190,9 +174,8 @@ def find_task(name):
         spec.loader.exec_module(module)
         task = getattr(module, class_name)
         require(isinstance(task, type) and issubclass(task, Task), f"{class_name} is no subclass of tasks.common.Task")
-    return EvalTask(
-        partial(_make_own, name, task, "test"), task.baseline, "own", partial(_make_own, name, task, "train")
-    )
+    make = partial(_make_own, name, task)
+    return EvalTask(partial(make, "test"), task.baseline, "own", partial(make, "train"))
 
 
 def _make_own(name, task, split, **_):

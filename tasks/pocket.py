@@ -100,7 +100,7 @@ class PocketChat(GeneratedTask):
         return {"messages": messages}
 
 
-class PocketWorldChat(PocketChat):
+class WorldChat(PocketChat):
     """PocketChat without anything about the model itself, for a model with another persona."""
 
     topics = {topic: weight for topic, weight in TOPICS.items() if topic not in IDENTITY_TOPICS}

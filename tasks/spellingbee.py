@@ -34,7 +34,7 @@ def read_words(path):
     """The words of a list. Raises UserError if it is no list of words."""
     words = path.read_text(encoding="utf-8", errors="replace").split()
     valid = len(words) > 1000 and all(word.isascii() and word.isalpha() for word in words)
-    require(valid, f"{path} is not a list of English words: {' '.join(words)[:80]!r}")
+    require(valid, f"{path} is not a list of English words ({' '.join(words)[:80]}); delete it if it is there")
     return words
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,23 +16,26 @@ from helpers import (
     PYTHON_END,
     ByteTokenizer,
     ScriptedModel,
+    raises_user_error,
     random_model,
     read_jsonl,
     report_metrics,
 )
 
 from nanochat.chat_eval import Score, chat_core, evaluate_task, pass_at_k
+from nanochat.cli import choose_source
 from nanochat.common import UserError
 from nanochat.engine import Engine
+from tasks import mixtures
 from tasks.common import Task
 
 
 class ListTask(Task):
     """A task of (question, correct answer) pairs."""
 
-    def __init__(self, problems, letters=None):
+    def __init__(self, problems, letters=None, eval_type=None):
         self.problems, self.letters = problems, letters
-        self.eval_type = "categorical" if letters else "generative"
+        self.eval_type = eval_type or ("categorical" if letters else "generative")
 
     def __len__(self):
         return len(self.problems)
@@ -165,6 +169,75 @@ def test_empty_task_raises_user_error():
         evaluate_task(ListTask([]), scripted_engine({}))
 
 
+# Class body, and what the error says after the task's name.
+FAULTY_TASKS = [
+    ("def evaluate(self, c, a): raise KeyError('oops')", ": KeyError: 'oops'"),
+    ("def evaluate(self, c, a): pass", ": evaluate.* returned None, expected True or False"),
+    ("def evaluate(self, c, a): return float('nan')", ": evaluate.* returned nan"),
+    ("def evaluate(self, c, a): return 'yes'", ": evaluate.* returned 'yes'"),
+    ("def evaluate(self, c, a): return 0.5", ": evaluate.* returned 0.5"),
+    ("def num_examples(self): return 0", ": no problems to score"),
+    ("def num_examples(self): return 3.0", ": TypeError: 'float'"),
+    ("def get_example(self, i): return None", ", problem 0: expected .*messages"),
+    ("def get_example(self, i): return [][i]", ", problem 0: IndexError"),
+    ("eval_type = 'choice'", ": eval_type is 'choice'"),
+    ("eval_type = 'categorical'", ", problem 0: no letters, and the answer 'Paris' is none of A, B, C, D"),
+    ("evaluate = Task.evaluate", ": NotImplementedError"),
+    ("def __init__(self): open('/no/such/file')", ": FileNotFoundError"),
+    ("def __init__(self, split, path): pass", ": TypeError: .*path"),
+    ("def broken(:", ": SyntaxError"),
+]
+OWN_TASK = """
+from tasks.common import Conversation, Message, Task
+
+class MyTask(Task):
+    def num_examples(self):
+        return 3
+    def get_example(self, i):
+        return Conversation([Message(role="user", content="Capital?"), Message(role="assistant", content="Paris")])
+    def evaluate(self, problem, completion):
+        return completion.strip() == problem.answer.strip()
+    {body}
+"""
+
+
+@pytest.fixture
+def own_task(tmp_path, monkeypatch):
+    """own_task(class body) writes tasks/mytask.py with the class MyTask, as the tutorial does."""
+    monkeypatch.setattr(mixtures, "__file__", str(tmp_path / "mixtures.py"))
+    return lambda body: (tmp_path / "mytask.py").write_text(OWN_TASK.format(body=body), encoding="utf-8")
+
+
+@pytest.mark.parametrize("body, message", FAULTY_TASKS, ids=lambda v: v[-12:])
+def test_error_of_a_faulty_task_names_the_task(body, message, own_task):
+    own_task(body)
+    with raises_user_error(f"^task MyTask{message}"):
+        evaluate_task(mixtures.find_task("MyTask").make(), scripted_engine({}))
+
+
+CONSTRUCTORS = ["pass", "def __init__(self): self.x = 1", "def __init__(self, split): assert split == 'test'"]
+CONSTRUCTORS += ["def __init__(self, *, split='train', n=3): assert split == 'test'"]
+CONSTRUCTORS += ["eval_type = property(lambda self: 'generative')", "def __init__(self, s): assert s == 'test'"]
+
+
+@pytest.mark.parametrize("body", CONSTRUCTORS)
+def test_own_task_is_found_by_the_name_of_its_class(body, own_task):
+    own_task(body)
+    task = mixtures.find_task("MyTask")
+    assert evaluate_task(task.make(seed=0, corpus="pocket"), scripted_engine({"Capital?": [" Paris"]})).accuracy == 1
+
+
+@pytest.mark.parametrize(
+    "prompt, letters",
+    [("Which?\n- x=A\n- y=B\n\nRespond", "AB"), ("Which?\nA. x\n(B) y\nC) z", "ABC"), ("A or B?", "ABCD")],
+)
+def test_letters_of_a_categorical_task_are_those_of_its_prompt(prompt, letters):
+    engine = scripted_engine({})
+    engine.model.script = lambda s: [ord("E"), ord(letters[-1])]
+    score = evaluate_task(ListTask([(prompt, "A")], eval_type="categorical"), engine)
+    assert [record["answers"] for record in score.records] == [[letters[-1]]] and score.accuracy == 0
+
+
 @pytest.mark.parametrize("letters", [None, ["A", "B"]])
 def test_score_on_every_rank_equals_the_score_of_one_process(letters, monkeypatch):
     problems = [(f"question {i}", "AB"[i % 3 > 0]) for i in range(7)]
@@ -220,3 +293,22 @@ def test_script_raises_user_errors(sft_checkpoint, flags, message):
 
     with pytest.raises(UserError, match=message):
         main(["-i", "sft", "--device-type=cpu", *flags])
+
+
+def test_default_source_is_the_first_stage_with_a_checkpoint(empty_base, capsys):
+    chat = ("sft", "rl", "mid", "base")
+
+    def chosen(stages, **flags):
+        args = SimpleNamespace(**{"source": "", "model_tag": None} | flags)
+        choose_source(args, stages)
+        return args.source, capsys.readouterr().err
+
+    assert chosen(chat) == ("sft", "")  # the error of load_model then names the command that makes it
+    for stage, folder in (("base", "base"), ("mid", "mid"), ("rl", "chatrl"), ("sft", "chatsft")):
+        assert chosen(chat[:3])[0] == {"base": "sft", "mid": "sft", "rl": "mid", "sft": "rl"}[stage]
+        checkpoint = empty_base / f"{folder}_checkpoints" / "d1" / "step_000001"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "meta.json").touch()
+        source, printed = chosen(chat)
+        assert source == stage and (f"the {stage} model" in printed) == (stage != "sft")
+    assert chosen(chat, model_tag="d2")[0] == "sft" and chosen(chat, source="mid") == ("mid", "")

@@ -337,7 +337,7 @@ def test_bundle_is_downloaded_once_and_extracted_atomically(base, tmp_path, monk
     complete = (bucket / "eval_bundle.zip").read_bytes()
     for damaged in (complete[: len(complete) // 2], b"", complete.replace(b"{}{}", b"{x{}")):
         (bucket / "eval_bundle.zip").write_bytes(damaged)
-        with pytest.raises(UserError, match="not a complete zip file"):
+        with pytest.raises(UserError, match="not a complete zip file|an empty file"):
             bundle_dir()
         assert not list(base.glob("eval_bundle*[!k]")) and not (base.parent / "evil").exists()
     (bucket / "eval_bundle.zip").write_bytes(complete)

@@ -6,13 +6,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from helpers import CPU
+from helpers import CPU, raises_user_error
 
 from nanochat.common import UserError
 from nanochat.dataloader import (
     Prefetch,
     ShardSource,
     TaskSource,
+    check_lengths,
     conversation_batches,
     eval_batches,
     lane_batches,
@@ -20,7 +21,7 @@ from nanochat.dataloader import (
 )
 from nanochat.dataset import read_row_group, row_groups
 from nanochat.tokenizer import get_tokenizer
-from tasks.common import Task
+from tasks.common import Task, user_and_assistant
 
 T, ROWS = 32, 6
 
@@ -180,6 +181,43 @@ def test_evaluation_batches_are_in_file_order(base):
     assert (inputs, targets) == (stream[: 12 * T], stream[1 : 12 * T + 1])
     for step, (x, _) in enumerate(single):
         assert torch.equal(x, torch.cat([ranks[r][step][0] for r in range(2)]))
+
+
+def test_small_evaluation_data_is_padded_to_one_step(base):
+    tokenizer = get_tokenizer()
+    task = CustomLengths([1])
+    ((x, y),) = eval_batches(TaskSource(task, tokenizer, T, 4), 4, T, 3, CPU)
+    ids, _ = tokenizer.render_conversation(task[0])
+    assert x.shape == y.shape == (4, T) and x.flatten()[: len(ids)].tolist() == ids
+    assert y.flatten().tolist() == ids[1:] + [-1] * (4 * T + 1 - len(ids))
+
+
+class CustomLengths(Task):
+    """Conversations with questions of the given numbers of words, and the answer "x"."""
+
+    def __init__(self, lengths, **fields):
+        self.lengths, self.fields = lengths, fields
+
+    def num_examples(self):
+        return len(self.lengths)
+
+    def get_example(self, i):
+        return user_and_assistant("word " * self.lengths[i], "x") | self.fields
+
+
+def test_share_of_cut_and_untrained_conversations_is_printed(base, capsys):
+    tokenizer = get_tokenizer()
+    check_lengths("training", CustomLengths([1] * 8), tokenizer, 100)
+    assert capsys.readouterr().out == ""
+    check_lengths("training", CustomLengths([1] * 6 + [500] * 2), tokenizer, 100)
+    shares = "25.0% are longer than 100 tokens and are cut; 25.0% have no trained token left"
+    assert capsys.readouterr().out == f"training conversations: {shares}\n"
+    check_lengths("training", CustomLengths([1] * 500 + [500] * 500), tokenizer, 100, use_mask=False, sample=500)
+    assert capsys.readouterr().out == "training conversations: about 50.0% are longer than 100 tokens and are cut\n"
+    weights_0 = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x", "weight": 0}]}
+    for task in (CustomLengths([500] * 3), CustomLengths([1], **weights_0)):
+        with raises_user_error("100.0% have no trained token left: nothing to train on"):
+            check_lengths("training", task, tokenizer, 100)
 
 
 def test_prefetch_reraises_errors_of_its_thread_and_close_ends_it():

@@ -1,5 +1,6 @@
 """All stages on a tiny model, as a user runs them: from text to chat, killed and resumed, on one and two processes."""
 
+import json
 import signal
 import subprocess
 
@@ -10,11 +11,13 @@ from helpers import (
     load_weights,
     logged_metrics,
     python_command,
+    raises_user_error,
     run_python,
     wait_until,
 )
 
 from nanochat.common import UserError
+from tasks.common import user_and_assistant
 
 SIZE = ["--max_seq_len=32", "--device_batch_size=2", "--total_batch_size=256", "--eval_tokens=512", "--device_type=cpu"]
 BASE = ["--depth=1", *SIZE, "--core_metric_every=-1", "--dtype=float32"]
@@ -37,12 +40,25 @@ def test_from_text_to_chat(base, run_main, capsys):
     """All stages, three steps each: chat_cli prints an answer, the report has the sections and scores."""
     train(run_main, "--num_iterations=3", "--sample_every=3")
     run_main("scripts.base_loss", "--device_batch_size=2", "--split_tokens=512", "--device_type=cpu")
-    run_main("scripts.mid_train", *SIZE, "--num_iterations=3")
-    sft = ["--num_iterations=3", "--device_batch_size=2", "--target_examples_per_step=4", "--eval_steps=2"]
+    own, long = base / "own.jsonl", base / "long.jsonl"
+    for path, question in ((own, "Hi"), (long, "word " * 500)):
+        messages = user_and_assistant(question, "x")["messages"]
+        path.write_text("\n".join([json.dumps(messages)] * 3), encoding="utf-8")
+    for module in ("mid_train", "chat_sft"):
+        source = ["--train_on=assistant", *SIZE] if module == "mid_train" else ["--source=base"]
+        with raises_user_error("nothing to train on"):
+            run_main(
+                f"scripts.{module}", *source, f"--conversations={long}", "--conversations_only", "--num_iterations=1"
+            )
+    run_main("scripts.mid_train", *SIZE, "--num_iterations=3", f"--conversations={own}:2", "--conversations_only")
+    sft = [f"--conversations={own}"]
+    sft += ["--num_iterations=3", "--device_batch_size=2", "--target_examples_per_step=4", "--eval_steps=2"]
     run_main("scripts.chat_sft", *sft, "--eval_metrics_max_problems=4")
     for source in ("mid", "sft"):
         run_main("scripts.chat_eval", "-i", source, "-a", "PocketSums|PocketFacts", "-x", 3, "-m", 8)
-    capsys.readouterr()
+    output = capsys.readouterr().out
+    assert f"{own}: 3 conversations x 2 of 6" in output and f"{own}: 3 conversations x 1 of 9,803" in output
+    assert "are longer than 32 tokens and are cut" in output
     run_main("scripts.chat_cli", "-p", "Who are you?", "-m", 8, "-t", 1)
     assert capsys.readouterr().out.strip()
     run_main("nanochat.report", "generate")

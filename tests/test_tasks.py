@@ -1,6 +1,9 @@
 """Tasks: the interface, public data sets, generated tasks, and the user's own conversations."""
 
+import copy
+import gzip
 import json
+import pickle
 import re
 import threading
 from pathlib import Path
@@ -12,11 +15,23 @@ from helpers import MIRROR, QuietHandler, needs_mirror, raises_user_error, serve
 from dev import gen_synthetic_data
 from nanochat.calculator import calculate
 from nanochat.common import UserError
+from nanochat.dclm.tasks import load_tasks
+from nanochat.tokenizer import get_tokenizer
 from tasks import mixtures
 from tasks.arc import ARC
-from tasks.common import PublicTask, Task, TaskMixture, TaskSequence, render_mc
+from tasks.common import (
+    Conversation,
+    Message,
+    PublicTask,
+    Task,
+    TaskMixture,
+    TaskSequence,
+    render_mc,
+    user_and_assistant,
+)
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K, final_number, split_calls
+from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
 from tasks.pocket import PocketChat, PocketFacts, PocketIdentity, PocketStories, PocketSums
 from tasks.smoltalk import SmolTalk
@@ -98,6 +113,35 @@ def test_render_mc_prompt():
     )
     with pytest.raises(ValueError):
         render_mc("Why?", ["A", "B"], ["so"])
+
+
+def test_fingerprint_changes_with_the_content(empty_base, tmp_path, monkeypatch):
+    def own(name, n):
+        return CustomJSON(write(tmp_path / "own.jsonl", named(name, n)))
+
+    few, many = Numbers(3, first=100), Numbers(1000)
+    tasks = [
+        few,
+        many,
+        Numbers(1000, stop=999),
+        Numbers(1000, first=1),
+        TaskMixture([few, many]),
+        TaskMixture([many, few]),
+    ]
+    tasks += [TaskMixture([few, many, few]), TaskSequence([few, many]), own("a", 600), own("b", 600), own("a", 601)]
+    tasks += [PocketSums(split, size, seed) for split, size, seed in (("train", 9, 0), ("test", 9, 0), ("train", 9, 1))]
+    prints = [task.fingerprint() for task in tasks]
+    assert len(set(prints)) == len(prints) and all(re.fullmatch("[0-9a-f]{64}", value) for value in prints)
+    assert TaskMixture([Numbers(3, first=100), Numbers(1000)]).fingerprint() == prints[4]
+    monkeypatch.setattr("nanochat.pocket.world.WORLD_FILE", write(tmp_path / "world.txt", "another world"))
+    assert PocketSums("train", 9).fingerprint() != prints[-3]
+
+
+def test_conversation_and_message_of_the_tutorial():
+    conversation = Conversation([Message(role="user", content="q"), Message(role="assistant", content="a")], level=3)
+    assert conversation["messages"] == user_and_assistant("q", "a")["messages"]
+    assert (conversation.answer, conversation.messages[0].role, conversation.level) == ("a", "user", 3)
+    assert pickle.loads(pickle.dumps(conversation)) == copy.deepcopy(conversation) == conversation
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -208,6 +252,70 @@ def test_failed_download_raises_user_error(empty_base):
     assert not list(empty_base.rglob("*.parquet"))
     with pytest.raises(UserError, match="words_alpha.txt"):
         SpellingBee(size=1, corpus="public")
+
+
+PAGE = "<!DOCTYPE html>\n<html>Log in</html>"
+REFUSED = {
+    PAGE: "a web page",
+    "": "an empty file",
+    "version https://git-lfs.github.com/spec/v1": "Git LFS",
+    "PAR1abc": "no",
+}
+REFUSED |= {'{"error": "Too many requests"}': "too many requests"}
+
+
+class PageHandler(QuietHandler):
+    """Answers every request with the page, as a captive portal does."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(PAGE.encode())
+
+
+@pytest.mark.parametrize("body", REFUSED)
+def test_fetched_parquet_is_checked_before_it_is_kept(body, empty_base, tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_HUB_URL", str(tmp_path / "host"))
+    hosted = tmp_path / "host/openai/gsm8k/resolve/main/main/train-00000-of-00001.parquet"
+    hosted.parent.mkdir(parents=True)
+    hosted.write_text(body, encoding="utf-8")
+    with raises_user_error(f"openai/gsm8k.*{REFUSED[body]}.*nothing was kept"):
+        GSM8K("main", "train")
+    assert not [path for path in empty_base.rglob("*") if path.is_file()]
+
+
+def test_page_of_a_captive_portal_is_refused_for_every_kind_of_file(empty_base, monkeypatch):
+    with serve_http(PageHandler) as server:
+        for host in ("HUB", "BUCKET", "GITHUB"):
+            monkeypatch.setenv(f"NANOCHAT_{host}_URL", server.url)
+        for make in (lambda: HumanEval("basic"), SpellingBee, mixtures.identity_conversations, load_tasks):
+            with raises_user_error("a web page"):
+                make()
+    assert not [path for path in empty_base.rglob("*") if path.is_file() and path.suffix != ".lock"]
+
+
+def test_page_that_an_older_version_kept_is_noticed(empty_base, tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_HUB_URL", str(tmp_path / "host"))
+    write_shards(tmp_path / "host/HuggingFaceTB/smol-smoltalk/resolve/main/data", 1)
+    kept = empty_base / "task_data/HuggingFaceTB/smol-smoltalk/data/train-00000-of-00001.parquet"
+    kept.parent.mkdir(parents=True)
+    for path in (kept, empty_base / "words_alpha.txt", empty_base / "identity_conversations.jsonl"):
+        path.write_text(PAGE, encoding="utf-8")
+    assert len(SmolTalk("train")) == 1
+    with raises_user_error("words_alpha.txt is not a list of English words"):
+        SpellingBee(size=1)
+    with raises_user_error("identity_conversations.jsonl:1: not JSON"):
+        mixtures.identity_conversations()
+
+
+@needs_mirror
+def test_fingerprints_of_public_tasks(mirror):
+    prints = [
+        ARC(*args, **kw).fingerprint()
+        for args in (("ARC-Easy", "test"), ("ARC-Easy", "train"))
+        for kw in ({}, {"stop": 9})
+    ]
+    assert len(set(prints)) == 4 and prints[0] == ARC("ARC-Easy", "test").fingerprint()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,6 +435,7 @@ def test_sizes_of_the_public_mixtures(mirror, monkeypatch):
     assert len(train) == 3571 + 3858 + 7473 + 2 * 300 + 2000 + 80_000 and len(val) == 429 + 5200 + 420
     train, val = mixtures.sft("public")
     assert len(train) == 2251 + 1119 + 7473 + 3571 + 300 + 3 + 300 and len(val) == 429
+    assert mixtures.identity_conversations(public=False) is None  # the public ones do not count as the user's
 
 
 def test_evaluation_tasks_accept_a_seed():
@@ -354,6 +463,85 @@ def test_custom_json_reads_arrays_and_objects(tmp_path):
     assert list(CustomJSON(path)) == [{"messages": CONVERSATION}] * 2
 
 
+def write(path, text):
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    return path
+
+
+def as_sharegpt(**fields):
+    return {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}], **fields}
+
+
+OPENAI = {"messages": CONVERSATION}
+TEXT_PART = [{"type": "text", "text": "Hi"}]
+FORMS = {
+    "array": json.dumps([OPENAI, OPENAI]),
+    "pretty array": json.dumps([OPENAI, OPENAI], indent=2),
+    "array of lists": json.dumps([CONVERSATION, CONVERSATION]),
+    "pretty objects": json.dumps(OPENAI, indent=2) + "\n" + json.dumps(OPENAI, indent=2),
+    "pretty lists": json.dumps(CONVERSATION, indent=1) + "\n" + json.dumps(CONVERSATION, indent=1),
+    "sharegpt": json.dumps(as_sharegpt()) + "\r\n" + json.dumps(as_sharegpt(id=1)) + "\r\n",
+    "sharegpt array": json.dumps([as_sharegpt(), as_sharegpt()]),
+    "bom": "\ufeff" + json.dumps(OPENAI) + "\n" + json.dumps({"messages": CONVERSATION, "tools": []}),
+    "roles": json.dumps([[{"role": "User", "content": TEXT_PART}, CONVERSATION[1]], CONVERSATION]),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_custom_json_reads_the_common_forms(form, tmp_path):
+    assert list(CustomJSON(write(tmp_path / "c.json", FORMS[form]))) == [OPENAI] * 2
+
+
+def test_custom_json_reads_other_encodings_and_parquet(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "c.jsonl").write_bytes(json.dumps(OPENAI).encode("utf-16"))
+    (tmp_path / "c.gz").write_bytes(gzip.compress(json.dumps(OPENAI).encode()))
+    pq.write_table(pa.table({"messages": [CONVERSATION]}), tmp_path / "c.parquet")
+    for name in ("c.jsonl", "c.gz", "c.parquet"):
+        assert list(CustomJSON(filepath=str(tmp_path / name))) == [OPENAI]
+
+
+def test_custom_json_reads_system_messages_weights_and_text_parts(tmp_path):
+    answers = [
+        {"role": "assistant", "content": "No.", "weight": 0},
+        {"role": "assistant", "content": "Yes.", "weight": 1},
+    ]
+    messages = [{"role": "developer", "content": [*TEXT_PART, *TEXT_PART]}, CONVERSATION[0], answers[0]]
+    messages += [{"role": "user", "content": "half \ud83d \u2028"}, answers[1]]
+    text = json.dumps({"messages": messages}) + json.dumps(as_sharegpt(system="Be brief."))
+    first, second = CustomJSON(write(tmp_path / "c.jsonl", text))
+    assert first["messages"] == [
+        {"role": "system", "content": "Hi\n\nHi"},
+        CONVERSATION[0],
+        answers[0],
+        {"role": "user", "content": "half ? \u2028"},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    assert second["messages"] == [{"role": "system", "content": "Be brief."}, *CONVERSATION]
+
+
+def test_custom_json_reads_what_chat_cli_and_the_page_save(tmp_path):
+    parts = [("text", "It is "), ("python", "2+2"), ("python_output", "4"), ("text", "4.")]
+    answer = {"role": "assistant", "content": [{"type": kind, "text": text} for kind, text in parts]}
+    saved = json.dumps({"messages": [CONVERSATION[0], answer]}, indent=2, ensure_ascii=False)
+    step = {"type": "calculator", "expression": "2+2", "result": "4", "position": 6}
+    exported = {"role": "assistant", "content": "It is 4.", "tool_steps": [step]}
+    page = json.dumps({"title": "t", "created": "2026", "messages": [CONVERSATION[0], exported]}, indent=2)
+    for text in (saved, page):
+        assert CustomJSON(write(tmp_path / "c.json", text))[0]["messages"] == [CONVERSATION[0], answer]
+
+
+def test_messages_of_weight_0_are_not_trained_on(base, tmp_path):
+    messages = [CONVERSATION[0], CONVERSATION[1] | {"weight": 0}, CONVERSATION[0], CONVERSATION[1]]
+    (ids, mask), (_, plain) = (
+        get_tokenizer().render_conversation({"messages": m}) for m in (messages, CONVERSATION * 2)
+    )
+    half = len(plain) // 2 + 1
+    assert len(mask) == len(ids) and not any(mask[:half]) and mask[half:] == plain[half:]
+
+
 def test_custom_json_accepts_a_system_message_and_parts(tmp_path):
     path = tmp_path / "conversations.jsonl"
     parts = [{"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}]
@@ -376,13 +564,85 @@ def test_custom_json_accepts_a_system_message_and_parts(tmp_path):
         (json.dumps([{"role": "user", "content": ["Hi"]}, CONVERSATION[1]]), "message 1 .*content"),
         (json.dumps([{"role": "system", "content": "Be brief."}, CONVERSATION[0]]), "at least two messages"),
         ('["a", "b"]', "message 1 .*role"),
+        (json.dumps(CONVERSATION)[:40], "not JSON"),  # a cut line
+        (json.dumps({"instruction": "a", "output": "b"}), "fields instruction, output; readable are .*ShareGPT"),
+        (json.dumps([{"prompt": "a", "chosen": "b", "rejected": "c"}]), "fields prompt, chosen, rejected"),
+        (json.dumps({"messages": [*CONVERSATION, CONVERSATION[0]]}), "message 3, the last one, is the user's"),
+        (json.dumps([CONVERSATION[0], {"role": "assistant", "content": None, "tool_calls": [1]}]), "has tool_calls"),
+        (json.dumps([CONVERSATION[0], CONVERSATION[1] | {"weight": 0.5}]), "weight 0.5"),
+        (json.dumps([CONVERSATION[0], CONVERSATION[1] | {"tool_steps": [{}]}]), "tool_steps"),
+        ("[" * 100_000, "not JSON"),
+        ("prompt,answer", "not JSON"),
+        ("\udce9", "not UTF-8"),
     ],
 )
 def test_custom_json_error_names_the_line(line, message, tmp_path):
     path = tmp_path / "conversations.jsonl"
-    path.write_text(f"{json.dumps(CONVERSATION)}\n{line}\n", encoding="utf-8")
+    path.write_bytes(
+        f"{json.dumps(CONVERSATION)}\n{line}\n{json.dumps(CONVERSATION)}".encode("utf-8", "surrogateescape")
+    )
     with raises_user_error(f"^{re.escape(f'{path}:2: ')}.*{message}"):
         CustomJSON(path)
+
+
+def test_custom_json_error_in_a_pretty_printed_array_names_the_line(tmp_path):
+    for text, line in (
+        (json.dumps([OPENAI, OPENAI], indent=1)[:-30], 22),
+        (json.dumps([OPENAI, CONVERSATION[:1]], indent=1), 14),
+    ):
+        with raises_user_error(f"c.json:{line}: "):
+            CustomJSON(write(tmp_path / "c.json", text))
+
+
+@pytest.mark.parametrize("text", ["", "\n \n"])
+def test_empty_file_raises_user_error(text, tmp_path):
+    with raises_user_error("c.jsonl is empty"):
+        CustomJSON(write(tmp_path / "c.jsonl", text))
+
+
+def named(name, n):
+    """`n` conversations about `name`, as JSON lines."""
+    return "".join(
+        json.dumps([CONVERSATION[0], {"role": "assistant", "content": f"{name} {i}"}]) + "\n" for i in range(n)
+    )
+
+
+def count(task, name):
+    return sum(as_text(c).startswith(f"{name} ") for c in task)
+
+
+def test_conversations_are_added_with_their_weights(empty_base, tmp_path, capsys, monkeypatch):
+    mixture = TaskMixture([CustomJSON(write(tmp_path / "m.jsonl", named("m", 30)))])
+    monkeypatch.setattr(mixtures, "sft", lambda corpus: (mixture, mixture))
+    one, two = write(tmp_path / "one.jsonl", named("one", 20)), write(tmp_path / "two:2", named("two", 20))
+    train, val = mixtures.training_tasks("sft", "pocket", [f"{one}:2.25", str(two)])
+    assert (count(train, "one"), count(train, "two"), count(train, "m"), len(train)) == (45, 20, 30, 95)
+    assert val is mixture and len(val) == 30
+    assert f"{one}: 20 conversations x 2.25 of 95" in capsys.readouterr().out
+    assert count(mixtures.training_tasks("sft", "pocket", [f"{one}*.01"])[0], "one") == 1
+    for flag, message in ((f"{one}:0", "weight"), (f"{one}:-1", "weight"), (f"{one}:x", "one.jsonl:x")):
+        with raises_user_error(message):
+            mixtures.training_tasks("sft", "pocket", [flag])
+
+
+def test_training_on_own_conversations_only(empty_base, tmp_path):
+    few, many = write(tmp_path / "few.jsonl", named("few", 20)), write(tmp_path / "many.jsonl", named("many", 200))
+    train, val = mixtures.training_tasks("mid", "public", [f"{few}:2", str(many)], only=True)
+    assert (len(train), len(val)) == (2 * 20 + 190, 20 + 10)
+    assert count(train, "many") == 190 and not {as_text(c) for c in val if "many" in as_text(c)} & set(
+        map(as_text, train)
+    )
+    with raises_user_error("needs --conversations"):
+        mixtures.training_tasks("mid", "public", only=True)
+
+
+@pytest.mark.parametrize("stage", ["mid", "sft"])
+def test_identity_file_replaces_what_the_pocket_mixture_says_of_the_model(empty_base, stage):
+    write(empty_base / "identity_conversations.jsonl", named("Ada", 60))
+    train, val = mixtures.training_tasks(stage, "pocket")
+    persona = [task for task in train.tasks if as_text(task[0]).startswith("Ada")]
+    assert sum(map(len, persona)) == 2 * mixtures.POCKET_ROWS[PocketIdentity][stage]
+    assert not any("nanochat" in str(task[i]).lower() for task in (train, val) for i in range(0, len(task), 40))
 
 
 def test_custom_json_error_for_a_missing_file_names_the_command(tmp_path):
