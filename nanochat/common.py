@@ -149,7 +149,7 @@ def print0(*args, **kwargs):
         print(*args, **kwargs, flush=True)
 
 
-def autodetect_device_type(device_type=""):
+def choose_device(device_type=""):
     """`device_type`, or if empty the first available of cuda, mps, cpu. Raises UserError if it is not available."""
     import torch
 
@@ -161,6 +161,9 @@ def autodetect_device_type(device_type=""):
             f"--device_type={device_type}: not available on this machine; leave the flag out to detect a device"
         )
     return device_type or next(d for d, usable in available.items() if usable)
+
+
+autodetect_device_type = choose_device  # the reference's name
 
 
 def choose_dtype(device_type, dtype=""):
@@ -185,7 +188,7 @@ def compute_init(device_type="", dtype="", seed=42):
     """Seed torch, choose device and dtype, and under torchrun join the process group (NCCL on CUDA, else gloo)."""
     import torch
 
-    device_type = autodetect_device_type(device_type)
+    device_type = choose_device(device_type)
     rank, local_rank, world_size = dist_env()
     torch.manual_seed(seed)
     if device_type == "cuda":

@@ -21,6 +21,7 @@ from pathlib import Path
 from nanochat import cli
 from nanochat.common import UserError, atomic_path, base_dir, file_fingerprint, print0
 
+OWN_FILES = "own files"  # kind of a set
 COMMAND = "python -m nanochat.dataset"
 REPEAT_HINT = f"run `{COMMAND}` with the same flags again"
 
@@ -83,7 +84,7 @@ def read_column(path, index):
     from nanochat.ingest.columns import to_strings
 
     with _damage_as_user_error(path):
-        return to_strings(_open(path).read_row_group(index, columns=["text"]).column(0))
+        return to_strings(_open(path).read_row_group(index, columns=["text"]).column(0), path)
 
 
 def read_row_group(path, index):
@@ -127,10 +128,10 @@ def _read_manifest(folder):
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         return {key: manifest[key] for key in ("kind", "settings", "shards")} | {"sources": manifest.get("sources", {})}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} is damaged ({e!r}); delete it to read all parquet files of the folder") from e
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path} is unreadable ({e!r}); delete it to read all parquet files of the folder") from e
 
 
 def _write_manifest(folder, kind, settings, shards, sources=None):
@@ -185,7 +186,7 @@ def _first(names):
 
 
 def _describe(kind, settings, sources, **_):
-    return f"{kind} {settings}" + (f" from {_first(list(sources))}" if sources else "")
+    return f"{kind} {settings}" + (f" from {_first(list(sources))}" if sources and kind == OWN_FILES else "")
 
 
 def _start_set(folder, kind, settings):
@@ -252,11 +253,10 @@ def write_files(folder, paths, val_share, seed, overwrite=False, text_column="te
         raise UserError(f"--val_share={val_share}: expected a share between 0 and 1, such as 0.01")
     files = source_files(paths, exclude=folder.resolve())
     settings = {"val_share": val_share, "seed": seed, "text_column": text_column}
-    sources = {
-        str(path): file_fingerprint(path) for path in files
-    }  # before they are read: an edit meanwhile is noticed
+    # Before reading: if a file changes meanwhile, the next run notices it.
+    sources = {str(path): file_fingerprint(path) for path in files}
     documents = labeled_documents(files, val_share, seed, text_column)
-    write_set(folder, "own files", settings, documents, overwrite, sources=sources)
+    write_set(folder, OWN_FILES, settings, documents, overwrite, sources=sources)
 
 
 def download(folder, num_files=-1, num_workers=4, overwrite=False):
@@ -302,7 +302,7 @@ def build_parser():
     add_mode("--pocket", **flag, help="generate the pocket corpus instead")
     add("--chars", type=int, default=30_000_000, help="--pocket: characters of training text")
     add_mode("--from_files", type=cli.path, nargs="+", metavar="PATH", help="read these files and folders instead")
-    add("--val_share", type=float, default=0.01, help="--from_files: share of the documents for validation, 0 to 1")
+    add("--val_share", type=float, default=0.01, help="share of documents for validation (at most 5%% of the text)")
     add("--text_column", default="text", help="--from_files: field of jsonl, column of parquet that holds the text")
     add("--seed", type=int, default=42, help="seed of the pocket corpus and of the order of documents")
     add("--data_dir", type=cli.path, help="folder of the shards (default: base_data in NANOCHAT_BASE_DIR)")
@@ -329,13 +329,15 @@ def _lock(folder):
     """Context manager of the folder's lock: two concurrent downloads would append to the same partial file."""
     import filelock
 
-    folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         return lock.acquire(timeout=0)
     except filelock.Timeout:
         print0(f"waiting for another `{COMMAND}` to finish with {folder}")
         return lock.acquire()
+    except OSError as e:
+        raise UserError(f"cannot write to {folder} ({e.strerror}); choose another --data_dir") from e
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from nanochat.cli import add_checkpoint_flags, make_parser, parse_args, path, run_script
-from nanochat.common import atomic_path, autodetect_device_type, base_dir, compute_init, print0, require, write_jsonl
+from nanochat.common import atomic_path, base_dir, choose_device, compute_init, print0, require, write_jsonl
 from nanochat.tracking import progress_printer
 
 
@@ -54,7 +54,7 @@ def main(argv=None):
 
     # Machine and model
     # float32 on a CPU, as in the reference, even if bfloat16 is faster: rounding can change which option is chosen.
-    default_dtype = "" if autodetect_device_type(args.device_type) == "cuda" else "float32"
+    default_dtype = "" if choose_device(args.device_type) == "cuda" else "float32"
     compute = compute_init(args.device_type, args.dtype or default_dtype)
     if args.hf_path is None:
         model, tokenizer, meta = load_model("base", compute, "eval", args.model_tag, args.step, quantize=args.quantize)

@@ -1,10 +1,16 @@
 """Shards: downloads from an unreliable host, the user's own files, the pocket corpus, and errors of readers."""
 
+import codecs
+import gzip
 import hashlib
 import http.server
+import importlib
 import json
+import os
 import random
+import shutil
 import subprocess
+from pathlib import Path
 
 import filelock
 import pyarrow as pa
@@ -23,10 +29,10 @@ from helpers import (
     serve_http,
 )
 
-from nanochat import dataset
+from nanochat import cli, dataset
 from nanochat.common import UserError
 from nanochat.ingest import download, shards
-from nanochat.ingest.documents import read_documents, text_documents
+from nanochat.ingest.documents import MIN_VAL_DOCS, labeled_documents, text_documents
 
 
 @pytest.fixture(autouse=True)
@@ -245,15 +251,253 @@ def test_own_files_of_every_format_become_shards(tmp_path):
     assert (second / "shard_00000.parquet").read_bytes() == dataset.shard_files("train")[0].read_bytes()
 
 
-def test_small_corpus_has_a_minimum_of_validation_documents(tmp_path):
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in make_documents(40)))
-    dataset.main(["--from-files", str(tmp_path / "a.jsonl")])
-    assert len(all_documents("val")) == shards.MIN_VAL_DOCS and len(all_documents("train")) == 32
-    (tmp_path / "one.txt").write_text("one document")
-    with pytest.raises(UserError, match="too little text"):
-        dataset.main(["--from-files", str(tmp_path / "one.txt"), "--overwrite"])
-    with pytest.raises(UserError, match="no finished shards"):
+def write_jsonl(path, texts, field="text"):
+    path.write_text("".join(json.dumps({field: text}) + "\n" for text in texts))
+    return path
+
+
+def split_of_files(*paths, val_share=0.01):
+    """(training documents, validation documents) of own files."""
+    labeled = list(labeled_documents(paths, val_share, seed=42))
+    return tuple([text for is_val, text in labeled if is_val == split] for split in (False, True))
+
+
+def test_validation_of_a_small_corpus_has_a_minimum_of_documents_within_5_percent(tmp_path):
+    for count, val_count in ((400, MIN_VAL_DOCS), (40, 2), (19, 1), (2, 1)):
+        documents = make_documents(count)
+        train, val = split_of_files(write_jsonl(tmp_path / "a.jsonl", documents))
+        assert sorted(train + val) == sorted(documents) and len(val) == val_count
+        assert val_count == 1 or sum(map(len, val)) <= 0.05 * sum(map(len, documents))
+
+
+def test_validation_of_a_book_is_at_most_5_percent_and_is_printed(tmp_path, capsys):
+    paragraphs = "\n\n".join(make_documents(2000))
+    (tmp_path / "book.txt").write_text(paragraphs)
+    dataset.main(["--from-files", str(tmp_path / "book.txt")])
+    n_train, n_val = (sum(map(len, all_documents(split))) for split in ("train", "val"))
+    assert n_train + n_val == len(paragraphs) and 0 < n_val <= 0.05 * len(paragraphs)
+    (document,) = all_documents("val")
+    share = 100 * n_val / len(paragraphs)
+    assert f"validation: 1 document, {n_val:,} characters ({share:.1f} %)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("val_share", [0.01, 0.4])
+def test_equal_documents_are_in_one_split(tmp_path, val_share):
+    """Also where the minimum chooses the validation documents, and where only white space at the ends differs."""
+    documents = make_documents(12)
+    files = [write_jsonl(tmp_path / "a.jsonl", documents * 2)]
+    files.append(write_jsonl(tmp_path / "b.jsonl", [f"{document}\n" for document in documents]))
+    for number, document in enumerate(documents):
+        files.append(tmp_path / f"{number}.txt")
+        files[-1].write_text(document)
+    train, val = split_of_files(*files, val_share=val_share)
+    assert len(train + val) == 48 and len(val) == (4 if val_share == 0.01 else 16)
+    assert not {text.strip() for text in train} & {text.strip() for text in val}
+    reverse = split_of_files(*files[::-1], val_share=val_share)
+    assert [sorted(texts) for texts in reverse] == [sorted(train), sorted(val)]
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [([], "no text;"), (["a"], "one document only;"), (["a", " a", "a\n"], "all 3 documents are equal;")],
+)
+def test_too_little_text_is_an_error_that_says_why(tmp_path, lines, message):
+    with raises_user_error(message):
+        dataset.main(["--from-files", str(write_jsonl(tmp_path / "a.jsonl", lines)), "--overwrite"])
+    with pytest.raises(UserError, match="no shards"):
         dataset.list_parquet_files()
+
+
+def test_hidden_files_are_skipped_and_other_files_are_counted(tmp_path, capsys):
+    source = tmp_path / "own"
+    for name in ("a.txt", "sub/b.md", "sub/.hidden.txt", "._a.txt", ".ipynb_checkpoints/a.txt", "__MACOSX/a.txt"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(f"text of {name}")
+    for name in ("1.json", "2.JSON", "3.json", "table.csv", "archive.tar.gz", "LICENSE", "sub/.hidden.json"):
+        (source / name).write_text("not read")
+    (source / "again.txt").symlink_to(source / "a.txt")
+    (source / "up").symlink_to(source)
+    os.mkfifo(source / "pipe.txt")
+    dataset.main(["--from-files", str(source), str(source / "sub"), str(source / "a.txt")])
+    assert sorted(all_documents("train") + all_documents("val")) == ["text of a.txt", "text of sub/b.md"]
+    line = "left out: 3 .json, 1 linked folder, 1 without a suffix, 1 .tar.gz, 1 broken link or device, 1 .csv"
+    (printed,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out: ")]
+    assert sorted(printed.removeprefix("left out: ").split(", ")) == sorted(line.removeprefix("left out: ").split(", "))
+    named = ["--from-files", str(source / "sub" / ".hidden.txt"), str(source / "a.txt"), "--overwrite"]
+    dataset.main(named)  # a hidden file that is named is read
+    assert len(all_documents("train") + all_documents("val")) == 2
+    for name in ("a.txt", "again.txt", "pipe.txt", "sub/b.md"):
+        (source / name).unlink()
+    with raises_user_error("no txt, md, jsonl or parquet file at .*own; found only 3 .json, .*1 .csv"):
+        dataset.main(["--from-files", str(source)])
+
+
+def zstd(data):
+    return pa.compress(data, codec="zstd", asbytes=True)
+
+
+@pytest.mark.parametrize("compress, suffix", [(gzip.compress, ".gz"), (zstd, ".zst")])
+def test_compressed_files_are_read(tmp_path, compress, suffix):
+    documents = make_documents(100)
+    plain = write_jsonl(tmp_path / "a.jsonl", documents)
+    packed = tmp_path / f"a.jsonl{suffix.upper()}"
+    packed.write_bytes(compress(plain.read_bytes()))
+    assert split_of_files(packed) == split_of_files(plain)
+    pq.write_table(pa.table({"text": documents}), tmp_path / "b.parquet")
+    (tmp_path / f"b.parquet{suffix}").write_bytes(compress((tmp_path / "b.parquet").read_bytes()))
+    assert split_of_files(tmp_path / f"b.parquet{suffix}") == split_of_files(plain)
+    packed.write_bytes(packed.read_bytes()[:-20])
+    with raises_user_error(f"a.jsonl{suffix.upper()} cannot be read as jsonl"):
+        split_of_files(packed)
+
+
+@pytest.mark.parametrize("encoding, mark", [("utf-16-le", codecs.BOM_UTF16_LE), ("utf-16-be", codecs.BOM_UTF16_BE)])
+def test_utf16_with_a_byte_order_mark_is_read(tmp_path, encoding, mark):
+    (tmp_path / "a.txt").write_bytes(mark + "Grüße\r\n“quoted” 🙂\n".encode(encoding))
+    assert list(text_documents(tmp_path / "a.txt")) == ["Grüße\n“quoted” 🙂\n"]
+
+
+TEXT_TYPES = [pa.large_string(), pa.string_view(), pa.binary(), pa.binary_view()]
+TEXT_TYPES.append(pa.dictionary(pa.int32(), pa.string()))
+
+
+@pytest.mark.parametrize("text_type", TEXT_TYPES, ids=str)
+def test_every_text_type_is_read_from_own_files_and_as_shards(tmp_path, data_dir, text_type):
+    texts = [*make_documents(30), "Grüße", None]
+    column = pa.array(texts)
+    column = column.dictionary_encode() if pa.types.is_dictionary(text_type) else column.cast(text_type)
+    pq.write_table(pa.table({"text": column, "n": range(32)}), tmp_path / "a.parquet")
+    assert sorted(sum(split_of_files(tmp_path / "a.parquet"), [])) == sorted(texts[:-1])
+    assert dataset.read_row_group(tmp_path / "a.parquet", 0) == [*texts[:-1], ""]
+    assert str(dataset.read_column(tmp_path / "a.parquet", 0).type) in ("string", "large_string")
+
+
+@pytest.mark.parametrize(
+    "column, message",
+    [
+        (pa.array([1, 2]), "column `text` has the type int64, expected text"),
+        (pa.array([["a"], ["b"]]), r"has the type list<.*>, expected text"),
+        (pa.array([{"a": "b"}]), r"has the type struct<.*>, expected text"),
+        (pa.array([b"fine", b"caf\xe9"]), r"is not UTF-8: b'caf\\xe9'"),
+    ],
+)
+def test_other_columns_are_an_error_in_own_files_and_in_shards(tmp_path, column, message):
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    with raises_user_error(message):
+        split_of_files(tmp_path / "a.parquet")
+    with raises_user_error(message):
+        dataset.read_row_group(tmp_path / "a.parquet", 0)
+
+
+def test_text_column_selects_another_field(tmp_path):
+    documents = make_documents(30)
+    files = [write_jsonl(tmp_path / "a.jsonl", [*documents[:15], None], field="body"), tmp_path / "b.parquet"]
+    pq.write_table(pa.table({"title": documents, "body": [*documents[15:], *[None] * 15]}), files[1])
+    for path, fields in zip(files, ("body", "title, body"), strict=True):
+        with raises_user_error(rf"{path.name}.* {fields}; .*--text_column"):
+            dataset.main(["--from-files", str(path)])
+    dataset.main(["--from-files", *map(str, files), "--text-column=body"])
+    assert sorted(all_documents("train") + all_documents("val")) == sorted(documents)
+
+
+def test_changed_sources_are_written_anew(tmp_path, data_dir, capsys):
+    def run(*paths, flags=()):
+        dataset.main(["--from-files", *map(str, paths), *flags])
+        return capsys.readouterr().out, sorted(all_documents("train") + all_documents("val"))
+
+    a = write_jsonl(tmp_path / "a.jsonl", make_documents(30))
+    assert len(run(a)[1]) == 30
+    os.utime(a, (0, 0))
+    assert "already holds own files" in run(a)[0]
+    a.write_text(a.read_text().replace("cat", "CAT"))  # same size
+    os.utime(a, (0, 0))
+    printed, texts = run(a)
+    assert "a.jsonl has changed: writing the set anew" in printed and "CAT" in "".join(texts)
+    b = write_jsonl(tmp_path / "b.jsonl", ["one more"])
+    printed, texts = run(a, b)
+    assert "b.jsonl is new" in printed and len(texts) == 31
+    with raises_user_error("holds own files .* from .*a.jsonl, .*b.jsonl, not .*--overwrite"):
+        run(b)
+    with raises_user_error("holds own files .*'seed': 42.*'seed': 1"):
+        run(a, b, flags=["--seed=1"])
+    b.unlink()
+    assert "b.jsonl is gone" in run(a)[0]
+    moved = a.rename(tmp_path / "moved.jsonl")
+    assert "already holds own files" in run(moved)[0]  # content decides
+    before = {path: path.read_bytes() for path in dataset.list_parquet_files()}
+    moved.rename(a).write_text("damaged")
+    with raises_user_error("a.jsonl:1"):
+        run(a)
+    assert {path: path.read_bytes() for path in dataset.list_parquet_files()} == before
+    with raises_user_error("no txt, md, jsonl or parquet"):  # the shards themselves are no sources
+        run(data_dir)
+
+
+@pytest.mark.parametrize("kind", ["--pocket", "--from-files"])
+def test_set_of_an_older_version_is_written_anew(tmp_path, data_dir, capsys, kind):
+    source = write_jsonl(tmp_path / "a.jsonl", make_documents(30))
+    command = ["--pocket", "--chars=20000"] if kind == "--pocket" else ["--from-files", str(source)]
+    dataset.main(command)
+    files = [path.read_bytes() for path in dataset.list_parquet_files()]
+    manifest = json.loads((data_dir / "manifest.json").read_text())
+    sources = manifest.pop("sources")
+    if kind == "--from-files":
+        manifest["settings"] = {"files": 1, "bytes": sources[str(source)]["bytes"], "val_share": 0.01, "seed": 42}
+    (data_dir / "manifest.json").write_text(json.dumps(manifest))
+    dataset.main(command)
+    assert "the content of the sources was not recorded: writing the set anew" in capsys.readouterr().out
+    assert [path.read_bytes() for path in dataset.list_parquet_files()] == files
+    dataset.main(command)
+    assert "already holds" in capsys.readouterr().out
+
+
+def test_edited_pocket_world_is_written_anew(monkeypatch, capsys):
+    dataset.main(["--pocket", "--chars=20000"])
+    original = dataset.file_fingerprint
+    edited = {"bytes": 1, "sha256": "that of an edited file"}
+    monkeypatch.setattr(
+        dataset, "file_fingerprint", lambda path: edited if path.name == "pocket_world.txt" else original(path)
+    )
+    dataset.main(["--pocket", "--chars=20000"])
+    assert "pocket_world.txt has changed: writing the set anew" in capsys.readouterr().out
+
+
+def test_data_dir_that_is_a_file_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with raises_user_error("cannot write to .*file .*choose another --data_dir"):
+        dataset.main(["--pocket", f"--data_dir={tmp_path / 'file'}"])
+    with raises_user_error("no shards in .*file"):
+        dataset.list_parquet_files(tmp_path / "file")
+
+
+def test_fingerprint_depends_on_content_only(tmp_path, data_dir):
+    prints = set()
+    for seed in (0, 1):
+        source = write_jsonl(tmp_path / f"{seed}.jsonl", make_documents(30, seed))
+        dataset.main(["--from-files", str(source), "--overwrite"])
+        copy = shutil.copytree(data_dir, tmp_path / f"copy{seed}")
+        assert dataset.fingerprint(copy) == dataset.fingerprint()
+        (copy / "manifest.json").unlink()
+        (copy / "._shard_00000.parquet").write_bytes(b"Mac OS X")  # hidden, in a folder without a manifest
+        assert dataset.fingerprint(copy) == dataset.fingerprint(copy) and len(dataset.list_parquet_files(copy)) == 2
+        prints |= {dataset.fingerprint(), dataset.fingerprint(copy)}
+    assert len(prints) == 4
+
+
+PATH_FLAGS = [
+    *(("nanochat.dataset", "data_dir"), ("scripts.tok_train", "data_dir"), ("scripts.tok_eval", "data_dir")),
+    *(("scripts.base_train", "data_dir"), ("scripts.base_loss", "data_dir"), ("scripts.base_eval", "save_samples")),
+    *(("scripts.base_eval", "hf_path"), ("scripts.chat_eval", "save_samples"), ("dev.gen_synthetic_data", "persona")),
+    *(("dev.gen_synthetic_data", "out"),),
+]
+
+
+@pytest.mark.parametrize("module, flag", PATH_FLAGS)
+def test_flags_with_a_path_expand_the_home_folder(module, flag):
+    """The shell leaves the ~ of --flag=~/x as it is."""
+    parser, required = importlib.import_module(module).build_parser(), ["-i", "sft"] if "chat_eval" in module else []
+    args = cli.parse_args(parser, [*required, f"--{flag}=~/x"])
+    assert getattr(args, flag) == str(Path.home() / "x")
 
 
 @pytest.mark.parametrize("unit", ["word ", "a line\n", "a paragraph\n\n", "öä"])
@@ -274,7 +518,11 @@ def test_long_text_is_split_into_documents_without_loss(tmp_path, unit):
         ("a.jsonl", b'{"text": "fine"}\n[1]\n', "a.jsonl:2"),
         ("a.jsonl", b'{"messages": []}\n', "a.jsonl:1"),
         ("a.jsonl", b'{"text": 7}\n', "a.jsonl:1"),
-        ("a.txt", b"caf\xe9", "cannot be read as txt .*utf-8"),
+        ("a.txt", b"caf\xe9", "a.txt:1: the byte 0xe9 is not UTF-8; .*iconv -f"),
+        ("a.txt", b"a\n" * 9000 + b"caf\xe9", "a.txt:9001: "),
+        ("a.jsonl", b'{"text": "caf\xe9"}\n', "a.jsonl:1: the byte 0xe9"),
+        ("a.txt", "no mark".encode("utf-16-le"), "a.txt:1: many NUL bytes; .*iconv -f utf-16"),
+        ("a.jsonl", b"[" * 200_000, "a.jsonl:1: expected a JSON object"),
         ("a.parquet", b"PAR1 no", "cannot be read as parquet"),
         ("a.docx", b"", "no txt, md, jsonl or parquet"),
     ],
@@ -284,12 +532,6 @@ def test_error_names_the_unreadable_file(tmp_path, data_dir, name, content, mess
     with raises_user_error(message):
         dataset.main(["--from-files", str(tmp_path / name)])
     assert not list(data_dir.glob("*.parquet"))
-
-
-def test_error_for_a_parquet_file_without_text_column_lists_its_columns(tmp_path):
-    pq.write_table(pa.table({"content": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match="no column `text`, only content"):
-        list(read_documents(tmp_path / "a.parquet"))
 
 
 def test_other_shards_are_replaced_only_with_overwrite(host, data_dir, tmp_path):
@@ -317,8 +559,7 @@ def test_interrupted_write_is_not_readable(data_dir):
     arguments = dict(kind="own files", settings={"seed": 1}, shard_chars=1000)
     with pytest.raises(KeyboardInterrupt):
         dataset.write_set(data_dir, documents=interrupted_documents(), **arguments)
-    assert len(list(data_dir.glob("*.parquet"))) == 2
-    with pytest.raises(UserError, match="no finished shards"):
+    with pytest.raises(UserError, match="no shards"):
         dataset.list_parquet_files()
     documents = [(number % 50 == 0, text) for number, text in enumerate(make_documents(1500))]
     dataset.write_set(data_dir, documents=documents, **arguments)

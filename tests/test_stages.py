@@ -190,6 +190,17 @@ def test_error_of_a_missing_artifact_names_the_command_that_makes_it(base, run_m
         train(run_main)
 
 
+def test_data_dir_selects_the_shards_and_the_corpus(base, run_main, capsys):
+    elsewhere = (base / "base_data").rename(base / "elsewhere")
+    train(run_main, "--num_iterations=1", f"--data_dir={elsewhere}")
+    run_main("scripts.base_loss", "--device_batch_size=2", "--split_tokens=64", f"--data_dir={elsewhere}")
+    assert "val bpb" in capsys.readouterr().out
+    meta = json.loads((base / "base_checkpoints" / "d1" / "step_000001" / "meta.json").read_text())
+    assert meta["corpus"] == "pocket"
+    with pytest.raises(UserError, match="no shards in"):
+        run_main("scripts.base_loss", "--device_batch_size=2", "--split_tokens=64")
+
+
 def test_flags_accept_dashes_and_underscores(base, run_main):
     flags = [f.replace("_", "-") for f in [*BASE, "--num_iterations=1"]]
     run_main("scripts.base_train", *flags)

@@ -329,6 +329,19 @@ def test_tok_train_and_tok_eval_write_tokenizer_and_report(shards, capsys, monke
     assert "| news | 579 |" in capsys.readouterr().out
 
 
+def test_data_dir_is_another_folder_of_shards(shards, tmp_path, capsys):
+    """A folder without a manifest, with a hidden file and with text as bytes."""
+    folder = (shards / "base_data").rename(tmp_path / "shards")
+    table = pa.table({"text": [text.encode() for text in TEXTS]})
+    pq.write_table(table, folder / "shard_00001.parquet")
+    (folder / "._shard_00003.parquet").write_bytes(b"Mac OS X")
+    tok_train.main(["--vocab_size=300", f"--data_dir={folder}"])
+    tok_eval.main([f"--data-dir={folder}"])
+    assert "| train |" in (out := capsys.readouterr().out) and "| val |" in out
+    with pytest.raises(UserError, match="no shards in"):
+        tok_train.main(["--vocab_size=300"])
+
+
 def test_tok_train_reads_the_training_split_up_to_max_chars(shards):
     def read_texts(max_chars, doc_cap):
         return [text for array in tok_train.read_texts(max_chars, doc_cap, totals) for text in array.to_pylist()]

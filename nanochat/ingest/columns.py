@@ -22,10 +22,14 @@ def open_parquet(path, column="text", source=None):
     return file
 
 
-def to_strings(column):
-    """A pyarrow array of one of TEXT_TYPES as an array of strings. Raises ValueError for bytes that are not UTF-8."""
+def to_strings(column, path):
+    """A pyarrow array of one of TEXT_TYPES as an array of strings. Raises UserError for bytes that are not UTF-8."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    return column if column.type == pa.string() else column.cast(pa.large_string())
+    try:
+        return column if column.type == pa.string() else column.cast(pa.large_string())
+    except pa.ArrowInvalid as e:
+        text = next(text for text in column.to_pylist() if text and "\ufffd" in text.decode(errors="replace"))
+        raise UserError(f"{path} has text that is not UTF-8: {text[:40]}; decode it before writing parquet") from e

@@ -43,9 +43,10 @@ def source_files(paths, exclude):
             if exclude in real.parents:
                 continue
             if _kind(candidate)[0] and real.is_file():
+                require(os.access(real, os.R_OK), f"--from_files: no permission to read {candidate}")
                 found.setdefault(real, candidate.absolute())
             else:
-                others[_suffix(candidate) if real.is_file() else "broken link or device"] += 1
+                others[_description(candidate)] += 1
         reason = f"; found only {_listing(others)}" if others else ""
         require(found, f"--from_files: no txt, md, jsonl or parquet file at {path}{reason}")
         files = found | files
@@ -56,23 +57,19 @@ def source_files(paths, exclude):
 
 
 def _walk(folder):
-    """Paths of all files in `folder` and its subfolders, but for hidden ones. Follows links, into each folder once."""
+    """Paths of all files in `folder` and its subfolders, and of links to folders, but for what is hidden."""
 
     def fail(error):
         raise UserError(f"--from_files: cannot read {error.filename} ({error.strerror})") from error
 
-    seen = set()
-    for parent, folders, names in os.walk(folder, followlinks=True, onerror=fail):
-        if (real := os.path.realpath(parent)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not _is_hidden(name))
-        yield from (Path(parent, name) for name in names if not _is_hidden(name))
+    for parent, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = filter(_is_visible, folders)
+        links = (name for name in folders if os.path.islink(os.path.join(parent, name)))
+        yield from (Path(parent, name) for name in (*links, *filter(_is_visible, names)))
 
 
-def _is_hidden(name):
-    return name.startswith(".") or name == "__MACOSX"  # what macOS adds to zip archives
+def _is_visible(name):
+    return not name.startswith(".") and name != "__MACOSX"  # macOS adds this folder to zip archives
 
 
 def _kind(path):
@@ -82,8 +79,10 @@ def _kind(path):
     return suffix[1:] if suffix in (".txt", ".md", ".jsonl", ".parquet") else None, compression
 
 
-def _suffix(path):
-    """The suffix of a file in lower case, with that of its content for a compressed file."""
+def _description(path):
+    """For the list of what is left out: the suffix in lower case; both suffixes of a compressed file."""
+    if not path.is_file():
+        return "linked folder" if path.is_dir() else "broken link or device"
     return "".join(path.suffixes[-2 if _kind(path)[1] else -1 :]).lower() or "without a suffix"
 
 
@@ -100,11 +99,12 @@ def labeled_documents(files, val_share, seed, column="text"):
     """
     Yield (is_validation, text) for every document of `files`.
 
-    A hash of the text chooses, in any order of the documents: a share `val_share` of them, at least MIN_VAL_DOCS,
-    and of these as many as are within MAX_VAL_SHARE of all characters, at least one. Equal documents are in one split.
-    Keeps the candidates in memory. Raises UserError if there are no two different documents.
+    Validation is a share `val_share` of the documents, at least MIN_VAL_DOCS, but at most MAX_VAL_SHARE (`val_share`
+    if larger) of all characters, and at least one document. A hash of the text chooses, so the order of the documents
+    has no influence, and equal documents are in one split. Keeps all candidates in memory. Raises UserError if there
+    are no two different documents.
     """
-    # {hash: equal documents}: those that `val_share` chooses, and the next ones in case that these are too few.
+    # {hash: equal documents}. Chosen: hashes in the first `val_share` of their range. Reserve: the next MIN_VAL_DOCS.
     chosen, reserve = {}, {}
     count = chars = 0
     for text in (text for path in files for text in read_documents(path, column)):
@@ -115,8 +115,9 @@ def labeled_documents(files, val_share, seed, column="text"):
         if len(reserve) > MIN_VAL_DOCS:
             yield from ((False, text) for text in reserve.pop(max(reserve)))
     groups = dict(sorted((chosen | reserve).items()))
-    reason = f"{count} document{'s that are all equal' if count > 1 else ''}" if count else "no text"
-    require(len(groups) > 1, f"{reason} in these files; training and validation need at least one document each")
+    if len(groups) < 2:
+        reason = (f"all {count} documents are equal" if count > 1 else "one document only") if count else "no text"
+        raise UserError(f"{reason}; training and validation need at least one document each: add more text")
     sizes = {digest: sum(map(len, texts)) for digest, texts in groups.items()}
     val, left = set(), chars * max(val_share, MAX_VAL_SHARE)
     for digest, size in sizes.items():
@@ -135,10 +136,8 @@ def read_documents(path, column="text"):
     """Yield the non-blank documents of one file without loading it whole. Raises UserError if it is unreadable."""
     kind = _kind(path)[0]
     try:
-        if kind == "parquet":
-            documents = parquet_documents(path, column)
-        else:
-            documents = json_documents(path, column) if kind == "jsonl" else text_documents(path)
+        read = {"parquet": parquet_documents, "jsonl": json_documents}.get(kind)
+        documents = read(path, column) if read else text_documents(path)
         yield from (text for text in documents if text and text.strip())
     except UserError:
         raise
@@ -150,7 +149,8 @@ def _open(path):
     """Binary file with the decompressed content of `path`."""
     import pyarrow as pa
 
-    return pa.input_stream(str(path), compression=_kind(path)[1])
+    file, compression = open(path, "rb"), _kind(path)[1]
+    return pa.CompressedInputStream(file, compression) if compression else file
 
 
 def read_lines(path, size=-1):
@@ -163,8 +163,8 @@ def read_lines(path, size=-1):
     file, number = io.TextIOWrapper(_open(path), encoding, errors="surrogateescape"), 1
     while line := file.readline(size):
         if byte := UNDECODABLE.search(line):
-            hint = ICONV.format("cp1252")
-            raise UserError(f"{path}:{number}: the byte 0x{ord(byte[0]) - 0xDC00:x} is not UTF-8; {hint}")
+            place = f"{path}:{number}: the byte 0x{ord(byte[0]) - 0xDC00:x}"
+            raise UserError(f"{place} is not UTF-8; {ICONV.format('cp1252')}")
         if line.count("\0") > len(line) // 10:
             raise UserError(f"{path}:{number}: many NUL bytes; {ICONV.format('utf-16')}")
         yield number, line
@@ -175,9 +175,9 @@ def parquet_documents(path, column="text"):
     """Yield one column of a parquet file; None for null."""
     import pyarrow as pa
 
-    source = pa.BufferReader(_open(path).read()) if _kind(path)[1] else None
-    for batch in open_parquet(path, column, source).iter_batches(1024, columns=[column]):
-        yield from to_strings(batch.column(0)).to_pylist()
+    file = pa.BufferReader(_open(path).read()) if _kind(path)[1] else _open(path)
+    for batch in open_parquet(path, column, file).iter_batches(1024, columns=[column]):
+        yield from to_strings(batch.column(0), path).to_pylist()
 
 
 def json_documents(path, column="text"):

@@ -55,7 +55,7 @@ def write_shards(folder, documents, seed, shard_chars=SHARD_CHARS):
         name = f"shard_{len(shards):05d}.parquet"
         shards[name] = write_shard(folder / name, texts)
         share = f" ({100 * chars / total:.1f} %)" if split == "validation" else ""
-        print0(f"{name}, {split}: {len(texts):,} documents, {chars:,} characters{share}")
+        print0(f"{name}, {split}: {len(texts):,} document{'s' * (len(texts) != 1)}, {chars:,} characters{share}")
 
     for shard in cut_shards(train_documents(), shard_chars):
         rng.shuffle(shard)
