@@ -63,6 +63,9 @@ def base_dir():
     return path
 
 
+get_base_dir = base_dir  # the reference's name
+
+
 def mirror_url(host):
     """The base URL (or folder) of `host`: "hub", "bucket" or "github"; NANOCHAT_<HOST>_URL replaces it."""
     default = {"hub": HUB_URL, "bucket": BUCKET_URL, "github": GITHUB_URL}[host]
@@ -191,6 +194,9 @@ def choose_device(device_type=""):
             f"--device_type={device_type}: not available on this machine; leave the flag out to detect a device"
         )
     return device_type or next(d for d, usable in available.items() if usable)
+
+
+autodetect_device_type = choose_device  # the reference's name
 
 
 def choose_dtype(device_type, dtype=""):

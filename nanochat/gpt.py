@@ -143,9 +143,10 @@ class GPT(nn.Module):
         self._apply(lambda p: torch.empty(p.shape, dtype=p.dtype, device=device))
         self.transformer.wte.to(dtype=ops.embedding_dtype(device))
 
-    def init_weights(self, device):
-        """Allocate the weights on `device` and draw them from torch's global generator."""
-        self.allocate(device)
+    def init_weights(self, device=None):
+        """Allocate the weights on `device` (default: theirs, or CPU) and draw them from torch's global generator."""
+        allocated = self.get_device().type != "meta"
+        self.allocate(device or (self.get_device() if allocated else "cpu"))
         for name, p in self.named_parameters():
             if name == "transformer.wte.weight":
                 nn.init.normal_(p)

@@ -33,7 +33,7 @@ def evaluate_bpb(model, batches, token_bytes, compute):
 
 @torch.no_grad()
 def evaluate_loss(model, batches, steps, compute):
-    """Mean cross entropy in nats over the trained tokens of the next `steps` Batches of all ranks."""
+    """Mean cross entropy in nats over the trained tokens of the next `steps` Batches of all ranks; inf without any."""
     totals = torch.zeros(2, dtype=torch.float32, device=compute.device)
     for batch in itertools.islice(batches, steps):
         for x, y in batch.micro_batches:
@@ -42,7 +42,7 @@ def evaluate_loss(model, batches, steps, compute):
                 totals[0] += model(x, y, loss_reduction="sum")
             totals[1] += (y >= 0).sum()
     nats, tokens = compute.all_reduce(totals).tolist()
-    return nats / max(1, tokens)
+    return nats / tokens if tokens else math.inf
 
 
 PROMPTS = {  # by corpus

@@ -170,7 +170,7 @@ class Tokenizer:
         rows = self.encode_ordinary_batch(text, num_threads=num_threads)
         return [head + row + tail for row in rows] if head or tail else rows
 
-    __call__ = encode
+    __call__ = encode_batch = encode
 
     def decode(self, ids):
         """Text of `ids`. Special tokens appear by name; invalid UTF-8 becomes U+FFFD."""

@@ -7,7 +7,7 @@ SPLITS = {"all": ("auxiliary_train", "validation", "dev", "test"), "auxiliary_tr
 
 
 class MMLU(PublicTask, ChoiceTask):
-    def __init__(self, subset, split, **kwargs):
+    def __init__(self, subset, split="train", **kwargs):
         assert split in SPLITS.get(subset, ()), (subset, split)
         super().__init__("cais/mmlu", f"{subset}/{split}", **kwargs)
 
