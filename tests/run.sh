@@ -38,4 +38,5 @@ else
 fi
 echo "== pytest"
 # Two processes, one file of tests at a time: the tests of a file share its servers and models.
+python -m pytest -q -n 2 --dist loadfile -m "not gpu and not network" || failed+=(pytest)
 exit $((${#failed[@]} > 0))
