@@ -1,5 +1,5 @@
 """
-The user's own conversations, from JSON lines, a JSON array (both also as .gz) or parquet. A conversation is one of
+The user's own conversations, from JSON lines, a JSON array or parquet. A conversation is one of
 
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}    OpenAI
     [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]                  its messages alone
@@ -11,10 +11,8 @@ with "weight": 0 is not trained on. Its content may be a list of parts, see task
 """
 
 import codecs
-import gzip
 import json
 import re
-import zlib
 from pathlib import Path
 
 from nanochat.common import UserError, require, well_formed
@@ -51,8 +49,7 @@ def _read_text(path):
     """The text of a file: UTF-8, or UTF-16 with a byte order mark. Raises UserError with the line of a bad byte."""
     try:
         data = path.read_bytes()
-        data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
-    except (OSError, EOFError, zlib.error) as e:
+    except OSError as e:
         raise UserError(f"cannot read {path} ({e})") from e
     utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:

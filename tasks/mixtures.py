@@ -99,20 +99,18 @@ def training_tasks(stage, corpus, conversations=None, only=False):
     """
     (train, validation) for the stage "mid" or "sft".
 
-    `conversations`: the user's files, as "FILE" or "FILE:WEIGHT", added to the mixture of `corpus`. With `only` there
-    is no mixture: validation takes 5 % of each file; from a file of less than 200 conversations it takes all of them,
-    which are then trained on too.
+    `conversations`: the user's files, as "FILE" or "FILE:WEIGHT", added to the mixture of `corpus`. With `only` they
+    replace it, and are the validation data too.
     """
     own = [(CustomJSON(path), weight) for path, weight in map(split_weight, conversations or [])]
     require(own or not only, "--conversations_only needs --conversations=FILE")
-    train, val = (TaskMixture([]), []) if only else {"mid": midtraining, "sft": sft}[stage](corpus)
-    tasks = [*train.tasks]
-    for task, weight in own:
-        held_out = len(task) // 20 if only and len(task) >= 200 else 0
-        tasks += weighted(TaskMixture([task], start=held_out), weight)
-        if only:
-            val.append(TaskMixture([task], stop=held_out or None))
-    train, val = TaskMixture(tasks) if own else train, TaskMixture(val) if only else val
+    if only:
+        print0("--conversations_only: the validation data are the training data")
+        train, val = TaskMixture([]), TaskMixture(task for task, _ in own)
+    else:
+        train, val = {"mid": midtraining, "sft": sft}[stage](corpus)
+    if own:
+        train = TaskMixture([*train.tasks, *(part for task, weight in own for part in weighted(task, weight))])
     for task, weight in own:
         print0(f"{task.path}: {len(task):,} conversations x {weight:g} of {len(train):,}")
     return train, val
