@@ -324,7 +324,7 @@ def test_tokenizers_are_set_aside_and_can_be_put_back(trained, capsys):
     (trained / "tokenizer.old1").rename(trained / "tokenizer")
     assert get_token_bytes().tolist() == tokenizer.count_bytes()
     cm.load_model("sft", CPU)
-    (trained / "tokenizer" / "token_bytes.pt").write_bytes(b"damaged")
+    (trained / "tokenizer" / "ranks.tiktoken").write_bytes(b"damaged")
     save_as_default(tokenizer)  # its message recommends tok_train, so an equal tokenizer must replace damaged files
     assert get_token_bytes().tolist() == tokenizer.count_bytes()
 
