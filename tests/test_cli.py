@@ -8,6 +8,7 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 from helpers import environment, raises_user_error, run_python
 
 from nanochat import cli
@@ -37,6 +38,9 @@ def run(monkeypatch, capsys):
         (UserError("no tokenizer"), 2, "error: no tokenizer\n"),
         (ModuleNotFoundError("No module named 'torch'", name="torch"), 2, "error: the Python package torch is not"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "/nowhere/x"), 2, "error: /nowhere/x: No such"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), 2, "error: out of memory; lower --device_batch_size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), 2, "error: out of memory"),
+        (MemoryError(), 2, "error: out of memory"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "error: cannot write the output: No space left"),
         (KeyboardInterrupt(), 130, "\ninterrupted\n"),
         (SystemExit(0), 0, ""),
