@@ -71,7 +71,7 @@ def add_checkpoint_flags(parser, **default):
 
 def add_run_flags(parser, device_batch_size, save_every=-1):
     """Flags that all training stages share, with the defaults of one stage."""
-    add, flag = parser.add_argument, dict(type=boolean, nargs="?", const=True, default=False)
+    add = parser.add_argument
     add("--run", type=wandb_run, default="dummy", help='wandb run name; "dummy" = no wandb')
     add_machine_flags(parser)
     add("--device_batch_size", type=int, default=device_batch_size, help="rows per forward pass and device")
@@ -80,9 +80,9 @@ def add_run_flags(parser, device_batch_size, save_every=-1):
     add("--matrix_lr", type=float, default=0.02, help="learning rate of the blocks' matrices (Muon)")
     add("--weight_decay", type=float, default=0.0, help="weight decay of embedding and head (AdamW)")
     add("--seed", type=int, default=42, help="random seed of weights, data order and sampling")
-    add("--resume", **flag, help="continue from the newest intact checkpoint")
+    add("--resume", **FLAG, help="continue from the newest intact checkpoint")
     add("--resume_from_step", type=int, default=-1, help="continue from the checkpoint of this step; -1 = off")
-    add("--resume_unverified", **flag, help="resume a checkpoint that does not record its tokenizer and data")
+    add("--resume_unverified", **FLAG, help="resume a checkpoint that does not record its tokenizer and data")
     add("--save_every", type=int, default=save_every, help="steps between checkpoints; -1 = only at the end")
     add("--keep", type=int, default=0, help="number of newest checkpoints to keep; 0 = all")
 
@@ -92,8 +92,7 @@ def add_conversation_flags(parser):
     add = parser.add_argument
     own = "your conversations, see tasks/customjson.py; :3 = three times per epoch; may be repeated"
     add("--conversations", action="append", metavar="FILE[:WEIGHT]", help=own)
-    flag = dict(type=boolean, nargs="?", const=True, default=False)
-    add("--conversations_only", **flag, help="train on --conversations alone, without the mixture")
+    add("--conversations_only", **FLAG, help="train on --conversations alone, without the mixture")
 
 
 def wandb_run(name):
@@ -105,9 +104,8 @@ def wandb_run(name):
 
         import wandb
 
-        if wandb.setup().settings.mode not in ("offline", "disabled"):
-            with mock.patch("sys.stdin", io.StringIO()):  # so that wandb does not ask
-                wandb.login(verify=True)
+        with mock.patch("sys.stdin", io.StringIO()):  # so that wandb does not ask
+            wandb.login(verify=True)
     except Exception as e:  # not installed, no login, no connection
         problem = (str(e) or repr(e)).split("\n")[0].rstrip(".")
         raise argparse.ArgumentTypeError(f"{name}: {problem}; or set WANDB_MODE=offline, or leave --run out") from None
@@ -115,11 +113,14 @@ def wandb_run(name):
 
 
 def boolean(text):
-    """argparse type for `--x`, `--x=1`, `--x=0`; use with add_argument(type=boolean, nargs="?", const=True)."""
+    """argparse type for `--x`, `--x=1`, `--x=0`; use with add_argument(**FLAG)."""
     values = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
     if text.lower() not in values:
         raise argparse.ArgumentTypeError(f"{text!r} is not 0 or 1")
     return values[text.lower()]
+
+
+FLAG = dict(type=boolean, nargs="?", const=True, default=False)
 
 
 def path(text):

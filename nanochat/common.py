@@ -142,10 +142,8 @@ class Compute:
         """Wait for the device to finish, so that timings are correct."""
         import torch
 
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
 
 
 def dist_env():
@@ -223,7 +221,6 @@ def compute_init(device_type="", dtype="", seed=42):
     if on_gpu:
         requested, n = os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1), torch.cuda.device_count()
         require(local_rank < n, f"{requested} GPUs requested, {n} available; lower --nproc_per_node or --num_gpus")
-        torch.cuda.manual_seed(seed)
         torch.set_float32_matmul_precision("high")  # tf32
         torch.cuda.set_device(local_rank)
     device = torch.device(device_type, local_rank if on_gpu else None)
@@ -313,7 +310,6 @@ def fetch(url, path, attempts=5, timeout=30, progress=None, check=None):
     Raises UserError if the file does not exist, cannot be fetched or is refused.
     """
     import http.client
-    import urllib.error
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -327,14 +323,12 @@ def fetch(url, path, attempts=5, timeout=30, progress=None, check=None):
             _check_fetched(url, part, check)
             os.replace(part, path)
             return path
-        except urllib.error.HTTPError as e:
-            if e.code == 416:  # the file on the host has changed
+        except (OSError, http.client.HTTPException) as e:  # URLError, HTTPError, timeout, reset, short body
+            error, status = e, getattr(e, "code", None)
+            if status == 416:  # the file on the host has changed
                 part.unlink(missing_ok=True)
-            elif e.code < 500 and e.code != 429:
-                raise UserError(f"{url}: the host answered {e.code} {e.reason}") from e
-            error = e
-        except (OSError, http.client.HTTPException) as e:  # URLError, timeout, reset, short body
-            error = e
+            elif status and status < 500 and status != 429:
+                raise UserError(f"{url}: the host answered {status} {e.reason}") from e
         if attempt < attempts:
             time.sleep(2**attempt)
     raise UserError(f"cannot fetch {url} after {attempts} attempts ({error}); check the network or the mirror's URL")

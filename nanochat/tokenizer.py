@@ -146,8 +146,8 @@ class Tokenizer:
 
     def encode_special(self, name):
         """Id of the special token `name`."""
-        if name not in self.special_tokens:
-            raise ValueError(f"{name!r} is not a special token; expected one of {', '.join(self.special_tokens)}")
+        expected = ", ".join(self.special_tokens)
+        require(name in self.special_tokens, f"{name!r} is not a special token; expected one of {expected}")
         return self.special_tokens[name]
 
     def id_to_token(self, token):

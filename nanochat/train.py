@@ -132,10 +132,9 @@ class Stage:
         self.folder, self.args, self.compute = checkpoints.checkpoint_dir(source, model_tag), args, compute
         self.made_from = made_from
         self.path, self.meta = None, {}
-        if args.resume_from_step >= 0:
-            self.path, self.meta = checkpoints.find_checkpoint(self.folder, args.resume_from_step)
-        elif args.resume and checkpoints.has_checkpoints(self.folder):
-            self.path, self.meta = checkpoints.find_checkpoint(self.folder)
+        step = args.resume_from_step if args.resume_from_step >= 0 else None
+        if step is not None or args.resume and checkpoints.has_checkpoints(self.folder):
+            self.path, self.meta = checkpoints.find_checkpoint(self.folder, step)
         self.first_step = self.meta.get("step", 0)
         self.finished = bool(self.meta.get("finished")) and self.first_step >= num_steps
         if self.path:
