@@ -147,9 +147,8 @@ def find_checkpoint(folder, step=None):
     """
     steps = _step_dirs(folder)
     if step is not None:
-        if step not in steps:
-            available = ", ".join(map(str, sorted(steps))) or "none"
-            raise UserError(f"no checkpoint of step {step} in {folder} (available: {available})")
+        available = ", ".join(map(str, sorted(steps))) or "none"
+        require(step in steps, f"no checkpoint of step {step} in {folder} (available: {available})")
         return steps[step], _read_meta(steps[step])
     problems = []
     for s in sorted(steps, reverse=True):
@@ -177,8 +176,7 @@ def find_model_tag(source):
     """Default model tag: the deepest d<depth>, else the most recently saved. Raises UserError if there is none."""
     root = base_dir() / FOLDERS[source]
     folders = _model_folders(root)
-    if not folders:
-        raise UserError(f"no {source} checkpoint in {root}; make one with `python -m scripts.{SCRIPTS[source]}`")
+    require(folders, f"no {source} checkpoint in {root}; make one with `python -m scripts.{SCRIPTS[source]}`")
     depths = {int(m[1]): p for p in folders if (m := re.fullmatch(r"d(\d+)", p.name))}
     return (depths[max(depths)] if depths else max(folders, key=lambda p: p.stat().st_mtime)).name
 
@@ -187,16 +185,15 @@ def load_weights(model, path):
     """Load a verified checkpoint's weights into `model`."""
     weights = load_file(path / "model.safetensors", device=str(model.get_device()))
     expected = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    if {n: tuple(w.shape) for n, w in weights.items()} != expected:
-        raise UserError(f"{path / 'model.safetensors'} does not fit the model that meta.json describes")
+    problem = f"{path / 'model.safetensors'} does not fit the model that meta.json describes"
+    require({n: tuple(w.shape) for n, w in weights.items()} == expected, problem)
     model.load_state_dict(weights)
 
 
 def load_optimizers(path, meta, optimizers):
     """Load optimizer state that any number of ranks has saved. Raises UserError if the checkpoint has none."""
     names = [f"optim_rank{r}.pt" for r in range(meta["world_size"])]
-    if any(n not in meta["files"] for n in names):
-        raise UserError(f"{path} has no optimizer state, so a run cannot resume from it")
+    require(meta["files"].keys() >= set(names), f"{path} has no optimizer state, so a run cannot resume from it")
     try:
         saved = [torch.load(path / n, map_location="cpu", weights_only=True) for n in names]
     except (RuntimeError, pickle.UnpicklingError, EOFError) as e:
@@ -238,8 +235,7 @@ def load_model(source, device, phase="eval", model_tag=None, step=None, quantize
     if quantize:
         from nanochat.inference.cpu_backend import quantize as to_int8
 
-        if compute.device.type != "cpu":
-            raise UserError(f"--quantize={quantize} works on CPUs only; leave it out")
+        require(compute.device.type == "cpu", f"--quantize={quantize} works on CPUs only; leave it out")
         to_int8(model)
     corpus = meta.get("corpus", meta.get("data", "public"))  # "data" before version 0.3
     return model, tokenizer, meta | {"model_tag": model_tag, "corpus": corpus}

@@ -25,13 +25,11 @@ def rows_per_step(args, world_size):
     """Number of rows of the global batch. Raises UserError unless every rank gets whole micro-batches."""
     for name in ("total_batch_size", "device_batch_size", "max_seq_len"):
         require(getattr(args, name) >= 1, f"--{name}={getattr(args, name)}: expected at least 1")
-    per_pass = args.device_batch_size * args.max_seq_len * world_size  # tokens in one forward pass over all ranks
-    require(
-        args.total_batch_size % per_pass == 0,
-        f"--total_batch_size={args.total_batch_size:,} is not a multiple of {per_pass:,} tokens "
-        f"({args.device_batch_size} rows x {args.max_seq_len} tokens x {world_size} ranks)",
-    )
-    return args.total_batch_size // args.max_seq_len
+    rank_rows, T, total = args.device_batch_size, args.max_seq_len, args.total_batch_size
+    per_pass = rank_rows * T * world_size  # tokens in one forward pass over all ranks
+    size = f"{per_pass:,} tokens ({rank_rows} rows x {T} tokens x {world_size} ranks)"
+    require(total % per_pass == 0, f"--total_batch_size={total:,} is not a multiple of {size}")
+    return total // T
 
 
 def epoch_steps(args, task, per_step):
@@ -60,7 +58,7 @@ class StepResult:
 
 
 def train_step(
-    model, optimizers, micro_batches, compute, grad_clip=0.0, progress=0.0, stop=False, skipped_tokens=0, lock=None
+    model, optimizers, micro_batches, compute, *, grad_clip=0.0, progress=0.0, skipped_tokens=0, stop=False, lock=None
 ):
     """
     One optimizer step. `micro_batches`: this rank's (inputs, targets) or (inputs, targets, token weights).
