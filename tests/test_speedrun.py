@@ -136,7 +136,7 @@ def test_content_of_shards_is_what_the_manifest_lists(tmp_path):
     shards = {name: {"bytes": 1, "sha256": name} for name in names}
     write(tmp_path / "manifest.json", json.dumps({"kind": "public", "shards": shards}))
     assert stamp.content(tmp_path) == {name: name for name in names}
-    assert stamp.content(tmp_path, 1) == {"a.parquet": "a.parquet"}
+    assert stamp.content(tmp_path, "1") == {"a.parquet": "a.parquet"}
 
 
 def test_shards_are_complete_if_all_that_are_needed_exist(tmp_path):
