@@ -56,6 +56,15 @@ def test_setup_notices_a_change_in_any_crate(checkout):
     assert len(hashes) == 3 * len(CRATES) + 1
 
 
+def test_environment_of_another_checkout_is_not_replaced(checkout):
+    (checkout / "other" / "bin").mkdir(parents=True)
+    (checkout / "other" / "bin" / "python").symlink_to("/bin/true")
+    (checkout / "other" / "installed-").write_text("another hash")
+    (checkout / ".venv").symlink_to("other")
+    done = subprocess.run(["bash", "-c", ". dev/setup.sh; set_up"], cwd=checkout, capture_output=True, text=True)
+    assert done.returncode == 2 and ".venv is a link" in done.stderr
+
+
 def test_uv_notices_a_change_in_any_crate():
     config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     patterns = [key["file"] for key in config["tool"]["uv"]["cache-keys"]]
