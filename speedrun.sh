@@ -71,7 +71,6 @@ public() {
     local base=base_checkpoints/$tag mid=mid_checkpoints/$tag sft=chatsft_checkpoints/$tag
     stage "report: machine and time" 10 report/header.md "" python -m nanochat.report reset
     stage "corpus: first shards" $((first * 15)) "base_data:$first" "" python -m nanochat.dataset -n "$first"
-    stage "identity conversations" 5 identity_conversations.jsonl "" fetch_identity
     stage "tokenizer" 180 tokenizer "base_data:$first" downloading "$shards" \
         python -m scripts.tok_train --max_chars=$((first * 250000000)) --vocab_size="$vocab"
     stage "tokenizer evaluation" 20 report/tokenizer-evaluation.md "tokenizer base_data:$first" \

@@ -14,7 +14,6 @@ base=base_checkpoints/d4 mid=mid_checkpoints/d4 sft=chatsft_checkpoints/d4
 
 stage "report: machine and time" 5 report/header.md "" python -m nanochat.report reset
 stage "corpus" 60 base_data:4 "" python -m nanochat.dataset -n 4
-stage "identity conversations" 5 identity_conversations.jsonl "" fetch_identity
 stage "tokenizer" 300 tokenizer base_data python -m scripts.tok_train --max_chars=1000000000
 stage "tokenizer evaluation" 20 report/tokenizer-evaluation.md "tokenizer base_data" python -m scripts.tok_eval
 stage "base pretraining" 120 $base "tokenizer base_data" python -m scripts.base_train "$run" --resume=1 --depth=4 \

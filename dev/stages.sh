@@ -129,13 +129,6 @@ wait_for_other_runs() {
         flock 9
     }
 }
-
-# fetch_identity: downloads the public identity conversations, unless the base dir has some. This is a stage of its own,
-# so that the file is there before midtraining, which runs again when it changes.
-fetch_identity() {
-    python -c "from nanochat.cli import run_script; import tasks.mixtures as m; run_script(m.identity_conversations)"
-}
-
 # downloading <shards> <command...>: runs the command while shards download in the background. The command does not see
 # the new shards, because the manifest lists them only when all have been downloaded.
 downloading() {
