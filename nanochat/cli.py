@@ -166,7 +166,7 @@ def user_message(error):
     if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):
         return f"{error.filename or 'cannot write the output'}: {error.strerror}"
     if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
-        return "out of memory; lower --device_batch_size, which does not change the result, or take a smaller model"
+        return "out of memory; lower --device_batch_size, which does not change the result, or use a smaller model"
     return None
 
 

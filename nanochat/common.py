@@ -217,6 +217,7 @@ def compute_init(device_type="", dtype="", seed=42):
     device_type = choose_device(device_type)
     rank, local_rank, world_size = dist_env()
     on_gpu = device_type == "cuda"
+    require(0 <= seed < 2**63, f"--seed={seed}: expected a whole number of at least 0, with at most 63 bits")
     torch.manual_seed(seed)
     if on_gpu:
         requested, n = os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1), torch.cuda.device_count()

@@ -268,6 +268,7 @@ USER_ERRORS = [
     (["--total_batch_size=250"], "not a multiple of 64"),
     (["--device_batch_size=0"], "--device_batch_size=0"),
     (["--max_seq_len=0"], "--max_seq_len=0"),
+    (["--seed=-1"], "--seed=-1"),
     (["--warmdown_ratio=-1"], "--warmdown_ratio=-1"),
     (["--num_iterations=-1", "--target_param_data_ratio=0"], "no horizon"),
     (["--device_type=tpu"], "--device_type=tpu"),
