@@ -10,6 +10,7 @@ from collections import defaultdict
 
 from nanochat.inference.answer import Answer
 from nanochat.serve.schemas import ApiError, envelope
+from nanochat.serve.service import BOS
 
 
 class Generation:
@@ -167,6 +168,8 @@ class TextCompletion(Completion):
         if body.stream and (len(prompts) > 1 or self.max_tokens == 0):
             raise ApiError(400, "a stream is for the answer to one prompt, of at least one token", param="stream")
         self._set_prompts(prompts, max(1, self.max_tokens), body.logprobs)
+        for generation, prompt in zip(self.generations, body.prompt, strict=True):
+            generation.added_bos = isinstance(prompt, str) and not prompt.startswith(BOS)
 
     async def _choices(self, generation):
         await self._score_prompt(generation)
@@ -180,7 +183,9 @@ class TextCompletion(Completion):
     async def _score_prompt(self, generation):
         if self.body.echo and self.body.logprobs is not None:
             scores = await self.worker.score(f"{generation.key}-score", generation.tokens, self.body.logprobs)
-            generation.prompt_logprobs = list(zip(generation.tokens, scores, strict=True))
+            scored = list(zip(generation.tokens, scores, strict=True))
+            # Clients find their own tokens by position, so a <|bos|> that they did not send is left out.
+            generation.prompt_logprobs = scored[generation.added_bos :]
 
     def _chunk_choices(self, answer, deltas, is_first):
         (generation,) = self.generations
@@ -199,8 +204,11 @@ class TextCompletion(Completion):
         specials, offsets = self.tokenizer.special_tokens.values(), []
         decoder, position = self.positions.get(answer) or (codecs.getincrementaldecoder("utf-8")("replace"), 0)
         for token, _ in logprobs:
-            offsets.append(position)
-            position += 0 if token in specials else len(decoder.decode(self.tokenizer.decode_bytes([token])))
+            data = b"" if token in specials else self.tokenizer.decode_bytes([token])
+            text, own = decoder.decode(data, final=not data), data.decode(errors="ignore")
+            # `text` may begin with U+FFFD, for an incomplete character of the tokens before this one.
+            offsets.append(position + len(text) - len(own) if own.encode() == data else position)
+            position += len(text)
         self.positions[answer] = decoder, position
         return {
             "tokens": [self._token_text(token) for token, _ in logprobs],
