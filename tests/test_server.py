@@ -418,6 +418,9 @@ def test_an_echo_has_logprobs_of_the_tokens_that_were_sent(server, reference):
     prompts = ["The mill", "<|bos|>The mill"]
     answers = [server.client.completions.create(prompt=prompt, **body) for prompt in (*prompts, ids)]
     assert {(a.choices[0].text, a.usage.prompt_tokens) for a in answers} == {("The mill", len(ids))}
+    marked = [ids[0], tokenizer.encode_special("<|user_start|>"), *ids[1:]]
+    choice = server.client.completions.create(prompt=marked, **body).choices[0]
+    assert (choice.text, choice.logprobs.text_offset[:4]) == ("The mill", [0, 0, 0, len(choice.logprobs.tokens[2])])
     plain, named, by_id = (answer.choices[0].logprobs for answer in answers)
     assert named == by_id and named.tokens == ["<|bos|>", *plain.tokens] and "".join(plain.tokens) == "The mill"
     assert named.token_logprobs == [None, *plain.token_logprobs] and None not in plain.token_logprobs
@@ -746,6 +749,7 @@ def test_parameters_without_effect_are_refused_by_name(server, field, value):
     for path in (CHAT, TEXT):
         error = refused(server, param=field, path=path, **{field: value})
         assert field in error["message"] and "not supported" in error["message"]
+        assert error["code"] == "unsupported_parameter"
 
 
 def test_roles_and_parts_are_read_as_the_official_clients_send_them(server, reference):
@@ -777,7 +781,11 @@ def test_roles_and_parts_are_read_as_the_official_clients_send_them(server, refe
         ({"stop": ["a", 1]}, "stop: expected a string, or a list of strings"),
         ({"response_format": {"type": "json_object"}}, "response_format="),
         (b'{"messages": [,]}', "the body is not valid JSON: "),
+        (b'{"messages": "abc', "the body is not valid JSON: Unterminated string starting at character 13"),
         (b"\xff\xfe", "the body is not"),
+        (b"", "the body is not a JSON object"),
+        (b"[]", "the body is not a JSON object"),
+        (b'{"messages": "\xe9"}', "the body cannot be read as JSON: 'utf-8' codec can't decode byte 0xe9"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
