@@ -7,15 +7,13 @@
 # finally prints how to chat. Run it again to continue where it stopped. All outputs are in NANOCHAT_BASE_DIR
 # (~/.cache/nanochat). WANDB_RUN=<name> logs to wandb.
 
-[ -n "${BASH_VERSION:-}" ] || exec bash "$0" # for those who type `sh`
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # for those who type `sh`
 set -euo pipefail
 repository=$(dirname "${BASH_SOURCE[0]}")
 . "$repository/dev/setup.sh"
 . "$repository/dev/stages.sh"
 set_base_dir ~/.cache/nanochat
 CDPATH="" cd "$repository"
-run=--run=${WANDB_RUN:-dummy}
-own_data="identity_conversations.jsonl ./tasks/mixtures.py" # what midtraining and SFT read of yours
 
 # No GPU, no network: trains on the pocket world, in about a quarter of an hour on two cores.
 pocket() {
@@ -55,25 +53,29 @@ pocket() {
 
 # Number of shards: 20 tokens per parameter, 4.8 characters per token, 250 million characters per shard. `hours` is the
 # expected time of pretraining.
-laptop() { depth=8 context=1024 batch=8 vocab=32768 shards=22 hours=7 && public; }
-single() { depth=12 context=2048 batch=16 vocab=32768 shards=52 hours=10 && public; }
-speedrun() {
+laptop() { depth=8 context=1024 batch=8 vocab=32768 shards=22 first=8 hours=7 && public; }
+single() { depth=12 context=2048 batch=16 vocab=32768 shards=52 first=8 hours=10 && public; }
+speedrun() { depth=20 context=2048 batch=32 vocab=65536 shards=240 first=8 hours=3 && eight_gpus; }
+run1000() { depth=32 context=2048 batch=8 vocab=65536 shards=800 first=16 hours=31 && eight_gpus; }
+
+eight_gpus() {
     export OMP_NUM_THREADS=1
     launch="python -m dev.launch --standalone --nproc_per_node=${NPROC_PER_NODE:-8}"
-    depth=20 context=2048 batch=32 vocab=65536 shards=240 hours=3 && public
+    public
 }
 
-# One GPU or eight, public corpus. The tokenizer trains on the first shards while the others download.
+# One GPU or eight, public corpus. The tokenizer trains on the `first` shards while the others download.
 public() {
     local launch=${launch:-python}
     tag=d$depth
     local base=base_checkpoints/$tag mid=mid_checkpoints/$tag sft=chatsft_checkpoints/$tag
     stage "report: machine and time" 10 report/header.md "" python -m nanochat.report reset
-    stage "corpus: first shards" 120 base_data:8 "" python -m nanochat.dataset -n 8
+    stage "corpus: first shards" $((first * 15)) "base_data:$first" "" python -m nanochat.dataset -n "$first"
     stage "identity conversations" 5 identity_conversations.jsonl "" fetch_identity
-    stage "tokenizer" 180 tokenizer base_data:8 downloading "$shards" \
-        python -m scripts.tok_train --max_chars=2000000000 --vocab_size="$vocab"
-    stage "tokenizer evaluation" 20 report/tokenizer-evaluation.md "tokenizer base_data:8" python -m scripts.tok_eval
+    stage "tokenizer" 180 tokenizer "base_data:$first" downloading "$shards" \
+        python -m scripts.tok_train --max_chars=$((first * 250000000)) --vocab_size="$vocab"
+    stage "tokenizer evaluation" 20 report/tokenizer-evaluation.md "tokenizer base_data:$first" \
+        python -m scripts.tok_eval
     stage "corpus: other shards" $((shards * 5)) "base_data:$shards" "" python -m nanochat.dataset -n "$shards"
     stage "base pretraining" $((hours * 3600)) $base "tokenizer base_data" $launch -m scripts.base_train -- "$run" \
         --resume=1 --depth="$depth" --max_seq_len="$context" --device_batch_size="$batch" --save_every=500 --keep=2
@@ -106,8 +108,8 @@ else
 fi
 tier=${TIER:-$fits}
 case $tier in
-pocket | laptop | single | speedrun) ;;
-*) die "TIER=$tier: choose pocket, laptop, single or speedrun" ;;
+pocket | laptop | single | speedrun | run1000) ;;
+*) die "TIER=$tier: choose pocket, laptop, single, speedrun or run1000" ;;
 esac
 echo "tier $tier: $gpus GPUs with $smallest MiB and $(getconf _NPROCESSORS_ONLN) CPU cores suffice for $fits" \
     "(override with TIER=pocket|laptop|single|speedrun)"
@@ -116,3 +118,4 @@ set_up
 $tier
 run_stages
 closing_words "$tag"
+[[ $tier != run1000 ]] || python -m scripts.chat_web -g "$tag"

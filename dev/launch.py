@@ -12,14 +12,14 @@ import sys
 from nanochat.cli import run_script
 
 
-def main(argv=None):
+def main():
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     logging.disable(logging.ERROR)  # messages about the processes that torchrun stops; a crash has its own traceback
     try:
-        torchrun(argv)
+        torchrun()
     except ChildFailedError as e:
         _, failure = e.get_first_failure()
         if failure.exitcode not in (2, 130):

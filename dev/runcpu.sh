@@ -8,11 +8,9 @@ repository=$(dirname "${BASH_SOURCE[0]}")/..
 . "$repository/dev/stages.sh"
 set_base_dir ~/.cache/nanochat-cpu
 CDPATH="" cd "$repository"
-run=--run=${WANDB_RUN:-dummy}
 size="--max_seq_len=1024 --device_batch_size=1 --total_batch_size=1024 --eval_tokens=4096"
 
 base=base_checkpoints/d4 mid=mid_checkpoints/d4 sft=chatsft_checkpoints/d4
-own_data="identity_conversations.jsonl ./tasks/mixtures.py" # what midtraining and SFT read of yours
 
 stage "report: machine and time" 5 report/header.md "" python -m nanochat.report reset
 stage "corpus" 60 base_data:4 "" python -m nanochat.dataset -n 4

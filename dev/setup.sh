@@ -21,6 +21,8 @@ set_up() {
             return
         fi
     done
+    [[ ! -L .venv ]] || die ".venv is a link to an environment installed from other sources; remove the link," \
+        "and one of this folder's own is created"
     find_rust
     echo "installing the project into $VIRTUAL_ENV: takes minutes the first time, mostly for PyTorch"
     install_project "$extra" -c dev/constraints.txt || {

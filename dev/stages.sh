@@ -1,9 +1,10 @@
-# Runs a list of stages, each once. Sourced by speedrun.sh, run1000.sh and dev/runcpu.sh.
+# Runs a list of stages, each once. Sourced by speedrun.sh and dev/runcpu.sh.
 #
 #   set_base_dir <default>                                              reads NANOCHAT_BASE_DIR
 #   stage <title> <expected seconds> <output> <inputs> <command...>     adds a stage to the list
 #   run_stages                                                          runs the unfinished stages
 #   closing_words <model tag>                                           prints how to chat with the model
+#   $run, $own_data                                                     what the stages of all scripts share
 #
 # A stage is done if its command and the content of its inputs are what they were, and its output is intact. So after a
 # change of flags, text or tokenizer the stages that use them run again, and of the later ones those whose inputs have
@@ -11,6 +12,9 @@
 # command and inputs, and "done" when the stage has finished. A killed stage resumes its checkpoints (--resume=1) only
 # if that checksum is still the same; otherwise they come from a run with other flags or data and are set aside.
 
+(($# == 0)) || die "unknown argument $1: all settings are variables, such as TIER=pocket (see the top of $0)"
+run=--run=${WANDB_RUN:-dummy}
+own_data="identity_conversations.jsonl ./tasks/mixtures.py" # what midtraining and SFT read of yours
 TITLES=() SECONDS_EXPECTED=() OUTPUTS=() INPUTS=() COMMANDS=()
 
 stage() {
@@ -58,7 +62,8 @@ run_stages() {
                 [[ $state == none ]] || set_aside "$NANOCHAT_BASE_DIR/${OUTPUTS[i]}"
             fi
         fi
-        echo "$key" >"$stamp"
+        # Not rewritten on a full disk, where even an equal stamp would be lost.
+        [[ $(cat "$stamp" 2>/dev/null) == "$key" ]] || echo "$key" >"$stamp"
         code=0 problem="failed, see above"
         eval "${COMMANDS[i]}" || code=$?
         # A stage that received SIGTERM saves its state and ends without an error.

@@ -46,18 +46,12 @@ def step_folders(folder):
     return sorted((p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name)), reverse=True)
 
 
-def split_count(name):
-    """("base_data", 8) of "base_data:8"; the number is None if there is none."""
-    path, _, count = name.partition(":")
-    return path, int(count) if count else None
-
-
 def shards(folder, count):
-    """{name: {"bytes", "sha256"}} of the first `count` shards that the manifest lists; None = all."""
-    return dict(sorted(read_json(folder / "manifest.json").get("shards", {}).items())[:count])
+    """{name: {"bytes", "sha256"}} of the first `count` shards that the manifest lists; "" = all."""
+    return dict(sorted(read_json(folder / "manifest.json").get("shards", {}).items())[: int(count) if count else None])
 
 
-def content(path, count=None):
+def content(path, count=""):
     """A value that changes if and only if the content of `path` does; "missing" if there is nothing."""
     if path.is_file():
         return sha256(path)
@@ -78,9 +72,9 @@ def key(base, inputs, command):
     command = re.sub(r"--(run|nproc_per_node)=(\\.|\S)*", "", command)
     values = {}
     for name in inputs.split():
-        path, count = split_count(name)
+        path, _, count = name.partition(":")
         root = Path() if path.startswith("./") else base
-        paths = sorted(root.glob(path)) if "*" in path else [root / path]
+        paths = sorted(root.glob(path)) or [root / path]
         values |= {f"{name} {p.name}": content(p, count) for p in paths}
     for word in shlex.split(command):
         path = Path(re.sub(r"^--?[\w-]+=|:[\d.]+$", "", word)).expanduser()
@@ -97,7 +91,7 @@ def is_intact(folder, files):
 
 def state(base, output):
     """State of a stage's output: "complete", "partial", "damaged" or "none"."""
-    name, count = split_count(output)
+    name, _, count = output.partition(":")
     path = base / name
     if not path.is_dir():
         return "complete" if path.exists() else "none"
@@ -109,11 +103,12 @@ def state(base, output):
         return "complete" if is_intact(path, read_json(path / "tokenizer.json").get("sha256", {})) else "damaged"
     if "_checkpoints/" not in name:
         return "complete" if any(path.iterdir()) else "none"
-    metas = [(step, read_json(step / "meta.json")) for step in step_folders(path)]
-    intact = [bool(meta.get("model_config")) and is_intact(step, meta.get("files", {})) for step, meta in metas]
-    if not any(intact):
-        return "damaged" if metas else "none"
-    return "complete" if intact[0] and metas[0][1].get("finished", True) else "partial"
+    steps = step_folders(path)
+    for step in steps:
+        meta = read_json(step / "meta.json")
+        if meta.get("model_config") and is_intact(step, meta.get("files", {})):
+            return "complete" if step == steps[0] and meta.get("finished", True) else "partial"
+    return "damaged" if steps else "none"
 
 
 if __name__ == "__main__":

@@ -84,14 +84,11 @@ def evaluate_task(
         require(total > 0, f"no problems to score; it has {len(task)}, max_problems={max_problems}")
         kinds = ("categorical", "generative")
         require(task.eval_type in kinds, f"eval_type is {task.eval_type!r}, expected one of {', '.join(kinds)}")
-    problems = {}
-    for i in range(rank, total, world_size):
-        with task_errors(f"{name}, problem {i}"):
-            problems[i] = task[i]
-            check_conversation(problems[i])
-            if task.eval_type == "categorical":
-                check_letters(problems[i], engine.tokenizer)
+    problems = read_problems(task, range(rank, total, world_size))
     if task.eval_type == "categorical":
+        for i, problem in problems.items():
+            with task_errors(f"{name}, problem {i}"):
+                check_letters(problem, engine.tokenizer)
         results = choose_letters(engine, problems, batch_size)
     else:
         # Greedy samples are identical, so one is generated and copied.
@@ -101,17 +98,31 @@ def evaluate_task(
         results = ((i, [text for _, text in answers] * copies) for i, answers in samples)
     records = []
     for index, answers in results:
-        records.append({"index": index, "messages": problems[index]["messages"], "answers": answers})
+        messages = problems[index]["messages"]
+        records.append({"index": index, "messages": messages, "answers": answers, "verdicts": []})
         if progress:
             progress(len(records), len(problems))
-    pairs = [(problems[r["index"]], answer) for r in records for answer in r["answers"]]
+    answered = [(record, answer) for record in records for answer in record["answers"]]
     with task_errors(name):
-        verdicts = iter(task.evaluate_many(pairs))
-    for record in records:
-        record["verdicts"] = [bool(next(verdicts)) for _ in record["answers"]]
+        verdicts = list(task.evaluate_many([(problems[r["index"]], answer) for r, answer in answered]))
+        n, expected = len(verdicts), len(answered)
+        require(n == expected, f"evaluate_many() returned {n} verdicts, expected {expected}")
+        for (record, _), verdict in zip(answered, verdicts, strict=True):
+            require(verdict in (0, 1), f"evaluate() returned {verdict!r}, expected True or False")
+            record["verdicts"].append(bool(verdict))
     if compute:
         records = sum(compute.all_gather(records), [])
     return Score(sorted(records, key=lambda record: record["index"]))
+
+
+def read_problems(task, indices):
+    """{index: problem}. Raises UserError with the index of a problem that is no conversation."""
+    problems = {}
+    for i in indices:
+        with task_errors(f"{type(task).__name__}, problem {i}"):
+            problems[i] = task[i]
+            check_conversation(problems[i])
+    return problems
 
 
 def check_letters(problem, tokenizer):

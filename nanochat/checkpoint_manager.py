@@ -20,22 +20,12 @@ from dataclasses import asdict
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanochat.common import CHECKPOINT_FOLDERS as FOLDERS
-from nanochat.common import (
-    Compute,
-    UserError,
-    atomic_path,
-    base_dir,
-    choose_device,
-    choose_dtype,
-    file_fingerprint,
-    print0,
-    require,
-    write_errors,
-)
+from nanochat import common
+from nanochat.common import Compute, UserError, base_dir, print0, require
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import check_tokenizer, get_tokenizer
 
+FOLDERS = common.CHECKPOINT_FOLDERS
 SCRIPTS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}
 
 
@@ -92,7 +82,7 @@ def _on_all_ranks(compute, draft):
     """Context manager of one phase of a save; it ends on all ranks together, with the first rank's write error."""
     error = None
     try:
-        with write_errors(draft.with_suffix(""), "then continue with --resume; earlier checkpoints are intact"):
+        with common.write_errors(draft.with_suffix(""), "then continue with --resume; earlier checkpoints are intact"):
             yield
     except UserError as e:
         error = e
@@ -104,7 +94,7 @@ def _on_all_ranks(compute, draft):
 
 def _complete(draft, final, step, model, meta, compute, keep):
     """Write meta.json, sync the files of `draft`, rename it to `final`, and delete all but the newest `keep` steps."""
-    files = {p.name: file_fingerprint(p) for p in sorted(draft.iterdir())}
+    files = {p.name: common.file_fingerprint(p) for p in sorted(draft.iterdir())}
     meta = {
         "step": step,
         "model_config": asdict(model.config),
@@ -119,7 +109,7 @@ def _complete(draft, final, step, model, meta, compute, keep):
     shutil.rmtree(final, ignore_errors=True)
     os.replace(draft, final)
     _sync(final.parent)
-    for old in sorted(_step_dirs(final.parent))[:-keep] if keep else ():
+    for old in sorted(_step_dirs(final.parent))[:-keep] if keep > 0 else ():
         shutil.rmtree(final.parent / f"step_{old:06d}")
 
 
@@ -127,7 +117,7 @@ def update_meta(path, compute, **values):
     """Add `values` to a saved checkpoint's meta.json, e.g. its validation loss."""
     if compute.rank == 0:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-        with atomic_path(path / "meta.json") as draft:
+        with common.atomic_path(path / "meta.json") as draft:
             draft.write_text(json.dumps(meta | values, indent=1) + "\n", encoding="utf-8")
 
 
@@ -143,7 +133,7 @@ def _read_meta(path):
     for name, expected in files.items():
         if not (path / name).is_file():
             raise UserError(f"{path / name} is missing")
-        if (path / name).stat().st_size != expected["bytes"] or file_fingerprint(path / name) != expected:
+        if (path / name).stat().st_size != expected["bytes"] or common.file_fingerprint(path / name) != expected:
             raise UserError(f"{path / name} is damaged")
     return meta
 
@@ -157,9 +147,8 @@ def find_checkpoint(folder, step=None):
     """
     steps = _step_dirs(folder)
     if step is not None:
-        if step not in steps:
-            available = ", ".join(map(str, sorted(steps))) or "none"
-            raise UserError(f"no checkpoint of step {step} in {folder} (available: {available})")
+        available = ", ".join(map(str, sorted(steps))) or "none"
+        require(step in steps, f"no checkpoint of step {step} in {folder} (available: {available})")
         return steps[step], _read_meta(steps[step])
     problems = []
     for s in sorted(steps, reverse=True):
@@ -187,8 +176,7 @@ def find_model_tag(source):
     """Default model tag: the deepest d<depth>, else the most recently saved. Raises UserError if there is none."""
     root = base_dir() / FOLDERS[source]
     folders = _model_folders(root)
-    if not folders:
-        raise UserError(f"no {source} checkpoint in {root}; make one with `python -m scripts.{SCRIPTS[source]}`")
+    require(folders, f"no {source} checkpoint in {root}; make one with `python -m scripts.{SCRIPTS[source]}`")
     depths = {int(m[1]): p for p in folders if (m := re.fullmatch(r"d(\d+)", p.name))}
     return (depths[max(depths)] if depths else max(folders, key=lambda p: p.stat().st_mtime)).name
 
@@ -197,16 +185,15 @@ def load_weights(model, path):
     """Load a verified checkpoint's weights into `model`."""
     weights = load_file(path / "model.safetensors", device=str(model.get_device()))
     expected = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    if {n: tuple(w.shape) for n, w in weights.items()} != expected:
-        raise UserError(f"{path / 'model.safetensors'} does not fit the model that meta.json describes")
+    problem = f"{path / 'model.safetensors'} does not fit the model that meta.json describes"
+    require({n: tuple(w.shape) for n, w in weights.items()} == expected, problem)
     model.load_state_dict(weights)
 
 
 def load_optimizers(path, meta, optimizers):
     """Load optimizer state that any number of ranks has saved. Raises UserError if the checkpoint has none."""
     names = [f"optim_rank{r}.pt" for r in range(meta["world_size"])]
-    if any(n not in meta["files"] for n in names):
-        raise UserError(f"{path} has no optimizer state, so a run cannot resume from it")
+    require(meta["files"].keys() >= set(names), f"{path} has no optimizer state, so a run cannot resume from it")
     try:
         saved = [torch.load(path / n, map_location="cpu", weights_only=True) for n in names]
     except (RuntimeError, pickle.UnpicklingError, EOFError) as e:
@@ -229,16 +216,18 @@ def load_model(source, device, phase="eval", model_tag=None, step=None, quantize
     model_tag = model_tag or find_model_tag(source)
     path, meta = find_checkpoint(checkpoint_dir(source, model_tag), step)
     tokenizer = get_tokenizer()
-    if "made_from" in meta:
-        check_tokenizer(tokenizer.fingerprint(), meta["made_from"]["tokenizer"], path)
+    if origins := meta.get("made_from"):
+        check_tokenizer(tokenizer.fingerprint(), origins["tokenizer"], path)
     else:
         print0(f"warning: {path} does not record its tokenizer and data; the present ones may differ", file=sys.stderr)
-    if tokenizer.get_vocab_size() != meta["model_config"]["vocab_size"]:
-        raise UserError(
-            f"{path} was trained with a vocabulary of {meta['model_config']['vocab_size']:,}, the tokenizer in "
-            f"{base_dir() / 'tokenizer'} has {tokenizer.get_vocab_size():,}; retrain one of them"
-        )
-    model = GPT(GPTConfig(**meta["model_config"]))
+    try:
+        config = GPTConfig(**meta["model_config"])
+    except TypeError as e:
+        raise UserError(f"{path} holds the model of another version: {e}") from e
+    size = tokenizer.get_vocab_size()  # a checkpoint without fingerprints may have another
+    sizes = f"with a vocabulary of {config.vocab_size:,}, {base_dir() / 'tokenizer'} has {size:,}"
+    require(size == config.vocab_size, f"{path} was trained {sizes}; retrain one of them")
+    model = GPT(config)
     model.allocate(compute.device)
     load_weights(model, path)
     if phase == "eval":
@@ -246,8 +235,7 @@ def load_model(source, device, phase="eval", model_tag=None, step=None, quantize
     if quantize:
         from nanochat.inference.cpu_backend import quantize as to_int8
 
-        if compute.device.type != "cpu":
-            raise UserError(f"--quantize={quantize} works on CPUs only; leave it out")
+        require(compute.device.type == "cpu", f"--quantize={quantize} works on CPUs only; leave it out")
         to_int8(model)
     corpus = meta.get("corpus", meta.get("data", "public"))  # "data" before version 0.3
     return model, tokenizer, meta | {"model_tag": model_tag, "corpus": corpus}
@@ -259,11 +247,11 @@ def _compute_on(device):
         device = torch.device(device)
     except (RuntimeError, TypeError) as e:
         raise UserError(f"device {device!r}: give a Compute, a torch.device or its name, such as cuda:0") from e
-    return Compute(device, choose_dtype(choose_device(device.type)))
+    return Compute(device, common.choose_dtype(common.choose_device(device.type)))
 
 
 def made_from(source_meta, tokenizer, task):
     """What a mid, sft or rl checkpoint is made from: fingerprints by name. `source_meta`: of the loaded model."""
-    shards = source_meta.get("made_from", {}).get("shards")
+    shards = (source_meta.get("made_from") or {}).get("shards")
     weights = source_meta["files"]["model.safetensors"]["sha256"]
     return {"tokenizer": tokenizer.fingerprint(), "model": weights, "shards": shards, "mixture": task.fingerprint()}

@@ -14,16 +14,8 @@ import os
 import re
 import sys
 
-from nanochat.common import (
-    CHECKPOINT_FOLDERS,
-    ENVIRONMENT_HINT,
-    UserError,
-    base_dir,
-    compute_cleanup,
-    is_rank0,
-    print0,
-    print_error,
-)
+from nanochat import common
+from nanochat.common import UserError, print_error
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,20 +35,17 @@ def make_parser(module, doc):
     )
 
 
-BF16_DEFAULT = "bfloat16 where the hardware has it"
-
-
-def add_machine_flags(parser, short=(), dtype=BF16_DEFAULT):
-    """Flags --device_type and --dtype. `short`: list of short names of --dtype; `dtype`: its default, in words."""
+def add_machine_flags(parser, dtype="bfloat16 where the hardware has it"):
+    """Flags --device_type and --dtype. `dtype`: its default, in words."""
     add = parser.add_argument
     add("--device_type", default="", help="cuda, mps or cpu (default: the first that is available)")
-    add(*short, "--dtype", default="", help=f"float32 or bfloat16 (default: {dtype})")
+    add("-d", "--dtype", default="", help=f"float32 or bfloat16 (default: {dtype})")
 
 
 def add_model_flags(parser, source=None):
     """Flag --source and those of add_checkpoint_flags(). Default `source`: None = required, "" = choose_source()."""
     default = {None: "", "": " (default: sft, else rl, else mid)"}.get(source, f" (default {source})")
-    text, stages = f"stage of the model{default}", list(CHECKPOINT_FOLDERS)
+    text, stages = f"stage of the model{default}", list(common.CHECKPOINT_FOLDERS)
     parser.add_argument("-i", "--source", choices=stages, default=source, required=source is None, help=text)
     add_checkpoint_flags(parser)
 
@@ -65,24 +54,24 @@ def choose_source(args, stages):
     """Set an empty args.source to the first of `stages` with checkpoints (of --model_tag), and print it if not sft."""
     if not args.source:
         steps = f"{args.model_tag or '*'}/step_*/meta.json"
-        found = (stage for stage in stages if any((base_dir() / CHECKPOINT_FOLDERS[stage]).glob(steps)))
+        found = (stage for stage in stages if any((common.base_dir() / common.CHECKPOINT_FOLDERS[stage]).glob(steps)))
         args.source = next(found, stages[0])
         if args.source != "sft":
-            print0(f"there is no sft model: using the {args.source} model (-i {args.source})", file=sys.stderr)
+            common.print0(f"there is no sft model: using the {args.source} model (-i {args.source})", file=sys.stderr)
 
 
-def add_checkpoint_flags(parser, dtype=BF16_DEFAULT):
-    """Flags for checkpoint, device and precision. `dtype`: the default of --dtype, in words."""
+def add_checkpoint_flags(parser, **default):
+    """Flags for checkpoint, device and precision. `default`: see add_machine_flags()."""
     add = parser.add_argument
     add("-g", "--model_tag", help="model to load, e.g. d20 (default: the deepest)")
     add("-s", "--step", "--model_step", type=int, help="step to load (default: the newest)")
-    add_machine_flags(parser, ["-d"], dtype)
+    add_machine_flags(parser, **default)
     add("--quantize", choices=["int8"], help="int8 weights (CPU only): decoding is almost twice as fast as in bfloat16")
 
 
 def add_run_flags(parser, device_batch_size, save_every=-1):
     """Flags that all training stages share, with the defaults of one stage."""
-    add, flag = parser.add_argument, dict(type=boolean, nargs="?", const=True, default=False)
+    add = parser.add_argument
     add("--run", type=wandb_run, default="dummy", help='wandb run name; "dummy" = no wandb')
     add_machine_flags(parser)
     add("--device_batch_size", type=int, default=device_batch_size, help="rows per forward pass and device")
@@ -91,9 +80,9 @@ def add_run_flags(parser, device_batch_size, save_every=-1):
     add("--matrix_lr", type=float, default=0.02, help="learning rate of the blocks' matrices (Muon)")
     add("--weight_decay", type=float, default=0.0, help="weight decay of embedding and head (AdamW)")
     add("--seed", type=int, default=42, help="random seed of weights, data order and sampling")
-    add("--resume", **flag, help="continue from the newest intact checkpoint")
+    add("--resume", **FLAG, help="continue from the newest intact checkpoint")
     add("--resume_from_step", type=int, default=-1, help="continue from the checkpoint of this step; -1 = off")
-    add("--resume_unverified", **flag, help="resume a checkpoint that does not record its tokenizer and data")
+    add("--resume_unverified", **FLAG, help="resume a checkpoint that does not record its tokenizer and data")
     add("--save_every", type=int, default=save_every, help="steps between checkpoints; -1 = only at the end")
     add("--keep", type=int, default=0, help="number of newest checkpoints to keep; 0 = all")
 
@@ -103,22 +92,20 @@ def add_conversation_flags(parser):
     add = parser.add_argument
     own = "your conversations, see tasks/customjson.py; :3 = three times per epoch; may be repeated"
     add("--conversations", action="append", metavar="FILE[:WEIGHT]", help=own)
-    flag = dict(type=boolean, nargs="?", const=True, default=False)
-    add("--conversations_only", **flag, help="train on --conversations alone, without the mixture")
+    add("--conversations_only", **FLAG, help="train on --conversations alone, without the mixture")
 
 
 def wandb_run(name):
     """argparse type of --run. Unless the name is "dummy", rank 0 logs in to wandb, so before any work."""
-    if name == "dummy" or not is_rank0():
+    if name == "dummy" or not common.is_rank0():
         return name
     try:
         from unittest import mock
 
         import wandb
 
-        if wandb.setup().settings.mode not in ("offline", "disabled"):
-            with mock.patch("sys.stdin", io.StringIO()):  # so that wandb does not ask
-                wandb.login(verify=True)
+        with mock.patch("sys.stdin", io.StringIO()):  # so that wandb does not ask
+            wandb.login(verify=True)
     except Exception as e:  # not installed, no login, no connection
         problem = (str(e) or repr(e)).split("\n")[0].rstrip(".")
         raise argparse.ArgumentTypeError(f"{name}: {problem}; or set WANDB_MODE=offline, or leave --run out") from None
@@ -126,11 +113,14 @@ def wandb_run(name):
 
 
 def boolean(text):
-    """argparse type for `--x`, `--x=1`, `--x=0`; use with add_argument(type=boolean, nargs="?", const=True)."""
+    """argparse type for `--x`, `--x=1`, `--x=0`; use with add_argument(**FLAG)."""
     values = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
     if text.lower() not in values:
         raise argparse.ArgumentTypeError(f"{text!r} is not 0 or 1")
     return values[text.lower()]
+
+
+FLAG = dict(type=boolean, nargs="?", const=True, default=False)
 
 
 def path(text):
@@ -151,24 +141,33 @@ def run_script(main):
     _prepare_streams()
     try:
         main()
-        compute_cleanup()
+        common.compute_cleanup()
         sys.stdout.flush()
     except SystemExit as e:  # --help, a wrong flag, or a run stopped by a signal
         _exit(e.code or 0)
-    except UserError as e:
-        _exit(2, e)
-    except ModuleNotFoundError as e:
-        _exit(2, f"the Python package {e.name} is not installed here; {ENVIRONMENT_HINT}")
     except BrokenPipeError:  # `... | head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _exit(1)
-    except OSError as e:
-        if e.filename is None and e.errno != errno.ENOSPC:
-            raise
-        _exit(2, f"{e.filename or 'cannot write the output'}: {e.strerror}")
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         _exit(130)
+    except Exception as e:
+        if message := user_message(e):
+            _exit(2, message)
+        raise
+
+
+def user_message(error):
+    """One line about an error that the user can remedy, None for other errors."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return f"the Python package {error.name} is not installed here; {common.ENVIRONMENT_HINT}"
+    if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):
+        return f"{error.filename or 'cannot write the output'}: {error.strerror}"
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+        return "out of memory; lower --device_batch_size, which does not change the result, or take a smaller model"
+    return None
 
 
 def _prepare_streams():
@@ -186,6 +185,6 @@ def _exit(code, error=None):
     with contextlib.suppress(OSError):  # the disk is full
         sys.stdout.flush()
     if error:
-        print_error(str(error))
+        print_error(error)
     sys.stderr.flush()
     os._exit(code)

@@ -142,10 +142,8 @@ class Compute:
         """Wait for the device to finish, so that timings are correct."""
         import torch
 
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
 
 
 def dist_env():
@@ -187,12 +185,9 @@ def choose_device(device_type=""):
     import torch
 
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device_type and device_type not in available:
-        raise UserError(f"--device_type={device_type}: choose one of {', '.join(available)}")
-    if device_type and not available[device_type]:
-        raise UserError(
-            f"--device_type={device_type}: not available on this machine; leave the flag out to detect a device"
-        )
+    given = f"--device_type={device_type}"
+    require(device_type in ("", *available), f"{given}: choose one of {', '.join(available)}")
+    require(available.get(device_type, True), f"{given}: not available here; leave the flag out to detect a device")
     return device_type or next(d for d, usable in available.items() if usable)
 
 
@@ -203,12 +198,10 @@ def choose_dtype(device_type, dtype=""):
     """torch dtype for `dtype` ("float32" or "bfloat16"); if empty, bfloat16 where the hardware supports it natively."""
     import torch
 
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp32": torch.float32, "bf16": torch.bfloat16}
     dtype = dtype or os.environ.get("NANOCHAT_DTYPE", "")
+    require(dtype in ("", "float32", "bfloat16"), f"--dtype={dtype}: choose float32 or bfloat16")
     if dtype:
-        if dtype not in dtypes:
-            raise UserError(f"--dtype={dtype}: choose float32 or bfloat16")
-        return dtypes[dtype]
+        return getattr(torch, dtype)
     if device_type == "cuda":
         native = torch.cuda.get_device_capability() >= (8, 0)
     else:  # Zen 5 (AVX512-BF16), 2026-11: bfloat16 matmuls are 4 times as fast as float32
@@ -223,17 +216,15 @@ def compute_init(device_type="", dtype="", seed=42):
 
     device_type = choose_device(device_type)
     rank, local_rank, world_size = dist_env()
+    on_gpu = device_type == "cuda"
     torch.manual_seed(seed)
-    if device_type == "cuda":
-        local_world_size = os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)
-        if local_rank >= (n := torch.cuda.device_count()):
-            raise UserError(f"{local_world_size} GPUs requested, {n} available; lower --nproc_per_node or --num_gpus")
-        torch.cuda.manual_seed(seed)
+    if on_gpu:
+        requested, n = os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1), torch.cuda.device_count()
+        require(local_rank < n, f"{requested} GPUs requested, {n} available; lower --nproc_per_node or --num_gpus")
         torch.set_float32_matmul_precision("high")  # tf32
         torch.cuda.set_device(local_rank)
-    device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device(device_type)
+    device = torch.device(device_type, local_rank if on_gpu else None)
     if world_size > 1:
-        on_gpu = device_type == "cuda"
         torch.distributed.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     return Compute(device, choose_dtype(device_type, dtype), rank, local_rank, world_size)
 
@@ -319,17 +310,12 @@ def fetch(url, path, attempts=5, timeout=30, progress=None, check=None):
     Raises UserError if the file does not exist, cannot be fetched or is refused.
     """
     import http.client
-    import urllib.error
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if "://" not in str(url):
-        if not Path(url).is_file():
-            raise UserError(f"no file at {url}")
-        with atomic_path(path) as draft:
-            shutil.copyfile(url, draft)
-            _check_fetched(url, draft, check)
-        return path
+        require(Path(url).is_file(), f"no file at {url}")
+        url = Path(url).absolute().as_uri()
     part = path.with_name(path.name + ".part")
     for attempt in range(1, attempts + 1):
         try:
@@ -337,14 +323,12 @@ def fetch(url, path, attempts=5, timeout=30, progress=None, check=None):
             _check_fetched(url, part, check)
             os.replace(part, path)
             return path
-        except urllib.error.HTTPError as e:
-            if e.code == 416:  # the file on the host has changed
+        except (OSError, http.client.HTTPException) as e:  # URLError, HTTPError, timeout, reset, short body
+            error, status = e, getattr(e, "code", None)
+            if status == 416:  # the file on the host has changed
                 part.unlink(missing_ok=True)
-            elif e.code < 500 and e.code != 429:
-                raise UserError(f"{url}: the host answered {e.code} {e.reason}") from e
-            error = e
-        except (OSError, http.client.HTTPException) as e:  # URLError, timeout, reset, short body
-            error = e
+            elif status and status < 500 and status != 429:
+                raise UserError(f"{url}: the host answered {status} {e.reason}") from e
         if attempt < attempts:
             time.sleep(2**attempt)
     raise UserError(f"cannot fetch {url} after {attempts} attempts ({error}); check the network or the mirror's URL")

@@ -8,16 +8,16 @@ owns a contiguous range of lanes. Reading and tokenizing run ahead of training o
 """
 
 import bisect
+import collections
 import functools
-import queue
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from nanochat.common import UserError, print0
+from nanochat.common import print0, require
 from nanochat.dataset import read_row_group
 
 SHARD_BLOCK = 128  # documents per block
@@ -57,8 +57,7 @@ class ShardSource(Source):
         self.tokenizer = tokenizer
         self.row_group = functools.lru_cache(maxsize=CACHED_ROW_GROUPS)(read_row_group)
         num_docs = sum(rows for _, _, rows in row_groups)
-        if not num_docs:
-            raise UserError("the shards contain no documents; create them again with `python -m nanochat.dataset`")
+        require(num_docs, "the shards contain no documents; create them again with `python -m nanochat.dataset`")
         ranges = [(path, i, _block_ranges(rows, SHARD_BLOCK, num_docs, lanes)) for path, i, rows in row_groups]
         super().__init__([[(path, i, block) for block in blocks] for path, i, blocks in ranges], seed)
 
@@ -93,14 +92,15 @@ def check_lengths(name, task, tokenizer, max_tokens, use_mask=True, sample=500):
     """
     checked = range(0, len(task), max(1, -(-len(task) // sample)))
     masks = [tokenizer.render_conversation(task[i], sys.maxsize)[1] for i in checked]
-    cut = sum(len(mask) > max_tokens for mask in masks), f"are longer than {max_tokens} tokens and are cut"
-    untrained = sum(use_mask and not any(mask[:max_tokens]) for mask in masks), "have no trained token left"
-    problems = "; ".join(f"{n / len(masks):.1%} {problem}" for n, problem in (cut, untrained) if n)
-    problems = f"{name} conversations: {'about ' * (len(masks) < len(task))}{problems}"
-    if untrained[0] == len(masks):
-        raise UserError(f"{problems}: nothing to train on; the context is too short, or all weights are 0")
-    if cut[0] or untrained[0]:
-        print0(problems)
+    cut = sum(len(mask) > max_tokens for mask in masks)
+    untrained = sum(use_mask and not any(mask[:max_tokens]) for mask in masks)
+    problems = (cut, f"are longer than {max_tokens} tokens and are cut"), (untrained, "have no trained token left")
+    shares = "; ".join(f"{n / len(masks):.1%} {problem}" for n, problem in problems if n)
+    shares = f"{name} conversations: {'about ' * (len(masks) < len(task))}{shares}"
+    hint = "nothing to train on; the context is too short, or all weights are 0"
+    require(untrained < len(masks), f"{shares}: {hint}")
+    if cut or untrained:
+        print0(shares)
 
 
 def _block_ranges(n, block_size, total, lanes):
@@ -207,8 +207,8 @@ def lane_batches(source, rows, T, device_batch_size, compute, packing="stream", 
     """
     own_rows = rows // compute.world_size
     assert own_rows * compute.world_size == rows and own_rows % device_batch_size == 0
-    if states and len(states) != rows:
-        raise UserError(f"the checkpoint has {len(states)} data lanes, this run {rows} rows per step; keep them equal")
+    same = not states or len(states) == rows
+    require(same, f"the checkpoint has {len(states or ())} data lanes, this run {rows} rows per step; keep them equal")
     own_lanes = range(compute.rank * own_rows, (compute.rank + 1) * own_rows)
     lanes = [Lane(source, i, rows, T, packing, states and states[str(i)]) for i in own_lanes]
     while True:
@@ -255,46 +255,29 @@ class Prefetch:
     """Iterator over `batches`, moved to `device`; a background thread computes `ahead` batches in advance."""
 
     def __init__(self, batches, device, ahead=2):
-        self.device, self.state = device, {}  # state: of the last batch returned
-        self.ready, self.stopped = queue.Queue(maxsize=ahead), threading.Event()
-        self.thread = threading.Thread(target=self._produce, args=(batches,), daemon=True, name="dataloader")
-        self.thread.start()
+        self.batches, self.device, self.state = batches, device, {}  # state: of the last batch returned
+        self.thread = ThreadPoolExecutor(1, "dataloader")
+        self.ready = collections.deque(self.thread.submit(self._next_batch) for _ in range(ahead))
 
-    def _produce(self, batches):
-        try:
-            for batch in batches:
-                if self.device.type == "cuda":
-                    batch.micro_batches = [(x.pin_memory(), y.pin_memory()) for x, y in batch.micro_batches]
-                if not self._put(batch):
-                    return
-        except BaseException as e:  # __next__ raises it in the training thread
-            self._put(e)
-
-    def _put(self, item):
-        """Queue an item as soon as there is room; False if close() was called first."""
-        while not self.stopped.is_set():
-            try:
-                self.ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                pass
-        return False
+    def _next_batch(self):
+        batch = next(self.batches)
+        if self.device.type == "cuda":
+            batch.micro_batches = [(x.pin_memory(), y.pin_memory()) for x, y in batch.micro_batches]
+        return batch
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        batch = self.ready.get()
-        if isinstance(batch, BaseException):
-            raise batch
+        batch = self.ready.popleft().result()  # raises the thread's errors
+        self.ready.append(self.thread.submit(self._next_batch))
         batch.micro_batches = [[t.to(self.device, non_blocking=True) for t in pair] for pair in batch.micro_batches]
         self.state = batch.state
         return batch
 
     def close(self):
         """Stop the background thread."""
-        self.stopped.set()
-        self.thread.join()
+        self.thread.shutdown(cancel_futures=True)
 
 
 def eval_batches(source, rows, T, steps, compute):

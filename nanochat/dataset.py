@@ -153,40 +153,28 @@ def _existing_shards(folder, kind, settings, overwrite, sources=None):
     Raises UserError if the folder holds a set that may be replaced only with `overwrite`: of another kind, with other
     settings, or from other sources. A newer version of the same sources replaces the older one.
     """
-    manifest, sources = None if overwrite else _read_manifest(folder), sources or {}
-    if manifest and manifest["kind"] == kind:
-        if manifest["settings"] == settings and list(manifest["sources"].values()) == list(sources.values()):
+    manifest, new = None if overwrite else _read_manifest(folder), sources or {}
+    if manifest and (manifest["kind"], manifest["settings"]) == (kind, settings):
+        old = manifest["sources"]
+        gone = old.keys() - new.keys()
+        if not manifest["shards"] or list(old.values()) == list(new.values()):
             return manifest["shards"]
-        if manifest["shards"] and (changes := _source_changes(manifest, settings, sources)):
-            return print0(f"{changes}: writing the set anew")
+        # Older manifests list no sources.
+        if not old or (old.keys() & new.keys() and not any(Path(name).exists() for name in gone)):
+            changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+            return print0(f"changed: {_names(changed)}; writing the set anew")
     if _parquet_files(folder) and not overwrite and (manifest is None or manifest["shards"]):
-        content = _describe(**manifest) if manifest else "parquet files of unknown origin"
+        content = f"{manifest['kind']} {manifest['settings']}" if manifest else "parquet files of unknown origin"
+        content += f" from {_names(manifest['sources'])}" if manifest and manifest["sources"] else ""
         hint = "choose another --data_dir, or replace it with --overwrite"
-        raise UserError(f"{folder} holds {content}, not {_describe(kind, settings, sources)}; {hint}")
+        raise UserError(f"{folder} holds {content}, not {kind} {settings} from {_names(new)}; {hint}")
     return None
 
 
-def _source_changes(manifest, settings, new):
-    """In words, how the sources `new` differ from those of `manifest`; "" if they are not a newer version of them."""
-    old = manifest["sources"]
-    if new and not old:  # older manifests have the number and the bytes of the files instead
-        totals = {"files": len(new), "bytes": sum(entry["bytes"] for entry in new.values())}
-        same_settings = manifest["settings"].items() <= (totals | settings).items()
-        return "the content of the sources was not recorded" if same_settings else ""
-    gone, common = old.keys() - new.keys(), old.keys() & new.keys()
-    if manifest["settings"] != settings or not common or any(Path(name).exists() for name in gone):
-        return ""
-    changed = [name for name in common if old[name] != new[name]]
-    states = {"has changed": changed, "is new": new.keys() - old.keys(), "is gone": gone}
-    return _first([f"{Path(name).name} {state}" for state, names in states.items() for name in sorted(names)])
-
-
-def _first(names):
+def _names(paths):
+    """The file names of at most three of `paths`."""
+    names = [Path(path).name for path in paths]
     return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
-
-
-def _describe(kind, settings, sources, **_):
-    return f"{kind} {settings}" + (f" from {_first(list(sources))}" if sources and kind == OWN_FILES else "")
 
 
 def _start_set(folder, kind, settings):

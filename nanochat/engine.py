@@ -18,20 +18,6 @@ from nanochat.inference.kv_cache import KVCache, PrefixCache, common_prefix_leng
 from nanochat.inference.sampling import MIN_TEMPERATURE, Request, log_probabilities, sample
 from nanochat.inference.scheduler import DecodeLoop, Prefill, Row, terminal_tokens
 
-__all__ = [
-    "MIN_TEMPERATURE",
-    "DecodeLoop",
-    "Detokenizer",
-    "Engine",
-    "KVCache",
-    "Request",
-    "Row",
-    "TorchBackend",
-    "common_prefix_length",
-    "sample",
-    "visible_text",
-]
-
 
 def default_backend(model, compute=None):
     """The fastest backend for `model` on its device. Kernels and graphs need a GPT whose weights are not trained."""

@@ -7,13 +7,14 @@ sampled token is trained on, including the terminal token; tokens forced by the 
 the weights, its problem, seed and sample number, not on the batch it runs in.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from nanochat.chat_eval import generate_answers
-from nanochat.common import task_errors
+from nanochat.chat_eval import generate_answers, read_problems
+from nanochat.common import require, task_errors
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 
@@ -54,10 +55,11 @@ def roll_out(sampler, task, seeds, num_samples, max_new_tokens, max_rows):
     Sampling is at temperature 1 without top-k, because the loss assumes samples of the model's own distribution.
     """
     max_new_tokens = min(max_new_tokens, sampler.model.config.sequence_len // 2)
-    problems, groups = {i: task[i] for i in seeds}, dict.fromkeys(seeds)
+    problems, groups = read_problems(task, seeds), dict.fromkeys(seeds)
     for i, samples in generate_answers(sampler, problems, seeds, max_rows, max_new_tokens, num_samples):
         with task_errors(type(task).__name__):
-            rewards = [task.reward(problems[i], text) for _, text in samples]
+            rewards = [float(task.reward(problems[i], text)) for _, text in samples]
+            require(all(map(math.isfinite, rewards)), f"rewards must be finite, got {rewards}")
         groups[i] = [
             Rollout(row.request.tokens, row.tokens, row.mask, reward, row.finish == "length")
             for (row, _), reward in zip(samples, rewards, strict=True)

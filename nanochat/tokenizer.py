@@ -6,22 +6,19 @@ third-party vocabularies. The ids of the nine special tokens follow those of the
 rendering of conversations produce special tokens: `encode` treats its input as plain text, so a user who types
 <|assistant_start|> cannot inject the token.
 
-Files: tokenizer.json (pattern, special tokens, checksums), ranks.tiktoken (tiktoken's format: one line per token with
-its bytes in base64 and its rank), token_bytes.pt (int32 tensor (V,): length of each token in bytes, 0 if special).
+Files: tokenizer.json (pattern, special tokens, checksum) and ranks.tiktoken (tiktoken's format: one line per token with
+its bytes in base64 and its rank).
 """
 
 import base64
 import contextlib
 import hashlib
-import io
 import json
-import shutil
-import struct
-import zipfile
+import tempfile
 from bisect import bisect_left
 from pathlib import Path
 
-from nanochat.common import UserError, atomic_path, base_dir, load_extension, print0, set_aside
+from nanochat.common import UserError, atomic_path, base_dir, load_extension, print0, require, set_aside
 
 SPECIAL_TOKENS = (
     "<|bos|>",  # starts every document
@@ -78,10 +75,9 @@ class Tokenizer:
         """
         rustbpe = load_extension()
         n_special = len(SPECIAL_TOKENS)
-        if vocab_size < 256 + n_special:
-            raise UserError(f"vocab_size={vocab_size} is too small: 256 bytes + special tokens = {256 + n_special}")
-        if vocab_size >= 2**32:
-            raise UserError(f"vocab_size={vocab_size} is too large: ids have 32 bits")
+        problem = f"vocab_size={vocab_size} is too small: 256 bytes + special tokens = {256 + n_special}"
+        require(vocab_size >= 256 + n_special, problem)
+        require(vocab_size < 2**32, f"vocab_size={vocab_size} is too large: ids have 32 bits")
         trainer = rustbpe.Tokenizer()
         train = trainer.train_from_arrow if arrow else trainer.train_from_iterator
         train(iterator, vocab_size - n_special, pattern=SPLIT_PATTERN, progress=progress, max_chars=max_chars)
@@ -103,21 +99,31 @@ class Tokenizer:
     @classmethod
     def from_directory(cls, directory):
         """Load the tokenizer that `save` wrote. Raises UserError if a file is missing or damaged."""
-        config = _read_config(directory)
-        lines = _read_file(directory, "ranks.tiktoken", config).splitlines()
-        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
-        return cls(config["pattern"], ranks, config["special_tokens"], config["bos"])
+        path = Path(directory) / "tokenizer.json"
+        ranks_path = path.with_name("ranks.tiktoken")
+        try:
+            config, data = json.loads(path.read_bytes()), ranks_path.read_bytes()
+            pattern, special_tokens, bos = config["pattern"], dict(config["special_tokens"]), config["bos"]
+            sha256 = config["sha256"]["ranks.tiktoken"]
+        except (FileNotFoundError, NotADirectoryError) as e:
+            raise UserError(f"no tokenizer at {e.filename}; {TRAIN_HINT}") from None
+        except (ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{path} is damaged or not a tokenizer of this project; {TRAIN_HINT}") from e
+        require(hashlib.sha256(data).hexdigest() == sha256, f"{ranks_path} is damaged; {TRAIN_HINT}")
+        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, data.splitlines())}
+        return cls(pattern, ranks, special_tokens, bos)
 
     def save(self, directory):
-        """Write the three files. Existing ones are replaced only after all three have been written to disk."""
+        """Write both files atomically."""
         lines = [b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in self.ranks.items()]
-        files = {"ranks.tiktoken": b"".join(lines), "token_bytes.pt": _torch_file(self.count_bytes())}
+        ranks = b"".join(lines)
         config = {"vocab_size": self.get_vocab_size(), "pattern": self.pattern, "special_tokens": self.special_tokens}
-        config |= {"bos": self.bos, "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}}
-        files["tokenizer.json"] = json.dumps(config, indent=2).encode() + b"\n"
-        with contextlib.ExitStack() as stack:
-            for name, data in reversed(files.items()):  # files are replaced in reverse order of this loop
-                stack.enter_context(atomic_path(Path(directory) / name)).write_bytes(data)
+        config |= {"bos": self.bos, "sha256": {"ranks.tiktoken": hashlib.sha256(ranks).hexdigest()}}
+        # The second file is renamed only after both have been written to disk.
+        with atomic_path(Path(directory) / "tokenizer.json") as config_draft:
+            config_draft.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            with atomic_path(Path(directory) / "ranks.tiktoken") as draft:
+                draft.write_bytes(ranks)
 
     def fingerprint(self):
         """sha256 (hex) of the pattern, the tokens and the special tokens: equal if all texts get equal ids."""
@@ -140,8 +146,8 @@ class Tokenizer:
 
     def encode_special(self, name):
         """Id of the special token `name`."""
-        if name not in self.special_tokens:
-            raise ValueError(f"{name!r} is not a special token; expected one of {', '.join(self.special_tokens)}")
+        expected = ", ".join(self.special_tokens)
+        require(name in self.special_tokens, f"{name!r} is not a special token; expected one of {expected}")
         return self.special_tokens[name]
 
     def id_to_token(self, token):
@@ -259,19 +265,15 @@ def get_tokenizer():
 
 def save_as_default(tokenizer):
     """Make `tokenizer` the one of get_tokenizer(). Another one there is set aside, an equal one is left."""
-    folder, draft = base_dir() / "tokenizer", base_dir() / "tokenizer.tmp"
+    folder = base_dir() / "tokenizer"
     with contextlib.suppress(UserError):  # none yet, or a damaged one
-        _read_file(folder, "token_bytes.pt", _read_config(folder))
         if get_tokenizer().fingerprint() == tokenizer.fingerprint():
             return print0(f"{folder} holds this tokenizer already")
-    try:
-        tokenizer.save(draft)
-    except Exception:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
-    if folder.exists():
-        set_aside(folder, "another tokenizer (rename it back to use models trained with it)")
-    draft.rename(folder)
+    with tempfile.TemporaryDirectory(prefix="draft.", dir=base_dir()) as draft:
+        tokenizer.save(Path(draft) / "tokenizer")
+        if folder.exists():
+            set_aside(folder, "another tokenizer (rename it back to use models trained with it)")
+        (Path(draft) / "tokenizer").rename(folder)
     print0(f"saved {tokenizer.get_vocab_size():,} tokens to {folder}")
 
 
@@ -292,9 +294,7 @@ def get_token_bytes(device="cpu"):
     """int32 tensor (V,): length of each token in bytes, 0 for special tokens."""
     import torch
 
-    directory = base_dir() / "tokenizer"
-    data = _read_file(directory, "token_bytes.pt", _read_config(directory))
-    return torch.load(io.BytesIO(data), weights_only=True, map_location=device)
+    return torch.tensor(get_tokenizer().count_bytes(), dtype=torch.int32, device=device)
 
 
 def check_conversation(conversation):
@@ -335,49 +335,3 @@ def _is_parts(content):
 def _add_system(system, message):
     """The user message with the system text and a blank line before its own text."""
     return message | {"content": f"{system}\n\n{message['content']}"} if system else message
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-
-def _torch_file(numbers):
-    """
-    The bytes that torch.save would write for an int32 tensor (N,): a zip of a pickle and the raw numbers.
-
-    Does not use torch, because importing it takes longer than training on 100 MB of text.
-    """
-    n = struct.pack("<i", len(numbers))
-    pickled = (
-        b"\x80\2ctorch._utils\n_rebuild_tensor_v2\n("
-        b"(X\7\0\0\0storagectorch\nIntStorage\nX\1\0\0\0000X\3\0\0\0cpuJ%btQ"  # file data/0 has N numbers
-        b"J\0\0\0\0J%b\x85K\1\x85\x89ccollections\nOrderedDict\n)RtR."  # offset 0, size (N,), stride (1,), no gradient
-    ) % (n, n)
-    storage = struct.pack(f"<{len(numbers)}i", *numbers)
-    files = {"data.pkl": pickled, "byteorder": b"little", "data/0": storage, "version": b"3\n"}
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, data in files.items():
-            archive.writestr(zipfile.ZipInfo(f"token_bytes/{name}"), data)
-    return buffer.getvalue()
-
-
-def _read_config(directory):
-    """Content of tokenizer.json. Raises UserError if it is missing or malformed."""
-    path = Path(directory) / "tokenizer.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        return {key: config[key] for key in ("vocab_size", "pattern", "special_tokens", "bos", "sha256")}
-    except FileNotFoundError:
-        raise UserError(f"no tokenizer at {path}; {TRAIN_HINT}") from None
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} is damaged or not a tokenizer of this project; {TRAIN_HINT}") from e
-
-
-def _read_file(directory, name, config):
-    """Content of one of the tokenizer's files. Raises UserError unless its checksum is the one in `config`."""
-    path = Path(directory) / name
-    data = path.read_bytes() if path.exists() else b""
-    if hashlib.sha256(data).hexdigest() != config["sha256"].get(name):
-        raise UserError(f"{path} is {'damaged' if data else 'missing'}; {TRAIN_HINT}")
-    return data

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -18,19 +19,9 @@ PEAK_FLOPS = {
     "h100 nvl": 835e12,
     "h100 pcie": 756e12,
     "h100": 989e12,
-    "l40s": 362e12,
-    "l4": 121e12,
     "a100": 312e12,
-    "a6000": 155e12,
-    "a10": 125e12,
-    "v100": 125e12,
-    "5090": 210e12,
     "4090": 165e12,
-    "4080": 97e12,
-    "4070": 58e12,
-    "4060": 44e12,
     "3090": 71e12,
-    "mi300": 1307e12,
 }
 UNTIMED_STEPS = 10  # the first steps do not count in the throughput: compilation, cold caches
 PRINT_SECONDS = 2.0  # minimum time between progress lines
@@ -88,9 +79,10 @@ class StageLog:
         """Open the metrics file for appending, without the lines of steps after the resumed one."""
         with write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            lines = path.read_text(encoding="utf-8").splitlines() if self.step_count and path.exists() else []
-            lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step_count]
-            path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            lines = path.read_bytes().splitlines() if self.step_count and path.exists() else []
+            complete = re.compile(rb'{"step": (\d+), [^{}]*}')  # a killed process or a full disk leaves half lines
+            lines = [line for line in lines if (m := complete.fullmatch(line)) and int(m[1]) <= self.step_count]
+            path.write_bytes(b"".join(line + b"\n" for line in lines))
             return open(path, "ab", buffering=0)  # unbuffered: close() must not fail on a full disk
 
     def state(self):
@@ -185,12 +177,10 @@ class StageLog:
     def _print_forecast(self, steps_left, timed_steps):
         """Print how long the rest of the stage will take; on a CPU also, if that is long, how to shorten it."""
         seconds = steps_left * self.timed_seconds / timed_steps
-        long, end = seconds > LONG_SECONDS, time.localtime(time.time() + seconds)
-        when = time.strftime("%a %d %b %Y %H:%M" if long else "%H:%M", end)
-        hint = f"; to shorten it, lower {', '.join(self.length_flags)}" * (long and self.compute.device.type == "cpu")
-        text = f"about {format_duration(seconds)} for {steps_left:,} more steps, until about {when}, plus evaluations"
+        long = seconds > LONG_SECONDS and self.compute.device.type == "cpu"
+        hint = f"; to shorten it, lower {', '.join(self.length_flags)}" if long else ""
         if steps_left >= 1:
-            print0(text + hint)
+            print0(f"about {format_duration(seconds)} for {steps_left:,} more steps, plus evaluations{hint}")
 
     def report(self, section, args, facts, **metrics):
         """Write the stage's section of the report: flags, `facts`, speed and memory. `metrics`: see Report.log()."""

@@ -4,7 +4,6 @@ import copy
 import functools
 import math
 import os
-import re
 import signal
 import socket
 import sys
@@ -15,15 +14,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 import torch.distributed as dist
 
-from nanochat.checkpoint_manager import (
-    checkpoint_dir,
-    find_checkpoint,
-    has_checkpoints,
-    load_optimizers,
-    load_weights,
-    save_checkpoint,
-    update_meta,
-)
+from nanochat import checkpoint_manager as checkpoints
 from nanochat.common import UserError, print0, require, set_aside
 from nanochat.dataloader import Prefetch, eval_batches, lane_batches
 from nanochat.tokenizer import check_tokenizer
@@ -32,15 +23,13 @@ from nanochat.tracking import with_progress
 
 def rows_per_step(args, world_size):
     """Number of rows of the global batch. Raises UserError unless every rank gets whole micro-batches."""
-    for name in ("total_batch_size", "device_batch_size"):
+    for name in ("total_batch_size", "device_batch_size", "max_seq_len"):
         require(getattr(args, name) >= 1, f"--{name}={getattr(args, name)}: expected at least 1")
-    per_pass = args.device_batch_size * args.max_seq_len * world_size  # tokens in one forward pass over all ranks
-    require(
-        args.total_batch_size % per_pass == 0,
-        f"--total_batch_size={args.total_batch_size:,} is not a multiple of {per_pass:,} tokens "
-        f"({args.device_batch_size} rows x {args.max_seq_len} tokens x {world_size} ranks)",
-    )
-    return args.total_batch_size // args.max_seq_len
+    rank_rows, T, total = args.device_batch_size, args.max_seq_len, args.total_batch_size
+    per_pass = rank_rows * T * world_size  # tokens in one forward pass over all ranks
+    size = f"{per_pass:,} tokens ({rank_rows} rows x {T} tokens x {world_size} ranks)"
+    require(total % per_pass == 0, f"--total_batch_size={total:,} is not a multiple of {size}")
+    return total // T
 
 
 def epoch_steps(args, task, per_step):
@@ -68,12 +57,8 @@ class StepResult:
     stop: bool  # some rank received a signal to stop
 
 
-class Diverged(UserError):
-    """Loss or gradient is not finite. The step has changed neither weights nor optimizer state."""
-
-
 def train_step(
-    model, optimizers, micro_batches, compute, grad_clip=0.0, progress=0.0, stop=False, skipped_tokens=0, lock=None
+    model, optimizers, micro_batches, compute, *, grad_clip=0.0, progress=0.0, skipped_tokens=0, stop=False, lock=None
 ):
     """
     One optimizer step. `micro_batches`: this rank's (inputs, targets) or (inputs, targets, token weights).
@@ -81,7 +66,7 @@ def train_step(
     The loss is the mean over all trained tokens of the global batch, so it does not depend on how they are split into
     micro-batches and ranks. Without any trained token it is 0 and no weight changes. `skipped_tokens`: number of
     trained tokens of weight 0 that this rank omitted from its micro-batches; the mean includes them. Gradients are
-    averaged, then clipped by their global norm (`grad_clip` 0 = off). Raises Diverged, before any change, if loss or
+    averaged, then clipped by their global norm (`grad_clip` 0 = off). Raises UserError, before any change, if loss or
     gradient is not finite. `lock` is acquired before the first change of weights or optimizer state.
     """
     totals = torch.tensor([0.0, progress, float(stop)], device=compute.device)
@@ -100,10 +85,8 @@ def train_step(
     loss, sq_norm = compute.all_reduce(sums).tolist()
     grad_norm = math.sqrt(max(sq_norm, 0.0)) if math.isfinite(sq_norm) else math.nan
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise Diverged(
-            f"the run diverged: the loss is {loss} and the gradient norm {grad_norm}; lower the learning rates; "
-            "--resume continues from the newest checkpoint, if there is one"
-        )
+        remedy = "lower the learning rates; --resume continues from the newest checkpoint, if there is one"
+        raise UserError(f"the run diverged: the loss is {loss} and the gradient norm {grad_norm}; {remedy}")
     if lock:
         lock.acquire()
     clip = grad_clip / (grad_norm + 1e-6) if grad_clip else 1.0
@@ -144,20 +127,21 @@ class Stage:
     """
 
     def __init__(self, source, model_tag, args, compute, config, num_steps, made_from):
-        self.folder, self.args, self.compute = checkpoint_dir(source, model_tag), args, compute
+        self.folder, self.args, self.compute = checkpoints.checkpoint_dir(source, model_tag), args, compute
         self.made_from = made_from
         self.path, self.meta = None, {}
-        if args.resume_from_step >= 0:
-            self.path, self.meta = find_checkpoint(self.folder, args.resume_from_step)
-        elif args.resume and has_checkpoints(self.folder):
-            self.path, self.meta = find_checkpoint(self.folder)
+        step = args.resume_from_step if args.resume_from_step >= 0 else None
+        if step is not None or args.resume and checkpoints.has_checkpoints(self.folder):
+            self.path, self.meta = checkpoints.find_checkpoint(self.folder, step)
         self.first_step = self.meta.get("step", 0)
         self.finished = bool(self.meta.get("finished")) and self.first_step >= num_steps
         if self.path:
-            if "made_from" in self.meta:
-                check_tokenizer(made_from["tokenizer"], self.meta["made_from"]["tokenizer"], self.path)
+            if origins := self.meta.get("made_from"):  # before the config, which has the vocabulary's size
+                check_tokenizer(made_from["tokenizer"], origins["tokenizer"], self.path)
             self._check_invariants(config)
-            self._check_origins()
+            self._check_origins(origins)
+            is_beyond = not self.finished and 0 < num_steps < self.first_step
+            require(not is_beyond, f"{self.path} is beyond the {num_steps} steps of this run; raise --num_iterations")
             print0(f"{self.path}: " + ("finished already" if self.finished else "resuming from here"))
         self.saved_step, self.step, self.save, self.log = self.first_step, None, None, None
         self.first_signal = None  # time of arrival
@@ -170,28 +154,23 @@ class Stage:
     def _check_invariants(self, config):
         """Raises UserError if the checkpoint has another model config or other values of RESUME_INVARIANTS."""
         saved = self.meta["user_config"]
-        saved.setdefault("corpus", saved.get("data"))  # the flag was --data before version 0.3
         pairs = [(name, value, self.meta["model_config"].get(name)) for name, value in asdict(config).items()]
         pairs += [(name, getattr(self.args, name, None), saved.get(name)) for name in RESUME_INVARIANTS]
-        if differences := [f"{name}={new} (saved: {old})" for name, new, old in pairs if new != old]:
-            raise UserError(
-                f"cannot resume {self.path}, it was made with other settings: {', '.join(differences)}; "
-                "run without --resume to start anew, or with another --model_tag"
-            )
+        differences = ", ".join(f"{name}={new} (saved: {old})" for name, new, old in pairs if new != old)
+        problem = f"cannot resume {self.path}, it was made with other settings: {differences}"
+        require(not differences, f"{problem}; run without --resume to start anew, or with another --model_tag")
 
-    def _check_origins(self):
+    def _check_origins(self, saved):
         """Raises UserError if the checkpoint was made from something else, or does not say from what."""
-        saved = self.meta.get("made_from")
-        if saved is None:
+        if not saved:
             hint = "add --resume_unverified if they are the same, else run without --resume to start anew"
             require(self.args.resume_unverified, f"{self.path} does not record its tokenizer and data; {hint}")
             return
-        for name in ORIGINS:
-            if saved.get(name) != (fingerprint := self.made_from.get(name)):
-                difference, hint = ORIGINS[name]
-                difference += f" ({str(saved.get(name))[:12]}, now {str(fingerprint)[:12]})"
-                hint = f"run without --resume to start anew, or {hint}"
-                raise UserError(f"cannot resume {self.path}, it was made from {difference}; {hint}")
+        for name, (difference, remedy) in ORIGINS.items():
+            old, new = saved.get(name), self.made_from.get(name)
+            problem = f"it was made from {difference} ({str(old)[:12]}, now {str(new)[:12]})"
+            hint = f"run without --resume to start anew, or {remedy}"
+            require(old == new, f"cannot resume {self.path}, {problem}; {hint}")
 
     def setup_optimizers(self, model):
         """Optimizers with the learning rates of the flags. When resuming, also loads weights and optimizer state."""
@@ -199,8 +178,8 @@ class Stage:
         rates = args.unembedding_lr, args.embedding_lr, args.matrix_lr
         optimizers = model.setup_optimizers(*rates, args.weight_decay, self.compute.dtype)
         if self.path:
-            load_weights(model, self.path)
-            load_optimizers(self.path, self.meta, optimizers)
+            checkpoints.load_weights(model, self.path)
+            checkpoints.load_optimizers(self.path, self.meta, optimizers)
         return optimizers
 
     def compile(self, model):
@@ -226,13 +205,7 @@ class Stage:
     def train_step(self, model, optimizers, micro_batches, **settings):
         """Call train_step(). A stop signal that any rank has received stops all ranks."""
         settings |= dict(stop=self.first_signal is not None, lock=self.lock)
-        try:
-            result = train_step(model, optimizers, micro_batches, self.compute, **settings)
-        except RuntimeError as e:
-            if not re.search("out of memory|can't allocate memory", str(e)):
-                raise
-            hint = f"lower --device_batch_size={self.args.device_batch_size}, which does not change the result"
-            raise UserError(f"out of memory; {hint}, or train a smaller model") from e
+        result = train_step(model, optimizers, micro_batches, self.compute, **settings)
         if result.stop and self.first_signal is None:  # only another rank has received a signal
             self.wakeup.send(bytes([signal.SIGTERM]))
         return result
@@ -259,11 +232,11 @@ class Stage:
         if step == self.saved_step or getattr(self.args, "dry_run", False):
             return
         positions = compute.all_gather(positions)
-        if self.path is None and compute.rank == 0 and has_checkpoints(self.folder):
+        if self.path is None and compute.rank == 0 and checkpoints.has_checkpoints(self.folder):
             set_aside(self.folder, "an earlier run")
         meta = {"user_config": vars(self.args), "made_from": self.made_from, **state}
         meta["loader_state"] = {lane: position for part in positions for lane, position in part.items()}
-        self.path = save_checkpoint(self.folder, step, model, optimizers, meta, compute, self.args.keep)
+        self.path = checkpoints.save_checkpoint(self.folder, step, model, optimizers, meta, compute, self.args.keep)
         self.saved_step = step
 
     def close(self, loader, log, **values):
@@ -276,7 +249,7 @@ class Stage:
             loader.close()
         log.close()
         if self.path:
-            update_meta(self.path, self.compute, **values)
+            checkpoints.update_meta(self.path, self.compute, **values)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Stop by a signal. A handler in Python would run only after the present call into C++, such as a backward pass.

@@ -36,6 +36,7 @@ def main(argv=None):
     model, tokenizer, meta = load_model("base", compute, "eval", args.model_tag, args.step, quantize=args.quantize)
     if meta.get("made_from", {}).get("shards", shards := fingerprint(args.data_dir)) != shards:
         print0("warning: the model was trained on other shards, which may contain these documents", file=sys.stderr)
+    require(args.device_batch_size >= 1, f"--device_batch_size={args.device_batch_size}: expected at least 1")
     rows, T = args.device_batch_size * compute.world_size, model.config.sequence_len
     steps, rest = divmod(args.split_tokens, rows * T)
     size = f"{rows * T:,} ({rows} rows x {T} tokens)"

@@ -10,7 +10,7 @@ Reads tokenizer/ and base_data/. Writes base_checkpoints/d<depth>/ and report/me
 import functools
 
 from nanochat.cli import add_run_flags, boolean, make_parser, parse_args, path, run_script
-from nanochat.common import UserError, compute_init, print0
+from nanochat.common import UserError, compute_init, print0, require
 
 
 def build_parser():
@@ -79,6 +79,8 @@ def main(argv=None):
     # Machine
     compute = compute_init(args.device_type, args.dtype, args.seed)
     rows = rows_per_step(args, compute.world_size)
+    for name in ("warmup_ratio", "warmdown_ratio"):
+        require(0 <= getattr(args, name) <= 1, f"--{name}={getattr(args, name)}: expected a share, 0 to 1")
 
     # Tokenizer and model
     tokenizer, token_bytes = get_tokenizer(), get_token_bytes()

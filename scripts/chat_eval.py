@@ -44,11 +44,10 @@ def check_flags(args):
     from nanochat.execution import check_level
     from tasks.mixtures import find_task
 
-    names = args.task_name.split("|") if args.task_name else []
-    for name in names:
+    for name in args.task_name.split("|") if args.task_name else ():
         find_task(name)
-    if "HumanEval" in names:
-        check_level(args.level)
+        if name == "HumanEval":
+            check_level(args.level)
     for name in ("max_problems", "batch_size", "max_rows"):
         value = getattr(args, name)
         require(value is None or value >= 1, f"--{name}={value}: expected at least 1")
@@ -95,12 +94,13 @@ def main(argv=None):
         except UserError as e:  # without -a (see check_flags), skip HumanEval and evaluate the other tasks
             names.remove("HumanEval")
             print0(f"warning: HumanEval is skipped: {e}", file=sys.stderr)
-    tasks = {name: find_task(name) for name in names}
+    options = dict(seed=args.data_seed, corpus=corpus, level=args.level)
+    tasks = {name: find_task(name).make(**options) for name in names}
     flags = "max_problems num_samples max_new_tokens temperature top_k batch_size max_rows seed".split()
     settings = {name: getattr(args, name) for name in flags}
     scores, progress, clear_line = {}, progress_printer("problems"), erase_line()
-    for name, entry in tasks.items():
-        task, t0 = entry.make(seed=args.data_seed, corpus=corpus, level=args.level), time.perf_counter()
+    for name, task in tasks.items():
+        t0 = time.perf_counter()
         scores[name] = evaluate_task(task, engine, progress=partial(progress, name), **settings)
         print0(clear_line + describe(name, scores[name], time.perf_counter() - t0))
 

@@ -10,7 +10,7 @@ Reads an sft checkpoint and the tokenizer. Writes chatrl_checkpoints/<tag of tha
 from random import Random
 
 from nanochat.cli import add_run_flags, make_parser, parse_args, run_script
-from nanochat.common import UserError, compute_init, print0
+from nanochat.common import compute_init, print0, require, task_errors
 
 
 def build_parser():
@@ -41,15 +41,12 @@ def check_flags(args):
     """Raises UserError for numbers out of range, and for sampling settings that the loss does not support."""
     positive = ("device_batch_size", "examples_per_step", "max_new_tokens", "max_rows", "eval_examples", "eval_samples")
     for name in positive:
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name}={getattr(args, name)}: expected at least 1")
-    if args.num_samples < 2:
-        raise UserError(f"--num_samples={args.num_samples}: need at least 2 answers, to compare their rewards")
-    if args.temperature != 1 or args.top_k:
-        raise UserError(
-            "--temperature other than 1 and --top_k would sample from another distribution than the loss assumes; "
-            "leave them out"
-        )
+        require(getattr(args, name) >= 1, f"--{name}={getattr(args, name)}: expected at least 1")
+    require(
+        args.num_samples >= 2, f"--num_samples={args.num_samples}: need at least 2 answers, to compare their rewards"
+    )
+    distribution = "--temperature other than 1 and --top_k would sample from another distribution than the loss assumes"
+    require(args.temperature == 1 and not args.top_k, f"{distribution}; leave them out")
 
 
 def load_task(name, corpus):
@@ -58,12 +55,15 @@ def load_task(name, corpus):
 
     name = name or {"public": "GSM8K", "pocket": "PocketHardSums"}[corpus]
     task = find_task(name)
-    if not task.train:
-        choices = ", ".join(name for name, task in EVAL_TASKS.items() if task.train)
-        raise UserError(f"--task={name}: choose one of {choices}, or your own as file.py:Class")
-    train_task, eval_task = task.train(corpus=corpus), task.make(corpus=corpus)
-    if train_task.eval_type != "generative":
-        raise UserError(f"--task={name} is scored by the logits of letters; RL needs a task with generated answers")
+    choices = ", ".join(name for name, task in EVAL_TASKS.items() if task.trainable)
+    require(task.trainable, f"--task={name}: choose one of {choices}, or your own as file.py:Class")
+    train_task, eval_task = task.make("train", corpus=corpus), task.make(corpus=corpus)
+    letters = f"--task={name} is scored by the logits of letters; RL needs a task with generated answers"
+    require(train_task.eval_type == "generative", letters)
+    with task_errors(name):
+        require(len(train_task), "no problems to train on")
+        if train_task.fingerprint() == eval_task.fingerprint():
+            print0(f"warning: {name} has the same problems for training and evaluation; give it a parameter `split`")
     return name, train_task, eval_task
 
 

@@ -8,7 +8,7 @@ Reads a mid (or base) checkpoint, the tokenizer and a task mixture. Writes chats
 """
 
 from nanochat.cli import add_conversation_flags, add_run_flags, make_parser, parse_args, run_script
-from nanochat.common import UserError, compute_init, print0
+from nanochat.common import compute_init, print0, require
 
 INLINE_TASKS = {"public": ("MMLU", "ARC-Easy"), "pocket": ("PocketFacts",)}  # quick tasks, scored during training
 
@@ -25,9 +25,8 @@ def build_parser():
     add("--target_examples_per_step", type=int, default=32, help="conversations per step, over all devices")
     add("--num_epochs", type=int, default=1, help="passes over the mixture")
     add("--num_iterations", type=int, default=-1, help="optimizer steps; -1 = from --num_epochs")
-    add(
-        "--init_lr_frac", type=float, default=0.02, help="initial learning rates, as a multiple of the flags; fall to 0"
-    )
+    lr_help = "initial learning rates, as a multiple of the flags; fall to 0"
+    add("--init_lr_frac", type=float, default=0.02, help=lr_help)
     add("--eval_every", type=int, default=100, help="steps between validations; -1 = never")
     add("--eval_steps", type=int, default=100, help="batches per validation")
     add("--eval_metrics_every", type=int, default=200, help="steps between evaluations of tasks; -1 = never")
@@ -38,11 +37,10 @@ def build_parser():
 def check_batch(args, world_size):
     """Raises UserError unless every rank gets whole micro-batches of the step's examples."""
     per_pass = args.device_batch_size * world_size
-    if min(args.device_batch_size, args.target_examples_per_step) < 1 or args.target_examples_per_step % per_pass:
-        raise UserError(
-            f"--target_examples_per_step={args.target_examples_per_step} is not a multiple of {per_pass} "
-            f"({args.device_batch_size} rows x {world_size} ranks)"
-        )
+    rows = args.target_examples_per_step
+    whole = min(args.device_batch_size, rows) >= 1 and rows % per_pass == 0
+    geometry = f"{per_pass} ({args.device_batch_size} rows x {world_size} ranks)"
+    require(whole, f"--target_examples_per_step={rows} is not a multiple of {geometry}")
 
 
 def main(argv=None):

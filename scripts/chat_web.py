@@ -9,7 +9,6 @@ Loads the newest sft checkpoint, or else of rl, mid or base. On Ctrl-C or SIGTER
 """
 
 import socket
-from dataclasses import fields
 
 from nanochat.cli import add_model_flags, choose_source, make_parser, parse_args, run_script
 from nanochat.common import UserError, server_api_key
@@ -68,9 +67,8 @@ def main(argv=None):
     import uvicorn
 
     from nanochat.serve.app import create_app
-    from nanochat.serve.worker import ServeOptions
 
-    app = create_app(ServeOptions(**{field.name: getattr(args, field.name) for field in fields(ServeOptions)}))
+    app = create_app(args)
     sock = listen(args.host, args.port)
     host, port = sock.getsockname()[:2]
     shown = "localhost" if host in ("127.0.0.1", "0.0.0.0", "::1", "::") else host

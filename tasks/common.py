@@ -39,7 +39,7 @@ class Task:
     """
 
     eval_type = "generative"  # or "categorical": the answer is one of the conversation's "letters"
-    baseline = 0.0  # accuracy of random guessing; a class in a user's file sets it here
+    baseline = 0.0  # accuracy of random guessing
     start, stop, step = 0, None, 1  # for subclasses that do not call __init__
 
     def __init__(self, start=0, stop=None, step=1):
@@ -69,17 +69,11 @@ class Task:
 
     def evaluate_many(self, pairs):
         """Verdicts on a list of (conversation, response) pairs."""
-        return [self.verdict(conversation, response) for conversation, response in pairs]
-
-    def verdict(self, conversation, assistant_response):
-        """The result of evaluate() as a bool. Raises UserError for anything but True, False, 1 or 0."""
-        result = self.evaluate(conversation, assistant_response)
-        require(result in (0, 1), f"evaluate() returned {result!r}, expected True or False")
-        return bool(result)
+        return [self.evaluate(conversation, response) for conversation, response in pairs]
 
     def reward(self, conversation, assistant_response):
-        """Reward of the response in reinforcement learning: 1.0 or 0.0."""
-        return float(self.verdict(conversation, assistant_response))
+        """Reward of the response in reinforcement learning, a finite number."""
+        return self.evaluate(conversation, assistant_response)
 
     def origin(self):
         """JSON-serializable list: what the examples are made from, for fingerprint()."""
@@ -92,9 +86,10 @@ class Task:
 
 
 class ChoiceTask(Task):
-    """A multiple-choice task: the answer is a letter."""
+    """A multiple-choice task with four choices: the answer is a letter."""
 
     eval_type = "categorical"
+    baseline = 0.25
 
     def evaluate(self, conversation, assistant_response):
         return assistant_response == conversation["messages"][-1]["content"]
@@ -114,7 +109,11 @@ class PublicTask(Task):
         import pyarrow.parquet as pq
 
         self.paths = fetch_files(repo, stem, shards)
-        self.table = pa.concat_tables([pq.read_table(path) for path in self.paths])
+        try:
+            self.table = pa.concat_tables([pq.read_table(path) for path in self.paths])
+        except (OSError, ValueError) as e:
+            problem = f"{' or '.join(map(str, self.paths))} is damaged ({str(e).splitlines()[0]})"
+            raise UserError(f"{problem}; delete it, then it is downloaded again") from e
         self.order = np.random.default_rng(42).permutation(len(self.table))
 
     def num_examples(self):
@@ -210,7 +209,7 @@ def fetch_files(repo, stem, shards=(1,)):
     candidates = [[folder / f"{stem}-{i:05d}-of-{n:05d}.parquet" for i in range(n)] for n in shards]
 
     def local_files():
-        return next((paths for paths in candidates if all(map(is_parquet, paths))), None)
+        return next((paths for paths in candidates if all(map(_is_parquet, paths))), None)
 
     if dist_env()[1] == 0 and not local_files():
         _download(repo, folder, candidates)
@@ -224,22 +223,22 @@ def _download(repo, folder, candidates):
     for paths in candidates:
         try:
             for path in paths:
-                if not is_parquet(path):
+                if not _is_parquet(path):
                     url = f"{mirror_url('hub')}/{repo}/resolve/main/{path.relative_to(folder).as_posix()}"
-                    fetch(url, path, attempts=3, check=check_parquet)
+                    fetch(url, path, attempts=3, check=_check_parquet)
             return
         except UserError as e:
             error = e
     raise UserError(f"cannot download {repo}: {error}; set NANOCHAT_HUB_URL to use a mirror (a URL or a folder)")
 
 
-def is_parquet(path):
+def _is_parquet(path):
     """Whether `path` is a complete parquet file, which ends with its magic number."""
     return path.is_file() and _tail(path, 4) == b"PAR1"
 
 
-def check_parquet(path):
-    require(is_parquet(path), f"{path} is not a complete parquet file")
+def _check_parquet(path):
+    require(_is_parquet(path), f"{path} is not a complete parquet file")
 
 
 def fetch_once(url, name, check):

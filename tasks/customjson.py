@@ -1,5 +1,5 @@
 """
-The user's own conversations, from JSON lines, a JSON array (both also as .gz) or parquet. A conversation is one of
+The user's own conversations, from JSON lines or a JSON array (both also as .gz or .zst). A conversation is one of
 
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}    OpenAI
     [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]                  its messages alone
@@ -10,19 +10,17 @@ with "weight": 0 is not trained on. Its content may be a list of parts, see task
 /save and the chat page's export write are read too.
 """
 
-import codecs
-import gzip
 import json
 import re
-import zlib
 from pathlib import Path
 
 from nanochat.common import UserError, require, well_formed
+from nanochat.ingest.documents import read_lines
 from nanochat.tokenizer import check_conversation
-from tasks.common import Task, check_parquet
+from tasks.common import Task
 
 ROLES = {"human": "user", "developer": "system"} | dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant")
-SEPARATORS = re.compile(r"\s*"), re.compile(r"[\s,\]]*")  # between values, and in an array
+SEPARATORS = re.compile(r"[\s,\]\ufeff]*")  # between JSON values; joined files have byte order marks in the middle
 FORMS = 'readable are {"messages": [...]}, a list of messages, and ShareGPT\'s {"conversations": [...]}'
 
 
@@ -33,8 +31,8 @@ class CustomJSON(Task):
         super().__init__(**kwargs)
         self.path = Path(filepath).expanduser()
         hint = "generate some with `python -m dev.gen_synthetic_data`"
-        require(self.path.is_file(), f"no conversations at {self.path}; {hint}")
-        self.conversations = [_parse(value, where) for value, where in _values(self.path)]
+        require(self.path.is_file(), f"no file of conversations at {self.path}; {hint}")
+        self.conversations = [_parse(value, f"{self.path}:{line}") for value, line in _values(self.path)]
         require(self.conversations, f"{self.path} is empty: no conversations; {FORMS}")
 
     def num_examples(self):
@@ -47,44 +45,27 @@ class CustomJSON(Task):
         return self.conversations
 
 
-def _read_text(path):
-    """The text of a file: UTF-8, or UTF-16 with a byte order mark. Raises UserError with the line of a bad byte."""
-    try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
-    except (OSError, EOFError, zlib.error) as e:
-        raise UserError(f"cannot read {path} ({e})") from e
-    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    try:
-        return data.decode("utf-16" if utf16 else "utf-8-sig")
-    except UnicodeDecodeError as e:
-        line = 1 + data.count(b"\n", 0, e.start)
-        raise UserError(f"{path}:{line}: not UTF-8 ({e.reason}, byte {data[e.start]:#04x}); save it as UTF-8") from e
-
-
 def _values(path):
-    """Yield (JSON value, "file:line") for each conversation: values in a row, the items of an array, or rows."""
-    if path.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        check_parquet(path)
-        yield from ((row, f"{path}, row {i}") for i, row in enumerate(pq.read_table(path).to_pylist(), 1))
-        return
-    text, decoder, position, line, array_end = _read_text(path), json.JSONDecoder(), 0, 1, 0
-    while (start := SEPARATORS[position < array_end].match(text, position).end()) < len(text):
+    """Yield (JSON value, line number) of each conversation: values in a row, or the items of an array."""
+    try:
+        text = "".join(line for _, line in read_lines(path))
+    except OSError as e:
+        raise UserError(f"cannot read {path} ({e})") from e
+    decoder, position, line = json.JSONDecoder(), 0, 1
+    while (start := SEPARATORS.match(text, position).end()) < len(text):
         line += text.count("\n", position, start)
         try:
-            value, end = decoder.raw_decode(text, start)
+            value, position = decoder.raw_decode(text, start)
         except (ValueError, RecursionError) as e:
             first_line = text[start:].partition("\n")[0].strip()
             # In a pretty-printed value, the line of the error; else the line of the value, which may be cut.
             line = line if first_line.strip("[{") else getattr(e, "lineno", line)
             raise UserError(f"{path}:{line}: not JSON ({e}): {first_line[:60]}; {FORMS}") from None
-        if isinstance(value, list) and value and not _is_message(value[0]) and start >= array_end:
-            position, array_end = start + 1, end  # valid JSON as a whole; next, its items one by one
-            continue
-        yield value, f"{path}:{line}"
-        line, position = line + text.count("\n", start, end), end
+        if isinstance(value, list) and value and not _is_message(value[0]):
+            position = start + 1  # an array of conversations: next, its items one by one
+        else:
+            yield value, line
+        line += text.count("\n", start, position)
 
 
 def _is_message(value):
@@ -100,10 +81,11 @@ def _parse(value, where):
             messages, system = value.get("messages", value.get("conversations")), value.get("system")
             fields = ", ".join(map(str, value))[:80]
             require(messages, f"expected at least two messages, got an object with the fields {fields}; {FORMS}")
-        require(isinstance(messages, list), f"expected a list of messages, got {repr(messages)[:80]}; {FORMS}")
+        is_list = isinstance(messages, list) and messages
+        require(is_list, f"expected a list of at least two messages, got {repr(messages)[:80]}; {FORMS}")
         messages = [{"role": "system", "content": system}] * bool(system) + messages
         messages = [_message(message, f"message {i}") for i, message in enumerate(messages, 1)]
-        _, turns = check_conversation({"messages": messages}) if messages else ("", [])
+        _, turns = check_conversation({"messages": messages})
         require(len(turns) >= 2, "expected at least two messages, from user and assistant in turns")
         require(len(turns) % 2 == 0, f"message {len(messages)}, the last one, is the user's; expected an assistant's")
     except UserError as e:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from nanochat.common import base_dir, fetch, mirror_url, print0, require, task_errors
+from nanochat.common import base_dir, mirror_url, print0, require, task_errors
 from tasks.arc import ARC
-from tasks.common import Task, TaskMixture
+from tasks.common import Task, TaskMixture, fetch_once
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
@@ -37,10 +37,8 @@ POCKET_ROWS = {
 def identity_conversations(public=True):
     """The user's identity conversations in the base directory; else the public ones, or None unless `public`."""
     path = base_dir() / "identity_conversations.jsonl"
-    if public and not path.exists():
-        path = base_dir() / "task_data" / path.name  # elsewhere, so that it does not count as the user's
-        if not path.exists():
-            fetch(f"{mirror_url('bucket')}/{path.name}", path, attempts=3, check=CustomJSON)
+    if public and not path.exists():  # in another folder, so that it does not count as the user's
+        path = fetch_once(f"{mirror_url('bucket')}/{path.name}", f"task_data/{path.name}", CustomJSON)
     return CustomJSON(path) if path.exists() else None
 
 
@@ -50,8 +48,8 @@ def weighted(task, weight):
     return [task] * int(weight) + [TaskMixture([task], stop=rest)] * (rest > 0)
 
 
-def make_generated(task, split, size, seed=0, corpus="public", **_):
-    """An instance of `task`, a subclass of GeneratedTask; extra arguments are ignored."""
+def make_generated(task, split, size, seed, corpus):
+    """An instance of `task`, a subclass of GeneratedTask."""
     options = {"corpus": corpus} if issubclass(task, WordTask) else {}
     return task(split=split, size=size, seed=seed, **options)
 
@@ -99,28 +97,26 @@ def training_tasks(stage, corpus, conversations=None, only=False):
     """
     (train, validation) for the stage "mid" or "sft".
 
-    `conversations`: the user's files, as "FILE" or "FILE:WEIGHT", added to the mixture of `corpus`. With `only` there
-    is no mixture: validation takes 5 % of each file; from a file of less than 200 conversations it takes all of them,
-    which are then trained on too.
+    `conversations`: the user's files, as "FILE" or "FILE:WEIGHT", added to the mixture of `corpus`. With `only` they
+    replace it, and are the validation data too.
     """
     own = [(CustomJSON(path), weight) for path, weight in map(split_weight, conversations or [])]
     require(own or not only, "--conversations_only needs --conversations=FILE")
-    train, val = (TaskMixture([]), []) if only else {"mid": midtraining, "sft": sft}[stage](corpus)
-    tasks = [*train.tasks]
-    for task, weight in own:
-        held_out = len(task) // 20 if only and len(task) >= 200 else 0
-        tasks += weighted(TaskMixture([task], start=held_out), weight)
-        if only:
-            val.append(TaskMixture([task], stop=held_out or None))
-    train, val = TaskMixture(tasks) if own else train, TaskMixture(val) if only else val
+    if only:
+        print0("--conversations_only: the validation data are the training data")
+        train, val = TaskMixture([]), TaskMixture(task for task, _ in own)
+    else:
+        train, val = {"mid": midtraining, "sft": sft}[stage](corpus)
+    if own:
+        train = TaskMixture([*train.tasks, *(part for task, weight in own for part in weighted(task, weight))])
     for task, weight in own:
         print0(f"{task.path}: {len(task):,} conversations x {weight:g} of {len(train):,}")
     return train, val
 
 
 def split_weight(text):
-    """(path, weight) of "FILE", "FILE:WEIGHT" or "FILE*WEIGHT"; a file with that whole name has the weight 1."""
-    match = re.fullmatch(r"(.+)[:*](-?\d*\.?\d+)", text)
+    """(path, weight) of "FILE" or "FILE:WEIGHT"; a file with that whole name has the weight 1."""
+    match = re.fullmatch(r"(.+):(-?\d*\.?\d+)", text)
     if not match or Path(text).expanduser().exists():
         return text, 1.0
     require(0 < float(match[2]) <= 1000, f"--conversations={text}: expected a weight above 0, up to 1000")
@@ -129,32 +125,34 @@ def split_weight(text):
 
 @dataclass(frozen=True)
 class EvalTask:
-    """An evaluation task; reinforcement learning can train on it if it has `train`."""
+    """An evaluation task."""
 
-    make: Callable[..., Task]  # make(seed=0, corpus="public", level="strict"); most tasks ignore these
-    baseline: float  # accuracy of random guessing
+    make: Callable[..., Task]  # make(split="test", seed=0, corpus="public", level="strict"); most ignore some of these
     corpus: str  # "public", "pocket", "both", or "own" for a class in a user's file
-    train: Callable[..., Task] | None = None  # makes the training split, with the same parameters
+    trainable: bool = False  # by reinforcement learning, on make("train")
 
 
-def _generated(task, size, corpus="pocket", baseline=0.0):
+def _generated(task, size, corpus="pocket"):
     """The EvalTask of a GeneratedTask class, with `size` test problems."""
-    train = partial(make_generated, task, "train", RL_PROBLEMS)
-    return EvalTask(partial(make_generated, task, "test", size), baseline, corpus, train)
+
+    def make(split="test", seed=0, corpus="public", **_):
+        return make_generated(task, split, size if split == "test" else RL_PROBLEMS, seed, corpus)
+
+    return EvalTask(make, corpus, trainable=True)
 
 
 EVAL_TASKS = {
-    "ARC-Easy": EvalTask(lambda **_: ARC("ARC-Easy", "test"), 0.25, "public"),
-    "ARC-Challenge": EvalTask(lambda **_: ARC("ARC-Challenge", "test"), 0.25, "public"),
-    "MMLU": EvalTask(lambda **_: MMLU("all", "test"), 0.25, "public"),
-    "GSM8K": EvalTask(lambda **_: GSM8K("main", "test"), 0.0, "public", lambda **_: GSM8K("main", "train")),
-    "HumanEval": EvalTask(lambda level="strict", **_: HumanEval(level), 0.0, "public"),
+    "ARC-Easy": EvalTask(lambda **_: ARC("ARC-Easy", "test"), "public"),
+    "ARC-Challenge": EvalTask(lambda **_: ARC("ARC-Challenge", "test"), "public"),
+    "MMLU": EvalTask(lambda **_: MMLU("all", "test"), "public"),
+    "GSM8K": EvalTask(lambda split="test", **_: GSM8K("main", split), "public", trainable=True),
+    "HumanEval": EvalTask(lambda level="strict", **_: HumanEval(level), "public"),
     "SpellingBee": _generated(SpellingBee, 256, corpus="both"),
     "PocketSums": _generated(PocketSums, 256),
     "PocketHardSums": _generated(PocketHardSums, 256),
-    "PocketFacts": _generated(PocketFacts, 512, baseline=0.25),
+    "PocketFacts": _generated(PocketFacts, 512),
     "PocketStories": _generated(PocketStories, 128),
-    "PocketIdentity": EvalTask(partial(make_generated, PocketIdentity, "test", 128), 0.0, "pocket"),
+    "PocketIdentity": _generated(PocketIdentity, 128),
 }
 
 
@@ -164,21 +162,24 @@ def find_task(name):
         return EVAL_TASKS[name]
     path, _, class_name = name.rpartition(":")
     definition = re.compile(rf"^class {re.escape(name)}\b", re.MULTILINE)
-    files = () if path else (f for f in Path(__file__).parent.glob("*.py") if definition.search(f.read_text("utf-8")))
+    files = (
+        ()
+        if path
+        else (f for f in Path(__file__).parent.glob("*.py") if definition.search(f.read_text("utf-8", "replace")))
+    )
     path = path or str(next(files, ""))
-    known = f"no task {name!r}; there are {', '.join(EVAL_TASKS)}, and your own: a class in tasks/, or file.py:Class"
-    require(path.endswith(".py"), known)
+    known = f"{', '.join(EVAL_TASKS)}, and your own: a class in tasks/, or file.py:Class; | separates several"
+    require(path.endswith(".py") and class_name, f"no task {name!r}; there are {known}")
     with task_errors(name):  # anything the user's file raises
         spec = importlib.util.spec_from_file_location("own_task", Path(path).expanduser())
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look it up there
         spec.loader.exec_module(module)
         task = getattr(module, class_name)
         require(isinstance(task, type) and issubclass(task, Task), f"{class_name} is no subclass of tasks.common.Task")
-    make = partial(_make_own, name, task)
-    return EvalTask(partial(make, "test"), task.baseline, "own", partial(make, "train"))
+    return EvalTask(partial(_make_own, name, task), "own", trainable=True)
 
 
-def _make_own(name, task, split, **_):
+def _make_own(name, task, split="test", **_):
     """An instance of the class `task`. Its constructor gets `split` if it has that parameter, or requires another."""
     parameters = inspect.signature(task).parameters
     required = any(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters.values())

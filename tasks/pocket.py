@@ -36,6 +36,8 @@ class PocketFacts(GeneratedTask):
     It is not a letter as in MMLU: a small model learns facts within minutes, but not to map choices to letters.
     """
 
+    baseline = 0.25
+
     def make(self, rng):
         f = fact(rng, self.split, load_world())
         choices = "".join(f"- {choice}\n" for choice in f.choices)

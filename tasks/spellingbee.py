@@ -51,9 +51,6 @@ class WordTask(GeneratedTask):
         self.words = public_words() if corpus == "public" else load_world().words
         self.templates = question_templates(self.section, corpus)
 
-    def origin(self):
-        return [*super().origin(), self.words, self.templates]
-
 
 class SpellingBee(WordTask, FinalNumberTask):
     """Counting a letter in a word. The letter occurs in at least 90 % of the words."""

@@ -176,6 +176,8 @@ FAULTY_TASKS = [
     ("def evaluate(self, c, a): return float('nan')", ": evaluate.* returned nan"),
     ("def evaluate(self, c, a): return 'yes'", ": evaluate.* returned 'yes'"),
     ("def evaluate(self, c, a): return 0.5", ": evaluate.* returned 0.5"),
+    ("def evaluate_many(self, pairs): return [True]", ": evaluate_many.* returned 1 verdicts, expected 3"),
+    ("def evaluate_many(self, pairs): return [True, None, True]", ": evaluate.* returned None"),
     ("def num_examples(self): return 0", ": no problems to score"),
     ("def num_examples(self): return 3.0", ": TypeError: 'float'"),
     ("def get_example(self, i): return None", ", problem 0: expected .*messages"),
@@ -245,7 +247,7 @@ def test_score_on_every_rank_equals_the_score_of_one_process(letters, monkeypatc
     single = evaluate_task(ListTask(problems, letters), engine)
     shares = {}  # rank -> its records
 
-    def gather(out, records):  # the ranks run one after another here; the last one gets the records of all
+    def gather(out, records, group):  # the ranks run one after another here; the last one gets the records of all
         shares[engine.compute.rank] = records
         out[:] = [shares.get(r, []) for r in range(3)]
 
@@ -282,6 +284,7 @@ def test_script_writes_samples_and_report(sft_checkpoint, capsys):
     "flags, message",
     [
         (["-a", "GSM9K"], "no task 'GSM9K'"),
+        (["-a", "PocketSums|"], "no task ''.*| separates"),
         (["-x", "0"], "max_problems=0"),
         (["-t", "-1"], "temperature=-1"),
         (["--save_samples", "no/such/folder.jsonl"], "no such folder"),

@@ -147,6 +147,14 @@ def test_only_the_newest_checkpoints_are_kept(base):
     assert sorted(p.name for p in folder.iterdir()) == ["step_000002", "step_000003"]
 
 
+@pytest.mark.parametrize("keep", [0, -1])
+def test_all_checkpoints_are_kept(base, keep):
+    folder = cm.checkpoint_dir("base", "d1")
+    for step in (1, 2):
+        save(folder, step, keep=keep)
+    assert len(list(folder.iterdir())) == 2
+
+
 def test_default_tag_is_the_deepest_model(base):
     for tag in ("d2", "d10", "d9_tuned", "d300.old1"):
         save(cm.checkpoint_dir("base", tag), 1)
@@ -174,11 +182,15 @@ def test_update_meta_adds_a_value(base):
 def test_model_with_another_vocabulary_size_than_the_tokenizer_is_refused(base):
     folder = cm.checkpoint_dir("base", "d1")
     save(folder, 1)
-    meta_path = folder / "step_000001" / "meta.json"
-    meta = json.loads(meta_path.read_text(encoding="utf-8"))
-    meta["model_config"]["vocab_size"] = 700
-    meta_path.write_text(json.dumps(meta), encoding="utf-8")
-    with pytest.raises(UserError, match="vocabulary of 700"):
+    edit_meta("base", lambda meta: meta["model_config"].update(vocab_size=700))
+    with raises_user_error("vocabulary of 700"):
+        cm.load_model("base", CPU)
+
+
+def test_model_of_another_version_is_refused(base):
+    save(cm.checkpoint_dir("base", "d1"), 1)
+    edit_meta("base", lambda meta: meta["model_config"].update(window=64))
+    with raises_user_error("another version: .*'window'"):
         cm.load_model("base", CPU)
 
 
@@ -324,7 +336,7 @@ def test_tokenizers_are_set_aside_and_can_be_put_back(trained, capsys):
     (trained / "tokenizer.old1").rename(trained / "tokenizer")
     assert get_token_bytes().tolist() == tokenizer.count_bytes()
     cm.load_model("sft", CPU)
-    (trained / "tokenizer" / "token_bytes.pt").write_bytes(b"damaged")
+    (trained / "tokenizer" / "ranks.tiktoken").write_bytes(b"damaged")
     save_as_default(tokenizer)  # its message recommends tok_train, so an equal tokenizer must replace damaged files
     assert get_token_bytes().tolist() == tokenizer.count_bytes()
 

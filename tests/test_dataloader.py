@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -230,4 +231,5 @@ def test_prefetch_reraises_errors_of_its_thread_and_close_ends_it():
         next(loader)
     endless = Prefetch(itertools.repeat(None), torch.device("cpu"))
     endless.close()
-    assert not endless.thread.is_alive()
+    loader.close()
+    assert not any(thread.name.startswith("dataloader") for thread in threading.enumerate())

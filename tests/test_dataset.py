@@ -276,9 +276,9 @@ def test_validation_of_a_book_is_at_most_5_percent_and_is_printed(tmp_path, caps
     dataset.main(["--from-files", str(tmp_path / "book.txt")])
     n_train, n_val = (sum(map(len, all_documents(split))) for split in ("train", "val"))
     assert n_train + n_val == len(paragraphs) and 0 < n_val <= 0.05 * len(paragraphs)
-    (document,) = all_documents("val")
+    n_docs = len(all_documents("val"))
     share = 100 * n_val / len(paragraphs)
-    assert f"validation: 1 document, {n_val:,} characters ({share:.1f} %)" in capsys.readouterr().out
+    assert f"validation: {n_docs} documents, {n_val:,} characters ({share:.1f} %)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("val_share", [0.01, 0.4])
@@ -320,7 +320,7 @@ def test_hidden_files_are_skipped_and_other_files_are_counted(tmp_path, capsys):
     os.mkfifo(source / "pipe.txt")
     dataset.main(["--from-files", str(source), str(source / "sub"), str(source / "a.txt")])
     assert sorted(all_documents("train") + all_documents("val")) == ["text of a.txt", "text of sub/b.md"]
-    line = "left out: 3 .json, 1 linked folder, 1 without a suffix, 1 .tar.gz, 1 broken link or device, 1 .csv"
+    line = "left out: 3 .json, 2 linked folder or device, 1 without a suffix, 1 .tar.gz, 1 .csv"
     (printed,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out: ")]
     assert sorted(printed.removeprefix("left out: ").split(", ")) == sorted(line.removeprefix("left out: ").split(", "))
     named = ["--from-files", str(source / "sub" / ".hidden.txt"), str(source / "a.txt"), "--overwrite"]
@@ -412,16 +412,16 @@ def test_changed_sources_are_written_anew(tmp_path, data_dir, capsys):
     a.write_text(a.read_text().replace("cat", "CAT"))  # same size
     os.utime(a, (0, 0))
     printed, texts = run(a)
-    assert "a.jsonl has changed: writing the set anew" in printed and "CAT" in "".join(texts)
+    assert "changed: a.jsonl; writing the set anew" in printed and "CAT" in "".join(texts)
     b = write_jsonl(tmp_path / "b.jsonl", ["one more"])
     printed, texts = run(a, b)
-    assert "b.jsonl is new" in printed and len(texts) == 31
+    assert "changed: b.jsonl" in printed and len(texts) == 31
     with raises_user_error("holds own files .* from .*a.jsonl, .*b.jsonl, not .*--overwrite"):
         run(b)
     with raises_user_error("holds own files .*'seed': 42.*'seed': 1"):
         run(a, b, flags=["--seed=1"])
     b.unlink()
-    assert "b.jsonl is gone" in run(a)[0]
+    assert "changed: b.jsonl" in run(a)[0]
     moved = a.rename(tmp_path / "moved.jsonl")
     assert "already holds own files" in run(moved)[0]  # content decides
     before = {path: path.read_bytes() for path in dataset.list_parquet_files()}
@@ -440,15 +440,26 @@ def test_set_of_an_older_version_is_written_anew(tmp_path, data_dir, capsys, kin
     dataset.main(command)
     files = [path.read_bytes() for path in dataset.list_parquet_files()]
     manifest = json.loads((data_dir / "manifest.json").read_text())
-    sources = manifest.pop("sources")
+    manifest.pop("sources")
     if kind == "--from-files":
-        manifest["settings"] = {"files": 1, "bytes": sources[str(source)]["bytes"], "val_share": 0.01, "seed": 42}
+        manifest["settings"] = {"files": 1, "bytes": 4000, "val_share": 0.01, "seed": 42}
     (data_dir / "manifest.json").write_text(json.dumps(manifest))
+    if kind == "--from-files":
+        with raises_user_error("--overwrite"):
+            dataset.main(command)
+        command += ["--overwrite"]
     dataset.main(command)
-    assert "the content of the sources was not recorded: writing the set anew" in capsys.readouterr().out
+    assert kind == "--from-files" or "writing the set anew" in capsys.readouterr().out
     assert [path.read_bytes() for path in dataset.list_parquet_files()] == files
-    dataset.main(command)
+    dataset.main(command[:2])
     assert "already holds" in capsys.readouterr().out
+
+
+def test_a_small_text_file_is_cut_into_enough_documents(tmp_path):
+    (tmp_path / "e.txt").write_text("A short line of text.\n\n" * 150)
+    dataset.main(["--from-files", str(tmp_path / "e.txt")])
+    n_train, n_val = (sum(map(len, all_documents(split))) for split in ("train", "val"))
+    assert n_train > n_val > 0
 
 
 def test_edited_pocket_world_is_written_anew(monkeypatch, capsys):
@@ -459,7 +470,7 @@ def test_edited_pocket_world_is_written_anew(monkeypatch, capsys):
         dataset, "file_fingerprint", lambda path: edited if path.name == "pocket_world.txt" else original(path)
     )
     dataset.main(["--pocket", "--chars=20000"])
-    assert "pocket_world.txt has changed: writing the set anew" in capsys.readouterr().out
+    assert "changed: pocket_world.txt; writing the set anew" in capsys.readouterr().out
 
 
 def test_data_dir_that_is_a_file_is_an_error(tmp_path):

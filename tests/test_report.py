@@ -208,7 +208,7 @@ def stage_log(empty_base, monkeypatch):
 
 def test_first_step_on_a_cpu_tells_how_long_the_run_takes(stage_log, capsys):
     stage_log(5001, 2.4, depth=4)
-    assert re.match(r"about 3h20m for 5,000 more steps, until about \d\d:\d\d, plus.*\n", capsys.readouterr().out)
+    assert re.match(r"about 3h20m for 5,000 more steps, plus evaluations\n", capsys.readouterr().out)
     stage_log(101, 1584.0, depth=4, total_batch_size=524288)
     assert re.match(r"about 44h00m for 100 .* lower --depth, --total_batch_size\n", capsys.readouterr().out)
     stage_log(1, 2.0)
@@ -224,6 +224,16 @@ def test_time_adds_up_over_resumes(stage_log, empty_base):
     record = json.loads((empty_base / "report" / "base-model-training.json").read_text())
     assert record["metrics"]["wall_clock_seconds"] > state["wall_clock_seconds"] >= 1000
     assert record["values"]["Training time"] == "2.67 minutes"
+
+
+def test_damaged_lines_of_the_metrics_are_dropped_when_resuming(stage_log, empty_base):
+    state = stage_log(4, 1.0).state()
+    path = empty_base / "report" / "metrics" / "base.jsonl"
+    first = path.read_bytes()
+    path.write_bytes(first + b'{"step": 1, "lo{"step": 1, "loss": 1.0}\n\0\0\xff\n{"step": 2, "loss": 1.0}\n{"st')
+    stage_log(4, 1.0, state)
+    lines = path.read_bytes().splitlines()
+    assert lines[0] + b"\n" == first and [json.loads(line)["step"] for line in lines] == [0, 1]
 
 
 def test_metrics_file_that_cannot_be_written_is_dropped_with_one_warning(stage_log, capsys):

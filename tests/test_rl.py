@@ -147,6 +147,18 @@ def test_rollout_is_independent_of_its_batch():
     assert all(r.cut_off == (len(r.tokens) == 12 and r.tokens[-1] not in (END, BOS)) for r in batched[3])
 
 
+@pytest.mark.parametrize("method, result, message", [
+    ("reward", float("nan"), "^task Faulty: rewards must be finite, got .nan"),
+    ("reward", None, "^task Faulty: TypeError"),
+    ("__getitem__", None, "^task Faulty, problem 0: expected .*messages"),
+])  # fmt: skip
+def test_error_of_a_faulty_task_names_the_task(method, result, message):
+    task = type("Faulty", (LetterTask,), {method: lambda *_: result})()
+    sampler = Engine(random_model().requires_grad_(False), ByteTokenizer(), CPU)
+    with raises_user_error(message):
+        roll_out(sampler, task, {0: 1}, 2, 4, max_rows=4)
+
+
 def test_training_raises_the_reward():
     model = random_model(std=0.2)
     optimizers = model.setup_optimizers(matrix_lr=0.01, embedding_lr=0.01, unembedding_lr=0.01)
@@ -287,7 +299,11 @@ def test_custom_task_of_the_readme(after_sft, run_main, capsys):
     answer = records[0]["messages"][1]["content"]
     assert answer == min(records[0]["messages"][0]["content"].split(": ")[1].rstrip("?").split(", "))
     run_main("scripts.chat_rl", *FLAGS, f"--task={name}", "--num_iterations=1")
-    assert "500 problems" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "500 problems" in output and "the same problems" not in output
+    (after_sft / "first_word.py").write_text(code.replace("{self.split} ", ""), encoding="utf-8")
+    run_main("scripts.chat_rl", *FLAGS, f"--task={name}", "--num_iterations=1")
+    assert f"warning: {name} has the same problems for training and evaluation" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("code", "name", "message"), [

@@ -46,17 +46,23 @@ def test_setup_notices_a_change_in_any_crate(checkout):
     assert {file.parts[1] for file in files} == {"Cargo.toml", *CRATES}
     hashes = {sources_hash(checkout)}
     assert hashes == {sources_hash(checkout)}
-    for n, file in enumerate(files, 1):
-        with open(checkout / file, "a", encoding="utf-8") as f:
-            f.write("# changed\n")
-        hashes.add(sources_hash(checkout))
-        assert len(hashes) == n + 1, file
     for crate in CRATES:
-        new = checkout / "rustbpe" / crate / "src" / "new" / "module.rs"
-        new.parent.mkdir()
-        new.write_text("// a new module")
-        hashes.add(sources_hash(checkout))
-    assert len(hashes) == len(files) + len(CRATES) + 1
+        for file in ("Cargo.toml", "src/lib.rs", "src/new/module.rs"):
+            path = checkout / "rustbpe" / crate / file
+            path.parent.mkdir(exist_ok=True)
+            with open(path, "a", encoding="utf-8") as f:
+                f.write("# changed\n")
+            hashes.add(sources_hash(checkout))
+    assert len(hashes) == 3 * len(CRATES) + 1
+
+
+def test_environment_of_another_checkout_is_not_replaced(checkout):
+    (checkout / "other" / "bin").mkdir(parents=True)
+    (checkout / "other" / "bin" / "python").symlink_to("/bin/true")
+    (checkout / "other" / "installed-").write_text("another hash")
+    (checkout / ".venv").symlink_to("other")
+    done = subprocess.run(["bash", "-c", ". dev/setup.sh; set_up"], cwd=checkout, capture_output=True, text=True)
+    assert done.returncode == 2 and ".venv is a link" in done.stderr
 
 
 def test_uv_notices_a_change_in_any_crate():

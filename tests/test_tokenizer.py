@@ -98,11 +98,7 @@ def test_save_and_load_round_trip(tokenizer, empty_base):
     assert isinstance(loaded, RustBPETokenizer)
     assert (loaded.pattern, loaded.ranks, loaded.bos) == (tokenizer.pattern, tokenizer.ranks, tokenizer.bos)
     assert loaded.special_tokens == tokenizer.special_tokens
-    assert sorted(p.name for p in (empty_base / "tokenizer").iterdir()) == [
-        "ranks.tiktoken",
-        "token_bytes.pt",
-        "tokenizer.json",
-    ]
+    assert sorted(p.name for p in (empty_base / "tokenizer").iterdir()) == ["ranks.tiktoken", "tokenizer.json"]
     assert loaded.encode(TEXTS) == tokenizer.encode(TEXTS)
 
 
@@ -134,7 +130,7 @@ def test_error_of_a_missing_tokenizer_names_the_command(empty_base):
             load()
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "ranks.tiktoken", "token_bytes.pt"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "ranks.tiktoken"])
 @pytest.mark.parametrize("damage", ["truncated", "missing", "other content"])
 def test_error_names_the_damaged_file(tokenizer, empty_base, name, damage):
     tokenizer.save(empty_base / "tokenizer")
@@ -145,7 +141,7 @@ def test_error_names_the_damaged_file(tokenizer, empty_base, name, damage):
     else:
         path.write_bytes(data[: len(data) // 2] if damage == "truncated" else b"[1, 2]")
     with raises_user_error(f"{name}.*tok_train"):
-        get_token_bytes() if name == "token_bytes.pt" else get_tokenizer()
+        get_tokenizer()
 
 
 def test_failed_save_keeps_the_old_files(tokenizer, empty_base, monkeypatch):

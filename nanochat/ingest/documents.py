@@ -16,6 +16,7 @@ from pathlib import Path
 from nanochat.common import UserError, print0, require, well_formed
 from nanochat.ingest.columns import open_parquet, to_strings
 
+MIN_DOC_CHARS = 400
 DOC_CHARS = 10_000  # text files are split into documents of about this size, the default of tok_train's --doc_cap
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}  # suffix -> pyarrow's name
 UNDECODABLE = re.compile("[\udc80-\udcff]")  # how errors="surrogateescape" decodes a byte that is not UTF-8
@@ -43,7 +44,6 @@ def source_files(paths, exclude):
             if exclude in real.parents:
                 continue
             if _kind(candidate)[0] and real.is_file():
-                require(os.access(real, os.R_OK), f"--from_files: no permission to read {candidate}")
                 found.setdefault(real, candidate.absolute())
             else:
                 others[_description(candidate)] += 1
@@ -82,7 +82,7 @@ def _kind(path):
 def _description(path):
     """For the list of what is left out: the suffix in lower case; both suffixes of a compressed file."""
     if not path.is_file():
-        return "linked folder" if path.is_dir() else "broken link or device"
+        return "linked folder or device"
     return "".join(path.suffixes[-2 if _kind(path)[1] else -1 :]).lower() or "without a suffix"
 
 
@@ -107,7 +107,9 @@ def labeled_documents(files, val_share, seed, column="text"):
     # {hash: equal documents}. Chosen: hashes in the first `val_share` of their range. Reserve: the next MIN_VAL_DOCS.
     chosen, reserve = {}, {}
     count = chars = 0
-    for text in (text for path in files for text in read_documents(path, column)):
+    # A small set is cut into shorter documents, so that there are enough for both splits.
+    size = min(DOC_CHARS, max(MIN_DOC_CHARS, sum(os.path.getsize(path) for path in files) // 50))
+    for text in (text for path in files for text in read_documents(path, column, size)):
         digest = hashlib.blake2b(text.strip().encode(), digest_size=8, key=b"%d" % seed).digest()
         group = chosen if int.from_bytes(digest, "big") < val_share * 2**64 else reserve
         group.setdefault(digest, []).append(text)
@@ -132,12 +134,12 @@ def labeled_documents(files, val_share, seed, column="text"):
 # Documents of one file
 
 
-def read_documents(path, column="text"):
+def read_documents(path, column="text", size=DOC_CHARS):
     """Yield the non-blank documents of one file without loading it whole. Raises UserError if it is unreadable."""
     kind = _kind(path)[0]
     try:
         read = {"parquet": parquet_documents, "jsonl": json_documents}.get(kind)
-        documents = read(path, column) if read else text_documents(path)
+        documents = read(path, column) if read else text_documents(path, size)
         yield from (text for text in documents if text and text.strip())
     except UserError:
         raise
@@ -195,18 +197,12 @@ def json_documents(path, column="text"):
 
 
 def text_documents(path, size=DOC_CHARS):
-    """
-    Yield pieces of a text file. Each ends at the first blank line after `size` characters, or after 2 * `size`.
-
-    The last one has at least `size` / 2 characters, unless it is the only one.
-    """
-    complete, doc, chars = "", [], 0
+    """Yield pieces of a text file. Each ends at the first blank line after `size` characters, or after 2 * `size`."""
+    doc, chars = [], 0
     for _, line in read_lines(path, size):
         doc.append(line)
         chars += len(line)
         if chars >= (2 * size if line.strip() else size):
-            if complete:
-                yield complete
-            complete, doc, chars = "".join(doc), [], 0
-    rest = "".join(doc)
-    yield from [complete, rest] if len(rest) >= size // 2 else [complete + rest]
+            yield "".join(doc)
+            doc, chars = [], 0
+    yield "".join(doc)

@@ -242,7 +242,7 @@ class Api(FastAPI):
 
 
 def create_app(options):
-    """The FastAPI app. Its workers load the model when the app starts. `options`: ServeOptions."""
+    """The FastAPI app. Its workers load the model when the app starts. `options`: the flags of chat_web."""
     app = Api(title="nanochat", version="0.2.0", docs_url=None, redoc_url=None, lifespan=lifespan)
     for exception in (ApiError, RequestValidationError, HTTPException, WorkerError, Exception):
         app.add_exception_handler(exception, handle_exception)

@@ -7,7 +7,8 @@ Server and worker exchange pickled messages over a socket, each preceded by its 
     to the server     first a ModelInfo, or a WorkerError if loading failed; then ({key: reply}, Load), where a reply
                       is a list of TokenEvents, the result of a score, or a WorkerError
 
-`key` identifies a request. run_worker() is the process, Worker is its handle in the server.
+`key` identifies a request. run_worker() is the process, Worker is its handle in the server. `options` are the parsed
+flags of scripts/chat_web.py.
 """
 
 import asyncio
@@ -25,7 +26,6 @@ import threading
 import time
 import traceback
 from collections import defaultdict
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from nanochat.common import UserError, compute_init
@@ -34,29 +34,6 @@ SIZE = struct.Struct("!I")
 # The shortest time between two messages about one request, per row in the batch. Events that arrive sooner are
 # coalesced: the server has to write every message to a client, and would otherwise fall behind the engine.
 SEND_INTERVAL = 0.001  # seconds
-
-
-@dataclass(frozen=True)
-class ServeOptions:
-    """Settings of the server and its workers, from the flags of scripts/chat_web.py with the same names."""
-
-    source: str
-    model_tag: str | None
-    step: int | None
-    device_type: str
-    dtype: str
-    quantize: str | None
-    num_workers: int
-    temperature: float
-    top_k: int
-    max_tokens: int
-    overflow: str
-    api_key: str | None
-    cors: list[str] | None
-    max_rows: int
-    max_queue: int
-    prefix_tokens: int
-    request_timeout: float
 
 
 class ModelInfo(NamedTuple):
