@@ -2,11 +2,14 @@
 
 import json
 import random
+import socket
+import subprocess
 
 import pytest
-from helpers import CPU, random_model, random_words
+from helpers import CPU, environment, python_command, random_model, random_words, wait_until
 
 from nanochat.chat_eval import evaluate_task
+from nanochat.checkpoint_manager import checkpoint_dir, save_checkpoint
 from nanochat.core_eval import evaluate_core, scored_rows
 from nanochat.dclm.tasks import CoreTask
 from nanochat.engine import Engine
@@ -46,7 +49,11 @@ def model(base):
 
 @pytest.fixture
 def harness(model, tmp_path, monkeypatch):
-    """harness([{context, choices}]) -> [[(log-likelihood, is_greedy) of each choice]] from lm-evaluation-harness."""
+    """
+    harness([{context, choices}]) -> [[(log-likelihood, is_greedy) of each choice]] from lm-evaluation-harness.
+
+    It runs the model exported to tmp_path/hf, unless `lm` is another one.
+    """
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -55,7 +62,7 @@ def harness(model, tmp_path, monkeypatch):
     export(*model, tmp_path / "hf")
     lm = HFLM(pretrained=str(tmp_path / "hf"), device="cpu", dtype="float32", batch_size=7)
 
-    def harness(items, chat=False):
+    def harness(items, chat=False, lm=lm):
         path = tmp_path / "items.jsonl"
         path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
         task = {
@@ -86,6 +93,26 @@ def harness(model, tmp_path, monkeypatch):
 
 def argmax(numbers):
     return max(range(len(numbers)), key=numbers.__getitem__)
+
+
+@pytest.fixture
+def served_url(base, model):
+    """URL of a server of the model."""
+    save_checkpoint(checkpoint_dir("sft", "d2"), 1, model[0], [], {}, CPU)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    flags = ["-i", "sft", "--port", port, "--device-type=cpu", "--dtype=float32"]
+    with (
+        open(base / "server.log", "wb") as log,
+        subprocess.Popen(
+            python_command("-m", "scripts.chat_web", *flags), env=environment(), stdout=log, stderr=log
+        ) as process,
+    ):
+        try:
+            wait_until(lambda: b" is ready" in (base / "server.log").read_bytes(), seconds=120)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
 
 
 def test_letters_equal_those_of_the_harness(model, harness):
@@ -147,3 +174,25 @@ def test_core_language_modeling_verdicts_equal_those_of_the_harness(model, harne
     expected = [is_greedy for ((_, is_greedy),) in harness(items)]
     assert [record["correct"] for record in records] == expected
     assert 0 < sum(expected) < len(expected)
+
+
+def test_the_api_as_local_completions_equals_the_exported_model(harness, served_url, tmp_path):
+    """Prompts are ids or text; the server adds <|bos|> to text that lacks it, as the exported tokenizer does."""
+    pytest.importorskip("tenacity")
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    rng, items = random.Random(0), []
+    for i in range(24):
+        sizes = [1] * 4 if i % 2 else [rng.randint(1, 5) for _ in range(4)]
+        choices = [" " + word + " " * (n > 1) + random_words(rng, n - 1) for word, n in zip("ABCD", sizes, strict=True)]
+        items.append({"context": random_words(rng, rng.randint(1, 30)), "choices": choices})
+    expected = harness(items)
+    for settings in ({"add_bos_token": True}, {"tokenized_requests": False}):
+        settings |= {"tokenizer": str(tmp_path / "hf"), "tokenizer_backend": "huggingface", "batch_size": 8}
+        lm = LocalCompletionsAPI(f"{served_url}/v1/completions", model="nanochat-d2-sft", **settings)
+        for row, expected_row in zip(harness(items, lm=lm), expected, strict=True):
+            likelihoods, expected_likelihoods = ([ll for ll, _ in choices] for choices in (row, expected_row))
+            assert likelihoods == pytest.approx(expected_likelihoods, abs=1e-3)
+            assert argmax(likelihoods) == argmax(expected_likelihoods)
+            assert [is_greedy for _, is_greedy in row] == [is_greedy for _, is_greedy in expected_row]
+    assert len({argmax([ll for ll, _ in choices]) for choices in expected}) > 1

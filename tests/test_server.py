@@ -392,7 +392,7 @@ def test_every_generated_token_of_a_completion_has_logprobs(server, reference):
     body = dict(model=MODEL, prompt="The mill", temperature=0, max_tokens=1, logprobs=1, echo=True, logit_bias=bias)
     choice = server.client.completions.create(**body).choices[0]
     assert choice.finish_reason == "stop"
-    n = 1 + len(tokenizer.encode("The mill"))
+    n = len(tokenizer.encode("The mill"))
     logprobs = choice.logprobs
     assert [len(x) for x in (logprobs.tokens, logprobs.token_logprobs, logprobs.text_offset)] == [n + 1] * 3
     assert logprobs.tokens[-1] == "<|assistant_end|>"
@@ -407,9 +407,23 @@ def test_a_stream_of_logprobs_equals_the_whole_answer(server):
     for field in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
         streamed = [entry for chunk in chunks if chunk.logprobs for entry in getattr(chunk.logprobs, field)]
         assert streamed == getattr(whole.logprobs, field)
-    tokens, offsets = whole.logprobs.tokens, whole.logprobs.text_offset
-    for token, offset in zip(tokens[1:], offsets[1:], strict=True):
+    for token, offset in zip(whole.logprobs.tokens, whole.logprobs.text_offset, strict=True):
         assert token.startswith("bytes:") or whole.text[offset:].startswith(token)
+
+
+def test_an_echo_has_logprobs_of_the_tokens_that_were_sent(server, reference):
+    """The server adds <|bos|> to text. It is an entry of its own only if the client sent it, as a token or by name."""
+    tokenizer, body = reference.tokenizer, dict(model=MODEL, max_tokens=0, logprobs=1, echo=True)
+    ids = tokenizer.encode("The mill", prepend="<|bos|>")
+    prompts = ["The mill", "<|bos|>The mill"]
+    answers = [server.client.completions.create(prompt=prompt, **body) for prompt in (*prompts, ids)]
+    assert {(a.choices[0].text, a.usage.prompt_tokens) for a in answers} == {("The mill", len(ids))}
+    marked = [ids[0], tokenizer.encode_special("<|user_start|>"), *ids[1:]]
+    choice = server.client.completions.create(prompt=marked, **body).choices[0]
+    assert (choice.text, choice.logprobs.text_offset[:4]) == ("The mill", [0, 0, 0, len(choice.logprobs.tokens[2])])
+    plain, named, by_id = (answer.choices[0].logprobs for answer in answers)
+    assert named == by_id and named.tokens == ["<|bos|>", *plain.tokens] and "".join(plain.tokens) == "The mill"
+    assert named.token_logprobs == [None, *plain.token_logprobs] and None not in plain.token_logprobs
 
 
 def test_lm_eval_reads_the_likelihood_of_a_continuation(server, reference):
@@ -735,6 +749,7 @@ def test_parameters_without_effect_are_refused_by_name(server, field, value):
     for path in (CHAT, TEXT):
         error = refused(server, param=field, path=path, **{field: value})
         assert field in error["message"] and "not supported" in error["message"]
+        assert error["code"] == "unsupported_parameter"
 
 
 def test_roles_and_parts_are_read_as_the_official_clients_send_them(server, reference):
@@ -766,7 +781,11 @@ def test_roles_and_parts_are_read_as_the_official_clients_send_them(server, refe
         ({"stop": ["a", 1]}, "stop: expected a string, or a list of strings"),
         ({"response_format": {"type": "json_object"}}, "response_format="),
         (b'{"messages": [,]}', "the body is not valid JSON: "),
+        (b'{"messages": "abc', "the body is not valid JSON: Unterminated string starting at character 13"),
         (b"\xff\xfe", "the body is not"),
+        (b"", "the body is not a JSON object"),
+        (b"[]", "the body is not a JSON object"),
+        (b'{"messages": "\xe9"}', "the body cannot be read as JSON: 'utf-8' codec can't decode byte 0xe9"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip

@@ -153,14 +153,19 @@ def error_response(error):
 
 def invalid_request(request, first):
     """The ApiError for `first`, pydantic's first error of a request."""
+    message, code = first["msg"].removeprefix("Value error, "), None
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:])[1:101]
     if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']} at character {first['loc'][1]}")
-    if len(first["loc"]) == 1 and "application/json" not in request.headers.get("content-type", "").lower():
+        error = first["ctx"]["error"].removesuffix(" at")
+        return ApiError(400, f"the body is not valid JSON: {error} at character {first['loc'][1]}")
+    if first["type"] == "unsupported_parameter":
+        code, name = first["type"], first["ctx"]["name"]
+        return ApiError(400, f"{where}: {message}" if where else message, param=f"{where}.{name}".strip("."), code=code)
+    if not where and "application/json" not in request.headers.get("content-type", "").lower():
         return ApiError(400, "the body is not declared as JSON; send the header Content-Type: application/json")
-    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:])[1:]
-    message = first["msg"].removeprefix("Value error, ")
-    param = str(first["loc"][1]) if where else message.partition("=")[0]
-    return ApiError(400, f"{where}: {message}" if where else message, param=param if param.isidentifier() else None)
+    if not where:
+        return ApiError(400, "the body is not a JSON object")
+    return ApiError(400, f"{where}: {message}", param=where)
 
 
 async def handle_exception(request, error):
@@ -171,6 +176,8 @@ async def handle_exception(request, error):
         message = str(error.detail)
         if error.status_code == 404:
             message = f"no {request.url.path} here; there are /v1/chat/completions, /v1/completions and /v1/models"
+        elif error.status_code == 400:  # FastAPI's, for what json.loads() raises, except syntax errors
+            message = f"the body cannot be read as JSON: {str(error.__cause__).partition(';')[0]}"
         error = ApiError(error.status_code, message, error.headers)
     elif isinstance(error, WorkerError):
         error = ApiError(504 if isinstance(error, RequestTimeout) else 503, str(error))

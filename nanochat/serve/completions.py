@@ -1,7 +1,6 @@
 """Chat and text completions: from a request's body to OpenAI's JSON, whole or in chunks."""
 
 import asyncio
-import codecs
 import contextlib
 import itertools
 import time
@@ -9,7 +8,9 @@ import uuid
 from collections import defaultdict
 
 from nanochat.inference.answer import Answer
+from nanochat.inference.detokenizer import Detokenizer, visible_text
 from nanochat.serve.schemas import ApiError, envelope
+from nanochat.serve.service import BOS
 
 
 class Generation:
@@ -157,7 +158,7 @@ class TextCompletion(Completion):
     def __init__(self, service, body):
         super().__init__(service, body, len(body.prompt))
         self.scores_every_token = body.logprobs is not None
-        self.positions = {}  # answer -> [UTF-8 decoder, number of characters]: where its next token begins
+        self.positions = {}  # answer -> (Detokenizer, number of characters) after the tokens with log-probabilities
         self.max_tokens = 16 if body.max_tokens is None else body.max_tokens
         if self.max_tokens == 0 and not body.echo:
             raise ApiError(400, "max_tokens=0 needs echo=true", param="max_tokens")
@@ -167,6 +168,8 @@ class TextCompletion(Completion):
         if body.stream and (len(prompts) > 1 or self.max_tokens == 0):
             raise ApiError(400, "a stream is for the answer to one prompt, of at least one token", param="stream")
         self._set_prompts(prompts, max(1, self.max_tokens), body.logprobs)
+        for generation, prompt in zip(self.generations, body.prompt, strict=True):
+            generation.added_bos = isinstance(prompt, str) and not prompt.startswith(BOS)
 
     async def _choices(self, generation):
         await self._score_prompt(generation)
@@ -180,7 +183,9 @@ class TextCompletion(Completion):
     async def _score_prompt(self, generation):
         if self.body.echo and self.body.logprobs is not None:
             scores = await self.worker.score(f"{generation.key}-score", generation.tokens, self.body.logprobs)
-            generation.prompt_logprobs = list(zip(generation.tokens, scores, strict=True))
+            scored = list(zip(generation.tokens, scores, strict=True))
+            # Clients find their own tokens by position, so a <|bos|> that they did not send is left out.
+            generation.prompt_logprobs = scored[generation.added_bos :]
 
     def _chunk_choices(self, answer, deltas, is_first):
         (generation,) = self.generations
@@ -190,18 +195,20 @@ class TextCompletion(Completion):
             yield self._choice(answer, answer.finish, logprobs + answer.new_logprobs(), text=text)
 
     def _echoed(self, generation):
-        """The text of the prompt if the request has echo=true, else ""."""
-        has_bos = generation.tokens[0] == self.tokenizer.get_bos_token_id()
-        return self.tokenizer.decode(generation.tokens[has_bos:]) if self.body.echo else ""
+        """The text of the prompt if the request has echo=true, else "". As in an answer, without special tokens."""
+        return visible_text(self.tokenizer, generation.tokens) if self.body.echo else ""
 
     def _formatted(self, logprobs, answer):
         """`logprobs` in the format of text completions. The first token of an echoed prompt has none, but None."""
-        specials, offsets = self.tokenizer.special_tokens.values(), []
-        decoder, position = self.positions.get(answer) or (codecs.getincrementaldecoder("utf-8")("replace"), 0)
+        detokenizer, position = self.positions.get(answer) or (Detokenizer(self.tokenizer), 0)
+        offsets = []
         for token, _ in logprobs:
-            offsets.append(position)
-            position += 0 if token in specials else len(decoder.decode(self.tokenizer.decode_bytes([token])))
-        self.positions[answer] = decoder, position
+            is_incomplete = detokenizer.utf8_decoder.getstate()[0] != b""  # the last character
+            part, text = detokenizer.push(token)
+            text = text if part == "text" else ""
+            offsets.append(position + (is_incomplete and text.startswith("\ufffd")))  # replaces the last character
+            position += len(text)
+        self.positions[answer] = detokenizer, position
         return {
             "tokens": [self._token_text(token) for token, _ in logprobs],
             "token_logprobs": [entry and entry[0] for _, entry in logprobs],

@@ -5,6 +5,7 @@ import time
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
 
 from nanochat.common import well_formed
 
@@ -27,7 +28,9 @@ class Schema(BaseModel):
         unused = {"tools", "functions"} if self.model_extra.get("tool_choice") == "none" else ()
         for name, value in self.model_extra.items():
             if name in UNSUPPORTED and name not in unused and value not in (None, [], *UNSUPPORTED[name]):
-                raise ValueError(f"{name}={json.dumps(value)[:60]} is not supported; leave it out")
+                context = {"name": name, "value": json.dumps(value)[:60]}
+                message = "{name}={value} is not supported; leave it out"
+                raise PydanticCustomError("unsupported_parameter", message, context)
         return self
 
 

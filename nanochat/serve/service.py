@@ -13,6 +13,7 @@ from nanochat.tokenizer import get_tokenizer
 # Fields that have the same name and meaning in a request's body and in the engine's Request.
 ENGINE_FIELDS = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty"}
 ENGINE_FIELDS |= {"presence_penalty", "seed"}
+BOS = "<|bos|>"
 
 
 class Service:
@@ -80,11 +81,15 @@ class Service:
         return self._check_length(tokens, "messages")
 
     def text_prompts(self, prompts):
-        """A list of tokens for each of `prompts`, strings or lists of tokens. Raises ApiError."""
+        """
+        A list of tokens for each of `prompts`, strings or lists of tokens. Raises ApiError.
+
+        A string gets <|bos|>, unless it begins with that name, as the text of decoded tokens does.
+        """
         result = []
         for tokens in prompts:
             if isinstance(tokens, str):
-                tokens = self.tokenizer.encode(tokens, prepend="<|bos|>")
+                tokens = self.tokenizer.encode(tokens.removeprefix(BOS), prepend=BOS)
             if not tokens:
                 raise ApiError(400, "a prompt has no tokens", param="prompt")
             self._check_vocabulary(tokens, "prompt")
