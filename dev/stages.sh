@@ -129,6 +129,7 @@ wait_for_other_runs() {
         flock 9
     }
 }
+
 # downloading <shards> <command...>: runs the command while shards download in the background. The command does not see
 # the new shards, because the manifest lists them only when all have been downloaded.
 downloading() {
