@@ -263,7 +263,8 @@ def checkpoint(base, tokenizer):
     from nanochat.checkpoint_manager import checkpoint_dir, save_checkpoint
 
     model = small_model(tokenizer)
-    save_checkpoint(checkpoint_dir("base", "d2"), 7, model, None, {}, CPU)
+    meta = {"made_from": {"tokenizer": tokenizer.fingerprint()}}
+    save_checkpoint(checkpoint_dir("base", "d2"), 7, model, None, meta, CPU)
     return model
 
 
