@@ -84,9 +84,8 @@ def main(argv=None):
     engine, corpus = Engine(model, tokenizer, compute), meta["corpus"]
 
     # Tasks
-    names = [name for name, task in EVAL_TASKS.items() if task.corpus in (corpus, "both")]
-    if args.task_name:
-        names = list(dict.fromkeys(args.task_name.split("|")))
+    all_names = [name for name, task in EVAL_TASKS.items() if task.corpus in (corpus, "both")]
+    names = args.task_name.split("|") if args.task_name else all_names
     if "HumanEval" in names:
         try:
             check_level(args.level)

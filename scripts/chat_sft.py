@@ -34,15 +34,6 @@ def build_parser():
     return parser
 
 
-def check_batch(args, world_size):
-    """Raises UserError unless every rank gets whole micro-batches of the step's examples."""
-    per_pass = args.device_batch_size * world_size
-    rows = args.target_examples_per_step
-    whole = min(args.device_batch_size, rows) >= 1 and rows % per_pass == 0
-    geometry = f"{per_pass} ({args.device_batch_size} rows x {world_size} ranks)"
-    require(whole, f"--target_examples_per_step={rows} is not a multiple of {geometry}")
-
-
 def main(argv=None):
     args = parse_args(build_parser(), argv)
     from nanochat.chat_eval import evaluate_task
@@ -57,11 +48,14 @@ def main(argv=None):
 
     # Machine, tokenizer and model
     compute = compute_init(args.device_type, args.dtype, args.seed)
-    check_batch(args, compute.world_size)
+    rows, rank_rows, ranks = args.target_examples_per_step, args.device_batch_size, compute.world_size
+    whole = min(rows, rank_rows) >= 1 and rows % (rank_rows * ranks) == 0
+    multiple = f"{rank_rows * ranks} ({rank_rows} rows x {ranks} ranks)"
+    require(whole, f"--target_examples_per_step={rows} is not a multiple of {multiple}")
     model, tokenizer, source_meta = load_model(args.source, compute, "train", args.model_tag, args.step)
     args.corpus = args.corpus or source_meta["corpus"]
     train_task, val_task = training_tasks("sft", args.corpus, args.conversations, args.conversations_only)
-    num_steps = epoch_steps(args, train_task, args.target_examples_per_step)
+    num_steps = epoch_steps(args, train_task, rows)
     origins = made_from(source_meta, tokenizer, train_task)
     stage = Stage("sft", source_meta["model_tag"], args, compute, model.config, num_steps, origins)
     if stage.finished:
@@ -71,13 +65,13 @@ def main(argv=None):
     optimizers = stage.setup_optimizers(model)
 
     # Data
-    rows, context, rank_rows = args.target_examples_per_step, model.config.sequence_len, args.device_batch_size
+    context = model.config.sequence_len
     check_lengths("training", train_task, tokenizer, context)
     check_lengths("validation", val_task, tokenizer, context)
     position = stage.meta.get("loader_state")
     batches = conversation_batches(train_task, tokenizer, rows, context, rank_rows, compute, args.seed, position)
     loader = Prefetch(batches, compute.device)
-    val_rows = args.device_batch_size * compute.world_size
+    val_rows = rank_rows * ranks
     val_steps = max(1, min(args.eval_steps, len(val_task) // val_rows))
 
     # Horizon

@@ -7,10 +7,11 @@ A conversation is {"messages": [{"role": "user" | "assistant", "content": str or
 
 import hashlib
 import json
+import os
 import time
 from random import Random
 
-from nanochat.common import UserError, base_dir, dist_env, fetch, mirror_url, require
+from nanochat.common import UserError, base_dir, dist_env, fetch, file_fingerprint, mirror_url, require
 
 FINGERPRINT_EXAMPLES = 256
 
@@ -82,7 +83,8 @@ class Task:
     def fingerprint(self):
         """sha256 (hex) of the origin, the number of examples, and up to 256 evenly spaced examples."""
         every = max(1, -(-len(self) // FINGERPRINT_EXAMPLES))
-        return _sha256([type(self).__name__, len(self), self.origin(), [self[i] for i in range(0, len(self), every)]])
+        content = [type(self).__name__, len(self), self.origin(), [self[i] for i in range(0, len(self), every)]]
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 class ChoiceTask(Task):
@@ -123,8 +125,7 @@ class PublicTask(Task):
         return self.conversation(self.table.slice(int(self.order[index]), 1).to_pylist()[0])
 
     def origin(self):
-        """Name, size and last 100 kB of each file: these contain parquet's footer, which describes all columns."""
-        return [[path.name, path.stat().st_size, hashlib.sha256(_tail(path)).hexdigest()] for path in self.paths]
+        return [file_fingerprint(path) for path in self.paths]
 
 
 class GeneratedTask(Task):
@@ -167,10 +168,8 @@ class TaskMixture(Task):
         task, row = self.index[index]
         return self.tasks[task][row]
 
-    def fingerprint(self):
-        """sha256 (hex) of the fingerprints of all tasks, in order, and of the slice."""
-        parts = [task.fingerprint() for task in self.tasks]
-        return _sha256([type(self).__name__, self.start, self.stop, self.step, parts])
+    def origin(self):
+        return [task.fingerprint() for task in self.tasks]
 
 
 class TaskSequence(TaskMixture):
@@ -234,7 +233,11 @@ def _download(repo, folder, candidates):
 
 def _is_parquet(path):
     """Whether `path` is a complete parquet file, which ends with its magic number."""
-    return path.is_file() and _tail(path, 4) == b"PAR1"
+    if not path.is_file() or path.stat().st_size < 12:
+        return False
+    with open(path, "rb") as f:
+        f.seek(-4, os.SEEK_END)
+        return f.read() == b"PAR1"
 
 
 def _check_parquet(path):
@@ -245,14 +248,3 @@ def fetch_once(url, name, check):
     """Path of the file `name` in the base directory, downloaded from `url` if it is missing."""
     path = base_dir() / name
     return path if path.exists() else fetch(url, path, attempts=3, check=check)
-
-
-def _tail(path, size=100_000):
-    with open(path, "rb") as f:
-        f.seek(max(0, path.stat().st_size - size))
-        return f.read()
-
-
-def _sha256(value):
-    """sha256 (hex) of a JSON-serializable value; other objects in it count as their str()."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
