@@ -427,7 +427,8 @@ def test_an_echo_has_logprobs_of_the_tokens_that_were_sent(server, reference):
 
 
 def test_lm_eval_reads_the_likelihood_of_a_continuation(server, reference):
-    # lm-eval's local-completions model sends context and continuation as ids, and ignores the generated token.
+    # lm-eval's local-completions model sends context and continuation as ids, by default without <|bos|>, and ignores
+    # the generated token.
     tokenizer = reference.tokenizer
     rows = [[*tokenizer.encode("The mill is old. "), *tokenizer.encode(c)] for c in ("It is red.", "Nobody, really")]
     body = dict(model=MODEL, prompt=rows, temperature=0, max_tokens=1, logprobs=1, seed=1234, echo=True)
@@ -435,13 +436,13 @@ def test_lm_eval_reads_the_likelihood_of_a_continuation(server, reference):
     for row, choice in zip(rows, sorted(answer.choices, key=lambda c: c.index), strict=True):
         logprobs = choice.logprobs
         assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.top_logprobs) == len(row) + 1
-        assert logprobs.token_logprobs[0] is None and "".join(logprobs.tokens[: len(row)]) == tokenizer.decode(row)
+        assert "".join(logprobs.tokens[: len(row)]) == tokenizer.decode(row)
         lengths = [len(token) for token in logprobs.tokens[: len(row)]]
         assert logprobs.text_offset[: len(row) + 1] == [sum(lengths[:i]) for i in range(len(row) + 1)]
-        expected = reference.logits(row).log_softmax(-1)
-        for i, token in enumerate(row[1:]):
-            assert logprobs.token_logprobs[i + 1] == pytest.approx(expected[i, token].item(), abs=1e-3)
-            assert max(logprobs.top_logprobs[i + 1].values()) == pytest.approx(expected[i].max().item(), abs=1e-3)
+        expected = reference.logits([tokenizer.get_bos_token_id(), *row]).log_softmax(-1)
+        for i, token in enumerate(row):
+            assert logprobs.token_logprobs[i] == pytest.approx(expected[i, token].item(), abs=1e-3)
+            assert max(logprobs.top_logprobs[i].values()) == pytest.approx(expected[i].max().item(), abs=1e-3)
     nothing = server.client.completions.create(**body | {"max_tokens": 0})
     assert nothing.usage.completion_tokens == 0 and nothing.choices[0].text == tokenizer.decode(rows[0])
     assert nothing.choices[0].logprobs.token_logprobs == pytest.approx(
@@ -818,7 +819,7 @@ def test_the_error_for_a_prompt_beyond_the_context_has_its_length(server, refere
         error = refused(server, messages=messages, stream=stream)
         assert (error["type"], error["code"]) == ("exceed_context_size_error", "context_length_exceeded")
         assert (error["n_prompt_tokens"], error["n_ctx"]) == (len(reference.prompt(messages)), CONTEXT)
-    assert refused(server, path=TEXT, prompt=[5] * 400)["n_prompt_tokens"] == 400
+    assert refused(server, path=TEXT, prompt=[5] * 400)["n_prompt_tokens"] == 401
     answer = server.chat(max_tokens=openai.omit)
     assert (answer.usage.total_tokens, answer.choices[0].finish_reason) == (CONTEXT, "length")
     assert server.chat(max_tokens=CONTEXT).usage.total_tokens == CONTEXT

@@ -169,7 +169,8 @@ class TextCompletion(Completion):
             raise ApiError(400, "a stream is for the answer to one prompt, of at least one token", param="stream")
         self._set_prompts(prompts, max(1, self.max_tokens), body.logprobs)
         for generation, prompt in zip(self.generations, body.prompt, strict=True):
-            generation.added_bos = isinstance(prompt, str) and not prompt.startswith(BOS)
+            sent_bos = prompt.startswith(BOS) if isinstance(prompt, str) else prompt[0] == generation.tokens[0]
+            generation.added_bos = not sent_bos
 
     async def _choices(self, generation):
         await self._score_prompt(generation)

@@ -84,15 +84,16 @@ class Service:
         """
         A list of tokens for each of `prompts`, strings or lists of tokens. Raises ApiError.
 
-        A string gets <|bos|>, unless it begins with that name, as the text of decoded tokens does.
+        Each begins with <|bos|>, as every training document does; it is added if the client has not sent it.
         """
-        result = []
+        result, bos = [], self.tokenizer.get_bos_token_id()
         for tokens in prompts:
             if isinstance(tokens, str):
                 tokens = self.tokenizer.encode(tokens.removeprefix(BOS), prepend=BOS)
             if not tokens:
                 raise ApiError(400, "a prompt has no tokens", param="prompt")
             self._check_vocabulary(tokens, "prompt")
+            tokens = tokens if tokens[0] == bos else [bos, *tokens]
             result.append(self._check_length(tokens, "prompt"))
         return result
 
