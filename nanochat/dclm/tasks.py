@@ -18,7 +18,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.common import UserError, base_dir, fetch, mirror_url, require, well_formed
+from nanochat.common import UserError, base_dir, fetch, mirror_url, require, well_formed, write_errors
 
 FIELDS = {  # fields of an example by type of task; the first one is the question
     "multiple_choice": {"query": str, "choices": list, "gold": int},
@@ -116,7 +116,7 @@ def bundle_dir(progress=None):
 def unpack(archive, folder):
     """Unpack a bundle. Raises UserError if the zip file is damaged, is not a bundle, or has a path outside `folder`."""
     try:
-        with zipfile.ZipFile(archive) as z:
+        with write_errors(folder), zipfile.ZipFile(archive) as z:
             names = [name for name in z.namelist() if not name.startswith("__MACOSX/")]
             for name in names:
                 inside = "\\" not in name and (folder / name).resolve().is_relative_to(folder.resolve())
