@@ -295,6 +295,13 @@ def set_aside(path, content):
     print0(f"{path} held {content}, renamed to {path.name}.old{n}")
 
 
+def check_file(flag, path):
+    """Raises UserError if `path`, the value of `flag` or None, is a folder or a device, or if its folder is missing."""
+    if path:
+        require(Path(path).absolute().parent.is_dir(), f"{flag}={path}: no such folder")
+        require(Path(path).is_file() or not Path(path).exists(), f"{flag}={path} is not an ordinary file")
+
+
 def write_jsonl(path, records):
     """Write `records` as JSON, one per line, atomically."""
     with atomic_path(path) as draft:

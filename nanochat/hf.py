@@ -60,11 +60,12 @@ def export(model, tokenizer, folder):
     folder, config = Path(folder), model.config
     bos, end = tokenizer.get_bos_token_id(), tokenizer.encode_special("<|assistant_end|>")
     dtype = model.lm_head.weight.dtype
-    # Padding is not trained on, but the end token must be.
-    ids = dict(bos_token_id=bos, eos_token_id=end, pad_token_id=bos)
+    # The pad token is <|bos|>: padding is not trained on, but the end token must be. The model's configuration has no
+    # pad token, whose embedding would be frozen.
+    ids = dict(bos_token_id=bos, eos_token_id=end, pad_token_id=None)
     hf = NanoChatForCausalLM(NanoChatConfig(**hf_config(config), **ids, dtype=dtype)).to(dtype)
     hf.load_state_dict(hf_weights(model))
-    hf.generation_config = GenerationConfig(**ids | {"eos_token_id": [end, bos]})
+    hf.generation_config = GenerationConfig(bos_token_id=bos, eos_token_id=[end, bos], pad_token_id=bos)
     hf.save_pretrained(folder)
     for file in folder.glob("*.safetensors"):  # only the owner could read them
         shutil.copymode(folder / "config.json", file)
@@ -83,13 +84,9 @@ def export(model, tokenizer, folder):
         model_max_length=config.sequence_len,
         clean_up_tokenization_spaces=False,
     ).save_pretrained(folder)
-    n = sum(p.numel() for p in hf.parameters())
-    card = (
-        (HERE / "model_card.md")
-        .read_text(encoding="utf-8")
-        .format(parameters=n, context=config.sequence_len, vocabulary=config.vocab_size)
-    )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    card = (HERE / "model_card.md").read_text(encoding="utf-8")
+    sizes = dict(context=config.sequence_len, vocabulary=config.vocab_size, parameters=hf.num_parameters())
+    (folder / "README.md").write_text(card.format(**sizes), encoding="utf-8")
 
 
 def main(argv=None):
@@ -106,8 +103,7 @@ def main(argv=None):
 
     require(not args.quantize, f"--quantize={args.quantize}: only float32 and bfloat16 weights can be exported")
     folder = Path(args.folder)
-    if os.path.exists(folder):
-        raise UserError(f"{folder} already exists; choose a new folder")
+    require(not folder.exists(), f"{folder} already exists; choose a new folder")
     compute = compute_init("cpu", args.dtype or "float32")
     model, tokenizer, _ = load_model(args.source, compute, model_tag=args.model_tag, step=args.step)
     logging.disable_progress_bar()

@@ -86,8 +86,9 @@ class Report:
 
     def generate(self):
         """Combine all logged sections into report.md, which also lists the missing ones. Returns its path."""
-        files = [_read_json(path) for path in sorted(self.folder.glob("*.json")) if path.stem != "header"]
-        logged = {file["section"]: file for file in sorted(filter(None, files), key=lambda file: file.get("time", 0))}
+        files = [_json_dict(_read_text(path)) for path in sorted(self.folder.glob("*.json")) if path.stem != "header"]
+        files = sorted((file for file in files if "section" in file), key=lambda file: file.get("time", 0))
+        logged = {file["section"]: file for file in files}
         names = [*(s for s in SECTIONS if s in logged), *(s for s in logged if s not in SECTIONS)]
         head = _read_text(self.folder / "header.md")
         parts = [head or header(gpu_list(), "Run started: unknown, there was no `report reset`")]
@@ -95,7 +96,7 @@ class Report:
             parts.append(_read_text(self.folder / f"{slug(name)}.md") or "")
             if curve := self._curve(name):
                 parts.append(f"![loss curve]({curve})\n")
-        parts.append(summary(logged, names, _read_json(self.folder / "header.json")))
+        parts.append(summary(logged, names, _json_dict(_read_text(self.folder / "header.json"))))
         if missing := [name for name in SECTIONS if name not in logged and name not in OPTIONAL_SECTIONS]:
             parts.append(f"Not run, or not logged: {', '.join(missing)}.\n")
         return self._write("report.md", "\n".join(parts))
@@ -109,7 +110,7 @@ class Report:
         """Draw the loss curve of a section as an SVG. Returns its path, None if the section has no metrics file."""
         name = CURVES.get(section)
         lines = (_read_text(self.folder / "metrics" / f"{name}.jsonl") or "").splitlines()
-        svg = curve_svg([json.loads(line) for line in lines if line.endswith("}")])
+        svg = curve_svg([record for line in lines if "step" in (record := _json_dict(line))])
         return self._write(f"{name}.svg", svg) if svg else None
 
 
@@ -121,12 +122,13 @@ def _read_text(path):
         return None
 
 
-def _read_json(path):
-    """The dict in a JSON file; {} if the file is missing or was truncated by a crash."""
+def _json_dict(text):
+    """The dict in a JSON text; {} if the text is None, truncated by a crash, or anything else."""
     try:
-        return json.loads(_read_text(path) or "{}")
-    except ValueError:
+        value = json.loads(text)
+    except (TypeError, ValueError):
         return {}
+    return value if isinstance(value, dict) else {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,10 +11,9 @@ Downloads the tasks once. Writes base_eval/<model>.csv and a section of the repo
 import csv
 import re
 import time
-from pathlib import Path
 
 from nanochat.cli import add_checkpoint_flags, make_parser, parse_args, path, run_script
-from nanochat.common import atomic_path, base_dir, choose_device, compute_init, print0, require, write_jsonl
+from nanochat.common import atomic_path, base_dir, check_file, choose_device, compute_init, print0, require, write_jsonl
 from nanochat.tracking import erase_line, progress_printer
 
 
@@ -25,20 +24,18 @@ def build_parser():
     p.add_argument("--max_per_task", type=int, default=-1, help="examples per task; -1 = all")
     p.add_argument("--tasks", help="only these tasks, e.g. 'copa|winograd' (default: all)")
     p.add_argument("--pass_tokens", type=int, help="maximum padded tokens per forward pass; limits memory")
-    p.add_argument(
-        "--save_samples", type=path, metavar="FILE", help="write examples, answers and verdicts to this .jsonl"
-    )
+    p.add_argument("--save_samples", type=path, metavar="FILE", help="write examples and verdicts to this .jsonl")
     return p
 
 
 def check_flags(args):
     """Raises UserError for a number out of range, flags that exclude each other, or a missing folder."""
-    n, pass_tokens, samples = args.max_per_task, args.pass_tokens, args.save_samples
+    n, pass_tokens = args.max_per_task, args.pass_tokens
     require(n >= 1 or n == -1, f"--max_per_task={n}: expected at least 1, or -1 for all")
     require(pass_tokens is None or pass_tokens >= 1, f"--pass_tokens={pass_tokens}: expected at least 1")
     conflict = args.hf_path is not None and (args.model_tag or args.step is not None or args.quantize)
     require(not conflict, "give either --hf_path or --model_tag, --step and --quantize, not both")
-    require(not samples or Path(samples).absolute().parent.is_dir(), f"--save_samples={samples}: no such folder")
+    check_file("--save_samples", args.save_samples)
 
 
 def main(argv=None):
@@ -65,7 +62,7 @@ def main(argv=None):
 
     # Tasks; all files are read before the first task is scored
     show_download, show_examples = progress_printer("bytes"), progress_printer("examples")
-    labels = args.tasks.split("|") if args.tasks else None
+    labels = [label.strip() for label in args.tasks.split("|")] if args.tasks else None
     tasks = load_tasks(labels, lambda done, total: show_download("eval_bundle.zip", done, total))
     print0(f"{name}: {len(tasks)} tasks, {compute.device}, {str(compute.dtype).removeprefix('torch.')}")
     records, clear_line = {}, erase_line()

@@ -11,10 +11,9 @@ ChatCORE is the mean centered accuracy of the tasks: 0 = guessing, 1 = all corre
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 from nanochat.cli import add_model_flags, boolean, choose_source, make_parser, parse_args, path, run_script
-from nanochat.common import UserError, compute_init, print0, require, write_jsonl
+from nanochat.common import UserError, check_file, compute_init, print0, require, write_jsonl
 from nanochat.tracking import erase_line, progress_printer
 
 
@@ -52,8 +51,7 @@ def check_flags(args):
         value = getattr(args, name)
         require(value is None or value >= 1, f"--{name}={value}: expected at least 1")
     Request([0], args.max_new_tokens, args.temperature, args.top_k, args.seed, args.num_samples)
-    samples = args.save_samples
-    require(not samples or Path(samples).absolute().parent.is_dir(), f"--save_samples={samples}: no such folder")
+    check_file("--save_samples", args.save_samples)
 
 
 def describe(name, score, seconds):

@@ -296,6 +296,18 @@ DAMAGES = {
     "schema.jsonl:1: gold=2, but there are 2 options": lambda b: edit(
         b / "eval_data/sub/schema.jsonl", '"gold": 0', '"gold": 2'
     ),
+    "schema.jsonl:1: .* needs 'gold', of type int": lambda b: edit(
+        b / "eval_data/sub/schema.jsonl", '"gold": 0', '"gold": false'
+    ),
+    "schema.jsonl:1: 'context_options' must be a list of at least two": lambda b: (
+        b / "eval_data/sub/schema.jsonl"
+    ).write_text('{"context_options": ["a"], "continuation": "b", "gold": 0}'),
+    "language_modeling.jsonl:1: the continuation is empty": lambda b: (
+        b / "eval_data/sub/language_modeling.jsonl"
+    ).write_text('{"context": "a", "continuation": " "}'),
+    "two tasks have the label multiple_choice_task": lambda b: edit(
+        b / "core.yaml", "schema_task", "multiple_choice_task"
+    ),
     "cannot read .*language_modeling.jsonl .*decode": lambda b: (
         b / "eval_data/sub/language_modeling.jsonl"
     ).write_bytes(b"\xff"),
@@ -318,6 +330,16 @@ def test_damaged_bundle_raises_user_error(bundle, message):
         load_tasks()
 
 
+def test_bundle_saved_by_another_editor_is_read(bundle):
+    expected = load_tasks()
+    for path in (path for path in bundle.rglob("*") if path.is_file()):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert load_tasks() == expected
+    row = {"context": "cat \ud83d", "continuation": "dog"}
+    (bundle / "eval_data/sub/language_modeling.jsonl").write_text(json.dumps(row))
+    assert load_tasks(["language_modeling_task"])[0].rows == [row | {"context": "cat ?"}]
+
+
 def test_bundle_is_downloaded_once_and_extracted_atomically(base, tmp_path, monkeypatch):
     bucket = tmp_path / "bucket"
     bucket.mkdir()
@@ -336,7 +358,10 @@ def test_bundle_is_downloaded_once_and_extracted_atomically(base, tmp_path, monk
             bundle_dir()
     write_zip(**{"eval_bundle/core.yaml": "icl_tasks: []", "eval_bundle/eval_data/a.jsonl": "{}" * 1000})
     complete = (bucket / "eval_bundle.zip").read_bytes()
-    for damaged in (complete[: len(complete) // 2], b"", complete.replace(b"{}{}", b"{x{}")):
+    encrypted = bytearray(complete)
+    encrypted[complete.rindex(b"PK\1\2") + 8] |= 1  # a flag of the last file
+    encrypted[complete.rindex(b"PK\3\4") + 6] |= 1
+    for damaged in (complete[: len(complete) // 2], b"", complete.replace(b"{}{}", b"{x{}"), encrypted):
         (bucket / "eval_bundle.zip").write_bytes(damaged)
         with pytest.raises(UserError, match="not a complete zip file|an empty file"):
             bundle_dir()
@@ -377,6 +402,8 @@ def test_base_eval_user_errors(base, bundle, checkpoint, run_main, tmp_path):
         (["--hf-path=x", "--step=3"], "not both"),
         (["--hf-path", base / "base_checkpoints" / "d2" / "step_000007"], "no config.json"),
         (["--save_samples=nowhere/x"], "no such folder"),
+        (["--save_samples", tmp_path], "is not an ordinary file"),
+        (["--save_samples=/dev/null"], "--save_samples=/dev/null is not an ordinary file"),
     ):
         with pytest.raises(UserError, match=message):
             run_main("scripts.base_eval", "--device_type=cpu", *flags)

@@ -85,6 +85,7 @@ def random_chat(rng):
 def test_exported_model_gives_the_same_ids_logits_and_completions(exported, hf_tokenizer):
     model, tokenizer, folder = exported
     hf_model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert hf_model.get_input_embeddings().padding_idx is None  # its row would get no gradient
     ids = hf_tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_tensors="pt")["input_ids"]
     assert ids[0].tolist() == tokenizer.render_for_completion({"messages": CHAT})
     torch.testing.assert_close(hf_model(ids).logits, model(ids), atol=1e-5, rtol=0)
@@ -169,6 +170,8 @@ def test_chat_template_refuses_what_it_cannot_render(hf_tokenizer, messages, pro
 def test_chat_template_refuses_tools(hf_tokenizer):
     with pytest.raises(Exception, match="this model cannot call tools"):
         hf_tokenizer.apply_chat_template(CHAT, tools=[{"type": "function", "function": {"name": "f"}}])
+    with pytest.raises(Exception, match="takes no documents"):
+        hf_tokenizer.apply_chat_template(CHAT, documents=[{"title": "a", "text": "b"}])
     call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]}
     with pytest.raises(Exception, match="message 5 of 5 has tool_calls: this model cannot call tools"):
         hf_tokenizer.apply_chat_template([*CHAT, call])

@@ -132,6 +132,8 @@ def test_report_without_git_and_torch_and_with_a_truncated_section(empty_base, m
     report.main(["reset"])
     log_all_stages()
     (empty_base / "report" / "midtraining.json").write_text('{"section": "Midtr')  # truncated by a crash
+    for name, text in (("mine", '{"a": 1}'), ("list", "[1]"), ("header", '"x"')):
+        (empty_base / "report" / f"{name}.json").write_text(text)
     report.main([])
     text = Path("report.md").read_text(encoding="utf-8")
     assert "- Commit: unknown" in text and "- PyTorch: unknown" in text and "unknown (not a git checkout)" in text
@@ -176,7 +178,8 @@ def test_loss_curves_are_drawn_from_the_training_log(empty_base):
     rows += [{"step": 0, "val_bpb": 3.4}, {"step": 999, "val_bpb": 1.0}, {"step": 5, "loss": float("nan")}]
     path = empty_base / "report" / "metrics" / "base.jsonl"
     path.parent.mkdir()
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 1000, "lo', encoding="utf-8")
+    cut = '{"step": 1000, "lo{"step": 1000, "loss": 1.0}\n[1]\n{"step": 1001, "lo'  # by a full disk, and by a crash
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + cut, encoding="utf-8")
     text = Report(empty_base / "report").generate().read_text(encoding="utf-8")
     svg = empty_base / "report" / "base.svg"
     assert f"![loss curve]({svg})" in text

@@ -18,7 +18,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.common import UserError, base_dir, fetch, mirror_url, require
+from nanochat.common import UserError, base_dir, fetch, mirror_url, require, well_formed, write_errors
 
 FIELDS = {  # fields of an example by type of task; the first one is the question
     "multiple_choice": {"query": str, "choices": list, "gold": int},
@@ -116,20 +116,20 @@ def bundle_dir(progress=None):
 def unpack(archive, folder):
     """Unpack a bundle. Raises UserError if the zip file is damaged, is not a bundle, or has a path outside `folder`."""
     try:
-        with zipfile.ZipFile(archive) as z:
+        with write_errors(folder), zipfile.ZipFile(archive) as z:
             names = [name for name in z.namelist() if not name.startswith("__MACOSX/")]
             for name in names:
                 inside = "\\" not in name and (folder / name).resolve().is_relative_to(folder.resolve())
                 require(inside, f"{archive}: the path {name!r} lies outside of the bundle; nothing was unpacked")
             require("eval_bundle/core.yaml" in names, f"{archive} contains no eval_bundle/core.yaml")
             z.extractall(folder, names)
-    except (zipfile.BadZipFile, EOFError, zlib.error) as e:
+    except (zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as e:  # RuntimeError: encrypted or unknown method
         raise UserError(f"{archive} is not a complete zip file ({e}); repeat the command to download a new copy") from e
 
 
 def _read(path):
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"cannot read {path} ({e}); delete {base_dir() / 'eval_bundle'} to download it again") from e
 
@@ -144,9 +144,12 @@ def _read_entries(path):
         raise UserError(f"{path} is not valid YAML ({' '.join(str(e).split())})") from e
     entries = config.get("icl_tasks") if isinstance(config, dict) else None
     require(isinstance(entries, list) and entries, f"{path}: expected a list of tasks under icl_tasks")
+    result = {}
     for entry in entries:
         label = entry.get("label") if isinstance(entry, dict) else None
         require(isinstance(label, str), f"{path}: a task without a label: {str(entry)[:80]}")
+        require(label not in result, f"{path}: two tasks have the label {label}")
+        result[label] = entry
         kind, shots, file = (entry.get(name) for name in ("icl_task_type", "num_fewshot", "dataset_uri"))
         is_count = isinstance(shots, list) and shots and isinstance(shots[0], int) and shots[0] >= 0
         for name, valid, expected in (
@@ -156,7 +159,7 @@ def _read_entries(path):
             ("dataset_uri", isinstance(file, str) and ".." not in Path(file).parts, "a file name"),
         ):
             require(valid, f"{path}: {label} has {name}={entry.get(name)!r}, expected {expected}")
-    return {entry["label"]: entry for entry in entries}
+    return result
 
 
 def _read_baselines(path):
@@ -183,13 +186,18 @@ def _parse_example(line, kind, where):
     """The checked example in one line; `where` is "file:line"."""
     try:
         row = json.loads(line)
+        if "\\ud" in line.lower():  # perhaps half an emoji
+            row = json.loads(well_formed(json.dumps(row, ensure_ascii=False)))
     except json.JSONDecodeError as e:
         raise UserError(f"{where}: not JSON ({e.msg} at column {e.colno})") from None
     for name, expected in FIELDS[kind].items():
-        valid = isinstance(row, dict) and isinstance(row.get(name), expected)
+        valid = isinstance(row, dict) and type(row.get(name)) is expected  # true is no index
         require(valid, f"{where}: a {kind} example needs {name!r}, of type {expected.__name__}")
     if kind in OPTIONS:
         options = row[OPTIONS[kind]]
-        require(all(isinstance(o, str) for o in options), f"{where}: {OPTIONS[kind]!r} must be a list of strings")
+        valid = len(options) > 1 and all(isinstance(option, str) for option in options)
+        require(valid, f"{where}: {OPTIONS[kind]!r} must be a list of at least two strings")
         require(0 <= row["gold"] < len(options), f"{where}: gold={row['gold']}, but there are {len(options)} options")
+    # A continuation without tokens would count as predicted.
+    require(row.get("continuation", "x").strip(), f"{where}: the continuation is empty")
     return row
