@@ -168,8 +168,9 @@ def find_checkpoint(folder, step=None):
 
 
 def _model_folders(root):
-    """Folders of a stage's models that have checkpoints, sorted by name."""
-    return sorted(path for path in root.iterdir() if _step_dirs(path)) if root.is_dir() else []
+    """Folders of a stage's models that have checkpoints, sorted by name; without those that were set aside."""
+    folders = [path for path in root.iterdir() if _step_dirs(path)] if root.is_dir() else []
+    return sorted(path for path in folders if not re.search(r"\.old\d+$", path.name))
 
 
 def find_model_tag(source):

@@ -172,6 +172,13 @@ def test_set_aside_renames_the_old_checkpoint_folder(base):
         assert (folder.with_name(f"d1.old{n}") / f"step_{n:06d}" / "meta.json").exists()
 
 
+def test_a_model_that_was_set_aside_is_not_loaded_by_default(base):
+    save(cm.checkpoint_dir("base", "d1.old1"), 1)
+    cm.checkpoint_dir("base", "d1").mkdir()
+    with raises_user_error("no base checkpoint"):
+        cm.find_model_tag("base")
+
+
 def test_update_meta_adds_a_value(base):
     folder = cm.checkpoint_dir("base", "d1")
     save(folder, 1)

@@ -781,6 +781,10 @@ def test_roles_and_parts_are_read_as_the_official_clients_send_them(server, refe
         ({"stop": list("abcde")}, "stop: 5 stop strings are too many, the limit is 4"),
         ({"stop": ["a", 1]}, "stop: expected a string, or a list of strings"),
         ({"response_format": {"type": "json_object"}}, "response_format="),
+        ({"messages": ["x"]}, "messages[0]: expected a JSON object"),
+        ({"messages": []}, "messages: expected at least one element"),
+        ({"stream_options": 1}, "stream_options: expected a JSON object"),
+        ({"logit_bias": [1]}, "logit_bias: expected a JSON object"),
         (b'{"messages": [,]}', "the body is not valid JSON: "),
         (b'{"messages": "abc', "the body is not valid JSON: Unterminated string starting at character 13"),
         (b"\xff\xfe", "the body is not"),
@@ -794,6 +798,15 @@ def test_errors_say_what_is_wrong(server, body, message):
     body = {"messages": QUESTION} | body if isinstance(body, dict) else body
     error = error_of(server.post(CHAT, body), 400)
     assert error["message"].startswith(message) and "constrained" not in error["message"]
+
+
+def test_bodies_of_many_levels_are_answered_or_refused(server):
+    """Between those that json refuses to read and those that fit, there are some that it cannot write again."""
+    statuses = set()
+    for depth in range(800, 1040, 5):
+        body = b'{"prompt": "Once", "max_tokens": 1, "user": ' + b"[" * depth + b"]" * depth + b"}"
+        statuses.add(server.post(TEXT, body).status_code)
+    assert statuses == {200, 400}
 
 
 def test_errors_name_the_content_type_and_the_routes(server):
@@ -823,6 +836,32 @@ def test_the_error_for_a_prompt_beyond_the_context_has_its_length(server, refere
     answer = server.chat(max_tokens=openai.omit)
     assert (answer.usage.total_tokens, answer.choices[0].finish_reason) == (CONTEXT, "length")
     assert server.chat(max_tokens=CONTEXT).usage.total_tokens == CONTEXT
+
+
+def test_truncation_leaves_out_the_oldest_turns(served_base, reference):
+    def conversation(n_turns, n_chars):
+        question, answer = "why ".ljust(n_chars, "x"), "so".ljust(n_chars, "y")
+        turns = [{"role": role, "content": text} for role, text in (("user", question), ("assistant", answer))]
+        return turns * n_turns + QUESTION
+
+    def request(messages, room):
+        """The prompt of `room` tokens or less that begins with the oldest possible question."""
+        return next(p for i in range(0, len(messages), 2) if len(p := reference.prompt(messages[i:])) <= room)
+
+    with serving(served_base, "--overflow=truncate") as server:
+        for messages in (conversation(600, 20), conversation(20, 1000), conversation(600, 3)):
+            answer = server.chat(messages)
+            prompt = request(messages, CONTEXT - 24)
+            assert answer.usage.prompt_tokens == len(prompt)
+            assert answer.choices[0].message.content == reference.tokenizer.decode(reference.greedy(prompt, 24))
+        assert server.chat([{"role": "user", "content": "mill " * 8000}]).usage.prompt_tokens == CONTEXT - 24
+        # A last message of the assistant is continued whole: older turns make room for it and for the answer.
+        messages = [*conversation(30, 20), {"role": "assistant", "content": "one two " * 10}]
+        prompt, usage = request(messages, CONTEXT - 100), server.chat(messages, max_tokens=100).usage
+        assert (usage.prompt_tokens, usage.completion_tokens) == (len(prompt), 100)
+        assert (
+            refused(server, messages=[*QUESTION, {"role": "assistant", "content": "mill " * 300}])["n_ctx"] == CONTEXT
+        )
 
 
 @pytest.mark.parametrize(

@@ -708,6 +708,10 @@ def test_a_full_context_offers_to_leave_out_the_oldest_turns(server, page):
     expect(page.locator(LAST + ".body")).to_have_text("Answer 7.")
     assert [turn["content"] for turn in server.chats[-1]["messages"]] == ["three", "Answer 3.", "four"]
     assert len(messages(page)) == 8
+    server.refusals = [(413, {"message": "the body is larger than 1,048,576 bytes"})] * 2
+    ask(page, "five")
+    expect(page.locator(LAST + ".body")).to_have_text("Answer 10.")
+    assert len(server.chats[-1]["messages"]) == 5
     page.keyboard.press("Control+Shift+O")
     server.refusals = [(400, full)]
     ask(page, "much too long")

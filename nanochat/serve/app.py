@@ -34,6 +34,9 @@ PUBLIC_PATHS = {"/", "/logo.svg", "/health"}  # need no API key
 LOCAL_ORIGINS = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 MAX_BODY = 1 << 20  # bytes
 TOO_LARGE = f"the body is larger than {MAX_BODY:,} bytes"
+# Messages for pydantic's error types whose own message speaks of Python.
+CLEARER = dict.fromkeys(("model_attributes_type", "dict_type"), "expected a JSON object")
+CLEARER |= {"list_type": "expected a list", "too_short": "expected at least one element"}
 CLIENT_GONE = Response(status_code=499)  # nobody reads it, but the metrics count it
 ERRORS = {status: {"model": ErrorBody} for status in (400, 401, 404, 405, 413, 429, 500, 503, 504)}
 
@@ -153,7 +156,7 @@ def error_response(error):
 
 def invalid_request(request, first):
     """The ApiError for `first`, pydantic's first error of a request."""
-    message, code = first["msg"].removeprefix("Value error, "), None
+    message, code = CLEARER.get(first["type"], first["msg"].removeprefix("Value error, ")), None
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:])[1:101]
     if first["type"] == "json_invalid":
         error = first["ctx"]["error"].removesuffix(" at")
@@ -181,6 +184,8 @@ async def handle_exception(request, error):
         error = ApiError(error.status_code, message, error.headers)
     elif isinstance(error, WorkerError):
         error = ApiError(504 if isinstance(error, RequestTimeout) else 503, str(error))
+    elif isinstance(error, RecursionError):  # while the body is validated
+        error = ApiError(400, "the body has too many levels of lists and objects")
     elif not isinstance(error, ApiError):
         error = ApiError(500, "the server failed, see its log")
     return error_response(error)
@@ -244,7 +249,7 @@ class Api(FastAPI):
 def create_app(options):
     """The FastAPI app. Its workers load the model when the app starts. `options`: the flags of chat_web."""
     app = Api(title="nanochat", version="0.2.0", docs_url=None, redoc_url=None, lifespan=lifespan)
-    for exception in (ApiError, RequestValidationError, HTTPException, WorkerError, Exception):
+    for exception in (ApiError, RequestValidationError, HTTPException, WorkerError, RecursionError, Exception):
         app.add_exception_handler(exception, handle_exception)
     app.state.service = service = Service(options)
     origins = {"allow_origins": options.cors} if options.cors else {"allow_origin_regex": LOCAL_ORIGINS}

@@ -66,19 +66,19 @@ class Service:
         roles = {"developer": "system"}
         messages = [{"role": roles.get(m.role, m.role), "content": m.content} for m in messages]
         context, last, truncate = self.model.context, messages[-1], self.options.overflow == "truncate"
-        room = max(8, context - min(max_tokens, context // 2)) if truncate else None
         sizes = [len(m["content"]) for m in messages]
         if not truncate and (len(sizes) > MAX_MESSAGES or max(sizes) > MAX_MESSAGE_CHARS or sum(sizes) > MAX_CHARS):
             limits = f"{MAX_MESSAGES} messages, {MAX_MESSAGE_CHARS:,} characters in each and {MAX_CHARS:,} in all"
             detail = {"param": "messages", "code": "context_length_exceeded"}
             raise ApiError(400, f"the conversation is longer than {limits}; leave out its oldest turns", **detail)
+        # The answer continues a last message of the assistant.
+        continued = self.tokenizer.encode(last["content"]) if last["role"] == "assistant" else []
+        room = max(8, context - min(max_tokens, context // 2) - len(continued)) if truncate else None
         try:
             tokens = self.tokenizer.render_for_completion({"messages": messages}, room)
         except UserError as e:
             raise ApiError(400, str(e), param="messages") from e
-        if last["role"] == "assistant":  # the answer continues this message
-            tokens += self.tokenizer.encode(last["content"])
-        return self._check_length(tokens, "messages")
+        return self._check_length(tokens + continued, "messages")
 
     def text_prompts(self, prompts):
         """
@@ -104,12 +104,9 @@ class Service:
         self._check_vocabulary(body.stop_token_ids or (), "stop_token_ids")
         settings = {"temperature": self.options.temperature, "top_k": self.options.top_k}
         settings |= {"seed": random.getrandbits(31)} | body.model_dump(include=ENGINE_FIELDS, exclude_none=True)
-        settings |= {
-            "stop": tuple(body.stop or ()),
-            "stop_tokens": frozenset(body.stop_token_ids or ()),
-            "logit_bias": bias or None,
-        }
-        return settings | {"max_tokens": max_tokens, "num_samples": body.n or 1, "logprobs": logprobs}
+        settings |= {"stop": tuple(body.stop or ()), "stop_tokens": frozenset(body.stop_token_ids or ())}
+        settings |= {"logit_bias": bias or None, "logprobs": logprobs}
+        return settings | {"max_tokens": max_tokens, "num_samples": body.n or 1}
 
     def _check_vocabulary(self, tokens, param):
         for token in tokens:
