@@ -8,6 +8,7 @@ Loads the newest sft checkpoint, or else of rl, mid or base. On Ctrl-C or SIGTER
 --shutdown_timeout seconds to finish.
 """
 
+import re
 import socket
 
 from nanochat.cli import add_model_flags, choose_source, make_parser, parse_args, run_script
@@ -61,6 +62,8 @@ def main(argv=None):
         value = getattr(args, flag)
         if value is not None and not low <= value <= high:  # this also rejects nan
             raise UserError(f"--{flag}={value}: give {low} to {high:,}")
+    if args.api_key is not None and not re.fullmatch("[!-~]+", args.api_key):  # other keys fit into no HTTP header
+        raise UserError("--api_key (or NANOCHAT_API_KEY): expected ASCII characters without spaces, at least one")
     args.num_workers = args.num_workers or args.num_gpus
     choose_source(args, ("sft", "rl", "mid", "base"))
 

@@ -566,6 +566,8 @@ def test_logprobs_equal_those_of_full_forward_passes(server, reference):
                 assert [o.logprob for o in t.top_logprobs] == pytest.approx(likeliest, abs=1e-3)
     assert server.chat(logprobs=False).choices[0].logprobs is None
     refused(server, param="top_logprobs", logprobs=True, top_logprobs=21)
+    refused(server, param="top_logprobs", logprobs=False, top_logprobs=1)
+    assert server.chat(logprobs=False, top_logprobs=0).choices[0].logprobs is None
     assert server.text() == reference.text(QUESTION)
 
 
@@ -1248,3 +1250,10 @@ def test_responses_conform_to_the_openapi_schema(server, tmp_path, mode):
 def test_out_of_range_flags_are_refused_at_once(flag):
     with pytest.raises(UserError, match=f"{flag}(.0)?: give"):
         chat_web.main([flag])
+
+
+@pytest.mark.parametrize("key", ["", "two words", "ключ", "newline\n"], ids=repr)
+def test_keys_that_no_client_can_send_are_refused(key):
+    """An empty one, as from `--api_key=$UNSET`, would let everybody in."""
+    with pytest.raises(UserError, match="--api_key .* expected ASCII characters"):
+        chat_web.main(["--api_key", key])

@@ -122,7 +122,7 @@ class ChatCompletion(Completion):
     scores_every_token = False
 
     def __init__(self, service, body):
-        if body.top_logprobs is not None and not body.logprobs:
+        if body.top_logprobs and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
         super().__init__(service, body)
         max_tokens = body.max_completion_tokens or body.max_tokens or service.options.max_tokens

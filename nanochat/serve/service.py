@@ -63,8 +63,7 @@ class Service:
 
     def chat_prompt(self, messages, max_tokens):
         """The conversation as tokens. Raises ApiError if it is malformed or too long."""
-        roles = {"developer": "system"}
-        messages = [{"role": roles.get(m.role, m.role), "content": m.content} for m in messages]
+        messages = [{"role": m.role.replace("developer", "system"), "content": m.content} for m in messages]
         context, last, truncate = self.model.context, messages[-1], self.options.overflow == "truncate"
         sizes = [len(m["content"]) for m in messages]
         if not truncate and (len(sizes) > MAX_MESSAGES or max(sizes) > MAX_MESSAGE_CHARS or sum(sizes) > MAX_CHARS):
