@@ -1,5 +1,6 @@
 """Checkpoints: atomic saves, verification on loading, fallback to an undamaged one, what a model was made from."""
 
+import contextlib
 import importlib
 import itertools
 import json
@@ -86,21 +87,23 @@ def test_damaged_checkpoint_is_skipped_with_a_warning(base, capsys, name, damage
         cm.find_checkpoint(folder, step=2)
 
 
-@pytest.fixture
-def max_file_size():
-    """max_file_size(n): writing more than n bytes to a file fails until the end of the test, as on a full disk."""
+@contextlib.contextmanager
+def max_file_size(n):
+    """Context manager in which writing more than `n` bytes to a file fails, as on a full disk; pytest writes too."""
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda n: resource.setrlimit(resource.RLIMIT_FSIZE, (n, old[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 @pytest.mark.parametrize("optimizer_state", [True, False])
 @pytest.mark.parametrize("size", [0, 50_000])
-def test_disk_full_is_one_line_and_leaves_older_checkpoints(base, max_file_size, size, optimizer_state):
+def test_disk_full_is_one_line_and_leaves_older_checkpoints(base, size, optimizer_state):
     folder = cm.checkpoint_dir("base", "d1")
     model, optimizers = save(folder, 1)
-    max_file_size(size)
-    with raises_user_error(r"cannot write .*step_000002: .*make room in .*--resume"):
+    with max_file_size(size), raises_user_error(r"cannot write .*step_000002: .*make room in .*--resume"):
         cm.save_checkpoint(folder, 2, model, optimizers if optimizer_state else [], {}, CPU, keep=1)
     assert [path.name for path in folder.iterdir()] == ["step_000001"]
     assert cm.find_checkpoint(folder)[1]["step"] == 1
