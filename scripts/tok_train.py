@@ -14,7 +14,7 @@ import math
 import time
 
 from nanochat.cli import make_parser, parse_args, path, run_script
-from nanochat.common import UserError, format_duration, print0
+from nanochat.common import format_duration, print0, require
 from nanochat.tracking import progress_printer
 
 # Round-trip check: contractions, numbers, white space, other scripts, a multi-code-point emoji, a special token's name.
@@ -65,8 +65,8 @@ def read_texts(max_chars, doc_cap, totals, data_dir=None):
 def main(argv=None):
     args = parse_args(build_parser(), argv)
     for flag in ("max_chars", "doc_cap"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag}={getattr(args, flag)}: give 1 or more")
+        value = getattr(args, flag)
+        require(1 <= value <= 10**18, f"--{flag}={value}: expected 1 to 1e18")
     from nanochat.report import get_report
     from nanochat.tokenizer import Tokenizer, save_as_default
 
@@ -80,6 +80,7 @@ def main(argv=None):
 
     texts = read_texts(args.max_chars, args.doc_cap, totals, args.data_dir)
     tokenizer = Tokenizer.train_from_iterator(texts, args.vocab_size, progress, max_chars=args.doc_cap, arrow=True)
+    require(totals["characters"], "no text in the training shards; make others with `python -m nanochat.dataset`")
     train_time = time.time() - start
     vocab_size, n_merges = tokenizer.get_vocab_size(), len(tokenizer.ranks) - 256
     show_progress("merging", n_merges, n_merges)
