@@ -10,7 +10,7 @@ Reads base_data/. Writes tokenizer/; another tokenizer there is renamed to token
 import bisect
 import gc
 import itertools
-import math
+import statistics
 import time
 
 from nanochat.cli import make_parser, parse_args, path, run_script
@@ -94,14 +94,11 @@ def main(argv=None):
 
     # Report
     token_bytes = [n for n in tokenizer.count_bytes() if n]
-    mean = sum(token_bytes) / len(token_bytes)
-    std = math.sqrt(sum((n - mean) ** 2 for n in token_bytes) / (len(token_bytes) - 1))
     results = {"train_time": train_time, "wall_clock_seconds": time.time() - start, "vocab_size": vocab_size}
     results |= {"num_special_tokens": len(tokenizer.get_special_tokens()), **totals}
     results |= {"token_bytes_min": min(token_bytes), "token_bytes_max": max(token_bytes)}
-    results |= {"token_bytes_mean": mean, "token_bytes_std": std}
-    wall_clock = {"wall_clock_seconds": results["wall_clock_seconds"]}
-    get_report().log("Tokenizer training", [vars(args), results], wall_clock)
+    results |= {"token_bytes_mean": statistics.fmean(token_bytes), "token_bytes_std": statistics.stdev(token_bytes)}
+    get_report().log("Tokenizer training", [vars(args), results], {"wall_clock_seconds": results["wall_clock_seconds"]})
 
 
 if __name__ == "__main__":
