@@ -47,8 +47,8 @@ def list_parquet_files(data_dir=None):
 
 
 def _parquet_files(folder):
-    """Paths of the parquet files in a folder, without hidden ones (macOS writes ._shard.parquet)."""
-    return sorted(path for path in folder.glob("*.parquet") if not path.name.startswith("."))
+    """Paths of the parquet files in a folder, without hidden ones (macOS writes ._shard.parquet) and subfolders."""
+    return sorted(p for p in folder.glob("[!.]*") if p.suffix.lower() == ".parquet" and not p.is_dir())
 
 
 def fingerprint(data_dir=None):
@@ -180,7 +180,7 @@ def _names(paths):
 def _start_set(folder, kind, settings):
     """Mark the set in `folder` as unfinished, then delete the shards of any other set."""
     _write_manifest(folder, kind, settings, {})  # before deleting: if killed here, the set already counts as unfinished
-    for path in (path for pattern in ("*.parquet", "*.part", "*.tmp") for path in folder.glob(pattern)):
+    for path in (*_parquet_files(folder), *folder.glob("*.part"), *folder.glob("*.tmp")):
         path.unlink()
 
 
@@ -289,7 +289,8 @@ def build_parser():
     add("-w", "--num_workers", type=int, default=4, help="number of parallel downloads")
     add_mode("--pocket", **flag, help="generate the pocket corpus instead")
     add("--chars", type=int, default=30_000_000, help="--pocket: characters of training text")
-    add_mode("--from_files", type=cli.path, nargs="+", metavar="PATH", help="read these files and folders instead")
+    paths = dict(type=cli.path, nargs="+", action="extend", metavar="PATH")
+    add_mode("--from_files", **paths, help="read these files and folders instead")
     add("--val_share", type=float, default=0.01, help="share of documents for validation (at most 5%% of the text)")
     add("--text_column", default="text", help="--from_files: field of jsonl, column of parquet that holds the text")
     add("--seed", type=int, default=42, help="seed of the pocket corpus and of the order of documents")

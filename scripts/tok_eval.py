@@ -10,7 +10,7 @@ from pathlib import Path
 from unittest import mock
 
 from nanochat.cli import make_parser, parse_args, path, run_script
-from nanochat.common import UserError, print0
+from nanochat.common import UserError, print0, require
 
 BASELINES = {"gpt2": "GPT-2", "cl100k_base": "GPT-4"}
 TEXTS = ("news", "korean", "code", "math", "science")  # scripts/tok_eval_texts/<name>.txt
@@ -43,6 +43,7 @@ def evaluation_texts(data_dir=None):
         try:
             texts[split] = "\n".join(next(iter(parquets_iter_batched(split, data_dir=data_dir))))
         except UserError as e:
+            require(not data_dir, str(e))  # the user asked for these shards
             print0(f"skipping the {split} split: {e}")
     return {name: text for name, text in texts.items() if text}
 

@@ -10,11 +10,11 @@ Reads base_data/. Writes tokenizer/; another tokenizer there is renamed to token
 import bisect
 import gc
 import itertools
-import math
+import statistics
 import time
 
 from nanochat.cli import make_parser, parse_args, path, run_script
-from nanochat.common import UserError, format_duration, print0
+from nanochat.common import format_duration, print0, require
 from nanochat.tracking import progress_printer
 
 # Round-trip check: contractions, numbers, white space, other scripts, a multi-code-point emoji, a special token's name.
@@ -65,8 +65,8 @@ def read_texts(max_chars, doc_cap, totals, data_dir=None):
 def main(argv=None):
     args = parse_args(build_parser(), argv)
     for flag in ("max_chars", "doc_cap"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag}={getattr(args, flag)}: give 1 or more")
+        value = getattr(args, flag)
+        require(1 <= value <= 10**18, f"--{flag}={value}: expected 1 to 1e18")
     from nanochat.report import get_report
     from nanochat.tokenizer import Tokenizer, save_as_default
 
@@ -80,6 +80,7 @@ def main(argv=None):
 
     texts = read_texts(args.max_chars, args.doc_cap, totals, args.data_dir)
     tokenizer = Tokenizer.train_from_iterator(texts, args.vocab_size, progress, max_chars=args.doc_cap, arrow=True)
+    require(totals["characters"], "no text in the training shards; make others with `python -m nanochat.dataset`")
     train_time = time.time() - start
     vocab_size, n_merges = tokenizer.get_vocab_size(), len(tokenizer.ranks) - 256
     show_progress("merging", n_merges, n_merges)
@@ -93,14 +94,11 @@ def main(argv=None):
 
     # Report
     token_bytes = [n for n in tokenizer.count_bytes() if n]
-    mean = sum(token_bytes) / len(token_bytes)
-    std = math.sqrt(sum((n - mean) ** 2 for n in token_bytes) / (len(token_bytes) - 1))
     results = {"train_time": train_time, "wall_clock_seconds": time.time() - start, "vocab_size": vocab_size}
     results |= {"num_special_tokens": len(tokenizer.get_special_tokens()), **totals}
     results |= {"token_bytes_min": min(token_bytes), "token_bytes_max": max(token_bytes)}
-    results |= {"token_bytes_mean": mean, "token_bytes_std": std}
-    wall_clock = {"wall_clock_seconds": results["wall_clock_seconds"]}
-    get_report().log("Tokenizer training", [vars(args), results], wall_clock)
+    results |= {"token_bytes_mean": statistics.fmean(token_bytes), "token_bytes_std": statistics.stdev(token_bytes)}
+    get_report().log("Tokenizer training", [vars(args), results], {"wall_clock_seconds": results["wall_clock_seconds"]})
 
 
 if __name__ == "__main__":

@@ -389,6 +389,41 @@ def test_other_columns_are_an_error_in_own_files_and_in_shards(tmp_path, column,
         dataset.read_row_group(tmp_path / "a.parquet", 0)
 
 
+def test_two_columns_of_one_name_are_an_error(tmp_path):
+    columns = [pa.array(["a", "b"]), pa.array(["c", "d"])]
+    pq.write_table(pa.table(columns, names=["text", "text"]), tmp_path / "a.parquet")
+    with raises_user_error("a.parquet has more than one column `text`"):
+        split_of_files(tmp_path / "a.parquet")
+
+
+def test_from_files_can_be_repeated(tmp_path):
+    documents = make_documents(30)
+    files = [write_jsonl(tmp_path / f"{i}.jsonl", documents[i::2]) for i in range(2)]
+    dataset.main(["--from-files", str(files[0]), "--from-files", str(files[1])])
+    assert sorted(all_documents("train") + all_documents("val")) == sorted(documents)
+
+
+def test_files_in_the_folder_of_the_shards_are_refused(data_dir):
+    data_dir.mkdir(parents=True)
+    (data_dir / "a.txt").write_text("\n\n".join(make_documents(30)))
+    for path in (data_dir, data_dir / "a.txt"):
+        with raises_user_error("is in the folder of the shards; choose another --data_dir"):
+            dataset.main(["--from-files", str(path)])
+    dataset.main(["--from-files", str(data_dir), f"--data-dir={data_dir / 'shards'}"])
+
+
+def test_shards_of_a_folder_without_manifest(tmp_path):
+    """Suffixes in any case; subfolders are skipped, whatever their name, also when the set is replaced."""
+    for name in ("a.PARQUET", "b.parquet"):
+        pq.write_table(pa.table({"text": [name]}), tmp_path / name)
+    (tmp_path / "c.parquet").mkdir()  # Spark writes folders with such names
+    assert [path.name for path in dataset.list_parquet_files(tmp_path)] == ["a.PARQUET", "b.parquet"]
+    dataset.main(["--pocket", "--chars=20000", "--overwrite", f"--data-dir={tmp_path}"])
+    assert sorted(path.name for path in tmp_path.glob("[!.]*.*")) == [
+        *("c.parquet", "manifest.json", "shard_00000.parquet", "shard_00001.parquet")
+    ]
+
+
 def test_text_column_selects_another_field(tmp_path):
     documents = make_documents(30)
     files = [write_jsonl(tmp_path / "a.jsonl", [*documents[:15], None], field="body"), tmp_path / "b.parquet"]
@@ -429,7 +464,7 @@ def test_changed_sources_are_written_anew(tmp_path, data_dir, capsys):
     with raises_user_error("a.jsonl:1"):
         run(a)
     assert {path: path.read_bytes() for path in dataset.list_parquet_files()} == before
-    with raises_user_error("no txt, md, jsonl or parquet"):  # the shards themselves are no sources
+    with raises_user_error("is in the folder of the shards"):  # the shards themselves are no sources
         run(data_dir)
 
 

@@ -7,13 +7,13 @@ import re
 from random import Random
 
 import pytest
-from helpers import environment, run_python
+from helpers import environment, raises_user_error, run_python
 
 from nanochat.pocket.documents import documents
 from nanochat.pocket.problems import FACT_WEIGHTS, arithmetic_problem, fact, letter_problem
 from nanochat.pocket.stories import story
 from nanochat.pocket.talk import TOPICS, character_exchanges, conversation, draw_exchanges
-from nanochat.pocket.world import ATTRIBUTES, WORLD_FILE, World, gerund, load_world
+from nanochat.pocket.world import ATTRIBUTES, WORLD_FILE, gerund, load_world
 
 SPLITS = ("train", "val", "test")
 COLUMNS = "name he kind home wears food job hobby fear thing friend".split()
@@ -204,10 +204,31 @@ def test_stories_mention_only_their_characters_and_place(world, cast):
         assert 400 < len(text) < 1500
 
 
-def test_unknown_names_in_the_world_file_are_rejected():
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("| silver whistle | Hazel", "| silver whistle | Nobody", "'Nobody' is missing from the tables"),
+        ("| silver whistle | Hazel", "| silver whistle", "wrong row in characters: Pip | he | mouse"),
+        ("Pip | he |", "Pip | they |", "wrong row in characters: Pip | they"),
+        ("| red scarf |", "| scarf |", "wrong row in characters: Pip"),
+        ("mouse | Clock Square |", "mouse | Moon Lake |", "Clock Square has fewer than two characters"),
+        ("== places", "== towns", "'places'"),
+        ("A story about {a} and {b}", "A story about {a.nose} and {b}", "no attribute 'nose', in 'A story"),
+        ("A story about {a} and {b}", "A story about {k} and {b}", "wrong slot in a template: 'k'"),
+    ],
+)
+def test_a_wrong_edit_of_the_world_file_is_an_error_that_names_it(tmp_path, monkeypatch, old, new, message):
     text = WORLD_FILE.read_text(encoding="utf-8")
-    with pytest.raises(ValueError, match="Nobody"):
-        World(text.replace("| silver whistle | Hazel", "| silver whistle | Nobody"))
+    assert old in text
+    path = tmp_path / "edited_world.txt"
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+    monkeypatch.setattr("nanochat.pocket.world.WORLD_FILE", path)
+    load_world.cache_clear()
+    try:
+        with raises_user_error(f"edited_world.txt: .*{re.escape(message)}"):
+            list(documents("train", 200_000))
+    finally:
+        load_world.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -334,6 +334,8 @@ def test_data_dir_is_another_folder_of_shards(shards, tmp_path, capsys):
     tok_train.main(["--vocab_size=300", f"--data_dir={folder}"])
     tok_eval.main([f"--data-dir={folder}"])
     assert "| train |" in (out := capsys.readouterr().out) and "| val |" in out
+    with pytest.raises(UserError, match="no shards in /nowhere"):
+        tok_eval.main(["--data-dir=/nowhere"])
     with pytest.raises(UserError, match="no shards in"):
         tok_train.main(["--vocab_size=300"])
 
@@ -356,8 +358,9 @@ def test_tok_train_reads_the_training_split_up_to_max_chars(shards):
     [
         (["--vocab_size=264"], "vocab_size=264 is too small"),
         (["--vocab_size=99999999999"], "vocab_size=99999999999 is too large"),
-        (["--max_chars=0"], "--max_chars=0: give 1 or more"),
-        (["--doc_cap=-1"], "--doc_cap=-1: give 1 or more"),
+        (["--max_chars=0"], "--max_chars=0: expected 1 to 1e18"),
+        (["--doc_cap=-1"], "--doc_cap=-1: expected 1 to 1e18"),
+        (["--doc_cap=1e30"], "expected 1 to 1e18"),
     ],
 )
 def test_tok_train_keeps_the_old_tokenizer_on_a_user_error(shards, tokenizer, flags, message):
@@ -373,6 +376,15 @@ def test_tok_train_on_a_damaged_shard(shards, tokenizer):
     shard.write_bytes(shard.read_bytes()[:-50])
     with pytest.raises(UserError, match="shard_00001.parquet"):
         tok_train.main(["--vocab_size=300"])
+    assert get_tokenizer().ranks == tokenizer.ranks
+
+
+def test_tok_train_on_shards_without_text(tmp_path, shards, tokenizer):
+    tokenizer.save(shards / "tokenizer")
+    for name in "ab":
+        pq.write_table(pa.table({"text": pa.array([None, ""], pa.string())}), tmp_path / f"{name}.parquet")
+    with pytest.raises(UserError, match="no text in the training shards"):
+        tok_train.main(["--vocab_size=300", f"--data_dir={tmp_path}"])
     assert get_tokenizer().ranks == tokenizer.ranks
 
 

@@ -1,6 +1,6 @@
 """The text column of a parquet file, in whatever type its writer chose."""
 
-from nanochat.common import UserError
+from nanochat.common import UserError, require
 
 # pyarrow's names. Polars writes string_view, pandas and `datasets` large_string, a category becomes a dictionary.
 TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
@@ -13,9 +13,9 @@ def open_parquet(path, column="text", source=None):
 
     file = pq.ParquetFile(source or path)
     schema = file.schema_arrow
-    if column not in schema.names:
-        hint = "name the column of the text with --from_files PATH --text_column"
-        raise UserError(f"{path} has no column `{column}`, only {', '.join(schema.names)}; {hint}")
+    hint = "name the column of the text with --from_files PATH --text_column"
+    require(column in schema.names, f"{path} has no column `{column}`, only {', '.join(schema.names)}; {hint}")
+    require(schema.names.count(column) == 1, f"{path} has more than one column `{column}`: rename or drop the others")
     kind = schema.field(column).type
     if str(kind.value_type if pa.types.is_dictionary(kind) else kind) not in TEXT_TYPES:
         raise UserError(f"{path}: the column `{column}` has the type {kind}, expected text")

@@ -38,6 +38,8 @@ def source_files(paths, exclude):
     files, left_out = {}, collections.Counter()
     for path in paths:
         require(os.path.exists(path), f"--from_files: no file or folder at {path}")
+        inside = os.path.commonpath([exclude, os.path.realpath(path)]) == str(exclude)
+        require(not inside, f"--from_files: {path} is in the folder of the shards; choose another --data_dir")
         found, others = {}, collections.Counter()
         for candidate in sorted(_walk(path)) if os.path.isdir(path) else [Path(path)]:
             real = Path(os.path.realpath(candidate))  # unlike resolve(), also of a link to itself

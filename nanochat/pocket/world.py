@@ -8,6 +8,8 @@ import functools
 import re
 from pathlib import Path
 
+from nanochat.common import UserError, require
+
 WORLD_FILE = Path(__file__).with_name("pocket_world.txt")
 ATTRIBUTES = ("kind", "home", "color", "food", "job", "hobby", "fear", "thing", "friend")  # of a character
 
@@ -27,8 +29,11 @@ def read_sections(text):
 
 
 def fill(rng, template, **slots):
-    """`template` with one random alternative of each [a|b] and with its slots filled."""
-    return re.sub(r"\[([^\[\]]*)\]", lambda m: rng.choice(m[1].split("|")), template).format_map(slots)
+    """`template` with one random alternative of each [a|b] and its slots filled. Raises UserError for another slot."""
+    try:
+        return re.sub(r"\[([^\[\]]*)\]", lambda m: rng.choice(m[1].split("|")), template).format_map(slots)
+    except (AttributeError, LookupError, ValueError) as e:
+        raise UserError(f"{WORLD_FILE}: wrong slot in a template: {e}, in {template!r}") from e
 
 
 def gerund(phrase):
@@ -45,9 +50,6 @@ class Place:
         self.name, self.about, self.landmark, self.famous, self.near = name, about, landmark, famous, near
         self.at = f"{preposition} {name}"
         self.residents = []
-
-    who = property(lambda self: self.residents[0])
-    who2 = property(lambda self: self.residents[1])
 
     def __str__(self):
         return self.name
@@ -75,13 +77,13 @@ class World:
     """
     The parsed world file.
 
-    Raises ValueError if a character's home or friend, or a place's neighbor, is missing from the tables.
+    Raises ValueError for a wrong row, a place without two residents, and a home, friend or neighbor that is missing
+    from the tables.
     """
 
     def __init__(self, text):
         self.sections = read_sections(text)
-        places = {row[0]: Place(*row) for row in self.table("places")}
-        characters = {row[0]: Character(*row) for row in self.table("characters")}
+        places, characters = self.entries("places", Place), self.entries("characters", Character)
         try:
             for place in places.values():
                 place.near = places[place.near]
@@ -89,7 +91,10 @@ class World:
                 c.place, c.friend, c.at = places[c.home], characters[c.friend], places[c.home].at
                 c.place.residents.append(c)
         except KeyError as e:
-            raise ValueError(f"the world file names {e}, which is missing from its tables") from None
+            raise ValueError(f"{e} is missing from the tables of characters and places") from None
+        for place in places.values():
+            require(len(place.residents) >= 2, f"{place} has fewer than two characters who live there")
+            place.who, place.who2 = place.residents[:2]
         self.places, self.characters = list(places.values()), list(characters.values())
         *most, last = places
         self.place_names = f"{', '.join(most)} and {last}"
@@ -99,6 +104,16 @@ class World:
         self.values["resident"] = sorted(characters)
         rows = " ".join(self.lines("characters") + self.lines("places"))
         self.words = sorted({*self.words_in("words"), *re.findall(r"(?<![A-Za-z])[a-z]{3,}", rows)})
+
+    def entries(self, section, kind):
+        """{name: Character or Place} of the rows of a section."""
+        entries = {}
+        for row in self.table(section):
+            try:
+                entries[row[0]] = kind(*row)
+            except (LookupError, TypeError, ValueError) as e:
+                raise ValueError(f"wrong row in {section}: {' | '.join(row)}") from e
+        return entries
 
     def lines(self, section):
         """The lines of a section, or of its first block if it has several."""
@@ -127,5 +142,8 @@ class World:
 
 @functools.cache
 def load_world():
-    """The World of `pocket_world.txt`."""
-    return World(WORLD_FILE.read_text(encoding="utf-8"))
+    """The World of `pocket_world.txt`. Raises UserError if an edit has made the file wrong."""
+    try:
+        return World(WORLD_FILE.read_text(encoding="utf-8"))
+    except (AttributeError, LookupError, ValueError) as e:
+        raise UserError(f"{WORLD_FILE}: {e}") from e
