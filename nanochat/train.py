@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat import checkpoint_manager as checkpoints
-from nanochat.common import UserError, print0, require, set_aside
+from nanochat.common import UserError, print0, print_error, require, set_aside
 from nanochat.dataloader import Prefetch, eval_batches, lane_batches
 from nanochat.tokenizer import check_tokenizer
 from nanochat.tracking import with_progress
@@ -301,9 +301,9 @@ class Stage:
             code = 130 if signum == signal.SIGINT else 0  # 130 stops a calling shell script too
             compute.all_gather(None)  # a rank that ends earlier would make torchrun kill the others
         except UserError as e:
-            print0(f"error: {e}", file=sys.stderr)
+            print_error(str(e))
             code = 2
         except RuntimeError:
-            print0("error: not saved, because another process has ended", file=sys.stderr)
+            print_error("not saved, because another process has ended")
         finally:
             os._exit(code)

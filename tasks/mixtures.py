@@ -162,12 +162,9 @@ def find_task(name):
         return EVAL_TASKS[name]
     path, _, class_name = name.rpartition(":")
     definition = re.compile(rf"^class {re.escape(name)}\b", re.MULTILINE)
-    files = (
-        ()
-        if path
-        else (f for f in Path(__file__).parent.glob("*.py") if definition.search(f.read_text("utf-8", "replace")))
-    )
-    path = path or str(next(files, ""))
+    if not path:
+        files = Path(__file__).parent.glob("*.py")
+        path = str(next((f for f in files if definition.search(f.read_text("utf-8", "replace"))), ""))
     known = f"{', '.join(EVAL_TASKS)}, and your own: a class in tasks/, or file.py:Class; | separates several"
     require(path.endswith(".py") and class_name, f"no task {name!r}; there are {known}")
     with task_errors(name):  # anything the user's file raises
