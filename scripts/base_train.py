@@ -9,7 +9,7 @@ Reads tokenizer/ and base_data/. Writes base_checkpoints/d<depth>/ and report/me
 
 import functools
 
-from nanochat.cli import add_run_flags, boolean, make_parser, parse_args, path, run_script
+from nanochat.cli import FLAG, add_run_flags, make_parser, parse_args, path, run_script
 from nanochat.common import UserError, compute_init, print0, require
 
 
@@ -17,7 +17,7 @@ def build_parser():
     parser = make_parser("scripts.base_train", __doc__)
     add_run_flags(parser, device_batch_size=32)
     add = parser.add_argument
-    add("--compile", type=boolean, nargs="?", const=True, help="torch.compile; default: on CUDA only")
+    add("--compile", **FLAG | {"default": None}, help="torch.compile; default: on CUDA only")
     add("--depth", type=int, default=20, help="number of layers; the width is 64 times this")
     add("--max_seq_len", type=int, default=2048, help="context length in tokens")
     add("--num_iterations", type=int, default=-1, help="optimizer steps; -1 = from a --target_* flag")
@@ -29,7 +29,7 @@ def build_parser():
     add("--warmup_ratio", type=float, default=0.0, help="learning rate warmup, as a share of the steps")
     add("--warmdown_ratio", type=float, default=0.2, help="learning rate decay, as a share of the steps")
     add("--final_lr_frac", type=float, default=0.0, help="final learning rates, as a multiple of the initial ones")
-    add("--grad_checkpoint", type=boolean, nargs="?", const=True, default=False, help="save memory, a third slower")
+    add("--grad_checkpoint", **FLAG, help="save memory, a third slower")
     add("--eval_every", type=int, default=250, help="steps between validations; -1 = never")
     add("--eval_tokens", type=int, default=20 * 524288, help="tokens per validation")
     add("--core_metric_every", type=int, default=2000, help="steps between CORE evaluations; -1 = never")
