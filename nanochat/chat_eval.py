@@ -58,24 +58,12 @@ def chat_core(accuracies, baselines):
     return sum(centered) / len(centered)
 
 
-def evaluate_task(
-    task,
-    engine,
-    max_problems=None,
-    num_samples=1,
-    max_new_tokens=512,
-    temperature=0.0,
-    top_k=50,
-    batch_size=8,
-    max_rows=64,
-    seed=42,
-    progress=None,
-):
+def evaluate_task(task, engine, max_problems=None, batch_size=8, seed=42, progress=None, **settings):
     """
     Score of `engine`'s model on `task`. All ranks call it and get the same result.
 
-    Categorical problems are scored `batch_size` per forward pass. Generative ones get `num_samples` answers each, at
-    most `max_rows` decoded at once. `progress(done, total)` counts this rank's problems.
+    Categorical problems are scored `batch_size` per forward pass. Generative ones are answered with the `settings` of
+    generate_answers(). `progress(done, total)` counts this rank's problems.
     """
     compute, name = engine.compute, type(task).__name__
     rank, world_size = (compute.rank, compute.world_size) if compute else (0, 1)
@@ -91,15 +79,11 @@ def evaluate_task(
                 check_letters(problem, engine.tokenizer)
         results = choose_letters(engine, problems, batch_size)
     else:
-        # Greedy samples are identical, so one is generated and copied.
-        copies = num_samples if temperature < MIN_TEMPERATURE else 1
-        sampling = (max_new_tokens, num_samples // copies, temperature, top_k)
-        samples = generate_answers(engine, problems, {i: seed + i for i in problems}, max_rows, *sampling)
-        results = ((i, [text for _, text in answers] * copies) for i, answers in samples)
+        samples = generate_answers(engine, problems, {i: seed + i for i in problems}, **settings)
+        results = ((i, [text for _, text in answers]) for i, answers in samples)
     records = []
     for index, answers in results:
-        messages = problems[index]["messages"]
-        records.append({"index": index, "messages": messages, "answers": answers, "verdicts": []})
+        records.append({"index": index, "messages": problems[index]["messages"], "answers": answers, "verdicts": []})
         if progress:
             progress(len(records), len(problems))
     answered = [(record, answer) for record in records for answer in record["answers"]]
@@ -155,7 +139,9 @@ def choose_letters(engine, problems, batch_size):
             yield i, [problems[i]["letters"][best]]
 
 
-def generate_answers(engine, problems, seeds, max_rows, max_new_tokens, num_samples=1, temperature=1.0, top_k=None):
+def generate_answers(
+    engine, problems, seeds, num_samples=1, max_new_tokens=512, temperature=0.0, top_k=50, max_rows=64
+):
     """
     Yield (index, [(row, text) of each sample]) for each problem, when its last sample is finished.
 
@@ -163,13 +149,15 @@ def generate_answers(engine, problems, seeds, max_rows, max_new_tokens, num_samp
     calculator calls. At most `max_rows` rows are decoded at once; a sample does not depend on the others.
     """
     tokenizer, context = engine.tokenizer, engine.model.config.sequence_len
+    # Greedy samples are identical, so one is generated and copied.
+    copies = num_samples if temperature < MIN_TEMPERATURE else 1
     reserved = min(max_new_tokens, context // 2)  # for the answer; longer prompts are truncated
     indices, finished = {}, {i: [] for i in problems}
     for i, problem in problems.items():
         prompt = tokenizer.render_for_completion(problem, max_tokens=context - reserved)
-        indices[Request(prompt, max_new_tokens, temperature, top_k, seeds[i], num_samples)] = i
+        indices[Request(prompt, max_new_tokens, temperature, top_k, seeds[i], num_samples // copies)] = i
     for row in engine.generate_many(indices, max_rows):
         rows = finished[indices[row.request]]
         rows.append((row, visible_text(tokenizer, row.completion)))
-        if len(rows) == num_samples:
-            yield indices[row.request], sorted(rows, key=lambda pair: pair[0].sample)
+        if len(rows) == row.request.num_samples:
+            yield indices[row.request], sorted(rows, key=lambda pair: pair[0].sample) * copies

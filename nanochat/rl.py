@@ -55,8 +55,9 @@ def roll_out(sampler, task, seeds, num_samples, max_new_tokens, max_rows):
     Sampling is at temperature 1 without top-k, because the loss assumes samples of the model's own distribution.
     """
     max_new_tokens = min(max_new_tokens, sampler.model.config.sequence_len // 2)
+    settings = dict(num_samples=num_samples, temperature=1.0, top_k=None, max_rows=max_rows)
     problems, groups = read_problems(task, seeds), dict.fromkeys(seeds)
-    for i, samples in generate_answers(sampler, problems, seeds, max_rows, max_new_tokens, num_samples):
+    for i, samples in generate_answers(sampler, problems, seeds, max_new_tokens=max_new_tokens, **settings):
         with task_errors(type(task).__name__):
             rewards = [float(task.reward(problems[i], text)) for _, text in samples]
             require(all(map(math.isfinite, rewards)), f"rewards must be finite, got {rewards}")
