@@ -55,7 +55,7 @@ class CoreScore:
         return sum(self.centered.values()) / len(self.centered)
 
 
-def evaluate_core(model, tokenizer, compute, max_per_task=-1, tasks=None, progress=None, pass_tokens=None):
+def evaluate_core(model, tokenizer, compute, max_per_task=-1, tasks=None, progress=lambda *_: None, pass_tokens=None):
     """
     CoreScore of `model`, a GPT or a dclm.hf_models.HFScorer. All ranks call it and get the same result.
 
@@ -82,8 +82,7 @@ def _evaluate(task, scorer, tokenizer, compute, max_examples, pass_tokens, progr
     own = sorted(range(compute.rank, len(examples), compute.world_size), key=lambda i: task.question(examples[i]))
 
     def show_progress(start, size, share):
-        if progress:
-            progress(task.label, start + int(share * size), len(own))
+        progress(task.label, start + int(share * size), len(own))
 
     for start in range(0, len(own), WINDOW):
         prompts = {i: task.prompts(examples, i) for i in own[start : start + WINDOW]}
@@ -140,7 +139,7 @@ def _judge_continuation(tokens, start, result, tokenizer):
 # Scoring rows of tokens
 
 
-def score(scorer, rows, pass_tokens, progress=None):
+def score(scorer, rows, pass_tokens, progress=lambda share: None):
     """
     {key: (mean loss in nats, greedy predictions)} of the scored tokens of `rows`, {key: (tokens, start)}.
 
@@ -165,8 +164,7 @@ def score(scorer, rows, pass_tokens, progress=None):
             targets = {key: (i, *rows[key]) for i, (_, ids, _) in enumerate(part) for key in keys_by_input[ids]}
             results |= _score_part(scorer, cache, part, targets)
             done += len(part)
-            if progress:
-                progress(done / len(keys_by_input))
+            progress(done / len(keys_by_input))
     return {key: results.get(key, (math.nan, [])) for key in rows}
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from nanochat.common import UserError, base_dir, fetch, mirror_url, require, well_formed, write_errors
 
-FIELDS = {  # fields of an example by type of task; the first one is the question
+FIELDS = {  # fields of an example by type of task; the first one is the question, the second one the answer
     "multiple_choice": {"query": str, "choices": list, "gold": int},
     "schema": {"context_options": list, "continuation": str, "gold": int},
     "language_modeling": {"context": str, "continuation": str},
@@ -66,12 +66,9 @@ class CoreTask:
     def _with_answer(self, example, option=None):
         """Question, delimiter and answer of `example`; `option` is the answer's index, None = the correct one."""
         option = example.get("gold") if option is None else option
-        if self.kind == "multiple_choice":
-            question, answer = example["query"], example["choices"][option]
-        elif self.kind == "schema":
-            question, answer = example["context_options"][option], example["continuation"]
-        else:
-            question, answer = example["context"].strip(), example["continuation"]
+        fields = [example[name] for name in list(FIELDS[self.kind])[:2]]
+        question, answer = (field if isinstance(field, str) else field[option] for field in fields)
+        question = question.strip() if self.kind == "language_modeling" else question
         return question + self.delimiter + answer
 
 
