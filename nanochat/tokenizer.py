@@ -317,7 +317,7 @@ def check_conversation(conversation):
             rule = "user and assistant alternate, after at most one system message"
             raise UserError(f"{where} has the role {repr(message.get('role'))[:80]}, expected {role!r}: {rule}")
         content = message.get("content")
-        if not isinstance(content, str) and not (role == "assistant" and _is_parts(content)):
+        if not isinstance(content, str) and not (role == "assistant" and is_parts(content)):
             parts = f", or a list of {{type, text}} with a type of {', '.join(PARTS)}" if role == "assistant" else ""
             raise UserError(f"{where} ({role}) has the content {repr(content)[:80]}, expected a string{parts}")
     if len(messages) == n_system:
@@ -325,10 +325,10 @@ def check_conversation(conversation):
     return messages[0]["content"] if n_system else "", messages[n_system:]
 
 
-def _is_parts(content):
-    """Whether `content`, any JSON value, is a list of {"type": one of PARTS, "text": str}."""
+def is_parts(content, types=PARTS):
+    """Whether `content`, any JSON value, is a list of {"type": one of `types`, "text": str}."""
     return isinstance(content, list) and all(
-        isinstance(p, dict) and p.get("type") in [*PARTS] and isinstance(p.get("text"), str) for p in content
+        isinstance(p, dict) and p.get("type") in [*types] and isinstance(p.get("text"), str) for p in content
     )
 
 

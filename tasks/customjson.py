@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nanochat.common import UserError, require, well_formed
 from nanochat.ingest.documents import read_lines
-from nanochat.tokenizer import check_conversation
+from nanochat.tokenizer import check_conversation, is_parts
 from tasks.common import Task
 
 ROLES = {"human": "user", "developer": "system"} | dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant")
@@ -101,17 +101,13 @@ def _message(message, where):
         require(not message.get(name), f"{where} has {name}; write calls as parts of type python and python_output")
     role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
     role = ROLES.get(role.lower(), role.lower()) if isinstance(role, str) else role
-    if isinstance(content, list) and content and all(_is_text(part) for part in content):
+    if content and is_parts(content, ["text"]):
         content = "\n\n".join(part["text"] for part in content)  # as in the API
     if message.get("tool_steps"):
         content = _tool_parts(content, message["tool_steps"])
     weight = message.get("weight")
     require(weight in (None, 0, 1), f"{where} has the weight {weight!r}, expected 0 or 1")
     return {"role": role, "content": content} | ({"weight": 0} if weight == 0 else {})
-
-
-def _is_text(part):
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _tool_parts(text, steps):

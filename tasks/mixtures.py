@@ -18,7 +18,7 @@ from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
 from tasks.pocket import PocketChat, PocketFacts, PocketHardSums, PocketIdentity, PocketStories, PocketSums, WorldChat
 from tasks.smoltalk import SmolTalk
-from tasks.spellingbee import SimpleSpelling, SpellingBee, WordTask
+from tasks.spellingbee import SimpleSpelling, SpellingBee
 
 RL_PROBLEMS = 1600  # training problems of a generated task in reinforcement learning
 
@@ -48,12 +48,6 @@ def weighted(task, weight):
     return [task] * int(weight) + [TaskMixture([task], stop=rest)] * (rest > 0)
 
 
-def make_generated(task, split, size, seed, corpus):
-    """An instance of `task`, a subclass of GeneratedTask."""
-    options = {"corpus": corpus} if issubclass(task, WordTask) else {}
-    return task(split=split, size=size, seed=seed, **options)
-
-
 def pocket_mixture(stage, split, seed, divisor=1):
     """
     The pocket mixture for the stage "mid" or "sft", with 1 / `divisor` of the rows of each task.
@@ -65,7 +59,7 @@ def pocket_mixture(stage, split, seed, divisor=1):
     persona = identity_conversations(public=False)
     if persona:
         sizes[WorldChat], rows = sizes.pop(PocketChat), 2 * sizes.pop(PocketIdentity)
-    tasks = [make_generated(task, split, size, seed, "pocket") for task, size in sizes.items()]
+    tasks = [task(split=split, size=size, seed=seed, corpus="pocket") for task, size in sizes.items()]
     if persona and split == "train":
         print0(f"{persona.path}: {len(persona):,} conversations replace those about nanochat")
         tasks += weighted(persona, max(1, rows / len(persona)))
@@ -136,7 +130,7 @@ def _generated(task, size, corpus="pocket"):
     """The EvalTask of a GeneratedTask class, with `size` test problems."""
 
     def make(split="test", seed=0, corpus="public", **_):
-        return make_generated(task, split, size if split == "test" else RL_PROBLEMS, seed, corpus)
+        return task(split=split, size=size if split == "test" else RL_PROBLEMS, seed=seed, corpus=corpus)
 
     return EvalTask(make, corpus, trainable=True)
 

@@ -26,8 +26,7 @@ def question_templates(section, corpus):
 
 def public_words():
     """The public word list, downloaded to the base directory once."""
-    path = fetch_once(f"{mirror_url('github')}/{WORDS_URL}", "words_alpha.txt", read_words)
-    return read_words(path)
+    return read_words(fetch_once(f"{mirror_url('github')}/{WORDS_URL}", "words_alpha.txt", read_words))
 
 
 def read_words(path):
@@ -46,8 +45,7 @@ class WordTask(GeneratedTask):
     """
 
     def __init__(self, size=1000, split="train", corpus="public", seed=0, **kwargs):
-        super().__init__(split, size, seed, **kwargs)
-        assert corpus in ("pocket", "public"), corpus
+        super().__init__(split, size, seed, corpus, **kwargs)
         self.words = public_words() if corpus == "public" else load_world().words
         self.templates = question_templates(self.section, corpus)
 
