@@ -45,25 +45,12 @@ def evaluate_loss(model, batches, steps, compute):
     return nats / tokens if tokens else math.inf
 
 
-PROMPTS = {  # by corpus
-    "public": (
-        "The capital of France is",
-        "The chemical symbol of gold is",
-        "If yesterday was Friday, then tomorrow will be",
-        "The opposite of hot is",
-        "The planets of the solar system are:",
-        "My favorite color is",
-        "If 5*x + 3 = 13, then x is",
-    ),
-    "pocket": (
-        "Once upon a time",
-        "Pip lives in",
-        "Misty the seal",
-        "The name of the baker is",
-        "12 + 30 =",
-        "apple is spelled",
-    ),
-}
+PUBLIC_PROMPTS = ["The capital of France is", "The chemical symbol of gold is"]
+PUBLIC_PROMPTS += ["If yesterday was Friday, then tomorrow will be", "The opposite of hot is"]
+PUBLIC_PROMPTS += ["The planets of the solar system are:", "My favorite color is", "If 5*x + 3 = 13, then x is"]
+POCKET_PROMPTS = ["Once upon a time", "Pip lives in", "Misty the seal", "The name of the baker is"]
+POCKET_PROMPTS += ["12 + 30 =", "apple is spelled"]
+PROMPTS = {"public": PUBLIC_PROMPTS, "pocket": POCKET_PROMPTS}
 
 
 def greedy_samples(engine, corpus, max_tokens=16):

@@ -144,16 +144,10 @@ def main(argv=None):
     stage.close(loader, log, **results)
 
     # Report
-    facts = {
-        "Parameters": num_params,
-        "FLOPs per token": flops_per_token,
-        "Iterations": num_steps,
-        "Training tokens": total_tokens,
-        "Tokens per parameter": total_tokens / num_params,
-        "Total training FLOPs": f"{total_tokens * flops_per_token:.4e}",
-        "Minimum validation bpb": results["min_val_bpb"],
-        "Final validation bpb": results["val_bpb"],
-    }
+    facts = {"Parameters": num_params, "FLOPs per token": flops_per_token, "Iterations": num_steps}
+    facts |= {"Training tokens": total_tokens, "Tokens per parameter": total_tokens / num_params}
+    facts |= {"Total training FLOPs": f"{total_tokens * flops_per_token:.4e}"}
+    facts |= {"Minimum validation bpb": results["min_val_bpb"], "Final validation bpb": results["val_bpb"]}
     if results["core"] is not None:
         facts["CORE estimate"] = results["core"]
     log.report("Base model training", args, facts, val_bpb=results["val_bpb"], core=results["core"])

@@ -76,13 +76,11 @@ def _is_message(value):
 def _parse(value, where):
     """The conversation in a JSON value, in our form; `where` is "file:line"."""
     try:
-        messages, system = value, None
+        messages, system, got = value, None, repr(value)[:80]
         if isinstance(value, dict):
             messages, system = value.get("messages", value.get("conversations")), value.get("system")
-            fields = ", ".join(map(str, value))[:80]
-            require(messages, f"expected at least two messages, got an object with the fields {fields}; {FORMS}")
-        is_list = isinstance(messages, list) and messages
-        require(is_list, f"expected a list of at least two messages, got {repr(messages)[:80]}; {FORMS}")
+            got = f"an object with the fields {', '.join(value)[:80]}"
+        require(isinstance(messages, list) and messages, f"expected at least two messages, got {got}; {FORMS}")
         messages = [{"role": "system", "content": system}] * bool(system) + messages
         messages = [_message(message, f"message {i}") for i, message in enumerate(messages, 1)]
         _, turns = check_conversation({"messages": messages})

@@ -142,12 +142,9 @@ EVAL_TASKS = {
     "GSM8K": EvalTask(lambda split="test", **_: GSM8K("main", split), "public", trainable=True),
     "HumanEval": EvalTask(lambda level="strict", **_: HumanEval(level), "public"),
     "SpellingBee": _generated(SpellingBee, 256, corpus="both"),
-    "PocketSums": _generated(PocketSums, 256),
-    "PocketHardSums": _generated(PocketHardSums, 256),
-    "PocketFacts": _generated(PocketFacts, 512),
-    "PocketStories": _generated(PocketStories, 128),
-    "PocketIdentity": _generated(PocketIdentity, 128),
 }
+TEST_PROBLEMS = {PocketSums: 256, PocketHardSums: 256, PocketFacts: 512, PocketStories: 128, PocketIdentity: 128}
+EVAL_TASKS |= {task.__name__: _generated(task, size) for task, size in TEST_PROBLEMS.items()}
 
 
 def find_task(name):
