@@ -58,7 +58,7 @@ def chat_core(accuracies, baselines):
     return sum(centered) / len(centered)
 
 
-def evaluate_task(task, engine, max_problems=None, batch_size=8, seed=42, progress=None, **settings):
+def evaluate_task(task, engine, max_problems=None, batch_size=8, seed=42, progress=lambda *_: None, **settings):
     """
     Score of `engine`'s model on `task`. All ranks call it and get the same result.
 
@@ -84,8 +84,7 @@ def evaluate_task(task, engine, max_problems=None, batch_size=8, seed=42, progre
     records = []
     for index, answers in results:
         records.append({"index": index, "messages": problems[index]["messages"], "answers": answers, "verdicts": []})
-        if progress:
-            progress(len(records), len(problems))
+        progress(len(records), len(problems))
     answered = [(record, answer) for record in records for answer in record["answers"]]
     with task_errors(name):
         verdicts = list(task.evaluate_many([(problems[r["index"]], answer) for r, answer in answered]))
@@ -139,9 +138,7 @@ def choose_letters(engine, problems, batch_size):
             yield i, [problems[i]["letters"][best]]
 
 
-def generate_answers(
-    engine, problems, seeds, num_samples=1, max_new_tokens=512, temperature=0.0, top_k=50, max_rows=64
-):
+def generate_answers(engine, problems, seeds, num_samples=1, max_new_tokens=512, temperature=0, top_k=50, max_rows=64):
     """
     Yield (index, [(row, text) of each sample]) for each problem, when its last sample is finished.
 

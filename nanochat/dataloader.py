@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from nanochat.common import print0, require
 from nanochat.dataset import read_row_group
@@ -229,21 +230,27 @@ def conversation_batches(task, tokenizer, rows, T, device_batch_size, compute, s
     """
     own_rows = rows // compute.world_size
     pad = tokenizer.encode_special("<|assistant_end|>")
-    pad_rows = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     used = states["examples"] if states else 0
     while True:
         first = used + compute.rank * own_rows
         own = (divmod(n, len(task)) for n in range(first, first + own_rows))
         examples = [task[_permutation(seed, epoch, len(task))[i]] for epoch, i in own]
         rendered = sorted((tokenizer.render_conversation(e, T + 1) for e in examples), key=lambda row: len(row[0]))
-        micro_batches = []
-        for start in range(0, own_rows, device_batch_size):
-            pairs = [torch.tensor(row) for row in rendered[start : start + device_batch_size]]  # each (2, length)
-            x = pad_rows([ids for ids, _ in pairs], padding_value=pad).int()
-            y = pad_rows([ids.where(mask > 0, -1) for ids, mask in pairs], padding_value=-1)
-            micro_batches.append((x[:, :-1].contiguous(), y[:, 1:].contiguous()))
+        parts = (rendered[start : start + device_batch_size] for start in range(0, own_rows, device_batch_size))
         used += rows
-        yield Batch(micro_batches, used / len(task), {"examples": used})
+        yield Batch([pad_rows(part, pad) for part in parts], used / len(task), {"examples": used})
+
+
+def pad_rows(rows, pad=0):
+    """
+    (inputs int32, targets int64), each (rows, T), of `rows`: a list of (ids, mask), where mask 1 = trained on.
+
+    Shorter rows are padded to the longest with inputs of `pad` and targets of -1.
+    """
+    pairs = [torch.tensor(row) for row in rows]  # each (2, length)
+    x = pad_sequence([ids[:-1] for ids, _ in pairs], batch_first=True, padding_value=pad)
+    y = pad_sequence([ids.where(mask > 0, -1)[1:] for ids, mask in pairs], batch_first=True, padding_value=-1)
+    return x.int(), y
 
 
 @functools.lru_cache(maxsize=2)
@@ -288,19 +295,17 @@ def eval_batches(source, rows, T, steps, compute):
     steps, and if it is too small for one step, the rest of that step is padded, with targets -1.
     """
     own_rows = rows // compute.world_size
-    ids, targets, total = [], [], 0
+    streams, total = [], 0
     for block in source.blocks:
-        block_ids, block_targets = source.read(block)
-        ids += block_ids
-        targets += block_targets
-        total += sum(map(len, block_ids))
+        streams.append([_concat(docs) for docs in source.read(block)])
+        total += len(streams[-1][0])
         if total > steps * rows * T:
             break
+    ids, targets = (np.concatenate(parts) for parts in zip(*streams, strict=True))
     whole_steps = max(1, min(steps, (total - 1) // (rows * T)))
     n = whole_steps * rows * T
-    if missing := max(0, n + 1 - total):
-        ids, targets = [*ids, [ids[0][0]] * missing], [*targets, [-1] * missing]
-    x = torch.from_numpy(_concat(ids)[:n].reshape(whole_steps, rows, T))
-    y = torch.from_numpy(_concat(targets)[1 : n + 1].reshape(whole_steps, rows, T)).long()
+    missing = (0, max(0, n + 1 - total))  # before and after
+    x = torch.from_numpy(np.pad(ids, missing, constant_values=ids[0])[:n].reshape(whole_steps, rows, T))
+    y = torch.from_numpy(np.pad(targets, missing, constant_values=-1)[1 : n + 1].reshape(whole_steps, rows, T)).long()
     own = slice(compute.rank * own_rows, (compute.rank + 1) * own_rows)
     return list(zip(x[:, own], y[:, own], strict=True))

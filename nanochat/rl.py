@@ -11,10 +11,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from nanochat.chat_eval import generate_answers, read_problems
 from nanochat.common import require, task_errors
+from nanochat.dataloader import pad_rows
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 
@@ -94,11 +94,7 @@ def policy_batches(groups, rows, device):
     batches = []
     for start in range(0, len(weighted), rows):
         rollouts, row_weights = zip(*weighted[start : start + rows], strict=True)
-        ids = [torch.tensor(r.prompt + r.tokens) for r in rollouts]
-        sampled = [torch.tensor([0] * len(r.prompt) + r.mask) > 0 for r in rollouts]
-        x = pad_sequence([row[:-1] for row in ids], batch_first=True)
-        targets = [torch.where(mask, row, -1)[1:] for row, mask in zip(ids, sampled, strict=True)]
-        y = pad_sequence(targets, batch_first=True, padding_value=-1)
+        x, y = pad_rows([(r.prompt + r.tokens, [0] * len(r.prompt) + r.mask) for r in rollouts])
         weights = torch.tensor(row_weights)[:, None].repeat(1, x.size(1))
         batches.append(tuple(t.to(device) for t in (x, y, weights)))
     return batches, skipped_tokens

@@ -12,7 +12,7 @@ from nanochat.common import mirror_url, require
 from nanochat.pocket.problems import letter_problem, split_of
 from nanochat.pocket.world import load_world, read_sections
 from tasks.common import GeneratedTask, fetch_once, user_and_assistant
-from tasks.gsm8k import FinalNumberTask
+from tasks.gsm8k import FinalNumberTask, split_calls
 
 WORDS_URL = "dwyl/english-words/refs/heads/master/words_alpha.txt"
 
@@ -67,14 +67,9 @@ class SpellingBee(WordTask, FinalNumberTask):
         for i, c in enumerate(word, 1):
             count += c == letter
             lines.append(f"{i}:{c}" + (f" ({count})" if c == letter else ""))
-        lines.append(f"That makes {count}. To be sure: ")
-        parts = [
-            {"type": "text", "text": "\n".join(lines)},
-            {"type": "python", "text": f"'{word}'.count('{letter}')"},
-            {"type": "python_output", "text": str(count)},
-            {"type": "text", "text": f" The calculator says {count}.\n#### {count}"},
-        ]
-        return user_and_assistant(question, parts)
+        call = f"<<'{word}'.count('{letter}')={count}>>"
+        lines += [f"That makes {count}. To be sure: {call} The calculator says {count}.", f"#### {count}"]
+        return user_and_assistant(question, split_calls("\n".join(lines)))
 
 
 class SimpleSpelling(WordTask):
