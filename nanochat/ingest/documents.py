@@ -119,9 +119,9 @@ def labeled_documents(files, val_share, seed, column="text"):
         if len(reserve) > MIN_VAL_DOCS:
             yield from ((False, text) for text in reserve.pop(max(reserve)))
     groups = dict(sorted((chosen | reserve).items()))
-    if len(groups) < 2:
-        reason = (f"all {count} documents are equal" if count > 1 else "one document only") if count else "no text"
-        raise UserError(f"{reason}; training and validation need at least one document each: add more text")
+    reason = ("no text", "one document only")[count] if count < 2 else f"all {count} documents are equal"
+    hint = "training and validation need at least one document each: add more text"
+    require(len(groups) > 1, f"{reason}; {hint}")
     sizes = {digest: sum(map(len, texts)) for digest, texts in groups.items()}
     val, left = set(), chars * max(val_share, MAX_VAL_SHARE)
     for digest, size in sizes.items():
@@ -169,8 +169,8 @@ def read_lines(path, size=-1):
         if byte := UNDECODABLE.search(line):
             place = f"{path}:{number}: the byte 0x{ord(byte[0]) - 0xDC00:x}"
             raise UserError(f"{place} is not UTF-8; {ICONV.format('cp1252')}")
-        if line.count("\0") > len(line) // 10:
-            raise UserError(f"{path}:{number}: many NUL bytes; {ICONV.format('utf-16')}")
+        is_text = line.count("\0") <= len(line) // 10
+        require(is_text, f"{path}:{number}: many NUL bytes; {ICONV.format('utf-16')}")
         yield number, line
         number += line.endswith("\n")
 
