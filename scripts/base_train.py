@@ -111,11 +111,9 @@ def main(argv=None):
 
     # Horizon
     total_tokens = num_steps * args.total_batch_size
-    print0(
-        f"{num_steps:,} steps of {args.total_batch_size:,} tokens ({rows} rows of {args.max_seq_len:,}): "
-        f"{total_tokens:,} tokens, {total_tokens / num_params:.1f} per parameter, "
-        f"{total_tokens * flops_per_token:.2e} FLOPs"
-    )
+    total_flops, tokens_per_param = total_tokens * flops_per_token, total_tokens / num_params
+    print0(f"{num_steps:,} steps of {args.total_batch_size:,} tokens ({rows} rows of {args.max_seq_len:,}): ", end="")
+    print0(f"{total_tokens:,} tokens, {tokens_per_param:.1f} per parameter, {total_flops:.2e} FLOPs")
     log = StageLog("base", args, compute, num_steps, flops_per_token, stage.meta.get("log_state"))
     results = stage.restored("val_bpb", "min_val_bpb", "core")
 
@@ -127,8 +125,7 @@ def main(argv=None):
             log.validation(step, evaluate_bpb(compiled, val_batches(), token_bytes, compute), results)
         if step and core_tasks and due(step, args.core_metric_every, last):
             results["core"] = evaluate_core(model, tokenizer, compute, args.core_metric_max_per_task, core_tasks).core
-            log.metrics(step, core=results["core"])
-            print0(f"step {step:05d} | CORE {results['core']:.4f}")
+            log.evaluation(step, f"CORE {results['core']:.4f}", core=results["core"])
         if step and due(step, args.sample_every, last) and compute.rank == 0:
             for prompt, text in greedy_samples(Engine(model, tokenizer, compute), corpus).items():
                 print0(f"{prompt} >{text}")
@@ -145,8 +142,8 @@ def main(argv=None):
 
     # Report
     facts = {"Parameters": num_params, "FLOPs per token": flops_per_token, "Iterations": num_steps}
-    facts |= {"Training tokens": total_tokens, "Tokens per parameter": total_tokens / num_params}
-    facts |= {"Total training FLOPs": f"{total_tokens * flops_per_token:.4e}"}
+    facts |= {"Training tokens": total_tokens, "Tokens per parameter": tokens_per_param}
+    facts |= {"Total training FLOPs": f"{total_flops:.4e}"}
     facts |= {"Minimum validation bpb": results["min_val_bpb"], "Final validation bpb": results["val_bpb"]}
     if results["core"] is not None:
         facts["CORE estimate"] = results["core"]

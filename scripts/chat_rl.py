@@ -112,8 +112,8 @@ def main(argv=None):
         sampled = evaluate_task(eval_task, sampler, **settings)
         scores = {"greedy": greedy.accuracy, "pass@1": sampled.accuracy}
         scores[f"pass@{args.eval_samples}"] = sampled.pass_at(args.eval_samples)
-        log.metrics(step, **scores)
-        print0(f"step {step:05d} | held out:", ", ".join(f"{name} {value:.2%}" for name, value in scores.items()))
+        text = ", ".join(f"{name} {value:.2%}" for name, value in scores.items())
+        log.evaluation(step, f"held out: {text}", **scores)
         example = greedy.records[step % len(greedy.records)]
         print0(f"  {example['messages'][0]['content']!r} -> {example['answers'][0]!r} ({example['verdicts'][0]})")
         results.setdefault("first", scores)

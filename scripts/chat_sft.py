@@ -85,15 +85,13 @@ def main(argv=None):
         if due(step, args.eval_every, last):
             val_batches = conversation_batches(val_task, tokenizer, per_pass, context, rank_rows, compute)
             results["val_loss"] = evaluate_loss(model, val_batches, val_steps, compute)
-            log.metrics(step, val_loss=results["val_loss"])
-            print0(f"step {step:05d} | validation loss {results['val_loss']:.4f}")
+            log.evaluation(step, f"validation loss {results['val_loss']:.4f}", val_loss=results["val_loss"])
         if due(step, args.eval_metrics_every, last):
             engine, limit = Engine(model, tokenizer, compute), args.eval_metrics_max_problems
             for name in () if args.conversations_only else INLINE_TASKS[args.corpus]:
                 score = evaluate_task(EVAL_TASKS[name].make(), engine, max_problems=limit, batch_size=2 * rank_rows)
                 results[name] = score.accuracy
-                log.metrics(step, **{name: score.accuracy})
-                print0(f"step {step:05d} | {name} {score.accuracy:.2%}")
+                log.evaluation(step, f"{name} {score.accuracy:.2%}", **{name: score.accuracy})
         if last:
             break
         log.start_step()
