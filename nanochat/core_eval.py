@@ -104,14 +104,12 @@ def _evaluate(task, scorer, tokenizer, compute, max_examples, pass_tokens, progr
 
 def scored_rows(kind, prompts):
     """[(tokens, start)] for an example's tokenized prompts; the tokens from `start` to the end are scored."""
-    if kind == "language_modeling":
-        without_continuation, row = prompts
-        return [(row, common_prefix_length(without_continuation, row))]
     if kind == "schema":
         suffix = min(common_prefix_length(prompts[0][::-1], row[::-1]) for row in prompts)
         return [(row, max(1, len(row) - suffix)) for row in prompts]  # the first token is never predicted
     prefix = min(common_prefix_length(prompts[0], row) for row in prompts)
-    return [(row, prefix) for row in prompts]
+    # The first prompt of a language_modeling example lacks the continuation.
+    return [(row, prefix) for row in (prompts[1:] if kind == "language_modeling" else prompts)]
 
 
 def crop(tokens, start, max_tokens):

@@ -8,7 +8,7 @@ owns a contiguous range of lanes. Reading and tokenizing run ahead of training o
 """
 
 import bisect
-import collections
+import collections.abc
 import functools
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -258,7 +258,7 @@ def _permutation(seed, epoch, n):
     return np.random.default_rng((seed, epoch)).permutation(n).tolist()
 
 
-class Prefetch:
+class Prefetch(collections.abc.Iterator):
     """Iterator over `batches`, moved to `device`; a background thread computes `ahead` batches in advance."""
 
     def __init__(self, batches, device, ahead=2):
@@ -271,9 +271,6 @@ class Prefetch:
         if self.device.type == "cuda":
             batch.micro_batches = [(x.pin_memory(), y.pin_memory()) for x, y in batch.micro_batches]
         return batch
-
-    def __iter__(self):
-        return self
 
     def __next__(self):
         batch = self.ready.popleft().result()  # raises the thread's errors
