@@ -48,14 +48,23 @@ def task_errors(name):
         raise UserError(f"task {name}: {kind}{' '.join(str(e).split())}") from e
 
 
+@contextlib.contextmanager
+def read_errors(path, problem, hint=None):
+    """Context manager that raises errors of reading `path` as UserError "<path> <problem> (<error>)[; <hint>]"."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError) as e:  # pyarrow's errors are ValueErrors
+        message = f"{path} {problem} ({str(e).splitlines()[0].rstrip('.')})"
+        raise UserError(f"{message}; {hint}" if hint else message) from e
+
+
 def base_dir():
     """Folder of all outputs: NANOCHAT_BASE_DIR, by default ~/.cache/nanochat. Created if missing."""
     path = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
-    try:
+    with read_errors(path, "cannot be created", "point NANOCHAT_BASE_DIR at a folder you can write to"):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        hint = "point NANOCHAT_BASE_DIR at a folder you can write to"
-        raise UserError(f"cannot create {path} ({e.strerror}); {hint}") from e
     return path
 
 

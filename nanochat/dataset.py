@@ -12,14 +12,13 @@ it. In a folder without a manifest, all parquet files are shards. Repeating a co
 makes it anew if what it was made from has changed.
 """
 
-import contextlib
 import hashlib
 import json
 import shutil
 from pathlib import Path
 
 from nanochat import cli
-from nanochat.common import UserError, atomic_path, base_dir, file_fingerprint, print0, require
+from nanochat.common import UserError, atomic_path, base_dir, file_fingerprint, print0, read_errors, require
 
 OWN_FILES = "own files"  # kind of a set
 COMMAND = "python -m nanochat.dataset"
@@ -106,14 +105,8 @@ def _open(path):
         return open_parquet(path)
 
 
-@contextlib.contextmanager
 def _damage_as_user_error(path):
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} is damaged ({str(e).splitlines()[0].rstrip('.')}); delete it and {REPEAT_HINT}") from e
+    return read_errors(path, "is damaged", f"delete it and {REPEAT_HINT}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -75,9 +75,8 @@ class Tokenizer:
         """
         rustbpe = load_extension()
         n_special = len(SPECIAL_TOKENS)
-        problem = f"vocab_size={vocab_size} is too small: 256 bytes + special tokens = {256 + n_special}"
-        require(vocab_size >= 256 + n_special, problem)
-        require(vocab_size < 2**32, f"vocab_size={vocab_size} is too large: ids have 32 bits")
+        smallest = 256 + n_special  # bytes and special tokens
+        require(smallest <= vocab_size < 2**32, f"vocab_size={vocab_size}: expected {smallest} to 2**32")
         trainer = rustbpe.Tokenizer()
         train = trainer.train_from_arrow if arrow else trainer.train_from_iterator
         train(iterator, vocab_size - n_special, pattern=SPLIT_PATTERN, progress=progress, max_chars=max_chars)

@@ -13,7 +13,7 @@ import os
 import re
 from pathlib import Path
 
-from nanochat.common import UserError, print0, require, well_formed
+from nanochat.common import UserError, print0, read_errors, require, well_formed
 from nanochat.ingest.columns import open_parquet, to_strings
 
 MIN_DOC_CHARS = 400
@@ -139,14 +139,10 @@ def labeled_documents(files, val_share, seed, column="text"):
 def read_documents(path, column="text", size=DOC_CHARS):
     """Yield the non-blank documents of one file without loading it whole. Raises UserError if it is unreadable."""
     kind = _kind(path)[0]
-    try:
+    with read_errors(path, f"cannot be read as {kind}"):
         read = {"parquet": parquet_documents, "jsonl": json_documents}.get(kind)
         documents = read(path, column) if read else text_documents(path, size)
         yield from (text for text in documents if text and text.strip())
-    except UserError:
-        raise
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} cannot be read as {kind} ({str(e).splitlines()[0]})") from e
 
 
 def _open(path):
