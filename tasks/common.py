@@ -11,7 +11,7 @@ import os
 import time
 from random import Random
 
-from nanochat.common import UserError, base_dir, dist_env, fetch, file_fingerprint, mirror_url, require
+from nanochat.common import UserError, base_dir, dist_env, fetch, file_fingerprint, mirror_url, read_errors, require
 
 FINGERPRINT_EXAMPLES = 256
 
@@ -111,11 +111,9 @@ class PublicTask(Task):
         import pyarrow.parquet as pq
 
         self.paths = fetch_files(repo, stem, shards)
-        try:
+        names = " or ".join(map(str, self.paths))
+        with read_errors(names, "is damaged", "delete it, then it is downloaded again"):
             self.table = pa.concat_tables([pq.read_table(path) for path in self.paths])
-        except (OSError, ValueError) as e:
-            problem = f"{' or '.join(map(str, self.paths))} is damaged ({str(e).splitlines()[0]})"
-            raise UserError(f"{problem}; delete it, then it is downloaded again") from e
         self.order = np.random.default_rng(42).permutation(len(self.table))
 
     def num_examples(self):

@@ -14,7 +14,7 @@ import json
 import re
 from pathlib import Path
 
-from nanochat.common import UserError, require, well_formed
+from nanochat.common import UserError, read_errors, require, well_formed
 from nanochat.ingest.documents import read_lines
 from nanochat.tokenizer import check_conversation, is_parts
 from tasks.common import Task
@@ -47,10 +47,8 @@ class CustomJSON(Task):
 
 def _values(path):
     """Yield (JSON value, line number) of each conversation: values in a row, or the items of an array."""
-    try:
+    with read_errors(path, "cannot be read"):
         text = "".join(line for _, line in read_lines(path))
-    except OSError as e:
-        raise UserError(f"cannot read {path} ({e})") from e
     decoder, position, line = json.JSONDecoder(), 0, 1
     while (start := SEPARATORS.match(text, position).end()) < len(text):
         line += text.count("\n", position, start)
