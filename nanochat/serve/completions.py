@@ -8,20 +8,17 @@ import uuid
 from collections import defaultdict
 
 from nanochat.inference.answer import Answer
-from nanochat.inference.detokenizer import Detokenizer, visible_text
 from nanochat.serve.schemas import ApiError, envelope
-from nanochat.serve.service import BOS
 
 
 class Generation:
     """The answers to one prompt, while a worker generates them."""
 
-    def __init__(self, completion, key, tokens):
-        self.completion, self.key, self.tokens = completion, key, tokens
+    def __init__(self, completion, key, tokens, added_bos):
+        self.completion, self.key, self.tokens, self.added_bos = completion, key, tokens, added_bos
         settings = completion.settings
         stop, n = (settings["stop"], settings["stop_tokens"]), settings["num_samples"]
         self.answers = [Answer(completion.tokenizer, i, *stop, completion.scores_every_token) for i in range(n)]
-        self.prompt_logprobs = []  # of an echoed prompt
         self.n_cached = 0  # prompt tokens taken from the prefix cache
 
     async def batches(self):
@@ -75,9 +72,9 @@ class Completion:
         self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
 
     def _set_prompts(self, prompts, max_tokens, logprobs):
-        """Prepare one Generation for each of `prompts`, lists of tokens."""
+        """Prepare one Generation for each of `prompts`, (tokens, whether <|bos|> was added to the client's tokens)."""
         self.settings = self.service.engine_settings(self.body, max_tokens, logprobs)
-        self.generations = [Generation(self, f"{self.id}-{i}", tokens) for i, tokens in enumerate(prompts)]
+        self.generations = [Generation(self, f"{self.id}-{i}", *prompt) for i, prompt in enumerate(prompts)]
 
     async def answer(self):
         """The whole answer as JSON."""
@@ -91,7 +88,7 @@ class Completion:
         (generation,) = self.generations
         with_usage = self.body.stream_options and self.body.stream_options.include_usage
         head = envelope(self.chunk_object, self.id, self.worker.model.name) | ({"usage": None} if with_usage else {})
-        await self._score_prompt(generation)
+        await self._echo(generation)
         async with contextlib.aclosing(generation.batches()) as batches:
             async for batch in batches:
                 for answer, deltas in batch.items():
@@ -103,17 +100,17 @@ class Completion:
         if with_usage:
             yield head | {"choices": [], "usage": usage([generation])}
 
-    async def _score_prompt(self, generation):
-        """Set generation.prompt_logprobs if the request asks for them."""
+    async def _echo(self, generation):
+        """Begin the answers with the prompt if the request has echo=true."""
 
     def _choice(self, answer, finish, logprobs, **content):
         """
         The JSON of a choice, an answer or a piece of it; `content` is its message, delta or text.
 
-        `logprobs`: [(token, (its log-probability, [(alternative token, its log-probability)]))].
+        `logprobs`: [(token, (its log-probability, [(alternative token, its log-probability)]), position in the text)].
         """
         wanted = self.settings["logprobs"] is not None and (logprobs or not self.body.stream)
-        formatted = self._formatted(logprobs, answer) if wanted else None
+        formatted = self._formatted(logprobs) if wanted else None
         return {"index": answer.index, **content, "finish_reason": finish, "logprobs": formatted}
 
 
@@ -127,7 +124,7 @@ class ChatCompletion(Completion):
         super().__init__(service, body)
         max_tokens = body.max_completion_tokens or body.max_tokens or service.options.max_tokens
         prompt = service.chat_prompt(body.messages, max_tokens)
-        self._set_prompts([prompt], max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
+        self._set_prompts([(prompt, False)], max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
 
     async def _choices(self, generation):
         await generation.run()
@@ -141,14 +138,14 @@ class ChatCompletion(Completion):
         if answer.finish:
             yield self._choice(answer, answer.finish, answer.new_logprobs(), delta={})
 
-    def _formatted(self, logprobs, answer):
+    def _formatted(self, logprobs):
         """`logprobs` in the format of chat completions."""
 
         def entry(token, logprob):
             data = self.tokenizer.decode_bytes([token])
             return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": [*data]}
 
-        content = [entry(t, p) | {"top_logprobs": [entry(*other) for other in top]} for t, (p, top) in logprobs]
+        content = [entry(t, p) | {"top_logprobs": [entry(*other) for other in top]} for t, (p, top), _ in logprobs]
         return {"content": content}
 
 
@@ -158,7 +155,6 @@ class TextCompletion(Completion):
     def __init__(self, service, body):
         super().__init__(service, body, len(body.prompt))
         self.scores_every_token = body.logprobs is not None
-        self.positions = {}  # answer -> (Detokenizer, number of characters) after the tokens with log-probabilities
         self.max_tokens = 16 if body.max_tokens is None else body.max_tokens
         if self.max_tokens == 0 and not body.echo:
             raise ApiError(400, "max_tokens=0 needs echo=true", param="max_tokens")
@@ -168,53 +164,41 @@ class TextCompletion(Completion):
         if body.stream and (len(prompts) > 1 or self.max_tokens == 0):
             raise ApiError(400, "a stream is for the answer to one prompt, of at least one token", param="stream")
         self._set_prompts(prompts, max(1, self.max_tokens), body.logprobs)
-        for generation, prompt in zip(self.generations, body.prompt, strict=True):
-            sent_bos = prompt.startswith(BOS) if isinstance(prompt, str) else prompt[0] == generation.tokens[0]
-            generation.added_bos = not sent_bos
 
     async def _choices(self, generation):
-        await self._score_prompt(generation)
-        prompt, scored = self._echoed(generation), generation.prompt_logprobs
-        if self.max_tokens == 0:
+        await self._echo(generation)
+        if self.max_tokens:
+            await generation.run()
+        else:
             self.service.metrics.prompt_tokens.inc(len(generation.tokens))
-            return [self._choice(a, "length", scored, text=prompt) for a in generation.answers]
-        await generation.run()
-        return [self._choice(a, a.finish, scored + a.logprobs, text=prompt + a.text) for a in generation.answers]
+        return [self._choice(a, a.finish or "length", a.logprobs, text=a.text) for a in generation.answers]
 
-    async def _score_prompt(self, generation):
-        if self.body.echo and self.body.logprobs is not None:
-            scores = await self.worker.score(f"{generation.key}-score", generation.tokens, self.body.logprobs)
-            scored = list(zip(generation.tokens, scores, strict=True))
+    async def _echo(self, generation):
+        if not self.body.echo:
+            return
+        tokens = generation.tokens
+        echo, scores = Answer(self.tokenizer, every_token=self.scores_every_token), [None] * len(tokens)
+        if self.scores_every_token:
+            scores = await self.worker.score(f"{generation.key}-score", tokens, self.body.logprobs)
+        for token, score in zip(tokens[:-1], scores[:-1], strict=True):
+            echo.push(token, score)
+        echo.push(tokens[-1], scores[-1], finish="length")
+        for answer in generation.answers:
             # Clients find their own tokens by position, so a <|bos|> that they did not send is left out.
-            generation.prompt_logprobs = scored[generation.added_bos :]
+            answer.text, answer.logprobs = echo.text, echo.logprobs[generation.added_bos :]
 
     def _chunk_choices(self, answer, deltas, is_first):
-        (generation,) = self.generations
-        text, logprobs = (self._echoed(generation), generation.prompt_logprobs) if is_first else ("", [])
-        text += "".join(delta.get("content", "") for delta in deltas)
+        text = answer.text if is_first else "".join(delta.get("content", "") for delta in deltas)
         if text or answer.finish:
-            yield self._choice(answer, answer.finish, logprobs + answer.new_logprobs(), text=text)
+            yield self._choice(answer, answer.finish, answer.new_logprobs(), text=text)
 
-    def _echoed(self, generation):
-        """The text of the prompt if the request has echo=true, else "". As in an answer, without special tokens."""
-        return visible_text(self.tokenizer, generation.tokens) if self.body.echo else ""
-
-    def _formatted(self, logprobs, answer):
+    def _formatted(self, logprobs):
         """`logprobs` in the format of text completions. The first token of an echoed prompt has none, but None."""
-        detokenizer, position = self.positions.get(answer) or (Detokenizer(self.tokenizer), 0)
-        offsets = []
-        for token, _ in logprobs:
-            is_incomplete = detokenizer.utf8_decoder.getstate()[0] != b""  # the last character
-            part, text = detokenizer.push(token)
-            text = text if part == "text" else ""
-            offsets.append(position + (is_incomplete and text.startswith("\ufffd")))  # replaces the last character
-            position += len(text)
-        self.positions[answer] = detokenizer, position
         return {
-            "tokens": [self._token_text(token) for token, _ in logprobs],
-            "token_logprobs": [entry and entry[0] for _, entry in logprobs],
-            "top_logprobs": [entry and {self._token_text(t): p for t, p in entry[1]} for _, entry in logprobs],
-            "text_offset": offsets,
+            "tokens": [self._token_text(token) for token, _, _ in logprobs],
+            "token_logprobs": [entry and entry[0] for _, entry, _ in logprobs],
+            "top_logprobs": [entry and {self._token_text(t): p for t, p in entry[1]} for _, entry, _ in logprobs],
+            "text_offset": [position for _, _, position in logprobs],
         }
 
     def _token_text(self, token):

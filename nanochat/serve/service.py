@@ -81,19 +81,18 @@ class Service:
 
     def text_prompts(self, prompts):
         """
-        A list of tokens for each of `prompts`, strings or lists of tokens. Raises ApiError.
+        (tokens, whether <|bos|> was added) for each of `prompts`, strings or lists of tokens. Raises ApiError.
 
-        Each begins with <|bos|>, as every training document does; it is added if the client has not sent it.
+        The tokens begin with <|bos|>, as every training document does; it is added if the client has not sent it.
         """
         result, bos = [], self.tokenizer.get_bos_token_id()
-        for tokens in prompts:
-            if isinstance(tokens, str):
-                tokens = self.tokenizer.encode(tokens.removeprefix(BOS), prepend=BOS)
-            if not tokens:
+        for prompt in prompts:
+            if prompt == []:
                 raise ApiError(400, "a prompt has no tokens", param="prompt")
+            sent_bos = prompt.startswith(BOS) if isinstance(prompt, str) else prompt[0] == bos
+            tokens = self.tokenizer.encode(prompt.removeprefix(BOS)) if isinstance(prompt, str) else prompt[sent_bos:]
             self._check_vocabulary(tokens, "prompt")
-            tokens = tokens if tokens[0] == bos else [bos, *tokens]
-            result.append(self._check_length(tokens, "prompt"))
+            result.append((self._check_length([bos, *tokens], "prompt"), not sent_bos))
         return result
 
     def engine_settings(self, body, max_tokens, logprobs):
