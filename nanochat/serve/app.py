@@ -19,10 +19,11 @@ from pathlib import Path
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import generate_latest
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from nanochat.serve.completions import ChatCompletion, TextCompletion
 from nanochat.serve.schemas import RETRY, ApiError, ChatRequest, CompletionRequest, ErrorBody
@@ -37,8 +38,7 @@ TOO_LARGE = f"the body is larger than {MAX_BODY:,} bytes"
 # Messages for pydantic's error types whose own message speaks of Python.
 CLEARER = dict.fromkeys(("model_attributes_type", "dict_type"), "expected a JSON object")
 CLEARER |= {"list_type": "expected a list", "too_short": "expected at least one element"}
-CLIENT_GONE = Response(status_code=499)  # nobody reads it, but the metrics count it
-ERRORS = {status: {"model": ErrorBody} for status in (400, 401, 404, 405, 413, 429, 500, 503, 504)}
+ERRORS = {statuses: {"model": ErrorBody} for statuses in ("4XX", "5XX")}
 
 
 class Gate:
@@ -92,58 +92,54 @@ class Gate:
         return ApiError(413, TOO_LARGE) if length.isdecimal() and int(length) > MAX_BODY else None
 
 
-class EventStream(Response):
+class EventStream(StreamingResponse):
     """
-    Server-sent events from an async generator of JSON values, then [DONE]; a client that disconnects closes it.
+    Server-sent events: `first`, those of the async generator `events`, then [DONE]. A disconnect closes `events`.
 
-    None is a flush marker, not an event: the events before it are sent in one write. A WorkerError before the first
-    event gets an HTTP status of its own, a later one becomes an event.
+    None is a flush marker, not an event: the events before it are sent in one write. A WorkerError becomes an event.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events):
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        del self.headers["content-length"]
-        self.events, self.started = events, False
+    def __init__(self, first, events):
+        super().__init__(self._writes(first), headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self.events = events
 
     async def __call__(self, scope, receive, send):
-        with contextlib.suppress(OSError):  # the client disconnected
-            await while_connected(receive, self._send_events(send))
-        if not self.started:
-            await CLIENT_GONE(scope, receive, send)
+        async with contextlib.aclosing(self.events), contextlib.aclosing(self.body_iterator):
+            await super().__call__(scope, receive, send)
 
-    async def _send_events(self, send):
-        data = ""
+    async def _writes(self, first):
+        """Yield what is sent in one write."""
+        data = server_sent(first)
         try:
-            async with contextlib.aclosing(self.events):
-                async for event in self.events:
-                    if not self.started:
-                        self.started = True
-                        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                    if event is not None:
-                        data += f"data: {json.dumps(event)}\n\n"
-                    elif data:
-                        await send({"type": "http.response.body", "body": data.encode(), "more_body": True})
-                        data = ""
+            async for event in self.events:
+                data += server_sent(event)
+                if event is None and data:
+                    yield data
+                    data = ""
         except WorkerError as e:
-            if not self.started:
-                raise
-            data += f"data: {json.dumps(ApiError(500, str(e)).body)}\n\n"
-        await send({"type": "http.response.body", "body": f"{data}data: [DONE]\n\n".encode()})
+            data += server_sent(ApiError(500, str(e)).body)
+        yield f"{data}data: [DONE]\n\n"
 
 
-async def while_connected(receive, work):
-    """The result of the coroutine `work`. If the client disconnects first, `work` is cancelled and this is None."""
+def server_sent(event):
+    return "" if event is None else f"data: {json.dumps(event)}\n\n"
+
+
+async def while_connected(request, work):
+    """The result of the coroutine `work`. Cancels it and raises ClientDisconnect if the client disconnects first."""
 
     async def disconnected():
-        while (await receive())["type"] != "http.disconnect":
+        while (await request.receive())["type"] != "http.disconnect":
             pass
 
     tasks = [asyncio.ensure_future(work), asyncio.ensure_future(disconnected())]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return tasks[0].result() if tasks[0].done() else None
+        if not tasks[0].done():
+            raise ClientDisconnect
+        return tasks[0].result()
     finally:
         for task in tasks:
             task.cancel()
@@ -173,6 +169,8 @@ def invalid_request(request, first):
 
 async def handle_exception(request, error):
     """The response to a request that raised `error`, in OpenAI's format."""
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)  # nobody reads it, but the metrics count it
     if isinstance(error, RequestValidationError):
         error = invalid_request(request, error.errors()[0])
     elif isinstance(error, HTTPException):
@@ -193,10 +191,11 @@ async def handle_exception(request, error):
 
 async def respond(request, completion):
     """The response to a chat or text completion."""
-    if completion.body.stream:
-        return EventStream(completion.chunks())
-    answer = await while_connected(request.receive, completion.answer())
-    return CLIENT_GONE if answer is None else JSONResponse(answer)
+    if not completion.body.stream:
+        return JSONResponse(await while_connected(request, completion.answer()))
+    events = completion.chunks()
+    # A WorkerError before the first event gets an HTTP status of its own.
+    return EventStream(await while_connected(request, anext(events)), events)
 
 
 def load_page():
@@ -237,19 +236,11 @@ async def lifespan(app):
         worker.stop()
 
 
-class Api(FastAPI):
-    def openapi(self):
-        """FastAPI's schema without status 422, which it lists for all routes and this server never sends."""
-        schema = super().openapi()
-        for operation in (operation for path in schema["paths"].values() for operation in path.values()):
-            operation["responses"].pop("422", None)
-        return schema
-
-
 def create_app(options):
     """The FastAPI app. Its workers load the model when the app starts. `options`: the flags of chat_web."""
-    app = Api(title="nanochat", version="0.2.0", docs_url=None, redoc_url=None, lifespan=lifespan)
-    for exception in (ApiError, RequestValidationError, HTTPException, WorkerError, RecursionError, Exception):
+    app = FastAPI(title="nanochat", version="0.2.0", docs_url=None, redoc_url=None, lifespan=lifespan)
+    ours, others = (ApiError, WorkerError), (RequestValidationError, HTTPException, ClientDisconnect, RecursionError)
+    for exception in (*ours, *others, Exception):
         app.add_exception_handler(exception, handle_exception)
     app.state.service = service = Service(options)
     origins = {"allow_origins": options.cors} if options.cors else {"allow_origin_regex": LOCAL_ORIGINS}
