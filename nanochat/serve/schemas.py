@@ -4,7 +4,7 @@ import json
 import time
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from nanochat.common import well_formed
@@ -60,24 +60,25 @@ def stop_strings(stop):
 def prompt_list(prompt):
     """`prompt` as a list of prompts, each a string or a list of token ids."""
     prompts = prompt if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else [prompt]
-    if all(isinstance(p, str) for p in prompts):
-        return prompts
-    if all(isinstance(p, list) and all(type(token) is int for token in p) for p in prompts):
-        return prompts
-    raise ValueError("expected a string, a list of strings, a list of token ids, or a list of such lists")
+    are_texts = all(isinstance(p, str) for p in prompts)
+    if not are_texts and not all(isinstance(p, list) and all(type(token) is int for token in p) for p in prompts):
+        raise ValueError("expected a string, a list of strings, a list of token ids, or a list of such lists")
+    return prompts
 
 
-TEXT, TOKENS = {"type": "string"}, {"type": "array", "items": {"type": "integer"}}
-TEXT_PART = {"type": "object", "required": ["type", "text"], "properties": {"type": {"const": "text"}, "text": TEXT}}
-CONTENT_SCHEMA = {"anyOf": [TEXT, {"type": "array", "items": TEXT_PART}]}
-PROMPT_SCHEMA = {"anyOf": [TEXT, TOKENS, *({"type": "array", "minItems": 1, "items": x} for x in (TEXT, TOKENS))]}
-STOP = TEXT | {"minLength": 1}
-STOP_SCHEMA = {"anyOf": [STOP, {"type": "array", "maxItems": 4, "items": STOP}]}
+NonEmpty = Annotated[str, Field(min_length=1)]
+Stop = NonEmpty | Annotated[list[NonEmpty], Field(max_length=4)]
+Prompt = str | list[str] | list[int] | list[list[int]]
+
+
+class TextPart(BaseModel):
+    type: Literal["text"]
+    text: str
 
 
 class Message(Schema):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(message_text), WithJsonSchema(CONTENT_SCHEMA)]
+    content: Annotated[str, BeforeValidator(message_text, json_schema_input_type=str | list[TextPart])]
 
     @model_validator(mode="before")
     @classmethod
@@ -107,7 +108,7 @@ class CompletionBody(Schema):
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = None
-    stop: Annotated[list[str], BeforeValidator(stop_strings), WithJsonSchema(STOP_SCHEMA)] | None = None
+    stop: Annotated[list[str], BeforeValidator(stop_strings, json_schema_input_type=Stop)] | None = None
     stop_token_ids: list[int] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -127,7 +128,7 @@ class ChatRequest(CompletionBody):
 
 
 class CompletionRequest(CompletionBody):
-    prompt: Annotated[list[str | list[int]], BeforeValidator(prompt_list), WithJsonSchema(PROMPT_SCHEMA)]
+    prompt: Annotated[list[str | list[int]], BeforeValidator(prompt_list, json_schema_input_type=Prompt)]
     max_tokens: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
