@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import itertools
 import time
 import uuid
 from collections import defaultdict
@@ -26,10 +25,16 @@ class Generation:
         Yield {answer: [one delta per new token]} as tokens arrive, and update the metrics. Raises WorkerError.
 
         A delta is what the token adds to the message: {}, or text as "content", or a calculator step as "tool_steps".
+        Before the first token, the answers begin with the prompt if the request has echo=true.
         """
-        completion, start = self.completion, time.perf_counter()
-        metrics, last_time = completion.service.metrics, {}  # `last_time`: answer -> time of its newest token
+        completion, last_time = self.completion, {}  # `last_time`: answer -> time of its newest token
+        metrics = completion.service.metrics
         metrics.prompt_tokens.inc(len(self.tokens))
+        if completion.echo:
+            await self._echo()
+        if not completion.settings["max_tokens"]:
+            return
+        start = time.perf_counter()
         events = completion.worker.generate(self.key, tokens=self.tokens, **completion.settings)
         async with contextlib.aclosing(events):
             async for batch in events:
@@ -55,6 +60,19 @@ class Generation:
         async for _ in self.batches():
             pass
 
+    async def _echo(self):
+        """Begin the answers with the prompt and, if they are wanted, its tokens' log-probabilities."""
+        completion, tokens = self.completion, self.tokens
+        echo, scores = Answer(completion.tokenizer, every_token=completion.scores_every_token), [None] * len(tokens)
+        if completion.scores_every_token:
+            scores = await completion.worker.score(f"{self.key}-score", tokens, completion.settings["logprobs"])
+        for token, score in zip(tokens[:-1], scores[:-1], strict=True):
+            echo.push(token, score)
+        echo.push(tokens[-1], scores[-1], finish="length")
+        for answer in self.answers:
+            # Clients find their own tokens by position, so a <|bos|> that they did not send is left out.
+            answer.text, answer.logprobs = echo.text, echo.logprobs[self.added_bos :]
+
 
 class Completion:
     """
@@ -78,7 +96,9 @@ class Completion:
 
     async def answer(self):
         """The whole answer as JSON."""
-        choices = itertools.chain(*await asyncio.gather(*map(self._choices, self.generations)))
+        await asyncio.gather(*(generation.run() for generation in self.generations))
+        answers = [answer for generation in self.generations for answer in generation.answers]
+        choices = [self._choice(a, a.finish or "length", a.logprobs, **self._content(a)) for a in answers]
         choices = [choice | {"index": i} for i, choice in enumerate(choices)]
         head = envelope(self.object, self.id, self.worker.model.name)
         return head | {"choices": choices, "usage": usage(self.generations)}
@@ -88,7 +108,6 @@ class Completion:
         (generation,) = self.generations
         with_usage = self.body.stream_options and self.body.stream_options.include_usage
         head = envelope(self.chunk_object, self.id, self.worker.model.name) | ({"usage": None} if with_usage else {})
-        await self._echo(generation)
         async with contextlib.aclosing(generation.batches()) as batches:
             async for batch in batches:
                 for answer, deltas in batch.items():
@@ -99,9 +118,6 @@ class Completion:
                     yield None
         if with_usage:
             yield head | {"choices": [], "usage": usage([generation])}
-
-    async def _echo(self, generation):
-        """Begin the answers with the prompt if the request has echo=true."""
 
     def _choice(self, answer, finish, logprobs, **content):
         """
@@ -116,7 +132,7 @@ class Completion:
 
 class ChatCompletion(Completion):
     id_prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
-    scores_every_token = False
+    scores_every_token = echo = False
 
     def __init__(self, service, body):
         if body.top_logprobs and not body.logprobs:
@@ -126,9 +142,8 @@ class ChatCompletion(Completion):
         prompt = service.chat_prompt(body.messages, max_tokens)
         self._set_prompts([(prompt, False)], max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
 
-    async def _choices(self, generation):
-        await generation.run()
-        return [self._choice(a, a.finish, a.logprobs, message=a.message()) for a in generation.answers]
+    def _content(self, answer):
+        return {"message": answer.message()}
 
     def _chunk_choices(self, answer, deltas, is_first):
         if is_first:
@@ -154,38 +169,19 @@ class TextCompletion(Completion):
 
     def __init__(self, service, body):
         super().__init__(service, body, len(body.prompt))
-        self.scores_every_token = body.logprobs is not None
-        self.max_tokens = 16 if body.max_tokens is None else body.max_tokens
-        if self.max_tokens == 0 and not body.echo:
+        self.scores_every_token, self.echo = body.logprobs is not None, body.echo
+        max_tokens = 16 if body.max_tokens is None else body.max_tokens
+        if max_tokens == 0 and not body.echo:
             raise ApiError(400, "max_tokens=0 needs echo=true", param="max_tokens")
         prompts, n = service.text_prompts(body.prompt), body.n or 1
         if len(prompts) * n > 128:
             raise ApiError(400, f"{len(prompts)} prompts with {n} answers each are more than 128", param="prompt")
-        if body.stream and (len(prompts) > 1 or self.max_tokens == 0):
+        if body.stream and (len(prompts) > 1 or max_tokens == 0):
             raise ApiError(400, "a stream is for the answer to one prompt, of at least one token", param="stream")
-        self._set_prompts(prompts, max(1, self.max_tokens), body.logprobs)
+        self._set_prompts(prompts, max_tokens, body.logprobs)
 
-    async def _choices(self, generation):
-        await self._echo(generation)
-        if self.max_tokens:
-            await generation.run()
-        else:
-            self.service.metrics.prompt_tokens.inc(len(generation.tokens))
-        return [self._choice(a, a.finish or "length", a.logprobs, text=a.text) for a in generation.answers]
-
-    async def _echo(self, generation):
-        if not self.body.echo:
-            return
-        tokens = generation.tokens
-        echo, scores = Answer(self.tokenizer, every_token=self.scores_every_token), [None] * len(tokens)
-        if self.scores_every_token:
-            scores = await self.worker.score(f"{generation.key}-score", tokens, self.body.logprobs)
-        for token, score in zip(tokens[:-1], scores[:-1], strict=True):
-            echo.push(token, score)
-        echo.push(tokens[-1], scores[-1], finish="length")
-        for answer in generation.answers:
-            # Clients find their own tokens by position, so a <|bos|> that they did not send is left out.
-            answer.text, answer.logprobs = echo.text, echo.logprobs[generation.added_bos :]
+    def _content(self, answer):
+        return {"text": answer.text}
 
     def _chunk_choices(self, answer, deltas, is_first):
         text = answer.text if is_first else "".join(delta.get("content", "") for delta in deltas)
