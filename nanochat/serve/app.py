@@ -21,6 +21,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import generate_latest
+from starlette.background import BackgroundTask
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -32,6 +33,7 @@ from nanochat.serve.worker import RequestTimeout, WorkerError
 
 HERE = Path(__file__).parent
 PUBLIC_PATHS = {"/", "/logo.svg", "/health"}  # need no API key
+WITHOUT_VERSION = {"/chat/completions", "/completions", "/models"}  # these routes work without /v1 too
 LOCAL_ORIGINS = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 MAX_BODY = 1 << 20  # bytes
 TOO_LARGE = f"the body is larger than {MAX_BODY:,} bytes"
@@ -51,6 +53,7 @@ class Gate:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         method, path = scope["method"], scope["path"].rstrip("/") or "/"
+        path = f"/v1{path}" if path in WITHOUT_VERSION else path
         # The server leaves the body of an answer to HEAD out. No redirects: they would not know a proxy's prefix.
         scope = scope | {"method": "GET" if method == "HEAD" else method, "path": path}
         headers = Headers(scope=scope)
@@ -92,39 +95,26 @@ class Gate:
         return ApiError(413, TOO_LARGE) if length.isdecimal() and int(length) > MAX_BODY else None
 
 
-class EventStream(StreamingResponse):
+async def server_sent(first, events):
     """
-    Server-sent events: `first`, those of the async generator `events`, then [DONE]. A disconnect closes `events`.
+    Yield the text of server-sent events in pieces, each for one write: `first`, those of `events`, then [DONE].
 
-    None is a flush marker, not an event: the events before it are sent in one write. A WorkerError becomes an event.
+    None is a flush marker, not an event: the events before it are one piece. A WorkerError becomes an event.
     """
 
-    media_type = "text/event-stream"
+    def encode(event):
+        return "" if event is None else f"data: {json.dumps(event)}\n\n"
 
-    def __init__(self, first, events):
-        super().__init__(self._writes(first), headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self.events = events
-
-    async def __call__(self, scope, receive, send):
-        async with contextlib.aclosing(self.events), contextlib.aclosing(self.body_iterator):
-            await super().__call__(scope, receive, send)
-
-    async def _writes(self, first):
-        """Yield what is sent in one write."""
-        data = server_sent(first)
-        try:
-            async for event in self.events:
-                data += server_sent(event)
-                if event is None and data:
-                    yield data
-                    data = ""
-        except WorkerError as e:
-            data += server_sent(ApiError(500, str(e)).body)
-        yield f"{data}data: [DONE]\n\n"
-
-
-def server_sent(event):
-    return "" if event is None else f"data: {json.dumps(event)}\n\n"
+    text = encode(first)
+    try:
+        async for event in events:
+            text += encode(event)
+            if event is None and text:
+                yield text
+                text = ""
+    except WorkerError as e:
+        text += encode(ApiError(500, str(e)).body)
+    yield f"{text}data: [DONE]\n\n"
 
 
 async def while_connected(request, work):
@@ -194,8 +184,10 @@ async def respond(request, completion):
     if not completion.body.stream:
         return JSONResponse(await while_connected(request, completion.answer()))
     events = completion.chunks()
-    # A WorkerError before the first event gets an HTTP status of its own.
-    return EventStream(await while_connected(request, anext(events)), events)
+    first = await while_connected(request, anext(events))  # a WorkerError gets an HTTP status of its own only here
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    end = BackgroundTask(events.aclose)  # runs also if the client has disconnected
+    return StreamingResponse(server_sent(first, events), 200, headers, "text/event-stream", end)
 
 
 def load_page():
@@ -256,12 +248,10 @@ def add_completions(app, service):
     responses = ERRORS | {200: {"content": {"text/event-stream": {}}}}
 
     @app.post("/v1/chat/completions", responses=responses)
-    @app.post("/chat/completions", include_in_schema=False)
     async def chat_completions(body: ChatRequest, request: Request):
         return await respond(request, ChatCompletion(service, body))
 
     @app.post("/v1/completions", responses=responses)
-    @app.post("/completions", include_in_schema=False)
     async def completions(body: CompletionRequest, request: Request):
         return await respond(request, TextCompletion(service, body))
 
@@ -274,7 +264,6 @@ def add_status(app, service):
         return [model | {"context_length": service.model.context}]
 
     @app.get("/v1/models", responses=ERRORS)
-    @app.get("/models", include_in_schema=False)
     async def list_models():
         return {"object": "list", "data": models()}
 
