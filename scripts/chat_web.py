@@ -80,8 +80,7 @@ def main(argv=None):
     app.state.stop = lambda: setattr(server, "should_exit", True)
     server.run(sockets=[sock])
     worker = app.state.service.workers[0]
-    if worker.error and not worker.model:
-        raise UserError(worker.error)
+    require(worker.model or not worker.error, worker.error)  # loading failed
 
 
 if __name__ == "__main__":

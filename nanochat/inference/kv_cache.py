@@ -122,10 +122,9 @@ class PrefixCache:
         if not self.MIN_SHARED <= len(tokens) <= self.max_tokens:
             return
         for old in self._neighbors(tokens):
-            n = common_prefix_length(old, tokens)
-            if n == len(tokens):
+            if old[: len(tokens)] == tokens:
                 return  # already stored, or a prefix of a stored row
-            if n == len(old):
+            if tokens[: len(old)] == old:
                 self._evict(old)
         self.rows[tokens] = cache.data[:, :, row, :, : len(tokens)].clone()
         insort(self.sorted_rows, tokens)

@@ -109,9 +109,8 @@ class DecodeLoop:
         require(room >= 1, message + "for an answer: shorten the prompt")
         limit = min(room, request.max_tokens or room)
         rows = [Row(request, i, limit) for i in range(request.num_samples)]
-        if request.stop:
-            for row in rows:
-                row.detokenizer = Detokenizer(self.tokenizer, request.stop)
+        for row in rows if request.stop else ():
+            row.detokenizer = Detokenizer(self.tokenizer, request.stop)
         self.waiting.extend(rows[i : i + self.max_rows] for i in range(0, len(rows), self.max_rows))
         return rows
 

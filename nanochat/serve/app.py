@@ -257,21 +257,18 @@ def add_completions(app, service):
 
 
 def add_status(app, service):
-    def models():
-        if service.model is None:
-            return []
-        model = {"id": service.model.name, "object": "model", "created": service.created, "owned_by": "nanochat"}
-        return [model | {"context_length": service.model.context}]
+    def entry(model):
+        entry = {"id": model.name, "object": "model", "created": service.created, "owned_by": "nanochat"}
+        return entry | {"context_length": model.context}
 
     @app.get("/v1/models", responses=ERRORS)
     async def list_models():
-        return {"object": "list", "data": models()}
+        return {"object": "list", "data": [entry(service.model)] if service.model else []}
 
     @app.get("/v1/models/{name}", responses=ERRORS)
     async def get_model(name: str):
-        for model in models():
-            if model["id"] == name:
-                return model
+        if service.model and service.model.name == name:
+            return entry(service.model)
         raise ApiError(404, f"no model {name[:100]!r} here", param="model", code="model_not_found")
 
     @app.get("/health", responses=ERRORS)

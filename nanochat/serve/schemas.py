@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from nanochat.common import well_formed
+from nanochat.common import require, well_formed
 
 MAX_MESSAGES, MAX_MESSAGE_CHARS, MAX_CHARS = 500, 8_000, 32_000  # of a request, unless old turns are cut
 RETRY = {"Retry-After": "1"}  # seconds
@@ -40,20 +40,18 @@ def message_text(content):
         return content
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        if kind != "text":
-            raise ValueError(f"part {i} has the type {str(kind)[:40]!r}; only parts of the type 'text' are supported")
-        if not isinstance(part.get("text"), str):
-            raise ValueError(f"part {i} has no string 'text'")
+        message = f"part {i} has the type {str(kind)[:40]!r}; only parts of the type 'text' are supported"
+        require(kind == "text", message)
+        require(isinstance(part.get("text"), str), f"part {i} has no string 'text'")
     return "\n\n".join(part["text"] for part in content)
 
 
 def stop_strings(stop):
     """`stop` as a list of strings."""
     stop = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
-        raise ValueError("expected a string, or a list of strings, that are not empty")
-    if len(stop) > 4:
-        raise ValueError(f"{len(stop)} stop strings are too many, the limit is 4")
+    are_texts = isinstance(stop, list) and all(isinstance(text, str) and text for text in stop)
+    require(are_texts, "expected a string, or a list of strings, that are not empty")
+    require(len(stop) <= 4, f"{len(stop)} stop strings are too many, the limit is 4")
     return stop
 
 
