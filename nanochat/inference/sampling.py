@@ -52,8 +52,7 @@ class Request:
 
     @property
     def has_penalties(self):
-        penalties = self.repetition_penalty != 1, self.frequency_penalty, self.presence_penalty
-        return any(penalties) or bool(self.logit_bias)
+        return any((self.repetition_penalty != 1, self.frequency_penalty, self.presence_penalty, self.logit_bias))
 
 
 def apply_penalties(logits, request, generated):

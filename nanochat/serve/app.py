@@ -19,12 +19,10 @@ from pathlib import Path
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import generate_latest
-from starlette.background import BackgroundTask
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from nanochat.serve.completions import ChatCompletion, TextCompletion
 from nanochat.serve.schemas import RETRY, ApiError, ChatRequest, CompletionRequest, ErrorBody
@@ -40,6 +38,7 @@ TOO_LARGE = f"the body is larger than {MAX_BODY:,} bytes"
 # Messages for pydantic's error types whose own message speaks of Python.
 CLEARER = dict.fromkeys(("model_attributes_type", "dict_type"), "expected a JSON object")
 CLEARER |= {"list_type": "expected a list", "too_short": "expected at least one element"}
+CLIENT_GONE = Response(status_code=499)  # nobody reads it, but the metrics count it
 ERRORS = {statuses: {"model": ErrorBody} for statuses in ("4XX", "5XX")}
 
 
@@ -95,41 +94,58 @@ class Gate:
         return ApiError(413, TOO_LARGE) if length.isdecimal() and int(length) > MAX_BODY else None
 
 
-async def server_sent(first, events):
+class EventStream(Response):
     """
-    Yield the text of server-sent events in pieces, each for one write: `first`, those of `events`, then [DONE].
+    Server-sent events from an async generator of JSON values, then [DONE]; a client that disconnects closes it.
 
-    None is a flush marker, not an event: the events before it are one piece. A WorkerError becomes an event.
+    None is a flush marker, not an event: the events before it are sent in one write. A WorkerError before the first
+    event gets an HTTP status of its own, a later one becomes an event.
     """
 
-    def encode(event):
-        return "" if event is None else f"data: {json.dumps(event)}\n\n"
+    media_type = "text/event-stream"
 
-    text = encode(first)
-    try:
-        async for event in events:
-            text += encode(event)
-            if event is None and text:
-                yield text
-                text = ""
-    except WorkerError as e:
-        text += encode(ApiError(500, str(e)).body)
-    yield f"{text}data: [DONE]\n\n"
+    def __init__(self, events):
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self.events, self.started = events, False
+
+    async def __call__(self, scope, receive, send):
+        with contextlib.suppress(OSError):  # the client disconnected
+            await while_connected(receive, self._send_events(send))
+        if not self.started:
+            await CLIENT_GONE(scope, receive, send)
+
+    async def _send_events(self, send):
+        data = ""
+        try:
+            async with contextlib.aclosing(self.events):
+                async for event in self.events:
+                    if not self.started:
+                        self.started = True
+                        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                    if event is not None:
+                        data += f"data: {json.dumps(event)}\n\n"
+                    elif data:
+                        await send({"type": "http.response.body", "body": data.encode(), "more_body": True})
+                        data = ""
+        except WorkerError as e:
+            if not self.started:
+                raise
+            data += f"data: {json.dumps(ApiError(500, str(e)).body)}\n\n"
+        await send({"type": "http.response.body", "body": f"{data}data: [DONE]\n\n".encode()})
 
 
-async def while_connected(request, work):
-    """The result of the coroutine `work`. Cancels it and raises ClientDisconnect if the client disconnects first."""
+async def while_connected(receive, work):
+    """The result of the coroutine `work`. If the client disconnects first, `work` is cancelled and this is None."""
 
     async def disconnected():
-        while (await request.receive())["type"] != "http.disconnect":
+        while (await receive())["type"] != "http.disconnect":
             pass
 
     tasks = [asyncio.ensure_future(work), asyncio.ensure_future(disconnected())]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
-            raise ClientDisconnect
-        return tasks[0].result()
+        return tasks[0].result() if tasks[0].done() else None
     finally:
         for task in tasks:
             task.cancel()
@@ -159,8 +175,6 @@ def invalid_request(request, first):
 
 async def handle_exception(request, error):
     """The response to a request that raised `error`, in OpenAI's format."""
-    if isinstance(error, ClientDisconnect):
-        return Response(status_code=499)  # nobody reads it, but the metrics count it
     if isinstance(error, RequestValidationError):
         error = invalid_request(request, error.errors()[0])
     elif isinstance(error, HTTPException):
@@ -181,13 +195,10 @@ async def handle_exception(request, error):
 
 async def respond(request, completion):
     """The response to a chat or text completion."""
-    if not completion.body.stream:
-        return JSONResponse(await while_connected(request, completion.answer()))
-    events = completion.chunks()
-    first = await while_connected(request, anext(events))  # a WorkerError gets an HTTP status of its own only here
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    end = BackgroundTask(events.aclose)  # runs also if the client has disconnected
-    return StreamingResponse(server_sent(first, events), 200, headers, "text/event-stream", end)
+    if completion.body.stream:
+        return EventStream(completion.chunks())
+    answer = await while_connected(request.receive, completion.answer())
+    return CLIENT_GONE if answer is None else JSONResponse(answer)
 
 
 def load_page():
@@ -223,7 +234,6 @@ async def lifespan(app):
     gc.freeze()  # collecting all that is loaded by now would block the event loop for tens of milliseconds
     yield
     announcement.cancel()
-    service.draining = True
     for worker in service.workers:
         worker.stop()
 
@@ -231,8 +241,7 @@ async def lifespan(app):
 def create_app(options):
     """The FastAPI app. Its workers load the model when the app starts. `options`: the flags of chat_web."""
     app = FastAPI(title="nanochat", version="0.2.0", docs_url=None, redoc_url=None, lifespan=lifespan)
-    ours, others = (ApiError, WorkerError), (RequestValidationError, HTTPException, ClientDisconnect, RecursionError)
-    for exception in (*ours, *others, Exception):
+    for exception in (ApiError, RequestValidationError, HTTPException, WorkerError, RecursionError, Exception):
         app.add_exception_handler(exception, handle_exception)
     app.state.service = service = Service(options)
     origins = {"allow_origins": options.cors} if options.cors else {"allow_origin_regex": LOCAL_ORIGINS}

@@ -47,9 +47,8 @@ class Generation:
                     answer = self.answers[sample]
                     deltas[answer].append(answer.push(token, logprobs, finish))
                 for answer, new in deltas.items():
-                    n_gaps = len(new) - (answer not in last_time)  # no gap before the first token
                     gap = (now - last_time.get(answer, now)) / len(new)
-                    for _ in range(n_gaps):
+                    for _ in new if answer in last_time else new[1:]:  # no gap before the first token
                         metrics.inter_token.observe(gap)
                     last_time[answer] = now
                 metrics.completion_tokens.inc(len(batch))

@@ -157,5 +157,4 @@ class ApiError(Exception):
 
 def envelope(object, id, model):
     """The first fields of every answer and of every chunk of a stream."""
-    created, system = int(time.time()), "nanochat"
-    return {"id": id, "object": object, "created": created, "model": model, "system_fingerprint": system}
+    return {"id": id, "object": object, "created": int(time.time()), "model": model, "system_fingerprint": "nanochat"}

@@ -24,7 +24,7 @@ class Service:
         self.vocab_size = self.tokenizer.get_vocab_size()
         self.workers = [Worker(i, options) for i in range(options.num_workers)]
         self.metrics = Metrics(self.workers)
-        self.draining, self.created = False, int(time.time())
+        self.created = int(time.time())
 
     @property
     def ready_workers(self):
@@ -48,9 +48,8 @@ class Service:
 
     def pick_worker(self, n_answers, model_name):
         """The least loaded worker. Raises ApiError if none can take `n_answers` more, or the model is another one."""
-        if self.status != "ok" or self.draining:
-            reason = "the server is stopping" if self.draining else "the model is loading"
-            reason = self.workers[0].error if self.status == "dead" else reason
+        if self.status != "ok":
+            reason = self.workers[0].error if self.status == "dead" else "the model is loading"
             raise ApiError(503, f"{reason}; try again later")
         worker = min(self.ready_workers, key=lambda w: w.in_flight)
         if worker.in_flight and worker.in_flight + n_answers > self.options.max_rows + self.options.max_queue:
@@ -103,8 +102,8 @@ class Service:
         settings = {"temperature": self.options.temperature, "top_k": self.options.top_k}
         settings |= {"seed": random.getrandbits(31)} | body.model_dump(include=ENGINE_FIELDS, exclude_none=True)
         settings |= {"stop": tuple(body.stop or ()), "stop_tokens": frozenset(body.stop_token_ids or ())}
-        settings |= {"logit_bias": bias or None, "logprobs": logprobs}
-        return settings | {"max_tokens": max_tokens, "num_samples": body.n or 1}
+        settings |= {"max_tokens": max_tokens, "num_samples": body.n or 1}
+        return settings | {"logit_bias": bias or None, "logprobs": logprobs}
 
     def _check_vocabulary(self, tokens, param):
         for token in tokens:

@@ -239,9 +239,8 @@ class Worker:
 
     def stats(self):
         """The worker's entry in GET /stats."""
-        device = self.model and self.model.device
-        stats = {"gpu_id": self.index, "device": device, "state": self.state, "in_flight": self.in_flight}
-        return stats | self.load._asdict()
+        stats = {"gpu_id": self.index, "device": self.model and self.model.device, "state": self.state}
+        return stats | {"in_flight": self.in_flight} | self.load._asdict()
 
     async def _read(self, reader):
         """Give each reply to the request that waits for it, until the process ends."""
