@@ -36,7 +36,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.common import UserError, dist_env
+from nanochat.common import UserError, dist_env, require
 
 JAIL = Path(__file__).parent / "sandbox" / "jail.py"
 LEVELS = ("basic", "strict")
@@ -80,13 +80,12 @@ def sandbox_level():
 def check_level(level="strict"):
     """Raises UserError if the sandbox of this machine is below `level`."""
     assert level in LEVELS, level
-    if os.name != "posix":
-        raise UserError("untrusted programs run on Linux and macOS only; leave the task out")
-    if LEVELS.index(sandbox_level()) < LEVELS.index(level):
-        raise UserError(
-            f"this machine's sandbox has only {', '.join(layers())}; level {level} needs seccomp with namespaces or "
-            "landlock (Linux); leave the task out, or run untrusted programs without isolation: --unsafe_exec"
-        )
+    require(os.name == "posix", "untrusted programs run on Linux and macOS only; leave the task out")
+    require(
+        LEVELS.index(sandbox_level()) >= LEVELS.index(level),
+        f"this machine's sandbox has only {', '.join(layers())}; level {level} needs seccomp with namespaces or "
+        "landlock (Linux); leave the task out, or run untrusted programs without isolation: --unsafe_exec",
+    )
 
 
 def execute_code(code, timeout=5.0, maximum_memory_bytes=256 * 1024 * 1024, level="strict"):

@@ -88,9 +88,9 @@ class Report:
 
     def generate(self):
         """Combine all logged sections into report.md, which also lists the missing ones. Returns its path."""
-        files = [_json_dict(_read_text(path)) for path in sorted(self.folder.glob("*.json")) if path.stem != "header"]
-        files = sorted((file for file in files if "section" in file), key=lambda file: file.get("time", 0))
-        logged = {file["section"]: file for file in files}
+        files = [_json_dict(_read_text(path)) for path in sorted(self.folder.glob("*.json"))]
+        sections = [file for file in files if "section" in file]
+        logged = {file["section"]: file for file in sorted(sections, key=lambda file: file.get("time", 0))}
         names = [*(s for s in SECTIONS if s in logged), *(s for s in logged if s not in SECTIONS)]
         head = _read_text(self.folder / "header.md")
         parts = [head or header(gpu_list(), "Run started: unknown, there was no `report reset`")]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from nanochat.calculator import calculate
-from nanochat.common import UserError
+from nanochat.common import require
 from nanochat.inference.detokenizer import Detokenizer
 from nanochat.inference.sampling import Request, apply_penalties, log_probabilities, sample
 
@@ -105,16 +105,12 @@ class DecodeLoop:
         """Queue `request` and return its rows. Raises UserError if the prompt fills the whole context."""
         context = self.backend.model.config.sequence_len
         room = context - len(request.tokens)
-        if room < 1:
-            raise UserError(
-                f"the prompt has {len(request.tokens):,} tokens; the model's context of {context:,} leaves no room "
-                "for an answer: shorten the prompt"
-            )
+        message = f"the prompt has {len(request.tokens):,} tokens; the model's context of {context:,} leaves no room "
+        require(room >= 1, message + "for an answer: shorten the prompt")
         limit = min(room, request.max_tokens or room)
         rows = [Row(request, i, limit) for i in range(request.num_samples)]
-        if request.stop:
-            for row in rows:
-                row.detokenizer = Detokenizer(self.tokenizer, request.stop)
+        for row in rows if request.stop else ():
+            row.detokenizer = Detokenizer(self.tokenizer, request.stop)
         self.waiting.extend(rows[i : i + self.max_rows] for i in range(0, len(rows), self.max_rows))
         return rows
 

@@ -127,7 +127,6 @@ class EngineLoop:
 
     def __init__(self, connection, inbox, engine, max_rows):
         self.connection, self.inbox, self.engine, self.max_rows = connection, inbox, engine, max_rows
-        self.handlers = {"submit": self._submit, "cancel": self._cancel, "score": self._score}
         self._reset()
 
     def _reset(self):
@@ -157,24 +156,24 @@ class EngineLoop:
                 return False
             kind, key, *arguments = message
             try:
-                self.handlers[kind](key, *arguments)
+                getattr(self, kind)(key, *arguments)
             except UserError as e:
                 self._send({key: WorkerError(str(e))})
         return True
 
-    def _submit(self, key, fields):
+    def submit(self, key, fields):
         from nanochat.engine import Request
 
         self.keys |= dict.fromkeys(self.loop.submit(Request(**fields)), key)
 
-    def _cancel(self, key):
+    def cancel(self, key):
         self.loop.cancel([row for row, owner in self.keys.items() if owner == key])
         self.keys = {row: owner for row, owner in self.keys.items() if owner != key}
         self.pending.pop(key, None)
         self.sent_at.pop(key, None)
         self._send({})  # the load
 
-    def _score(self, key, tokens, top):
+    def score(self, key, tokens, top):
         self._send({key: self.engine.score(tokens, top)})
 
     def _send_events(self, rows):
@@ -240,9 +239,8 @@ class Worker:
 
     def stats(self):
         """The worker's entry in GET /stats."""
-        device = self.model and self.model.device
-        stats = {"gpu_id": self.index, "device": device, "state": self.state, "in_flight": self.in_flight}
-        return stats | self.load._asdict()
+        stats = {"gpu_id": self.index, "device": self.model and self.model.device, "state": self.state}
+        return stats | {"in_flight": self.in_flight} | self.load._asdict()
 
     async def _read(self, reader):
         """Give each reply to the request that waits for it, until the process ends."""
