@@ -19,7 +19,7 @@ import shutil
 from pathlib import Path
 
 from nanochat import cli
-from nanochat.common import UserError, atomic_path, base_dir, file_fingerprint, print0
+from nanochat.common import UserError, atomic_path, base_dir, file_fingerprint, print0, require
 
 OWN_FILES = "own files"  # kind of a set
 COMMAND = "python -m nanochat.dataset"
@@ -302,6 +302,9 @@ def build_parser():
 
 def main(argv=None):
     args = cli.parse_args(build_parser(), argv)
+    for flag, mode in {"chars": "pocket", "val_share": "from_files", "text_column": "from_files"}.items():
+        is_default = getattr(args, flag) == build_parser().get_default(flag)
+        require(is_default or getattr(args, mode), f"--{flag} needs --{mode}")
     folder = data_folder(args.data_dir)
     if args.verify:
         return print0(f"all {verify(folder)} shards in {folder} match the manifest")

@@ -12,7 +12,7 @@ import re
 import socket
 
 from nanochat.cli import add_model_flags, choose_source, make_parser, parse_args, run_script
-from nanochat.common import UserError, server_api_key
+from nanochat.common import UserError, require, server_api_key
 
 # Smallest and largest value of each numeric flag.
 LIMITS = dict(num_gpus=(1, 1024), num_workers=(1, 1024), max_rows=(1, 4096), max_queue=(0, 10**6), top_k=(0, 10**6))
@@ -64,6 +64,9 @@ def main(argv=None):
             raise UserError(f"--{flag}={value}: give {low} to {high:,}")
     if args.api_key is not None and not re.fullmatch("[!-~]+", args.api_key):  # other keys fit into no HTTP header
         raise UserError("--api_key (or NANOCHAT_API_KEY): expected ASCII characters without spaces, at least one")
+    for origin in args.cors or []:
+        form = "expected * or an origin such as https://example.com, without a path"
+        require(re.fullmatch(r"\*|null|[\w-]+://[^/]+", origin), f"--cors={origin}: {form}")
     args.num_workers = args.num_workers or args.num_gpus
     choose_source(args, ("sft", "rl", "mid", "base"))
 

@@ -121,7 +121,8 @@ def labeled_documents(files, val_share, seed, column="text"):
     groups = dict(sorted((chosen | reserve).items()))
     if len(groups) < 2:
         reason = (f"all {count} documents are equal" if count > 1 else "one document only") if count else "no text"
-        raise UserError(f"{reason}; training and validation need at least one document each: add more text")
+        hint = "add more text, or store it as txt, which is split at blank lines"
+        raise UserError(f"{reason}; training and validation need at least one document each: {hint}")
     sizes = {digest: sum(map(len, texts)) for digest, texts in groups.items()}
     val, left = set(), chars * max(val_share, MAX_VAL_SHARE)
     for digest, size in sizes.items():
