@@ -10,8 +10,11 @@ The persona is a JSON object with "name", "maker", "about", "traits" (a list) an
 output is a JSON array of messages, the format of tasks/customjson.py. Templates need no network.
 """
 
+import io
 import json
+import os
 import re
+import stat
 import sys
 import urllib.error
 import urllib.request
@@ -129,7 +132,7 @@ def build_parser():
     default = Path(__file__).with_name("persona.json")
     p.add_argument("--persona", default=default, type=path, help="JSON file (default: dev/persona.json)")
     p.add_argument("-n", "--num", type=int, default=1000, help="number of conversations")
-    out_help = "file, - = stdout; default: stdout if redirected, else base directory"
+    out_help = "file, - = stdout; default: stdout if that is a file, else the base directory"
     p.add_argument("-o", "--out", type=path, default="", help=out_help)
     p.add_argument("--seed", type=int, default=42, help="random seed")
     p.add_argument("--endpoint", default="", help="base URL of an OpenAI-compatible API; empty = use the templates")
@@ -152,14 +155,23 @@ def main(argv=None):
     else:
         conversations = [by_template(persona, rng) for rng in rngs]
     text = "".join(json.dumps(messages, ensure_ascii=False) + "\n" for messages in conversations)
-    if args.out == "-" or (not args.out and not sys.stdout.isatty()):
+    out = args.out or ("-" if is_redirected() else base_dir() / "identity_conversations.jsonl")
+    if out == "-":
         sys.stdout.reconfigure(encoding="utf-8")
         sys.stdout.write(text)
-        return
-    out_path = Path(args.out) if args.out else base_dir() / "identity_conversations.jsonl"
-    with atomic_path(out_path) as draft:
-        draft.write_text(text, encoding="utf-8")
-    print(f"{len(conversations):,} conversations of {persona['name']} -> {out_path}", file=sys.stderr)
+    else:
+        with atomic_path(out) as draft:
+            draft.write_text(text, encoding="utf-8")
+    place = "standard output; --out=FILE writes a file" if out == "-" else out
+    print(f"{len(conversations):,} conversations of {persona['name']} -> {place}", file=sys.stderr)
+
+
+def is_redirected():
+    """Whether standard output is a file: `> own.jsonl`. In a notebook or a container it may be a pipe."""
+    try:
+        return stat.S_ISREG(os.fstat(sys.stdout.fileno()).st_mode)
+    except io.UnsupportedOperation:
+        return False
 
 
 if __name__ == "__main__":

@@ -95,14 +95,8 @@ def _on_all_ranks(compute, draft):
 def _complete(draft, final, step, model, meta, compute, keep):
     """Write meta.json, sync the files of `draft`, rename it to `final`, and delete all but the newest `keep` steps."""
     files = {p.name: common.file_fingerprint(p) for p in sorted(draft.iterdir())}
-    meta = {
-        "step": step,
-        "model_config": asdict(model.config),
-        "world_size": compute.world_size,
-        "torch_version": torch.__version__,
-        **meta,
-        "files": files,
-    }
+    made_by = {"world_size": compute.world_size, "torch_version": torch.__version__}
+    meta = {"step": step, "model_config": asdict(model.config), **made_by, **meta, "files": files}
     (draft / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
     for path in [*draft.iterdir(), draft]:
         _sync(path)
@@ -131,10 +125,9 @@ def _read_meta(path):
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path / 'meta.json'} is damaged") from None
     for name, expected in files.items():
-        if not (path / name).is_file():
-            raise UserError(f"{path / name} is missing")
-        if (path / name).stat().st_size != expected["bytes"] or common.file_fingerprint(path / name) != expected:
-            raise UserError(f"{path / name} is damaged")
+        require((path / name).is_file(), f"{path / name} is missing")
+        same_size = (path / name).stat().st_size == expected["bytes"]  # else the sha256 need not be computed
+        require(same_size and common.file_fingerprint(path / name) == expected, f"{path / name} is damaged")
     return meta
 
 
@@ -160,8 +153,7 @@ def find_checkpoint(folder, step=None):
         if problems:
             print0(f"warning: {'; '.join(problems)}; using step {s} instead", file=sys.stderr)
         return steps[s], meta
-    if problems:
-        raise UserError(f"no intact checkpoint in {folder}: {'; '.join(problems)}; copy or train it again")
+    require(not problems, f"no intact checkpoint in {folder}: {'; '.join(problems)}; copy or train it again")
     models = [path.name for path in _model_folders(folder.parent)]
     hint = f"; there are checkpoints of {', '.join(models)}" if models else ""
     raise UserError(f"no checkpoint in {folder}{hint}")
@@ -213,7 +205,10 @@ def load_model(source, device, phase="eval", model_tag=None, step=None, quantize
     """
     require(source in FOLDERS, f"source {source!r}: choose one of {', '.join(FOLDERS)}")
     require(phase in ("train", "eval"), f'phase {phase!r}: choose "train" or "eval"')
-    compute = device if isinstance(device, Compute) else _compute_on(device)
+    compute = device
+    if not isinstance(compute, Compute):
+        device = torch.device(device)
+        compute = Compute(device, common.choose_dtype(common.choose_device(device.type)))
     model_tag = model_tag or find_model_tag(source)
     path, meta = find_checkpoint(checkpoint_dir(source, model_tag), step)
     tokenizer = get_tokenizer()
@@ -240,15 +235,6 @@ def load_model(source, device, phase="eval", model_tag=None, step=None, quantize
         to_int8(model)
     corpus = meta.get("corpus", meta.get("data", "public"))  # "data" before version 0.3
     return model, tokenizer, meta | {"model_tag": model_tag, "corpus": corpus}
-
-
-def _compute_on(device):
-    """The Compute for a torch.device, or for its name."""
-    try:
-        device = torch.device(device)
-    except (RuntimeError, TypeError) as e:
-        raise UserError(f"device {device!r}: give a Compute, a torch.device or its name, such as cuda:0") from e
-    return Compute(device, common.choose_dtype(common.choose_device(device.type)))
 
 
 def made_from(source_meta, tokenizer, task):

@@ -27,12 +27,8 @@ class _Parser(argparse.ArgumentParser):
 
 def make_parser(module, doc):
     """Parser for the script `module` ("scripts.base_train"). Its --help begins with `doc`, the script's docstring."""
-    return _Parser(
-        prog=module,
-        description=doc.strip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    return _Parser(prog=module, description=doc.strip(), formatter_class=layout, allow_abbrev=False)
 
 
 def add_machine_flags(parser, dtype="bfloat16 where the hardware has it"):

@@ -18,12 +18,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-CHECKPOINT_FOLDERS = {
-    "base": "base_checkpoints",
-    "mid": "mid_checkpoints",
-    "sft": "chatsft_checkpoints",
-    "rl": "chatrl_checkpoints",
-}
+CHECKPOINT_FOLDERS = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints"}
+CHECKPOINT_FOLDERS |= {"rl": "chatrl_checkpoints"}
 
 # Public hosts, each replaceable by a mirror: another URL, or a folder on this machine.
 HUB_URL = "https://huggingface.co/datasets"  # <base>/<organisation>/<dataset>/resolve/main/<file>
@@ -52,14 +48,23 @@ def task_errors(name):
         raise UserError(f"task {name}: {kind}{' '.join(str(e).split())}") from e
 
 
+@contextlib.contextmanager
+def read_errors(path, problem, hint=None):
+    """Context manager that raises errors of reading `path` as UserError "<path> <problem> (<error>)[; <hint>]"."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError) as e:  # pyarrow's errors are ValueErrors
+        message = f"{path} {problem} ({str(e).splitlines()[0].rstrip('.')})"
+        raise UserError(f"{message}; {hint}" if hint else message) from e
+
+
 def base_dir():
     """Folder of all outputs: NANOCHAT_BASE_DIR, by default ~/.cache/nanochat. Created if missing."""
     path = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
-    try:
+    with read_errors(path, "cannot be created", "point NANOCHAT_BASE_DIR at a folder you can write to"):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        hint = "point NANOCHAT_BASE_DIR at a folder you can write to"
-        raise UserError(f"cannot create {path} ({e.strerror}); {hint}") from e
     return path
 
 
@@ -317,38 +322,53 @@ def fetch(url, path, attempts=5, timeout=30, progress=None, check=None):
     A complete file is kept only if it is no error page and `check(its temporary path)` raises no UserError.
     Raises UserError if the file does not exist, cannot be fetched or is refused.
     """
-    import http.client
-
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if "://" not in str(url):
         require(Path(url).is_file(), f"no file at {url}")
         url = Path(url).absolute().as_uri()
     part = path.with_name(path.name + ".part")
-    for attempt in range(1, attempts + 1):
+
+    def attempt():
+        _fetch_part(url, part, timeout, progress)
+        _check_fetched(url, part, check)
+        os.replace(part, path)
+        return path
+
+    return repeat(attempt, url, attempts)
+
+
+def repeat(attempt, url, attempts=5):
+    """The result of attempt(), a request to `url`, repeated if it fails. Raises UserError if it has failed for good."""
+    import http.client
+
+    for n in range(1, attempts + 1):
         try:
-            _fetch_part(url, part, timeout, progress)
-            _check_fetched(url, part, check)
-            os.replace(part, path)
-            return path
+            return attempt()
         except (OSError, http.client.HTTPException) as e:  # URLError, HTTPError, timeout, reset, short body
-            error, status = e, getattr(e, "code", None)
-            if status == 416:  # the file on the host has changed
-                part.unlink(missing_ok=True)
-            elif status and status < 500 and status != 429:
+            error, status = e, getattr(e, "code", 500)
+            if status < 500 and status != 429:
                 raise UserError(f"{url}: the host answered {status} {e.reason}") from e
-        if attempt < attempts:
-            time.sleep(2**attempt)
+        if n < attempts:
+            time.sleep(2**n)
     raise UserError(f"cannot fetch {url} after {attempts} attempts ({error}); check the network or the mirror's URL")
 
 
 def _fetch_part(url, part, timeout, progress, chunk=1 << 20):
     """One attempt of fetch(): append the missing bytes to `part`. Raises OSError if the connection ends early."""
+    import urllib.error
     import urllib.request
 
     received = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={received}-"} if received else {})
-    with urllib.request.urlopen(request, timeout=timeout) as response:
+    try:
+        response = urllib.request.urlopen(request, timeout=timeout)
+    except urllib.error.HTTPError as e:
+        if e.code != 416:
+            raise
+        part.unlink()  # the file on the host has changed
+        raise OSError("no such range of bytes") from e
+    with response:
         if response.status != 206:  # the host ignored the range and sends the whole file
             received = 0
         length = response.headers.get("Content-Length")

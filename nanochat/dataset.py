@@ -12,14 +12,13 @@ it. In a folder without a manifest, all parquet files are shards. Repeating a co
 makes it anew if what it was made from has changed.
 """
 
-import contextlib
 import hashlib
 import json
 import shutil
 from pathlib import Path
 
 from nanochat import cli
-from nanochat.common import UserError, atomic_path, base_dir, file_fingerprint, print0, require
+from nanochat.common import UserError, atomic_path, base_dir, file_fingerprint, print0, read_errors, require
 
 OWN_FILES = "own files"  # kind of a set
 COMMAND = "python -m nanochat.dataset"
@@ -38,11 +37,10 @@ def list_parquet_files(data_dir=None):
     folder = data_folder(data_dir)
     manifest = _read_manifest(folder)
     files = [folder / name for name in manifest["shards"]] if manifest else _parquet_files(folder)
-    if not files:
-        hint = f"run `{COMMAND} -n 8` (public corpus), `{COMMAND} --pocket` (offline) or `{COMMAND} --from_files PATH`"
-        raise UserError(f"no {'finished ' if manifest else ''}shards in {folder}; {hint}")
-    if manifest and (bad := _incomplete(folder, manifest["shards"], manifest["shards"])):
-        raise UserError(f"damaged or missing in {folder}: {', '.join(bad)}; {REPEAT_HINT}")
+    hint = f"run `{COMMAND} -n 8` (public corpus), `{COMMAND} --pocket` (offline) or `{COMMAND} --from_files PATH`"
+    require(files, f"no {'finished ' if manifest else ''}shards in {folder}; {hint}")
+    bad = _incomplete(folder, manifest["shards"], manifest["shards"]) if manifest else []
+    require(not bad, f"damaged or missing in {folder}: {', '.join(bad)}; {REPEAT_HINT}")
     return files
 
 
@@ -62,8 +60,8 @@ def shard_files(split, data_dir=None):
     """Paths of the shards of split "train" (all but the last) or "val" (the last)."""
     assert split in ("train", "val"), split
     files = list_parquet_files(data_dir)
-    if len(files) < 2:
-        raise UserError(f"{files[0].parent} has one shard only; the last one is validation, so training needs another")
+    problem = f"{files[0].parent} has one shard only; the last one is validation, so training needs another"
+    require(len(files) > 1, problem)
     return files[:-1] if split == "train" else files[-1:]
 
 
@@ -107,14 +105,8 @@ def _open(path):
         return open_parquet(path)
 
 
-@contextlib.contextmanager
 def _damage_as_user_error(path):
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} is damaged ({str(e).splitlines()[0].rstrip('.')}); delete it and {REPEAT_HINT}") from e
+    return read_errors(path, "is damaged", f"delete it and {REPEAT_HINT}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,10 +179,9 @@ def _start_set(folder, kind, settings):
 def verify(folder):
     """Compare every shard with the manifest; returns their number. Raises UserError with the names of damaged ones."""
     files, manifest = list_parquet_files(folder), _read_manifest(folder)
-    if manifest is None:
-        raise UserError(f"{folder} has no manifest.json to compare with")
-    if bad := [path.name for path in files if file_fingerprint(path) != manifest["shards"][path.name]]:
-        raise UserError(f"damaged in {folder}: {', '.join(bad)}; delete them and {REPEAT_HINT}")
+    require(manifest, f"{folder} has no manifest.json to compare with")
+    bad = [path.name for path in files if file_fingerprint(path) != manifest["shards"][path.name]]
+    require(not bad, f"damaged in {folder}: {', '.join(bad)}; delete them and {REPEAT_HINT}")
     return len(files)
 
 
@@ -237,8 +228,7 @@ def write_files(folder, paths, val_share, seed, overwrite=False, text_column="te
     """Write a set from the user's own files; a share `val_share` (0 to 1) of the documents is for validation."""
     from nanochat.ingest.documents import labeled_documents, source_files
 
-    if not 0 < val_share < 1:
-        raise UserError(f"--val_share={val_share}: expected a share between 0 and 1, such as 0.01")
+    require(0 < val_share < 1, f"--val_share={val_share}: expected a share between 0 and 1, such as 0.01")
     files = source_files(paths, exclude=folder.resolve())
     settings = {"val_share": val_share, "seed": seed, "text_column": text_column}
     # Before reading: if a file changes meanwhile, the next run notices it.
@@ -251,8 +241,8 @@ def download(folder, num_files=-1, num_workers=4, overwrite=False):
     """Download the first `num_files` public shards (-1 = all) and the last. Raises UserError if some are missing."""
     from nanochat.ingest.download import LAST_SHARD, PUBLIC, fetch_shards, find_last_shard, shard_names
 
-    if num_workers < 1 or num_files == 0 or num_files < -1:
-        raise UserError(f"-n {num_files} -w {num_workers}: expected -n -1 (all) or at least 1, and -w at least 1")
+    valid = num_workers >= 1 and (num_files >= 1 or num_files == -1)
+    require(valid, f"-n {num_files} -w {num_workers}: expected -n -1 (all) or at least 1, and -w at least 1")
     count = num_files if num_files > 0 else LAST_SHARD + 1
     manifest = None if overwrite else _read_manifest(folder)
     if manifest and manifest["kind"] == PUBLIC and count <= (last := manifest["settings"]["last_shard"]) + 1:
@@ -284,10 +274,9 @@ def download(folder, num_files=-1, num_workers=4, overwrite=False):
 def build_parser():
     parser = cli.make_parser("nanochat.dataset", __doc__)
     add, add_mode = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    flag = dict(type=cli.boolean, nargs="?", const=True, default=False)
     add("-n", "--num_files", type=int, default=-1, help="public shards to download besides the last (-1 = all 1,823)")
     add("-w", "--num_workers", type=int, default=4, help="number of parallel downloads")
-    add_mode("--pocket", **flag, help="generate the pocket corpus instead")
+    add_mode("--pocket", **cli.FLAG, help="generate the pocket corpus instead")
     add("--chars", type=int, default=30_000_000, help="--pocket: characters of training text")
     paths = dict(type=cli.path, nargs="+", action="extend", metavar="PATH")
     add_mode("--from_files", **paths, help="read these files and folders instead")
@@ -295,8 +284,8 @@ def build_parser():
     add("--text_column", default="text", help="--from_files: field of jsonl, column of parquet that holds the text")
     add("--seed", type=int, default=42, help="seed of the pocket corpus and of the order of documents")
     add("--data_dir", type=cli.path, help="folder of the shards (default: base_data in NANOCHAT_BASE_DIR)")
-    add("--overwrite", **flag, help="replace existing shards that have another origin or other settings")
-    add_mode("--verify", **flag, help="only compare the shards with their sha256")
+    add("--overwrite", **cli.FLAG, help="replace existing shards that have another origin or other settings")
+    add_mode("--verify", **cli.FLAG, help="only compare the shards with their sha256")
     return parser
 
 

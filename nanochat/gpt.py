@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from nanochat import ops
 from nanochat.adamw import AdamW
-from nanochat.common import UserError
+from nanochat.common import require
 from nanochat.muon import Muon
 
 SOFTCAP = 15.0  # logits are 15 tanh(logits / 15), so they stay within (-15, 15)
@@ -35,18 +35,16 @@ class GPTConfig:
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"{name}={value!r}: expected a whole number of at least 1")
-        if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
-            raise UserError(f"n_embd={self.n_embd} does not split into n_head={self.n_head} heads of even size")
-        if self.n_head % self.n_kv_head:
-            raise UserError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
+            require(isinstance(value, int) and value >= 1, f"{name}={value!r}: expected a whole number of at least 1")
+        problem = f"n_embd={self.n_embd} does not split into n_head={self.n_head} heads of even size"
+        require(self.n_embd % (2 * self.n_head) == 0, problem)
+        problem = f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}"
+        require(self.n_head % self.n_kv_head == 0, problem)
 
     @classmethod
     def from_depth(cls, depth, sequence_len, vocab_size):
         """Config of a model of `depth` layers: width 64 x depth, head size at most 128 and a multiple of 8."""
-        if depth < 1:
-            raise UserError(f"--depth={depth}: expected at least 1")
+        require(depth >= 1, f"--depth={depth}: expected at least 1")
         n_embd = 64 * depth
         n_head = math.ceil(n_embd / 128)
         while n_embd % n_head or (n_embd // n_head) % 8:

@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -40,6 +41,7 @@ TASKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee
 COLUMNS = ("BASE", "MID", "SFT", "RL")
 # Section -> stem of its metrics file, metrics/<stem>.jsonl.
 CURVES = {"Base model training": "base", "Midtraining": "mid", "Chat SFT": "sft", "Chat RL": "rl"}
+BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"  # one eighth to full
 HOURLY_RATES = {"H100": 3.00, "A100": 1.79, "V100": 0.55}  # rent in dollars per GPU; 2.00 for any other
 
 
@@ -78,7 +80,7 @@ class Report:
 
     def reset(self):
         """Delete all sections but keep metrics/, and record the machine and the time."""
-        for path in [path for kind in ("md", "json", "svg") for path in self.folder.glob(f"*.{kind}")]:
+        for path in [path for kind in ("md", "json") for path in self.folder.glob(f"*.{kind}")]:
             path.unlink()
         started, gpus = time.time(), gpu_list()
         self._write("header.md", header(gpus, f"Run started: {_timestamp(started)}"))
@@ -93,9 +95,7 @@ class Report:
         head = _read_text(self.folder / "header.md")
         parts = [head or header(gpu_list(), "Run started: unknown, there was no `report reset`")]
         for name in names:
-            parts.append(_read_text(self.folder / f"{slug(name)}.md") or "")
-            if curve := self._curve(name):
-                parts.append(f"![loss curve]({curve})\n")
+            parts += [_read_text(self.folder / f"{slug(name)}.md") or "", self._curves(name)]
         parts.append(summary(logged, names, _json_dict(_read_text(self.folder / "header.json"))))
         if missing := [name for name in SECTIONS if name not in logged and name not in OPTIONAL_SECTIONS]:
             parts.append(f"Not run, or not logged: {', '.join(missing)}.\n")
@@ -106,12 +106,10 @@ class Report:
             draft.write_text(text, encoding="utf-8")
         return self.folder / name
 
-    def _curve(self, section):
-        """Draw the loss curve of a section as an SVG. Returns its path, None if the section has no metrics file."""
-        name = CURVES.get(section)
-        lines = (_read_text(self.folder / "metrics" / f"{name}.jsonl") or "").splitlines()
-        svg = curve_svg([record for line in lines if "step" in (record := _json_dict(line))])
-        return self._write(f"{name}.svg", svg) if svg else None
+    def _curves(self, section):
+        """The curves of a section's metrics file, "" if it has none."""
+        lines = (_read_text(self.folder / "metrics" / f"{CURVES.get(section)}.jsonl") or "").splitlines()
+        return curves([record for line in lines if "step" in (record := _json_dict(line))])
 
 
 def _read_text(path):
@@ -271,43 +269,22 @@ def summary(logged, names, start):
     return text
 
 
-def curve_svg(rows, width=720, height=260, points=400):
+def curves(rows, width=60):
     """
-    An SVG of loss, val_bpb and val_loss over steps; None if there is nothing to draw.
+    Lines of block characters that show loss, val_bpb and val_loss over the steps, as a code block; "" if none is known.
 
-    `rows` are the records of a metrics file; neighboring records are averaged to at most `points` points.
+    `rows` are the records of a metrics file; neighboring records are averaged to at most `width` characters.
     """
-    curves = {}
+    lines = []
     for key in ("loss", "val_bpb", "val_loss"):
-        values = [(r["step"], r[key]) for r in rows if isinstance(r.get(key), (int, float)) and math.isfinite(r[key])]
-        size = math.ceil(len(values) / points) or 1
-        groups = [values[i : i + size] for i in range(0, len(values), size)]
-        if len(groups) > 1:
-            curves[key] = [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
-    if not curves:
-        return None
-    last = max(x for curve in curves.values() for x, _ in curve)
-    low, high = (pick(y for curve in curves.values() for _, y in curve) for pick in (min, max))
-    left, top, right, bottom = 48, 12, width - 12, height - 28
-
-    def to_pixels(x, y):
-        return left + x / last * (right - left), bottom - (y - low) / (high - low or 1) * (bottom - top)
-
-    def label(x, y, anchor, text, color="#000"):
-        return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}" fill="{color}">{text}</text>'
-
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif"']
-    out += [' font-size="11"><rect width="100%" height="100%" fill="white"/>']
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        step, value = share * last, low + share * (high - low)
-        x, y = to_pixels(step, value)
-        out += [f'<path d="M{left} {y:.0f}H{right}" stroke="#ddd"/>', label(x, height - 10, "middle", round(step))]
-        out += [label(left - 4, y + 4, "end", f"{value:.2f}")]
-    for i, (key, curve) in enumerate(curves.items()):
-        color, path = ("#36c", "#c33", "#393")[i], " ".join("{:.1f},{:.1f}".format(*to_pixels(x, y)) for x, y in curve)
-        out += [f'<polyline points="{path}" fill="none" stroke="{color}"/>']
-        out += [label(right - 4, top + 12 + 14 * i, "end", key, color)]
-    return "\n".join([*out, "</svg>"]) + "\n"
+        values = [row[key] for row in rows if isinstance(row.get(key), (int, float)) and math.isfinite(row[key])]
+        size = math.ceil(len(values) / width) or 1
+        means = [statistics.fmean(values[i : i + size]) for i in range(0, len(values), size)]
+        if len(means) > 1:
+            low, high = min(means), max(means)
+            heights = (round((mean - low) / (high - low or 1) * (len(BLOCKS) - 1)) for mean in means)
+            lines.append(f"{key:8} {means[0]:8.4f} {''.join(BLOCKS[h] for h in heights)} {means[-1]:.4f}\n")
+    return f"```text\n{''.join(lines)}```\n" if lines else ""
 
 
 def main(argv=None):

@@ -75,9 +75,8 @@ class Tokenizer:
         """
         rustbpe = load_extension()
         n_special = len(SPECIAL_TOKENS)
-        problem = f"vocab_size={vocab_size} is too small: 256 bytes + special tokens = {256 + n_special}"
-        require(vocab_size >= 256 + n_special, problem)
-        require(vocab_size < 2**32, f"vocab_size={vocab_size} is too large: ids have 32 bits")
+        smallest = 256 + n_special  # bytes and special tokens
+        require(smallest <= vocab_size < 2**32, f"vocab_size={vocab_size}: expected {smallest} to 2**32")
         trainer = rustbpe.Tokenizer()
         train = trainer.train_from_arrow if arrow else trainer.train_from_iterator
         train(iterator, vocab_size - n_special, pattern=SPLIT_PATTERN, progress=progress, max_chars=max_chars)
@@ -91,8 +90,8 @@ class Tokenizer:
         """tiktoken's tokenizer `name`, such as "gpt2" or "cl100k_base"; tiktoken downloads it unless it is cached."""
         import tiktoken
 
-        if name not in tiktoken.list_encoding_names():
-            raise UserError(f"no tokenizer {name!r}; tiktoken has {', '.join(tiktoken.list_encoding_names())}")
+        names = tiktoken.list_encoding_names()
+        require(name in names, f"no tokenizer {name!r}; tiktoken has {', '.join(names)}")
         e = tiktoken.get_encoding(name)
         return cls(e._pat_str, e._mergeable_ranks, e._special_tokens, bos="<|endoftext|>")
 
@@ -230,8 +229,7 @@ class Tokenizer:
         n = bisect_left(starts, True, key=lambda first: len(prompt(first)) <= max_tokens)
         if n < len(starts):
             return prompt(starts[n])
-        if max_tokens < 8:
-            raise UserError(f"max_tokens={max_tokens} leaves no room for a prompt; give at least 8")
+        require(max_tokens >= 8, f"max_tokens={max_tokens} leaves no room for a prompt; give at least 8")
         _, *question, _ = prompt(len(messages) - 1)
         return [bos, user_start, *question[3 - max_tokens :], assistant_start]
 
@@ -320,8 +318,8 @@ def check_conversation(conversation):
         if not isinstance(content, str) and not (role == "assistant" and _is_parts(content)):
             parts = f", or a list of {{type, text}} with a type of {', '.join(PARTS)}" if role == "assistant" else ""
             raise UserError(f"{where} ({role}) has the content {repr(content)[:80]}, expected a string{parts}")
-    if len(messages) == n_system:
-        raise UserError("the conversation ends after its system message, expected a message with role 'user'")
+    problem = "the conversation ends after its system message, expected a message with role 'user'"
+    require(len(messages) > n_system, problem)
     return messages[0]["content"] if n_system else "", messages[n_system:]
 
 

@@ -12,17 +12,8 @@ from nanochat.common import base_dir, format_duration, no_color, print0, write_e
 from nanochat.report import get_report
 
 # Dense bfloat16 FLOP/s from the vendors' data sheets, by the first key that the device's name contains.
-PEAK_FLOPS = {
-    "b300": 2250e12,
-    "b200": 2250e12,
-    "h200": 989e12,
-    "h100 nvl": 835e12,
-    "h100 pcie": 756e12,
-    "h100": 989e12,
-    "a100": 312e12,
-    "4090": 165e12,
-    "3090": 71e12,
-}
+PEAK_FLOPS = {"b300": 2250e12, "b200": 2250e12, "h200": 989e12, "h100 nvl": 835e12, "h100 pcie": 756e12}
+PEAK_FLOPS |= {"h100": 989e12, "a100": 312e12, "4090": 165e12, "3090": 71e12}
 UNTIMED_STEPS = 10  # the first steps do not count in the throughput: compilation, cold caches
 PRINT_SECONDS = 2.0  # minimum time between progress lines
 LONG_SECONDS = 12 * 3600  # a longer run on a CPU is probably a mistake
@@ -184,17 +175,12 @@ class StageLog:
 
     def report(self, section, args, facts, **metrics):
         """Write the stage's section of the report: flags, `facts`, speed and memory. `metrics`: see Report.log()."""
-        speed = {
-            "World size": self.compute.world_size,
-            "Precision": str(self.compute.dtype).removeprefix("torch."),
-            "Training loss": self.loss,
-            "MFU": f"{self.mfu:.2%}",
-            "Tokens per second": self.tokens_per_second,
-            "Training time": f"{self.train_seconds / 60:.2f} minutes",
-            "Peak memory": f"{peak_memory_mib(self.compute):,.0f} MiB",
-        }
+        precision, memory = str(self.compute.dtype).removeprefix("torch."), peak_memory_mib(self.compute)
+        facts |= {"World size": self.compute.world_size, "Precision": precision, "Training loss": self.loss}
+        facts |= {"MFU": f"{self.mfu:.2%}", "Tokens per second": self.tokens_per_second}
+        facts |= {"Training time": f"{self.train_seconds / 60:.2f} minutes", "Peak memory": f"{memory:,.0f} MiB"}
         wall_clock = {"wall_clock_seconds": self.wall_clock_seconds}
-        get_report().log(section, [vars(args), facts | speed | wall_clock], metrics | wall_clock)
+        get_report().log(section, [vars(args), facts | wall_clock], metrics | wall_clock)
 
     def close(self):
         if self.file:

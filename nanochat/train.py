@@ -84,9 +84,9 @@ def train_step(
     sums = torch.stack((loss / compute.world_size, sum(optimizer.grad_sq_norm() for optimizer in optimizers)))
     loss, sq_norm = compute.all_reduce(sums).tolist()
     grad_norm = math.sqrt(max(sq_norm, 0.0)) if math.isfinite(sq_norm) else math.nan
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        remedy = "lower the learning rates; --resume continues from the newest checkpoint, if there is one"
-        raise UserError(f"the run diverged: the loss is {loss} and the gradient norm {grad_norm}; {remedy}")
+    problem = f"the run diverged: the loss is {loss} and the gradient norm {grad_norm}"
+    remedy = "lower the learning rates; --resume continues from the newest checkpoint, if there is one"
+    require(math.isfinite(loss + grad_norm), f"{problem}; {remedy}")
     if lock:
         lock.acquire()
     clip = grad_clip / (grad_norm + 1e-6) if grad_clip else 1.0

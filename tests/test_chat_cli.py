@@ -323,6 +323,7 @@ def run_chat_cli(*flags, **options):
     return run_python(*COMMAND, *flags, env=environment(TERM="dumb"), check=False, text=False, **options)
 
 
+@pytest.mark.slow
 def test_question_from_flag_and_from_pipe_get_the_same_answer(sft_checkpoint):
     """Standard output has only the answer; warnings go to standard error."""
     piped = run_chat_cli(input=b"Who are you?\n")
@@ -426,6 +427,7 @@ def test_ctrl_c_during_a_single_answer():
     assert (done.returncode, done.stdout, done.stderr) == (130, b"Hello\n", b"\ninterrupted\n")
 
 
+@pytest.mark.slow
 def test_closed_output_pipe_ends_the_program_silently(sft_checkpoint):
     pipe = f"set -o pipefail; {shlex.join(python_command(*COMMAND))} -m 100 -p Who | true"
     done = subprocess.run(["bash", "-c", pipe], env=environment(TERM="dumb"), capture_output=True, timeout=120)

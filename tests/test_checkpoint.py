@@ -452,8 +452,6 @@ def test_load_model_takes_the_calls_of_the_reference(trained):
     [
         (("chat", "cpu"), "source 'chat': choose one of base, mid, sft, rl"),
         (("sft", CPU, "d1"), 'phase \'d1\': choose "train" or "eval"'),
-        (("sft", "gpu"), "device 'gpu'"),
-        (("sft", None), "device None"),
         (("sft", "xpu"), "xpu: choose one of"),
     ],
 )

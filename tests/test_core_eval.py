@@ -432,6 +432,7 @@ def test_two_processes_give_the_samples_of_one(base, bundle, checkpoint, run_scr
         assert one == two
 
 
+@pytest.mark.slow
 def test_damaged_bundle_exits_with_code_2_and_one_line(base, bundle, checkpoint, run_script):
     (bundle / "eval_data" / "sub" / "schema.jsonl").write_text("")
     done = run_script("scripts.base_eval", "--device_type=cpu", check=False)
@@ -493,9 +494,9 @@ class SingleTextTokenizer:
 
 @pytest.mark.parametrize("kind, settings, shares", [
     ("gpt2", dict(GPT2, n_positions=256), True),
-    ("llama", LLAMA, True),
+    pytest.param("llama", LLAMA, True, marks=pytest.mark.slow),
     ("nanochat", {}, True),
-    ("mistral", dict(LLAMA, sliding_window=4), False),
+    pytest.param("mistral", dict(LLAMA, sliding_window=4), False, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_hugging_face_model_equals_full_forward_passes(hf_folder, kind, settings, shares, monkeypatch):
     from nanochat.dclm.hf_models import load_hf

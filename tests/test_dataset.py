@@ -185,7 +185,7 @@ def test_readers_see_new_shards_only_after_all_are_downloaded(host, data_dir):
 def test_unreachable_host_raises_user_error(host):
     host.shutdown()
     host.server_close()
-    with pytest.raises(UserError, match="cannot reach .*--pocket"):
+    with pytest.raises(UserError, match="cannot fetch .*--pocket"):
         dataset.main(["-n", "1"])
 
 

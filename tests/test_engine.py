@@ -200,7 +200,7 @@ def test_greedy_tokens_equal_those_of_transformers_generate():
         assert rows[request] == expected.tolist()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_200_requests_get_the_same_tokens_alone_and_in_batches(dtype):
     rng = random.Random(5)
     engine = Engine(decoder_model(dtype), NoSpecialTokens(), prefix_tokens=2000)
@@ -221,7 +221,7 @@ def many_requests():
     return [Request(prompt, n, rng.choice([0, 1.0]), seed=i) for i, (prompt, n) in enumerate(settings)]
 
 
-@pytest.mark.parametrize("n_kv_head", [4, 2])
+@pytest.mark.parametrize("n_kv_head", [pytest.param(4, marks=pytest.mark.slow), 2])
 def test_decode_steps_of_fixed_shape_give_the_same_tokens(n_kv_head):
     """The CUDA graph backend with uncaptured steps: each runs on all rows and a power of two of columns."""
     model, requests, recorded = decoder_model(torch.float32, n_kv_head), many_requests(), []

@@ -323,7 +323,9 @@ def run_hostile(name, outside):
 
 
 @needs_strict
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "deep_recursion" else n for n in HOSTILE]
+)
 def test_hostile_program_changes_nothing_outside(name, outside, untouched):
     run_hostile(name, outside)
 

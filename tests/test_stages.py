@@ -76,6 +76,7 @@ def test_from_text_to_chat(base, run_main, capsys):
         assert list(losses(base, name)) == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_bit_identically(base, run_script):
     """After kill -9 and --resume, weights and losses equal those of an uninterrupted run."""
     train(run_script, "--num_iterations=12", "--model_tag=uninterrupted")
@@ -96,6 +97,7 @@ def test_killed_run_resumes_bit_identically(base, run_script):
     assert "step 0" not in repeated.stdout
 
 
+@pytest.mark.slow
 def test_sigterm_saves_a_checkpoint_and_exits_with_code_0(base):
     command = python_command("-m", "scripts.base_train", *BASE, "--num_iterations=100000", "--eval_every=-1")
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
@@ -210,7 +212,7 @@ def test_midtraining_extends_the_context(base, run_main, capsys):
     assert load_model("mid", CPU)[0].config.sequence_len == 64
 
 
-@pytest.mark.parametrize("stage", ["mid", "sft"])
+@pytest.mark.parametrize("stage", [pytest.param("mid", marks=pytest.mark.slow), "sft"])
 def test_midtraining_and_sft_resume_bit_identically(base, run_main, capsys, stage):
     train(run_main, "--num_iterations=2", "--eval_every=-1", "--sample_every=-1")
     if stage == "mid":

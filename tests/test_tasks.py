@@ -5,6 +5,7 @@ import gzip
 import json
 import pickle
 import re
+import subprocess
 import threading
 from pathlib import Path
 from random import Random
@@ -12,7 +13,7 @@ from random import Random
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import MIRROR, QuietHandler, needs_mirror, raises_user_error, serve_http
+from helpers import MIRROR, QuietHandler, environment, needs_mirror, python_command, raises_user_error, serve_http
 
 from dev import gen_synthetic_data
 from nanochat.calculator import calculate
@@ -674,16 +675,21 @@ def test_custom_json_error_for_a_missing_file_names_the_command(tmp_path):
 # dev/gen_synthetic_data.py
 
 
-def test_synthetic_data_from_templates(empty_base, tmp_path, capsys):
+def test_synthetic_data_from_templates(empty_base, tmp_path):
     gen_synthetic_data.main(["-n", "60", "--out", str(tmp_path / "a.jsonl")])
-    gen_synthetic_data.main(["-n", "60"])  # to standard output, which is no terminal in tests
-    out, err = capsys.readouterr()
-    assert out == (tmp_path / "a.jsonl").read_text(encoding="utf-8") and "60 conversations of nanochat" in err
+    own = empty_base / "identity_conversations.jsonl"
+    command = python_command("-m", "dev.gen_synthetic_data", "-n", "60")
+    with open(tmp_path / "redirected.jsonl", "wb") as f:
+        redirected = subprocess.run(command, env=environment(), stdout=f, stderr=subprocess.PIPE, check=True)
+    assert b"60 conversations of nanochat -> standard output" in redirected.stderr and not own.exists()
+    piped = subprocess.run(command, env=environment(), capture_output=True, check=True)  # as in a notebook
+    assert not piped.stdout and str(own).encode() in piped.stderr
+    texts = {path.read_text(encoding="utf-8") for path in (own, tmp_path / "a.jsonl", tmp_path / "redirected.jsonl")}
+    assert len(texts) == 1
     conversations = list(CustomJSON(tmp_path / "a.jsonl"))
     assert len(conversations) == 60 and len({json.dumps(c) for c in conversations}) > 55
     replies = " ".join(m["content"] for c in conversations for m in c["messages"] if m["role"] == "assistant")
     assert "nanochat" in replies and not re.search(r"[\[\]{}|]", replies)
-    assert not (empty_base / "identity_conversations.jsonl").exists()
 
 
 def test_synthetic_data_has_the_name_of_the_persona(tmp_path):

@@ -17,8 +17,8 @@ def open_parquet(path, column="text", source=None):
     require(column in schema.names, f"{path} has no column `{column}`, only {', '.join(schema.names)}; {hint}")
     require(schema.names.count(column) == 1, f"{path} has more than one column `{column}`: rename or drop the others")
     kind = schema.field(column).type
-    if str(kind.value_type if pa.types.is_dictionary(kind) else kind) not in TEXT_TYPES:
-        raise UserError(f"{path}: the column `{column}` has the type {kind}, expected text")
+    is_text = str(kind.value_type if pa.types.is_dictionary(kind) else kind) in TEXT_TYPES
+    require(is_text, f"{path}: the column `{column}` has the type {kind}, expected text")
     return file
 
 

@@ -13,7 +13,7 @@ import os
 import re
 from pathlib import Path
 
-from nanochat.common import UserError, print0, require, well_formed
+from nanochat.common import UserError, print0, read_errors, require, well_formed
 from nanochat.ingest.columns import open_parquet, to_strings
 
 MIN_DOC_CHARS = 400
@@ -119,10 +119,9 @@ def labeled_documents(files, val_share, seed, column="text"):
         if len(reserve) > MIN_VAL_DOCS:
             yield from ((False, text) for text in reserve.pop(max(reserve)))
     groups = dict(sorted((chosen | reserve).items()))
-    if len(groups) < 2:
-        reason = (f"all {count} documents are equal" if count > 1 else "one document only") if count else "no text"
-        hint = "add more text, or store it as txt, which is split at blank lines"
-        raise UserError(f"{reason}; training and validation need at least one document each: {hint}")
+    reason = ("no text", "one document only")[count] if count < 2 else f"all {count} documents are equal"
+    hint = "training and validation need at least one each: add more text, or store it as txt, which is split"
+    require(len(groups) > 1, f"{reason}; {hint}")
     sizes = {digest: sum(map(len, texts)) for digest, texts in groups.items()}
     val, left = set(), chars * max(val_share, MAX_VAL_SHARE)
     for digest, size in sizes.items():
@@ -140,14 +139,10 @@ def labeled_documents(files, val_share, seed, column="text"):
 def read_documents(path, column="text", size=DOC_CHARS):
     """Yield the non-blank documents of one file without loading it whole. Raises UserError if it is unreadable."""
     kind = _kind(path)[0]
-    try:
+    with read_errors(path, f"cannot be read as {kind}"):
         read = {"parquet": parquet_documents, "jsonl": json_documents}.get(kind)
         documents = read(path, column) if read else text_documents(path, size)
         yield from (text for text in documents if text and text.strip())
-    except UserError:
-        raise
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} cannot be read as {kind} ({str(e).splitlines()[0]})") from e
 
 
 def _open(path):
@@ -170,8 +165,8 @@ def read_lines(path, size=-1):
         if byte := UNDECODABLE.search(line):
             place = f"{path}:{number}: the byte 0x{ord(byte[0]) - 0xDC00:x}"
             raise UserError(f"{place} is not UTF-8; {ICONV.format('cp1252')}")
-        if line.count("\0") > len(line) // 10:
-            raise UserError(f"{path}:{number}: many NUL bytes; {ICONV.format('utf-16')}")
+        is_text = line.count("\0") <= len(line) // 10
+        require(is_text, f"{path}:{number}: many NUL bytes; {ICONV.format('utf-16')}")
         yield number, line
         number += line.endswith("\n")
 

@@ -1,12 +1,11 @@
 """Downloads the public corpus: parquet shards of FineWeb-Edu from Hugging Face or the mirror NANOCHAT_HUB_URL."""
 
 import bisect
-import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 
-from nanochat.common import UserError, fetch, mirror_url, print0
+from nanochat.common import UserError, fetch, mirror_url, print0, repeat, require
 from nanochat.tracking import progress_printer
 
 PUBLIC = "karpathy/fineweb-edu-100b-shuffle"
@@ -25,8 +24,8 @@ def find_last_shard():
     if not _is_missing(LAST_SHARD):
         return LAST_SHARD
     last = bisect.bisect_left(range(LAST_SHARD), True, key=_is_missing) - 1
-    if last < 1:
-        raise UserError(f"{last + 1} shards at {_url('')}, expected at least 2 (training, validation); check the URL")
+    count = f"{last + 1} shards at {_url('')}, expected at least 2 (training, validation)"
+    require(last >= 1, f"{count}; check the URL")
     return last
 
 
@@ -92,15 +91,10 @@ def _is_missing(index):
     url = _url(f"shard_{index:05d}.parquet")
     if "://" not in url:
         return not Path(url).is_file()
-    for wait in (2, 4, 8, 16, 0):  # seconds before the next attempt
-        try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=30).close()
-            return False
-        except OSError as e:  # includes HTTPError
-            error, code = e, getattr(e, "code", 500)
-            if code == 404:
-                return True
-            if code < 500 and code != 429:
-                break
-            time.sleep(wait)
-    raise UserError(f"cannot reach {url} ({error}); `python -m nanochat.dataset --pocket` works without a network")
+    try:
+        repeat(lambda: urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=30).close(), url)
+        return False
+    except UserError as e:
+        if getattr(e.__cause__, "code", None) == 404:
+            return True
+        raise UserError(f"{e}; `python -m nanochat.dataset --pocket` works without a network") from e
