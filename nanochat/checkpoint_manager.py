@@ -153,7 +153,7 @@ def find_checkpoint(folder, step=None):
         if problems:
             print0(f"warning: {'; '.join(problems)}; using step {s} instead", file=sys.stderr)
         return steps[s], meta
-    require(not problems, f"no intact checkpoint in {folder}: {'; '.join(problems)}")
+    require(not problems, f"no intact checkpoint in {folder}: {'; '.join(problems)}; copy or train it again")
     models = [path.name for path in _model_folders(folder.parent)]
     hint = f"; there are checkpoints of {', '.join(models)}" if models else ""
     raise UserError(f"no checkpoint in {folder}{hint}")

@@ -7,16 +7,17 @@ import math
 
 import torch
 
+from nanochat.common import require
 from nanochat.tracking import with_progress
 
 
 @torch.no_grad()
 def evaluate_bpb(model, batches, token_bytes, compute):
     """
-    Bits per byte over `batches` of (inputs, targets), each (B, T), and over all ranks; inf if there are no bytes.
+    Bits per byte over `batches` of (inputs, targets), each (B, T), and over all ranks.
 
     `token_bytes` (V,) is the length of each token in bytes, 0 for special tokens. Special tokens and targets of -1 are
-    excluded from nats and bytes.
+    excluded from nats and bytes. Raises UserError if there are no bytes.
     """
     token_bytes = token_bytes.to(compute.device)
     dtype = torch.float32 if compute.device.type == "mps" else torch.float64  # MPS has no float64
@@ -28,7 +29,8 @@ def evaluate_bpb(model, batches, token_bytes, compute):
         num_bytes = token_bytes[y.clamp(min=0)] * (y >= 0)
         totals += torch.stack(((nats * (num_bytes > 0)).sum(), num_bytes.sum())).to(dtype)
     nats, num_bytes = compute.all_reduce(totals).tolist()
-    return nats / (math.log(2) * num_bytes) if num_bytes else math.inf
+    require(num_bytes, "there is no text in the data to evaluate on, only empty documents; replace them")
+    return nats / (math.log(2) * num_bytes)
 
 
 @torch.no_grad()

@@ -61,6 +61,9 @@ def main(argv=None):
         require(value is None or low <= value <= high, f"--{flag}={value}: give {low} to {high:,}")  # nan fails too
     can_be_sent = args.api_key is None or re.fullmatch("[!-~]+", args.api_key)  # other keys fit into no HTTP header
     require(can_be_sent, "--api_key (or NANOCHAT_API_KEY): expected ASCII characters without spaces, at least one")
+    for origin in args.cors or []:
+        form = "expected * or an origin such as https://example.com, without a path"
+        require(re.fullmatch(r"\*|null|[\w-]+://[^/]+", origin), f"--cors={origin}: {form}")
     args.num_workers = args.num_workers or args.num_gpus
     choose_source(args, ("sft", "rl", "mid", "base"))
 

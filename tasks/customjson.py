@@ -1,5 +1,5 @@
 """
-The user's own conversations, from JSON lines or a JSON array (both also as .gz or .zst). A conversation is one of
+The user's own conversations, from JSON lines, a JSON array (both also as .gz or .zst) or parquet. A conversation is
 
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}    OpenAI
     [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]                  its messages alone
@@ -10,6 +10,7 @@ with "weight": 0 is not trained on. Its content may be a list of parts, see task
 /save and the chat page's export write are read too.
 """
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -21,7 +22,7 @@ from tasks.common import Task
 
 ROLES = {"human": "user", "developer": "system"} | dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant")
 SEPARATORS = re.compile(r"[\s,\]\ufeff]*")  # between JSON values; joined files have byte order marks in the middle
-FORMS = 'readable are {"messages": [...]}, a list of messages, and ShareGPT\'s {"conversations": [...]}'
+FORMS = 'readable are JSON or parquet of {"messages": [...]}, a list of messages, ShareGPT\'s {"conversations": [...]}'
 
 
 class CustomJSON(Task):
@@ -46,8 +47,12 @@ class CustomJSON(Task):
 
 
 def _values(path):
-    """Yield (JSON value, line number) of each conversation: values in a row, or the items of an array."""
+    """Yield (value, line number) of each conversation: JSON values in a row, items of an array, or rows of parquet."""
     with read_errors(path, "cannot be read"):
+        if path.suffix.lower() == ".parquet":
+            import pyarrow.parquet
+
+            return (yield from zip(pyarrow.parquet.read_table(path).to_pylist(), itertools.count(1)))
         text = "".join(line for _, line in read_lines(path))
     decoder, position, line = json.JSONDecoder(), 0, 1
     while (start := SEPARATORS.match(text, position).end()) < len(text):

@@ -149,13 +149,14 @@ EVAL_TASKS |= {task.__name__: _generated(task, size) for task, size in TEST_PROB
 
 def find_task(name):
     """The EvalTask `name`: a key of EVAL_TASKS, a class in tasks/, or "file.py:Class". Raises UserError if missing."""
+    definition = re.compile(rf"^class {re.escape(name)}\s*[(:]", re.MULTILINE)
+    files = [f for f in Path(__file__).parent.glob("*.py") if definition.search(f.read_text("utf-8", "replace"))]
+    places = " and ".join(sorted(f"{f}:{name}" for f in files))
+    require(len(files) < 2, f"{len(files)} tasks are named {name}; rename one, or give one of {places}")
     if name in EVAL_TASKS:
         return EVAL_TASKS[name]
     path, _, class_name = name.rpartition(":")
-    definition = re.compile(rf"^class {re.escape(name)}\b", re.MULTILINE)
-    if not path:
-        files = Path(__file__).parent.glob("*.py")
-        path = str(next((f for f in files if definition.search(f.read_text("utf-8", "replace"))), ""))
+    path = path or places.removesuffix(f":{name}")
     known = f"{', '.join(EVAL_TASKS)}, and your own: a class in tasks/, or file.py:Class; | separates several"
     require(path.endswith(".py") and class_name, f"no task {name!r}; there are {known}")
     with task_errors(name):  # anything the user's file raises
