@@ -619,7 +619,7 @@ def test_custom_json_reads_parquet_and_names_the_row(tmp_path):
     pq.write_table(pa.table({"messages": [extra, extra]}), path)
     assert list(CustomJSON(path)) == [{"messages": CONVERSATION}] * 2
     path.write_bytes(path.read_bytes()[:-9])
-    with raises_user_error("cannot read .*c.parquet"):
+    with raises_user_error("c.parquet cannot be read"):
         CustomJSON(path)
 
 
