@@ -70,8 +70,6 @@ def main(argv=None):
 
     tokenizer = get_tokenizer()
     texts = evaluation_texts(args.data_dir)
-    for name, text in texts.items():
-        assert tokenizer.decode(tokenizer.encode(text)) == text, name
     sections = [compression_table(texts, tokenizer)]
     for name, label in BASELINES.items():
         if baseline := load_cached(name):
