@@ -5,7 +5,6 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -159,12 +158,12 @@ def find_task(name):
         spec.loader.exec_module(module)
         task = getattr(module, class_name)
         require(isinstance(task, type) and issubclass(task, Task), f"{class_name} is no subclass of tasks.common.Task")
-    return EvalTask(partial(_make_own, name, task), "own", trainable=True)
 
+    def make(split="test", **_):
+        """An instance. The constructor gets `split` if it has that parameter, or requires another."""
+        parameters = inspect.signature(task).parameters
+        required = any(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters.values())
+        with task_errors(name):
+            return task(split=split) if "split" in parameters else task(split) if required else task()
 
-def _make_own(name, task, split="test", **_):
-    """An instance of the class `task`. Its constructor gets `split` if it has that parameter, or requires another."""
-    parameters = inspect.signature(task).parameters
-    required = any(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters.values())
-    with task_errors(name):
-        return task(split=split) if "split" in parameters else task(split) if required else task()
+    return EvalTask(make, "own", trainable=True)
