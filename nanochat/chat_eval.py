@@ -9,7 +9,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from nanochat.common import require, task_errors
+from nanochat.common import Compute, require, task_errors
 from nanochat.engine import MIN_TEMPERATURE, Request, visible_text
 from nanochat.tokenizer import check_conversation
 
@@ -65,14 +65,13 @@ def evaluate_task(task, engine, max_problems=None, batch_size=8, seed=42, progre
     Categorical problems are scored `batch_size` per forward pass. Generative ones are answered with the `settings` of
     generate_answers(). `progress(done, total)` counts this rank's problems.
     """
-    compute, name = engine.compute, type(task).__name__
-    rank, world_size = (compute.rank, compute.world_size) if compute else (0, 1)
+    compute, name = engine.compute or Compute(device=None, dtype=None), type(task).__name__
     with task_errors(name):
         total = len(task) if max_problems is None else min(max_problems, len(task))
         require(total > 0, f"no problems to score; it has {len(task)}, max_problems={max_problems}")
         kinds = ("categorical", "generative")
         require(task.eval_type in kinds, f"eval_type is {task.eval_type!r}, expected one of {', '.join(kinds)}")
-    problems = read_problems(task, range(rank, total, world_size))
+    problems = read_problems(task, range(compute.rank, total, compute.world_size))
     if task.eval_type == "categorical":
         for i, problem in problems.items():
             with task_errors(f"{name}, problem {i}"):
@@ -93,9 +92,7 @@ def evaluate_task(task, engine, max_problems=None, batch_size=8, seed=42, progre
         for (record, _), verdict in zip(answered, verdicts, strict=True):
             require(verdict in (0, 1), f"evaluate() returned {verdict!r}, expected True or False")
             record["verdicts"].append(bool(verdict))
-    if compute:
-        records = sum(compute.all_gather(records), [])
-    return Score(sorted(records, key=lambda record: record["index"]))
+    return Score(sorted(sum(compute.all_gather(records), []), key=lambda record: record["index"]))
 
 
 def read_problems(task, indices):

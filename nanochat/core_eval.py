@@ -68,9 +68,8 @@ def evaluate_core(model, tokenizer, compute, max_per_task=-1, tasks=None, progre
     scorer = GPTScorer(model, compute) if isinstance(model, GPT) else model
     pass_tokens, tasks, records = pass_tokens or PASS_TOKENS[compute.device.type], tasks or load_tasks(), {}
     for task in tasks:
-        own_records = _evaluate(task, scorer, tokenizer, compute, max_per_task, pass_tokens, progress)
-        by_rank = compute.all_gather(own_records)
-        records[task.label] = sorted(itertools.chain(*by_rank), key=lambda record: record["index"])
+        own = _evaluate(task, scorer, tokenizer, compute, max_per_task, pass_tokens, progress)
+        records[task.label] = sorted(sum(compute.all_gather(own), []), key=lambda record: record["index"])
     return CoreScore(records, {task.label: task.baseline for task in tasks})
 
 

@@ -133,7 +133,8 @@ class Lane:
 
     def next_row(self):
         """(inputs, targets), each (T,) int32."""
-        return self._packed_row() if self.packed else self._stream_row()
+        ids, targets = self._packed_row() if self.packed else self._stream_row()
+        return ids[:-1], targets[1:]
 
     def data(self):
         """(ids, targets) of the current block: two streams of tokens, or two arrays of packed rows (N, T + 1)."""
@@ -150,9 +151,8 @@ class Lane:
     def _packed_row(self):
         while self.used == len(self.data()[0]):
             self._next_block()
-        ids, targets = (rows[self.used] for rows in self.data())
         self.used += 1
-        return ids[:-1], targets[1:]
+        return [rows[self.used - 1] for rows in self.data()]
 
     def _stream_row(self):
         """Consecutive rows of the token stream: the last target of a row is the first input of the next."""
@@ -167,8 +167,7 @@ class Lane:
                 self._next_block()
             elif not missing:
                 self.used -= 1  # the row's last token is the first input of the next row
-        ids, targets = (np.concatenate(p) for p in zip(*parts, strict=True))
-        return ids[:-1], targets[1:]
+        return [np.concatenate(p) for p in zip(*parts, strict=True)]
 
 
 def _concat(docs):
@@ -198,6 +197,12 @@ def pack_best_fit(docs, targets, T):
     return np.array(rows, dtype=np.int32), np.array(row_targets, dtype=np.int32)
 
 
+def rank_rows(rows, compute):
+    """Range of this rank's rows of a global batch."""
+    n = rows // compute.world_size
+    return range(compute.rank * n, (compute.rank + 1) * n)
+
+
 def lane_batches(source, rows, T, device_batch_size, compute, packing="stream", states=None):
     """
     Yield Batches on the CPU forever: `rows` x T tokens per step, over all ranks.
@@ -206,16 +211,15 @@ def lane_batches(source, rows, T, device_batch_size, compute, packing="stream", 
     row with a document (pack_best_fit). `states` (lane -> [epoch, block, used] of all lanes) resumes a run exactly.
     Raises UserError for another number of lanes.
     """
-    own_rows = rows // compute.world_size
-    assert own_rows * compute.world_size == rows and own_rows % device_batch_size == 0
+    own = rank_rows(rows, compute)
+    assert len(own) * compute.world_size == rows and len(own) % device_batch_size == 0
     same = not states or len(states) == rows
     require(same, f"the checkpoint has {len(states or ())} data lanes, this run {rows} rows per step; keep them equal")
-    own_lanes = range(compute.rank * own_rows, (compute.rank + 1) * own_rows)
-    lanes = [Lane(source, i, rows, T, packing, states and states[str(i)]) for i in own_lanes]
+    lanes = [Lane(source, i, rows, T, packing, states and states[str(i)]) for i in own]
     while True:
         x, y = (torch.from_numpy(np.stack(half)) for half in zip(*(lane.next_row() for lane in lanes), strict=True))
         micro_batches = list(zip(x.split(device_batch_size), y.long().split(device_batch_size), strict=True))
-        progress = sum(lane.progress() for lane in lanes) / own_rows
+        progress = sum(lane.progress() for lane in lanes) / len(lanes)
         state = {str(lane.index): [lane.epoch, lane.block, lane.used] for lane in lanes}
         yield Batch(micro_batches, progress, state)
 
@@ -228,15 +232,13 @@ def conversation_batches(task, tokenizer, rows, T, device_batch_size, compute, s
     step by length and pads each micro-batch to its longest row. `states` is the `state` of the last Batch before the
     resume.
     """
-    own_rows = rows // compute.world_size
     pad = tokenizer.encode_special("<|assistant_end|>")
     used = states["examples"] if states else 0
     while True:
-        first = used + compute.rank * own_rows
-        own = (divmod(n, len(task)) for n in range(first, first + own_rows))
+        own = (divmod(used + row, len(task)) for row in rank_rows(rows, compute))
         examples = [task[_permutation(seed, epoch, len(task))[i]] for epoch, i in own]
         rendered = sorted((tokenizer.render_conversation(e, T + 1) for e in examples), key=lambda row: len(row[0]))
-        parts = (rendered[start : start + device_batch_size] for start in range(0, own_rows, device_batch_size))
+        parts = (rendered[start : start + device_batch_size] for start in range(0, len(rendered), device_batch_size))
         used += rows
         yield Batch([pad_rows(part, pad) for part in parts], used / len(task), {"examples": used})
 
@@ -291,7 +293,7 @@ def eval_batches(source, rows, T, steps, compute):
     The rows do not depend on the world size; each rank takes a contiguous range of them. A small source gives fewer
     steps, and if it is too small for one step, the rest of that step is padded, with targets -1.
     """
-    own_rows = rows // compute.world_size
+    own = rank_rows(rows, compute)
     streams, total = [], 0
     for block in source.blocks:
         streams.append([_concat(docs) for docs in source.read(block)])
@@ -304,5 +306,4 @@ def eval_batches(source, rows, T, steps, compute):
     missing = (0, max(0, n + 1 - total))  # before and after
     x = torch.from_numpy(np.pad(ids, missing, constant_values=ids[0])[:n].reshape(whole_steps, rows, T))
     y = torch.from_numpy(np.pad(targets, missing, constant_values=-1)[1 : n + 1].reshape(whole_steps, rows, T)).long()
-    own = slice(compute.rank * own_rows, (compute.rank + 1) * own_rows)
-    return list(zip(x[:, own], y[:, own], strict=True))
+    return list(zip(x[:, own.start : own.stop], y[:, own.start : own.stop], strict=True))

@@ -41,11 +41,9 @@ def make_sampler(model, tokenizer, compute):
     return Engine(copy.to(dtype=compute.dtype).eval().requires_grad_(False), tokenizer, compute)
 
 
-@torch.no_grad()
 def sync(sampler, model):
     """Copy the model's weights into the sampler's, in place, since its backend stores their addresses."""
-    for copy, p in zip(sampler.model.parameters(), model.parameters(), strict=True):
-        copy.copy_(p)
+    sampler.model.load_state_dict(model.state_dict())
 
 
 def roll_out(sampler, task, seeds, num_samples, max_new_tokens, max_rows):

@@ -55,7 +55,6 @@ def main(argv=None):
     if args.max_seq_len > base_context:  # rotary embeddings have no weights, so the model can learn longer contexts
         model.config = replace(model.config, sequence_len=args.max_seq_len)
         print0(f"the context grows from {base_context:,} to {args.max_seq_len:,} tokens, --max_seq_len")
-    base_batch_size = base_meta["user_config"].get("device_batch_size", args.device_batch_size)
     rows = rows_per_step(args, compute.world_size)
     train_task, val_task = training_tasks("mid", args.corpus, args.conversations, args.conversations_only)
     origins = made_from(base_meta, tokenizer, train_task)
@@ -63,8 +62,6 @@ def main(argv=None):
     if stage.finished:
         return
     model.grad_checkpoint = args.grad_checkpoint
-    if args.device_batch_size > base_batch_size:
-        print0(f"warning: --device_batch_size={args.device_batch_size}, in pretraining it was {base_batch_size}")
 
     # Optimizers; restores weights and optimizer state when resuming
     optimizers, compiled = stage.setup_optimizers(model), stage.compile(model)

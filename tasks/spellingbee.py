@@ -63,10 +63,9 @@ class SpellingBee(WordTask, FinalNumberTask):
         letter_quote, word_quote = (rng.choice(("", "'", '"')) for _ in range(2))
         slots = {"l": f"{letter_quote}{letter}{letter_quote}", "w": f"{word_quote}{word}{word_quote}"}
         question = template.format(**slots) + ("?" if rng.random() < 0.5 else "")
-        count, lines = 0, ["Let us spell the word {w} and count {l}.".format(**slots), f"{word}:{','.join(word)}"]
-        for i, c in enumerate(word, 1):
-            count += c == letter
-            lines.append(f"{i}:{c}" + (f" ({count})" if c == letter else ""))
+        lines = ["Let us spell the word {w} and count {l}.".format(**slots), f"{word}:{','.join(word)}"]
+        lines += [f"{i}:{c}" + (f" ({word[:i].count(c)})" if c == letter else "") for i, c in enumerate(word, 1)]
+        count = word.count(letter)
         call = f"<<'{word}'.count('{letter}')={count}>>"
         lines += [f"That makes {count}. To be sure: {call} The calculator says {count}.", f"#### {count}"]
         return user_and_assistant(question, split_calls("\n".join(lines)))

@@ -19,11 +19,10 @@ from dataclasses import dataclass
 
 from nanochat.common import UserError, base_dir, fetch, mirror_url, require, well_formed, write_errors
 
-FIELDS = {  # fields of an example by type of task; the first one is the question, the second one the answer
-    "multiple_choice": {"query": str, "choices": list, "gold": int},
-    "schema": {"context_options": list, "continuation": str, "gold": int},
-    "language_modeling": {"context": str, "continuation": str},
-}
+# Fields of an example by type of task; the first one is the question, the second one the answer.
+FIELDS = {"multiple_choice": {"query": str, "choices": list, "gold": int}}
+FIELDS |= {"schema": {"context_options": list, "continuation": str, "gold": int}}
+FIELDS |= {"language_modeling": {"context": str, "continuation": str}}
 OPTIONS = {"multiple_choice": "choices", "schema": "context_options"}  # the field with the options
 # Fields of a task in core.yaml: pattern of the value as text, and what it means.
 ENTRY = {"icl_task_type": ("|".join(FIELDS), f"one of {', '.join(FIELDS)}")}
