@@ -46,11 +46,6 @@ class Request:
         require("" not in self.stop, "a stop string is empty")
 
     @property
-    def sampling_key(self):
-        """Rows with equal keys are sampled in one call."""
-        return self.temperature, self.top_k, self.top_p, self.min_p
-
-    @property
     def has_penalties(self):
         return any((self.repetition_penalty != 1, self.frequency_penalty, self.presence_penalty, self.logit_bias))
 

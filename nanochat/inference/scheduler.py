@@ -161,10 +161,9 @@ class DecodeLoop:
         active = [i for i, row in enumerate(rows) if not row.finish]
         if len(active) == len(rows):
             return
-        if self.prefix_cache:
-            for i, row in enumerate(rows):
-                if row.finish:
-                    self.prefix_cache.add(row.request.tokens + row.tokens, self.cache, i)
+        for i, row in enumerate(rows):
+            if row.finish and self.prefix_cache:
+                self.prefix_cache.add(row.request.tokens + row.tokens, self.cache, i)
         # Fill each hole with a row from the end, so that few rows move.
         order = [i if not rows[i].finish else active.pop() for i in range(len(active))]
         self.cache.select(order)
@@ -214,10 +213,11 @@ class DecodeLoop:
         rows = self.rows
         tokens = [row.forced.popleft() if row.forced else None for row in rows]
         mask = [int(token is None) for token in tokens]
-        groups = defaultdict(list)
+        groups = defaultdict(list)  # settings -> rows that are sampled in one call
         for i, row in enumerate(rows):
             if mask[i]:
-                groups[row.request.sampling_key].append(i)
+                request = row.request
+                groups[request.temperature, request.top_k, request.top_p, request.min_p].append(i)
         for (temperature, top_k, top_p, min_p), members in groups.items():
             group_logits = logits if len(members) == len(rows) else logits[members]
             if any(rows[i].request.has_penalties for i in members):

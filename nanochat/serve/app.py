@@ -201,20 +201,6 @@ async def respond(request, completion):
     return CLIENT_GONE if answer is None else JSONResponse(answer)
 
 
-def load_page():
-    """(HTML, Content-Security-Policy). Only the page's own script and style may run, and only call this server."""
-    html = (HERE / "ui.html").read_text(encoding="utf-8")
-
-    def digest(tag):
-        (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
-        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-    return html, (
-        f"default-src 'none'; script-src {digest('script')}; style-src {digest('style')}; img-src 'self' data:; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-
-
 @contextlib.asynccontextmanager
 async def lifespan(app):
     """Start the workers before the app serves requests, and stop them at the end."""
@@ -298,7 +284,17 @@ def add_status(app, service):
 
 
 def add_page(app):
-    html, policy = load_page()
+    """Only the page's own script and style may run, and only call this server."""
+    html = (HERE / "ui.html").read_text(encoding="utf-8")
+
+    def digest(tag):
+        (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+    policy = (
+        f"default-src 'none'; script-src {digest('script')}; style-src {digest('style')}; img-src 'self' data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
     headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
     @app.get("/", include_in_schema=False)

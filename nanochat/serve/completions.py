@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import time
 import uuid
 from collections import defaultdict
@@ -215,11 +216,9 @@ def usage(generations):
 
 
 def merged(deltas):
-    """The deltas of one answer, with consecutive pieces of text joined and empty deltas left out."""
-    result = []
-    for delta in filter(None, deltas):
-        if result and result[-1].keys() == delta.keys() == {"content"}:
-            result[-1] = {"content": result[-1]["content"] + delta["content"]}
+    """Yield the deltas of one answer, with consecutive pieces of text joined and empty deltas left out."""
+    for is_text, run in itertools.groupby(filter(None, deltas), key=lambda delta: delta.keys() == {"content"}):
+        if is_text:
+            yield {"content": "".join(delta["content"] for delta in run)}
         else:
-            result.append(delta)
-    return result
+            yield from run
