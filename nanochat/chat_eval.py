@@ -9,7 +9,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from nanochat.common import Compute, require, task_errors
+from nanochat.common import Compute, print0, require, task_errors
 from nanochat.engine import MIN_TEMPERATURE, Request, visible_text
 from nanochat.tokenizer import check_conversation
 
@@ -72,6 +72,10 @@ def evaluate_task(task, engine, max_problems=None, batch_size=8, seed=42, progre
         kinds = ("categorical", "generative")
         require(task.eval_type in kinds, f"eval_type is {task.eval_type!r}, expected one of {', '.join(kinds)}")
     problems = read_problems(task, range(compute.rank, total, compute.world_size))
+    answer_tokens = 0 if task.eval_type == "categorical" else settings.get("max_new_tokens", 512)
+    limit, render = max_prompt_tokens(engine, answer_tokens), engine.tokenizer.render_for_completion
+    if n_cut := sum(len(render(problem)) > limit for problem in problems.values()):
+        print0(f"warning: {name}: {n_cut / len(problems):.1%} of the prompts have more than {limit} tokens and are cut")
     if task.eval_type == "categorical":
         for i, problem in problems.items():
             with task_errors(f"{name}, problem {i}"):
@@ -93,6 +97,12 @@ def evaluate_task(task, engine, max_problems=None, batch_size=8, seed=42, progre
             require(verdict in (0, 1), f"evaluate() returned {verdict!r}, expected True or False")
             record["verdicts"].append(bool(verdict))
     return Score(sorted(sum(compute.all_gather(records), []), key=lambda record: record["index"]))
+
+
+def max_prompt_tokens(engine, answer_tokens):
+    """Length to which prompts are cut: half of the context, or more if `answer_tokens` leave more."""
+    context = engine.model.config.sequence_len
+    return context - min(answer_tokens, context // 2)
 
 
 def read_problems(task, indices):
@@ -142,13 +152,12 @@ def generate_answers(engine, problems, seeds, num_samples=1, max_new_tokens=512,
     `problems` is {index: problem} and `seeds` {index: seed}. A row is the engine's Row; the text is its answer without
     calculator calls. At most `max_rows` rows are decoded at once; a sample does not depend on the others.
     """
-    tokenizer, context = engine.tokenizer, engine.model.config.sequence_len
+    tokenizer, limit = engine.tokenizer, max_prompt_tokens(engine, max_new_tokens)
     # Greedy samples are identical, so one is generated and copied.
     copies = num_samples if temperature < MIN_TEMPERATURE else 1
-    reserved = min(max_new_tokens, context // 2)  # for the answer; longer prompts are truncated
     indices, finished = {}, {i: [] for i in problems}
     for i, problem in problems.items():
-        prompt = tokenizer.render_for_completion(problem, max_tokens=context - reserved)
+        prompt = tokenizer.render_for_completion(problem, max_tokens=limit)
         indices[Request(prompt, max_new_tokens, temperature, top_k, seeds[i], num_samples // copies)] = i
     for row in engine.generate_many(indices, max_rows):
         rows = finished[indices[row.request]]

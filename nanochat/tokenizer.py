@@ -20,17 +20,9 @@ from pathlib import Path
 
 from nanochat.common import UserError, atomic_path, base_dir, load_extension, print0, require, set_aside
 
-SPECIAL_TOKENS = (
-    "<|bos|>",  # starts every document
-    "<|user_start|>",
-    "<|user_end|>",
-    "<|assistant_start|>",
-    "<|assistant_end|>",
-    "<|python_start|>",  # the assistant calls the calculator
-    "<|python_end|>",
-    "<|output_start|>",  # the calculator's result
-    "<|output_end|>",
-)
+# <|bos|> starts every document. python_* enclose the assistant's call of the calculator, output_* its result.
+SPECIAL_TOKENS = ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")
+SPECIAL_TOKENS += ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
 
 # GPT-4's pattern, except that digits are grouped by at most two instead of three.
 SPLIT_PATTERN = (

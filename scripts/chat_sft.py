@@ -7,6 +7,8 @@ Supervised fine-tuning (SFT) on conversations, one per row; only the assistant's
 Reads a mid (or base) checkpoint, the tokenizer and a task mixture. Writes chatsft_checkpoints/<tag of that model>/.
 """
 
+from itertools import islice
+
 from nanochat.cli import add_conversation_flags, add_run_flags, make_parser, parse_args, run_script
 from nanochat.common import compute_init, print0, require
 
@@ -83,7 +85,8 @@ def main(argv=None):
         stage.checkpoint(step, last, model, [] if last else optimizers, loader, log, state)
         if due(step, args.eval_every, last):
             val_batches = conversation_batches(val_task, tokenizer, per_pass, context, rank_rows, compute)
-            results["val_loss"] = evaluate_loss(model, val_batches, val_steps, compute)
+            pairs = [pair for batch in islice(val_batches, val_steps) for pair in batch.micro_batches]
+            results["val_loss"] = evaluate_loss(model, pairs, compute)
             log.evaluation(step, f"validation loss {results['val_loss']:.4f}", val_loss=results["val_loss"])
         if due(step, args.eval_metrics_every, last):
             engine, limit = Engine(model, tokenizer, compute), args.eval_metrics_max_problems

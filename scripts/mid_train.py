@@ -62,6 +62,9 @@ def main(argv=None):
     if stage.finished:
         return
     model.grad_checkpoint = args.grad_checkpoint
+    base_batch_size = base_meta["user_config"].get("device_batch_size", args.device_batch_size)
+    if args.device_batch_size > base_batch_size:
+        print0(f"warning: --device_batch_size={args.device_batch_size}, in pretraining it was {base_batch_size}")
 
     # Optimizers; restores weights and optimizer state when resuming
     optimizers, compiled = stage.setup_optimizers(model), stage.compile(model)

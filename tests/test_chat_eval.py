@@ -156,12 +156,14 @@ def test_greedy_samples_share_one_generated_answer(monkeypatch):
     assert max(map(len, steps)) == 2  # one row per problem
 
 
-def test_prompts_longer_than_the_context_are_cropped():
+def test_prompts_longer_than_the_context_are_cropped(capsys):
     engine = scripted_engine({}, sequence_len=32)
-    long = ListTask([("x" * 100, "")])
+    long = ListTask([("x" * 100, ""), ("x" * 12, "")])
     assert evaluate_task(long, engine, max_new_tokens=100).accuracy == 1
+    assert "ListTask: 50.0% of the prompts have more than 16 tokens and are cut" in capsys.readouterr().out
     engine.model.script = lambda s: [ord("X"), ord("A") if len(s) == 32 else ord("B")]
     assert evaluate_task(ListTask([("x" * 100, "A")], ["A", "B"]), engine).accuracy == 1
+    assert "100.0% of the prompts have more than 32 tokens" in capsys.readouterr().out
 
 
 def test_empty_task_raises_user_error():

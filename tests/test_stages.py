@@ -329,6 +329,17 @@ def test_flags_accept_dashes_and_underscores(base, run_main):
     assert (base / "base_checkpoints" / "d1" / "step_000001").is_dir()
 
 
+def test_second_run_of_the_same_model_is_refused(base, run_main):
+    lock = base / ".base_checkpoints.d1.lock"
+    program = f"import filelock; lock = filelock.FileLock({str(lock)!r}); lock.acquire(); print(flush=True); input()"
+    with subprocess.Popen(python_command("-c", program), stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        first.stdout.readline()
+        with raises_user_error("another process is training .*d1; wait, or choose another --model_tag"):
+            train(run_main, "--num_iterations=1")
+        first.communicate(b"\n")
+    train(run_main, "--num_iterations=1")
+
+
 def test_resume_with_other_settings_is_refused(base, run_main):
     train(run_main, "--num_iterations=2", "--save_every=1")
     with pytest.raises(UserError, match=r"n_layer=2 \(saved: 1\)"):
