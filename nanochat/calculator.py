@@ -1,29 +1,25 @@
 """
-The calculator tool: evaluates arithmetic and str.count with a parser of its own, never with Python's eval.
+The calculator tool: evaluates arithmetic, from its syntax tree and never with eval, and str.count.
 
 Arithmetic uses exact fractions, so 0.1+0.2 is 0.3 and 0.2*50 is 10, as in the training data. There are no powers and
 no operations that build strings, so a result is never longer than its expression, and the limit on the length of
 expressions also limits time and memory.
 """
 
+import ast
 import re
 from decimal import Context, Decimal
 from fractions import Fraction
-from operator import add, mul, sub, truediv
+from operator import add, mul, neg, pos, sub, truediv
 
 MAX_CHARS = 256  # maximum length of an expression and of a result
-MAX_DEPTH = 32  # maximum depth of nested parentheses
 SIGNIFICANT_DIGITS = 15  # of a result that is not an integer
 
 # Commas belong to a number only if they group all its digits by three: 1,234 but not 1,23 or 1234,567.
 _TOKEN = re.compile(r"[ \t]+|((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+|[-+*/()])")
 _STRING = r"""("[^"\\\n]*"|'[^'\\\n]*')"""
 _COUNT = re.compile(rf"\s*{_STRING}\s*\.\s*count\s*\(\s*{_STRING}\s*\)\s*")
-_OPERATORS = {"+": add, "-": sub, "*": mul, "/": truediv}
-
-
-class _SyntaxError(ValueError):
-    """The tokens do not form a valid expression."""
+_OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.UAdd: pos, ast.USub: neg}
 
 
 def calculate(expr):
@@ -41,42 +37,26 @@ def calculate(expr):
     if _TOKEN.sub("", expr):  # text outside tokens
         return None
     tokens = [token for token in _TOKEN.findall(expr) if token]  # white space gives ""
-    tokens.reverse()  # so that pop() takes the next token
+    # Python's parser sees a number as its index in `tokens`, because its own numbers look different: no 007, no 1,234.
+    # The spaces keep it from finding operators of two characters.
+    source = " ".join(token if token in "+-*/()" else str(i) for i, token in enumerate(tokens))
     try:
-        result = _format(_sum(tokens, 0))
-    except (_SyntaxError, ZeroDivisionError):
+        result = _format(_evaluate(ast.parse(source, mode="eval").body, tokens))
+    except (SyntaxError, ZeroDivisionError):
         return None
-    return result if not tokens and len(result) <= MAX_CHARS else None
+    return result if len(result) <= MAX_CHARS else None
 
 
-def _sum(tokens, depth):
-    value = _product(tokens, depth)
-    while tokens and tokens[-1] in "+-":
-        value = _OPERATORS[tokens.pop()](value, _product(tokens, depth))
-    return value
-
-
-def _product(tokens, depth):
-    value = _factor(tokens, depth)
-    while tokens and tokens[-1] in "*/":
-        value = _OPERATORS[tokens.pop()](value, _factor(tokens, depth))
-    return value
-
-
-def _factor(tokens, depth):
-    """Parse a number or a parenthesized sum, after any number of signs."""
-    sign = 1
-    while tokens and tokens[-1] in "+-":
-        sign = -sign if tokens.pop() == "-" else sign
-    token = tokens.pop() if tokens else ""
-    if token == "(" and depth < MAX_DEPTH:
-        value = _sum(tokens, depth + 1)
-        if not tokens or tokens.pop() != ")":
-            raise _SyntaxError("unclosed parenthesis")
-        return sign * value
-    if not token or token in "()*/":
-        raise _SyntaxError(token)
-    return sign * Fraction(token.replace(",", "").rstrip("."))
+def _evaluate(node, tokens):
+    """The value of a syntax tree as a Fraction."""
+    match node:
+        case ast.Constant(index):
+            return Fraction(tokens[index].replace(",", "").rstrip("."))
+        case ast.UnaryOp(operator, operand):
+            return _OPERATORS[type(operator)](_evaluate(operand, tokens))
+        case ast.BinOp(left, operator, right):
+            return _OPERATORS[type(operator)](_evaluate(left, tokens), _evaluate(right, tokens))
+    raise SyntaxError("neither a number nor an operation: a call like 2(3), or ()")
 
 
 def _format(value):

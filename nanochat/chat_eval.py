@@ -9,7 +9,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from nanochat.common import require, task_errors
+from nanochat.common import Compute, print0, require, task_errors
 from nanochat.engine import MIN_TEMPERATURE, Request, visible_text
 from nanochat.tokenizer import check_conversation
 
@@ -58,50 +58,36 @@ def chat_core(accuracies, baselines):
     return sum(centered) / len(centered)
 
 
-def evaluate_task(
-    task,
-    engine,
-    max_problems=None,
-    num_samples=1,
-    max_new_tokens=512,
-    temperature=0.0,
-    top_k=50,
-    batch_size=8,
-    max_rows=64,
-    seed=42,
-    progress=None,
-):
+def evaluate_task(task, engine, max_problems=None, batch_size=8, seed=42, progress=lambda *_: None, **settings):
     """
     Score of `engine`'s model on `task`. All ranks call it and get the same result.
 
-    Categorical problems are scored `batch_size` per forward pass. Generative ones get `num_samples` answers each, at
-    most `max_rows` decoded at once. `progress(done, total)` counts this rank's problems.
+    Categorical problems are scored `batch_size` per forward pass. Generative ones are answered with the `settings` of
+    generate_answers(). `progress(done, total)` counts this rank's problems.
     """
-    compute, name = engine.compute, type(task).__name__
-    rank, world_size = (compute.rank, compute.world_size) if compute else (0, 1)
+    compute, name = engine.compute or Compute(device=None, dtype=None), type(task).__name__
     with task_errors(name):
         total = len(task) if max_problems is None else min(max_problems, len(task))
         require(total > 0, f"no problems to score; it has {len(task)}, max_problems={max_problems}")
         kinds = ("categorical", "generative")
         require(task.eval_type in kinds, f"eval_type is {task.eval_type!r}, expected one of {', '.join(kinds)}")
-    problems = read_problems(task, range(rank, total, world_size))
+    problems = read_problems(task, range(compute.rank, total, compute.world_size))
+    answer_tokens = 0 if task.eval_type == "categorical" else settings.get("max_new_tokens", 512)
+    limit, render = max_prompt_tokens(engine, answer_tokens), engine.tokenizer.render_for_completion
+    if n_cut := sum(len(render(problem)) > limit for problem in problems.values()):
+        print0(f"warning: {name}: {n_cut / len(problems):.1%} of the prompts have more than {limit} tokens and are cut")
     if task.eval_type == "categorical":
         for i, problem in problems.items():
             with task_errors(f"{name}, problem {i}"):
                 check_letters(problem, engine.tokenizer)
         results = choose_letters(engine, problems, batch_size)
     else:
-        # Greedy samples are identical, so one is generated and copied.
-        copies = num_samples if temperature < MIN_TEMPERATURE else 1
-        sampling = (max_new_tokens, num_samples // copies, temperature, top_k)
-        samples = generate_answers(engine, problems, {i: seed + i for i in problems}, max_rows, *sampling)
-        results = ((i, [text for _, text in answers] * copies) for i, answers in samples)
+        samples = generate_answers(engine, problems, {i: seed + i for i in problems}, **settings)
+        results = ((i, [text for _, text in answers]) for i, answers in samples)
     records = []
     for index, answers in results:
-        messages = problems[index]["messages"]
-        records.append({"index": index, "messages": messages, "answers": answers, "verdicts": []})
-        if progress:
-            progress(len(records), len(problems))
+        records.append({"index": index, "messages": problems[index]["messages"], "answers": answers, "verdicts": []})
+        progress(len(records), len(problems))
     answered = [(record, answer) for record in records for answer in record["answers"]]
     with task_errors(name):
         verdicts = list(task.evaluate_many([(problems[r["index"]], answer) for r, answer in answered]))
@@ -110,9 +96,13 @@ def evaluate_task(
         for (record, _), verdict in zip(answered, verdicts, strict=True):
             require(verdict in (0, 1), f"evaluate() returned {verdict!r}, expected True or False")
             record["verdicts"].append(bool(verdict))
-    if compute:
-        records = sum(compute.all_gather(records), [])
-    return Score(sorted(records, key=lambda record: record["index"]))
+    return Score(sorted(sum(compute.all_gather(records), []), key=lambda record: record["index"]))
+
+
+def max_prompt_tokens(engine, answer_tokens):
+    """Length to which prompts are cut: half of the context, or more if `answer_tokens` leave more."""
+    context = engine.model.config.sequence_len
+    return context - min(answer_tokens, context // 2)
 
 
 def read_problems(task, indices):
@@ -155,21 +145,22 @@ def choose_letters(engine, problems, batch_size):
             yield i, [problems[i]["letters"][best]]
 
 
-def generate_answers(engine, problems, seeds, max_rows, max_new_tokens, num_samples=1, temperature=1.0, top_k=None):
+def generate_answers(engine, problems, seeds, num_samples=1, max_new_tokens=512, temperature=0, top_k=50, max_rows=64):
     """
     Yield (index, [(row, text) of each sample]) for each problem, when its last sample is finished.
 
     `problems` is {index: problem} and `seeds` {index: seed}. A row is the engine's Row; the text is its answer without
     calculator calls. At most `max_rows` rows are decoded at once; a sample does not depend on the others.
     """
-    tokenizer, context = engine.tokenizer, engine.model.config.sequence_len
-    reserved = min(max_new_tokens, context // 2)  # for the answer; longer prompts are truncated
+    tokenizer, limit = engine.tokenizer, max_prompt_tokens(engine, max_new_tokens)
+    # Greedy samples are identical, so one is generated and copied.
+    copies = num_samples if temperature < MIN_TEMPERATURE else 1
     indices, finished = {}, {i: [] for i in problems}
     for i, problem in problems.items():
-        prompt = tokenizer.render_for_completion(problem, max_tokens=context - reserved)
-        indices[Request(prompt, max_new_tokens, temperature, top_k, seeds[i], num_samples)] = i
+        prompt = tokenizer.render_for_completion(problem, max_tokens=limit)
+        indices[Request(prompt, max_new_tokens, temperature, top_k, seeds[i], num_samples // copies)] = i
     for row in engine.generate_many(indices, max_rows):
         rows = finished[indices[row.request]]
         rows.append((row, visible_text(tokenizer, row.completion)))
-        if len(rows) == num_samples:
-            yield indices[row.request], sorted(rows, key=lambda pair: pair[0].sample)
+        if len(rows) == row.request.num_samples:
+            yield indices[row.request], sorted(rows, key=lambda pair: pair[0].sample) * copies

@@ -33,7 +33,7 @@ def checkpoint_dir(source, model_tag):
     return base_dir() / FOLDERS[source] / model_tag
 
 
-def _step_dirs(folder):
+def step_dirs(folder):
     """{step: path} of the complete checkpoints in `folder`."""
     if not folder.is_dir():
         return {}
@@ -41,8 +41,20 @@ def _step_dirs(folder):
     return {int(m[1]): p for p, m in names.items() if m and p.is_dir()}
 
 
-def has_checkpoints(folder):
-    return bool(_step_dirs(folder))
+def lock(folder):
+    """The acquired lock of a model's folder. Raises UserError if another process trains this model."""
+    import filelock
+
+    path = base_dir() / f".{folder.parent.name}.{folder.name}.lock"
+    with common.write_errors(path):
+        lock = filelock.FileLock(path, timeout=0, is_singleton=True)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise UserError(f"another process is training {folder}; wait, or choose another --model_tag") from None
+        except NotImplementedError:  # a file system without locks
+            pass
+    return lock
 
 
 def _sync(path):
@@ -103,7 +115,7 @@ def _complete(draft, final, step, model, meta, compute, keep):
     shutil.rmtree(final, ignore_errors=True)
     os.replace(draft, final)
     _sync(final.parent)
-    for old in sorted(_step_dirs(final.parent))[:-keep] if keep > 0 else ():
+    for old in sorted(step_dirs(final.parent))[:-keep] if keep > 0 else ():
         shutil.rmtree(final.parent / f"step_{old:06d}")
 
 
@@ -138,7 +150,7 @@ def find_checkpoint(folder, step=None):
     Prints a warning if newer checkpoints are damaged. Raises UserError if there is no checkpoint, or if the one of
     `step` is missing or damaged.
     """
-    steps = _step_dirs(folder)
+    steps = step_dirs(folder)
     if step is not None:
         available = ", ".join(map(str, sorted(steps))) or "none"
         require(step in steps, f"no checkpoint of step {step} in {folder} (available: {available})")
@@ -153,7 +165,7 @@ def find_checkpoint(folder, step=None):
         if problems:
             print0(f"warning: {'; '.join(problems)}; using step {s} instead", file=sys.stderr)
         return steps[s], meta
-    require(not problems, f"no intact checkpoint in {folder}: {'; '.join(problems)}")
+    require(not problems, f"no intact checkpoint in {folder}: {'; '.join(problems)}; copy or train it again")
     models = [path.name for path in _model_folders(folder.parent)]
     hint = f"; there are checkpoints of {', '.join(models)}" if models else ""
     raise UserError(f"no checkpoint in {folder}{hint}")
@@ -161,7 +173,7 @@ def find_checkpoint(folder, step=None):
 
 def _model_folders(root):
     """Folders of a stage's models that have checkpoints, sorted by name; without those that were set aside."""
-    folders = [path for path in root.iterdir() if _step_dirs(path)] if root.is_dir() else []
+    folders = [path for path in root.iterdir() if step_dirs(path)] if root.is_dir() else []
     return sorted(path for path in folders if not re.search(r"\.old\d+$", path.name))
 
 

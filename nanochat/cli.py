@@ -84,8 +84,9 @@ def add_run_flags(parser, device_batch_size, save_every=-1):
 
 
 def add_conversation_flags(parser):
-    """Flags of the user's own conversations; see training_tasks() in tasks/mixtures.py."""
-    add = parser.add_argument
+    """Flags of the task mixture and the user's own conversations; see training_tasks() in tasks/mixtures.py."""
+    add, corpora = parser.add_argument, ("", "public", "pocket")
+    add("--corpus", "--data", default="", choices=corpora, help="task mixture; empty = the checkpoint's corpus")
     own = "your conversations, see tasks/customjson.py; :3 = three times per epoch; may be repeated"
     add("--conversations", action="append", metavar="FILE[:WEIGHT]", help=own)
     add("--conversations_only", **FLAG, help="train on --conversations alone, without the mixture")

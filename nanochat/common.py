@@ -43,7 +43,7 @@ def task_errors(name):
     """Context manager that raises any error of a task as a UserError with the task's name."""
     try:
         yield
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         kind = "" if isinstance(e, UserError) else f"{type(e).__name__}: "
         raise UserError(f"task {name}: {kind}{' '.join(str(e).split())}") from e
 

@@ -55,7 +55,7 @@ class CoreScore:
         return sum(self.centered.values()) / len(self.centered)
 
 
-def evaluate_core(model, tokenizer, compute, max_per_task=-1, tasks=None, progress=None, pass_tokens=None):
+def evaluate_core(model, tokenizer, compute, max_per_task=-1, tasks=None, progress=lambda *_: None, pass_tokens=None):
     """
     CoreScore of `model`, a GPT or a dclm.hf_models.HFScorer. All ranks call it and get the same result.
 
@@ -68,9 +68,8 @@ def evaluate_core(model, tokenizer, compute, max_per_task=-1, tasks=None, progre
     scorer = GPTScorer(model, compute) if isinstance(model, GPT) else model
     pass_tokens, tasks, records = pass_tokens or PASS_TOKENS[compute.device.type], tasks or load_tasks(), {}
     for task in tasks:
-        own_records = _evaluate(task, scorer, tokenizer, compute, max_per_task, pass_tokens, progress)
-        by_rank = compute.all_gather(own_records)
-        records[task.label] = sorted(itertools.chain(*by_rank), key=lambda record: record["index"])
+        own = _evaluate(task, scorer, tokenizer, compute, max_per_task, pass_tokens, progress)
+        records[task.label] = sorted(sum(compute.all_gather(own), []), key=lambda record: record["index"])
     return CoreScore(records, {task.label: task.baseline for task in tasks})
 
 
@@ -82,8 +81,7 @@ def _evaluate(task, scorer, tokenizer, compute, max_examples, pass_tokens, progr
     own = sorted(range(compute.rank, len(examples), compute.world_size), key=lambda i: task.question(examples[i]))
 
     def show_progress(start, size, share):
-        if progress:
-            progress(task.label, start + int(share * size), len(own))
+        progress(task.label, start + int(share * size), len(own))
 
     for start in range(0, len(own), WINDOW):
         prompts = {i: task.prompts(examples, i) for i in own[start : start + WINDOW]}
@@ -105,14 +103,12 @@ def _evaluate(task, scorer, tokenizer, compute, max_examples, pass_tokens, progr
 
 def scored_rows(kind, prompts):
     """[(tokens, start)] for an example's tokenized prompts; the tokens from `start` to the end are scored."""
-    if kind == "language_modeling":
-        without_continuation, row = prompts
-        return [(row, common_prefix_length(without_continuation, row))]
     if kind == "schema":
         suffix = min(common_prefix_length(prompts[0][::-1], row[::-1]) for row in prompts)
         return [(row, max(1, len(row) - suffix)) for row in prompts]  # the first token is never predicted
     prefix = min(common_prefix_length(prompts[0], row) for row in prompts)
-    return [(row, prefix) for row in prompts]
+    # The first prompt of a language_modeling example lacks the continuation.
+    return [(row, prefix) for row in (prompts[1:] if kind == "language_modeling" else prompts)]
 
 
 def crop(tokens, start, max_tokens):
@@ -140,7 +136,7 @@ def _judge_continuation(tokens, start, result, tokenizer):
 # Scoring rows of tokens
 
 
-def score(scorer, rows, pass_tokens, progress=None):
+def score(scorer, rows, pass_tokens, progress=lambda share: None):
     """
     {key: (mean loss in nats, greedy predictions)} of the scored tokens of `rows`, {key: (tokens, start)}.
 
@@ -165,8 +161,7 @@ def score(scorer, rows, pass_tokens, progress=None):
             targets = {key: (i, *rows[key]) for i, (_, ids, _) in enumerate(part) for key in keys_by_input[ids]}
             results |= _score_part(scorer, cache, part, targets)
             done += len(part)
-            if progress:
-                progress(done / len(keys_by_input))
+            progress(done / len(keys_by_input))
     return {key: results.get(key, (math.nan, [])) for key in rows}
 
 

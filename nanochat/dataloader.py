@@ -8,7 +8,7 @@ owns a contiguous range of lanes. Reading and tokenizing run ahead of training o
 """
 
 import bisect
-import collections
+import collections.abc
 import functools
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from nanochat.common import print0, require
 from nanochat.dataset import read_row_group
@@ -132,7 +133,8 @@ class Lane:
 
     def next_row(self):
         """(inputs, targets), each (T,) int32."""
-        return self._packed_row() if self.packed else self._stream_row()
+        ids, targets = self._packed_row() if self.packed else self._stream_row()
+        return ids[:-1], targets[1:]
 
     def data(self):
         """(ids, targets) of the current block: two streams of tokens, or two arrays of packed rows (N, T + 1)."""
@@ -149,9 +151,8 @@ class Lane:
     def _packed_row(self):
         while self.used == len(self.data()[0]):
             self._next_block()
-        ids, targets = (rows[self.used] for rows in self.data())
         self.used += 1
-        return ids[:-1], targets[1:]
+        return [rows[self.used - 1] for rows in self.data()]
 
     def _stream_row(self):
         """Consecutive rows of the token stream: the last target of a row is the first input of the next."""
@@ -166,8 +167,7 @@ class Lane:
                 self._next_block()
             elif not missing:
                 self.used -= 1  # the row's last token is the first input of the next row
-        ids, targets = (np.concatenate(p) for p in zip(*parts, strict=True))
-        return ids[:-1], targets[1:]
+        return [np.concatenate(p) for p in zip(*parts, strict=True)]
 
 
 def _concat(docs):
@@ -197,6 +197,12 @@ def pack_best_fit(docs, targets, T):
     return np.array(rows, dtype=np.int32), np.array(row_targets, dtype=np.int32)
 
 
+def rank_rows(rows, compute):
+    """Range of this rank's rows of a global batch."""
+    n = rows // compute.world_size
+    return range(compute.rank * n, (compute.rank + 1) * n)
+
+
 def lane_batches(source, rows, T, device_batch_size, compute, packing="stream", states=None):
     """
     Yield Batches on the CPU forever: `rows` x T tokens per step, over all ranks.
@@ -205,16 +211,15 @@ def lane_batches(source, rows, T, device_batch_size, compute, packing="stream", 
     row with a document (pack_best_fit). `states` (lane -> [epoch, block, used] of all lanes) resumes a run exactly.
     Raises UserError for another number of lanes.
     """
-    own_rows = rows // compute.world_size
-    assert own_rows * compute.world_size == rows and own_rows % device_batch_size == 0
+    own = rank_rows(rows, compute)
+    assert len(own) * compute.world_size == rows and len(own) % device_batch_size == 0
     same = not states or len(states) == rows
     require(same, f"the checkpoint has {len(states or ())} data lanes, this run {rows} rows per step; keep them equal")
-    own_lanes = range(compute.rank * own_rows, (compute.rank + 1) * own_rows)
-    lanes = [Lane(source, i, rows, T, packing, states and states[str(i)]) for i in own_lanes]
+    lanes = [Lane(source, i, rows, T, packing, states and states[str(i)]) for i in own]
     while True:
         x, y = (torch.from_numpy(np.stack(half)) for half in zip(*(lane.next_row() for lane in lanes), strict=True))
         micro_batches = list(zip(x.split(device_batch_size), y.long().split(device_batch_size), strict=True))
-        progress = sum(lane.progress() for lane in lanes) / own_rows
+        progress = sum(lane.progress() for lane in lanes) / len(lanes)
         state = {str(lane.index): [lane.epoch, lane.block, lane.used] for lane in lanes}
         yield Batch(micro_batches, progress, state)
 
@@ -227,23 +232,27 @@ def conversation_batches(task, tokenizer, rows, T, device_batch_size, compute, s
     step by length and pads each micro-batch to its longest row. `states` is the `state` of the last Batch before the
     resume.
     """
-    own_rows = rows // compute.world_size
     pad = tokenizer.encode_special("<|assistant_end|>")
-    pad_rows = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     used = states["examples"] if states else 0
     while True:
-        first = used + compute.rank * own_rows
-        own = (divmod(n, len(task)) for n in range(first, first + own_rows))
+        own = (divmod(used + row, len(task)) for row in rank_rows(rows, compute))
         examples = [task[_permutation(seed, epoch, len(task))[i]] for epoch, i in own]
         rendered = sorted((tokenizer.render_conversation(e, T + 1) for e in examples), key=lambda row: len(row[0]))
-        micro_batches = []
-        for start in range(0, own_rows, device_batch_size):
-            pairs = [torch.tensor(row) for row in rendered[start : start + device_batch_size]]  # each (2, length)
-            x = pad_rows([ids for ids, _ in pairs], padding_value=pad).int()
-            y = pad_rows([ids.where(mask > 0, -1) for ids, mask in pairs], padding_value=-1)
-            micro_batches.append((x[:, :-1].contiguous(), y[:, 1:].contiguous()))
+        parts = (rendered[start : start + device_batch_size] for start in range(0, len(rendered), device_batch_size))
         used += rows
-        yield Batch(micro_batches, used / len(task), {"examples": used})
+        yield Batch([pad_rows(part, pad) for part in parts], used / len(task), {"examples": used})
+
+
+def pad_rows(rows, pad=0):
+    """
+    (inputs int32, targets int64), each (rows, T), of `rows`: a list of (ids, mask), where mask 1 = trained on.
+
+    Shorter rows are padded to the longest with inputs of `pad` and targets of -1.
+    """
+    pairs = [torch.tensor(row) for row in rows]  # each (2, length)
+    x = pad_sequence([ids[:-1] for ids, _ in pairs], batch_first=True, padding_value=pad)
+    y = pad_sequence([ids.where(mask > 0, -1)[1:] for ids, mask in pairs], batch_first=True, padding_value=-1)
+    return x.int(), y
 
 
 @functools.lru_cache(maxsize=2)
@@ -251,7 +260,7 @@ def _permutation(seed, epoch, n):
     return np.random.default_rng((seed, epoch)).permutation(n).tolist()
 
 
-class Prefetch:
+class Prefetch(collections.abc.Iterator):
     """Iterator over `batches`, moved to `device`; a background thread computes `ahead` batches in advance."""
 
     def __init__(self, batches, device, ahead=2):
@@ -264,9 +273,6 @@ class Prefetch:
         if self.device.type == "cuda":
             batch.micro_batches = [(x.pin_memory(), y.pin_memory()) for x, y in batch.micro_batches]
         return batch
-
-    def __iter__(self):
-        return self
 
     def __next__(self):
         batch = self.ready.popleft().result()  # raises the thread's errors
@@ -287,20 +293,17 @@ def eval_batches(source, rows, T, steps, compute):
     The rows do not depend on the world size; each rank takes a contiguous range of them. A small source gives fewer
     steps, and if it is too small for one step, the rest of that step is padded, with targets -1.
     """
-    own_rows = rows // compute.world_size
-    ids, targets, total = [], [], 0
+    own = rank_rows(rows, compute)
+    streams, total = [], 0
     for block in source.blocks:
-        block_ids, block_targets = source.read(block)
-        ids += block_ids
-        targets += block_targets
-        total += sum(map(len, block_ids))
+        streams.append([_concat(docs) for docs in source.read(block)])
+        total += len(streams[-1][0])
         if total > steps * rows * T:
             break
+    ids, targets = (np.concatenate(parts) for parts in zip(*streams, strict=True))
     whole_steps = max(1, min(steps, (total - 1) // (rows * T)))
     n = whole_steps * rows * T
-    if missing := max(0, n + 1 - total):
-        ids, targets = [*ids, [ids[0][0]] * missing], [*targets, [-1] * missing]
-    x = torch.from_numpy(_concat(ids)[:n].reshape(whole_steps, rows, T))
-    y = torch.from_numpy(_concat(targets)[1 : n + 1].reshape(whole_steps, rows, T)).long()
-    own = slice(compute.rank * own_rows, (compute.rank + 1) * own_rows)
-    return list(zip(x[:, own], y[:, own], strict=True))
+    missing = (0, max(0, n + 1 - total))  # before and after
+    x = torch.from_numpy(np.pad(ids, missing, constant_values=ids[0])[:n].reshape(whole_steps, rows, T))
+    y = torch.from_numpy(np.pad(targets, missing, constant_values=-1)[1 : n + 1].reshape(whole_steps, rows, T)).long()
+    return list(zip(x[:, own.start : own.stop], y[:, own.start : own.stop], strict=True))

@@ -291,6 +291,9 @@ def build_parser():
 
 def main(argv=None):
     args = cli.parse_args(build_parser(), argv)
+    for flag, mode in {"chars": "pocket", "val_share": "from_files", "text_column": "from_files"}.items():
+        is_default = getattr(args, flag) == build_parser().get_default(flag)
+        require(is_default or getattr(args, mode), f"--{flag} needs --{mode}")
     folder = data_folder(args.data_dir)
     if args.verify:
         return print0(f"all {verify(folder)} shards in {folder} match the manifest")

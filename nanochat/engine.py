@@ -55,11 +55,8 @@ class Engine:
         rows = loop.submit(Request(tokens, max_tokens, temperature, top_k, seed, num_samples))
         while loop.busy:
             loop.step()
-            pairs = [
-                (row.tokens[step], row.mask[step]) if step < len(row.tokens) else (self.assistant_end, 0)
-                for row in rows
-            ]
-            yield [token for token, _ in pairs], [mask for _, mask in pairs]
+            tokens = [row.tokens[step] if step < len(row.tokens) else self.assistant_end for row in rows]
+            yield tokens, [row.mask[step] if step < len(row.mask) else 0 for row in rows]
             step += 1
 
     def generate_batch(self, tokens, num_samples=1, **settings):

@@ -36,10 +36,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.common import UserError, dist_env
+from nanochat.common import UserError, dist_env, require
 
 JAIL = Path(__file__).parent / "sandbox" / "jail.py"
-LEVELS = ("basic", "strict")
 MAX_OUTPUT = 1 << 20  # bytes per stream; a program that writes more is stopped
 KEPT_OUTPUT = 1 << 16  # bytes of each stream that are returned
 # A test program for each layer; it runs to its end only if the layer works.
@@ -79,14 +78,12 @@ def sandbox_level():
 
 def check_level(level="strict"):
     """Raises UserError if the sandbox of this machine is below `level`."""
-    assert level in LEVELS, level
-    if os.name != "posix":
-        raise UserError("untrusted programs run on Linux and macOS only; leave the task out")
-    if LEVELS.index(sandbox_level()) < LEVELS.index(level):
-        raise UserError(
-            f"this machine's sandbox has only {', '.join(layers())}; level {level} needs seccomp with namespaces or "
-            "landlock (Linux); leave the task out, or run untrusted programs without isolation: --unsafe_exec"
-        )
+    require(os.name == "posix", "untrusted programs run on Linux and macOS only; leave the task out")
+    require(
+        sandbox_level() in ("strict", level),
+        f"this machine's sandbox has only {', '.join(layers())}; level {level} needs seccomp with namespaces or "
+        "landlock (Linux); leave the task out, or run untrusted programs without isolation: --unsafe_exec",
+    )
 
 
 def execute_code(code, timeout=5.0, maximum_memory_bytes=256 * 1024 * 1024, level="strict"):
@@ -103,7 +100,6 @@ def execute_code(code, timeout=5.0, maximum_memory_bytes=256 * 1024 * 1024, leve
 
 def execute_many(programs, workers=None, **options):
     """ExecutionResults of `programs`, in order; `workers` run at a time (default: this rank's share of the cores)."""
-    check_level(options.get("level", "strict"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with ThreadPoolExecutor(workers or max(1, cores // dist_env()[2])) as pool:
         try:

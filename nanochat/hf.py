@@ -16,16 +16,9 @@ from nanochat.common import UserError, base_dir, compute_init, require
 
 HERE = Path(__file__).parent
 # Parts of parameter names, ours -> transformers'.
-NAMES = {
-    "transformer.wte": "model.embed_tokens",
-    "transformer.h": "model.layers",
-    "attn.c_q": "self_attn.q_proj",
-    "attn.c_k": "self_attn.k_proj",
-    "attn.c_v": "self_attn.v_proj",
-    "attn.c_proj": "self_attn.o_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
+NAMES = {"transformer.wte": "model.embed_tokens", "transformer.h": "model.layers"}
+NAMES |= {"attn.c_q": "self_attn.q_proj", "attn.c_k": "self_attn.k_proj", "attn.c_v": "self_attn.v_proj"}
+NAMES |= {"attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
 # The chat template writes this noncharacter into each "<|" of a message, so that the name of a special token stays
 # text. The tokenizer removes it again.
 ESCAPE = "\ufdd0"
@@ -73,17 +66,12 @@ def export(model, tokenizer, folder):
     special = sorted(tokenizer.get_special_tokens(), key=tokenizer.encode_special)
     converted = TikTokenConverter(ranks, pattern=tokenizer.pattern, extra_special_tokens=special).converted()
     converted.normalizer = Replace(ESCAPE, "")
-    PreTrainedTokenizerFast(
-        tokenizer_object=converted,
-        chat_template=(HERE / "chat_template.jinja").read_text(encoding="utf-8"),
-        bos_token="<|bos|>",
-        eos_token="<|assistant_end|>",
-        pad_token="<|bos|>",
-        add_bos_token=True,
-        padding_side="left",  # a generated text continues the right end
-        model_max_length=config.sequence_len,
-        clean_up_tokenization_spaces=False,
-    ).save_pretrained(folder)
+    names = dict(bos_token="<|bos|>", eos_token="<|assistant_end|>", pad_token="<|bos|>", add_bos_token=True)
+    # Padding is on the left, because a generated text continues the right end.
+    settings = dict(padding_side="left", model_max_length=config.sequence_len, clean_up_tokenization_spaces=False)
+    template = (HERE / "chat_template.jinja").read_text(encoding="utf-8")
+    hf_tokenizer = PreTrainedTokenizerFast(tokenizer_object=converted, chat_template=template, **names, **settings)
+    hf_tokenizer.save_pretrained(folder)
     card = (HERE / "model_card.md").read_text(encoding="utf-8")
     sizes = dict(context=config.sequence_len, vocabulary=config.vocab_size, parameters=hf.num_parameters())
     (folder / "README.md").write_text(card.format(**sizes), encoding="utf-8")

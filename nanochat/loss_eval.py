@@ -2,68 +2,47 @@
 Evaluation of a language model on text: bits per byte (comparable across tokenizers), mean loss and samples.
 """
 
-import itertools
 import math
 
 import torch
 
+from nanochat.common import require
 from nanochat.tracking import with_progress
 
 
-@torch.no_grad()
 def evaluate_bpb(model, batches, token_bytes, compute):
-    """
-    Bits per byte over `batches` of (inputs, targets), each (B, T), and over all ranks; inf if there are no bytes.
+    """Bits per byte, see evaluate_loss(). `token_bytes` (V,) is the length of each token, 0 for special tokens."""
+    return evaluate_loss(model, batches, compute, token_bytes) / math.log(2)
 
-    `token_bytes` (V,) is the length of each token in bytes, 0 for special tokens. Special tokens and targets of -1 are
-    excluded from nats and bytes.
+
+@torch.no_grad()
+def evaluate_loss(model, batches, compute, units=None):
     """
-    token_bytes = token_bytes.to(compute.device)
+    Cross entropy in nats per unit, over `batches` of (inputs, targets), each (B, T), and over all ranks.
+
+    `units` (V,) is the number of units of each token, such as its bytes; None = 1. Tokens of 0 units and targets of -1
+    are excluded. Raises UserError if nothing is left.
+    """
+    units = (torch.ones(model.config.vocab_size) if units is None else units).to(compute.device)
     dtype = torch.float32 if compute.device.type == "mps" else torch.float64  # MPS has no float64
     totals = torch.zeros(2, dtype=dtype, device=compute.device)
-    for x, y in with_progress(list(batches), "bits per byte", "batches"):
+    for x, y in with_progress(list(batches), "validation", "batches"):
         x, y = x.to(compute.device, non_blocking=True), y.to(compute.device, non_blocking=True)
         with compute.autocast():
             nats = model(x, y, loss_reduction="none")
-        num_bytes = token_bytes[y.clamp(min=0)] * (y >= 0)
-        totals += torch.stack(((nats * (num_bytes > 0)).sum(), num_bytes.sum())).to(dtype)
-    nats, num_bytes = compute.all_reduce(totals).tolist()
-    return nats / (math.log(2) * num_bytes) if num_bytes else math.inf
+        num_units = units[y.clamp(min=0)] * (y >= 0)
+        totals += torch.stack(((nats * (num_units > 0)).sum(), num_units.sum())).to(dtype)
+    nats, num_units = compute.all_reduce(totals).tolist()
+    require(num_units, "there is no text in the data to evaluate on, only empty documents; replace them")
+    return nats / num_units
 
 
-@torch.no_grad()
-def evaluate_loss(model, batches, steps, compute):
-    """Mean cross entropy in nats over the trained tokens of the next `steps` Batches of all ranks; inf without any."""
-    totals = torch.zeros(2, dtype=torch.float32, device=compute.device)
-    for batch in itertools.islice(batches, steps):
-        for x, y in batch.micro_batches:
-            x, y = x.to(compute.device), y.to(compute.device)
-            with compute.autocast():
-                totals[0] += model(x, y, loss_reduction="sum")
-            totals[1] += (y >= 0).sum()
-    nats, tokens = compute.all_reduce(totals).tolist()
-    return nats / tokens if tokens else math.inf
-
-
-PROMPTS = {  # by corpus
-    "public": (
-        "The capital of France is",
-        "The chemical symbol of gold is",
-        "If yesterday was Friday, then tomorrow will be",
-        "The opposite of hot is",
-        "The planets of the solar system are:",
-        "My favorite color is",
-        "If 5*x + 3 = 13, then x is",
-    ),
-    "pocket": (
-        "Once upon a time",
-        "Pip lives in",
-        "Misty the seal",
-        "The name of the baker is",
-        "12 + 30 =",
-        "apple is spelled",
-    ),
-}
+PUBLIC_PROMPTS = ["The capital of France is", "The chemical symbol of gold is"]
+PUBLIC_PROMPTS += ["If yesterday was Friday, then tomorrow will be", "The opposite of hot is"]
+PUBLIC_PROMPTS += ["The planets of the solar system are:", "My favorite color is", "If 5*x + 3 = 13, then x is"]
+POCKET_PROMPTS = ["Once upon a time", "Pip lives in", "Misty the seal", "The name of the baker is"]
+POCKET_PROMPTS += ["12 + 30 =", "apple is spelled"]
+PROMPTS = {"public": PUBLIC_PROMPTS, "pocket": POCKET_PROMPTS}
 
 
 def greedy_samples(engine, corpus, max_tokens=16):

@@ -88,9 +88,9 @@ class Report:
 
     def generate(self):
         """Combine all logged sections into report.md, which also lists the missing ones. Returns its path."""
-        files = [_json_dict(_read_text(path)) for path in sorted(self.folder.glob("*.json")) if path.stem != "header"]
-        files = sorted((file for file in files if "section" in file), key=lambda file: file.get("time", 0))
-        logged = {file["section"]: file for file in files}
+        files = [_json_dict(_read_text(path)) for path in sorted(self.folder.glob("*.json"))]
+        sections = [file for file in files if "section" in file]
+        logged = {file["section"]: file for file in sorted(sections, key=lambda file: file.get("time", 0))}
         names = [*(s for s in SECTIONS if s in logged), *(s for s in logged if s not in SECTIONS)]
         head = _read_text(self.folder / "header.md")
         parts = [head or header(gpu_list(), "Run started: unknown, there was no `report reset`")]
@@ -240,21 +240,16 @@ def summary(logged, names, start):
         return logged.get(section, {}).get("metrics", {}).get(key)
 
     base_bpb = get("Base model loss", "val_bpb") or get("Base model training", "val_bpb")
-    cells = {
-        "CORE": {"BASE": get("Base model evaluation", "core")},
-        "Validation bpb": {"BASE": base_bpb, "MID": get("Midtraining", "val_bpb")},
-        **{task: {} for task in TASKS},
-    }
+    cells = {"CORE": {"BASE": get("Base model evaluation", "core")}}
+    cells["Validation bpb"] = {"BASE": base_bpb, "MID": get("Midtraining", "val_bpb")}
+    cells |= {task: {} for task in TASKS}
     evaluations = {column: f"Chat evaluation {column.lower()}" for column in COLUMNS}
     for column, section in evaluations.items():
         for task, accuracy in (get(section, "task_scores") or {}).items():
             cells.setdefault(task, {})[column] = accuracy
     cells["ChatCORE"] = {column: get(section, "chat_core") for column, section in evaluations.items()}
-    rows = [
-        [metric, *(f"{row[c]:.4f}" if row.get(c) is not None else "-" for c in COLUMNS)]
-        for metric, row in cells.items()
-        if any(value is not None for value in row.values())
-    ]
+    known = {metric: {c: x for c, x in row.items() if x is not None} for metric, row in cells.items()}
+    rows = [[name, *(f"{row[c]:.4f}" if c in row else "-" for c in COLUMNS)] for name, row in known.items() if row]
     times = {name: seconds for name in names if (seconds := get(name, "wall_clock_seconds")) is not None}
     text = f"## Summary\n\n{_listing(bloat())}\n\n"
     text += _table(["Metric", *COLUMNS], rows) if rows else "No metrics yet.\n"

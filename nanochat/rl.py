@@ -11,10 +11,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from nanochat.chat_eval import generate_answers, read_problems
 from nanochat.common import require, task_errors
+from nanochat.dataloader import pad_rows
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 
@@ -41,11 +41,9 @@ def make_sampler(model, tokenizer, compute):
     return Engine(copy.to(dtype=compute.dtype).eval().requires_grad_(False), tokenizer, compute)
 
 
-@torch.no_grad()
 def sync(sampler, model):
     """Copy the model's weights into the sampler's, in place, since its backend stores their addresses."""
-    for copy, p in zip(sampler.model.parameters(), model.parameters(), strict=True):
-        copy.copy_(p)
+    sampler.model.load_state_dict(model.state_dict())
 
 
 def roll_out(sampler, task, seeds, num_samples, max_new_tokens, max_rows):
@@ -55,8 +53,9 @@ def roll_out(sampler, task, seeds, num_samples, max_new_tokens, max_rows):
     Sampling is at temperature 1 without top-k, because the loss assumes samples of the model's own distribution.
     """
     max_new_tokens = min(max_new_tokens, sampler.model.config.sequence_len // 2)
+    settings = dict(num_samples=num_samples, temperature=1.0, top_k=None, max_rows=max_rows)
     problems, groups = read_problems(task, seeds), dict.fromkeys(seeds)
-    for i, samples in generate_answers(sampler, problems, seeds, max_rows, max_new_tokens, num_samples):
+    for i, samples in generate_answers(sampler, problems, seeds, max_new_tokens=max_new_tokens, **settings):
         with task_errors(type(task).__name__):
             rewards = [float(task.reward(problems[i], text)) for _, text in samples]
             require(all(map(math.isfinite, rewards)), f"rewards must be finite, got {rewards}")
@@ -93,11 +92,7 @@ def policy_batches(groups, rows, device):
     batches = []
     for start in range(0, len(weighted), rows):
         rollouts, row_weights = zip(*weighted[start : start + rows], strict=True)
-        ids = [torch.tensor(r.prompt + r.tokens) for r in rollouts]
-        sampled = [torch.tensor([0] * len(r.prompt) + r.mask) > 0 for r in rollouts]
-        x = pad_sequence([row[:-1] for row in ids], batch_first=True)
-        targets = [torch.where(mask, row, -1)[1:] for row, mask in zip(ids, sampled, strict=True)]
-        y = pad_sequence(targets, batch_first=True, padding_value=-1)
+        x, y = pad_rows([(r.prompt + r.tokens, [0] * len(r.prompt) + r.mask) for r in rollouts])
         weights = torch.tensor(row_weights)[:, None].repeat(1, x.size(1))
         batches.append(tuple(t.to(device) for t in (x, y, weights)))
     return batches, skipped_tokens

@@ -20,17 +20,9 @@ from pathlib import Path
 
 from nanochat.common import UserError, atomic_path, base_dir, load_extension, print0, require, set_aside
 
-SPECIAL_TOKENS = (
-    "<|bos|>",  # starts every document
-    "<|user_start|>",
-    "<|user_end|>",
-    "<|assistant_start|>",
-    "<|assistant_end|>",
-    "<|python_start|>",  # the assistant calls the calculator
-    "<|python_end|>",
-    "<|output_start|>",  # the calculator's result
-    "<|output_end|>",
-)
+# <|bos|> starts every document. python_* enclose the assistant's call of the calculator, output_* its result.
+SPECIAL_TOKENS = ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")
+SPECIAL_TOKENS += ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
 
 # GPT-4's pattern, except that digits are grouped by at most two instead of three.
 SPLIT_PATTERN = (
@@ -315,7 +307,7 @@ def check_conversation(conversation):
             rule = "user and assistant alternate, after at most one system message"
             raise UserError(f"{where} has the role {repr(message.get('role'))[:80]}, expected {role!r}: {rule}")
         content = message.get("content")
-        if not isinstance(content, str) and not (role == "assistant" and _is_parts(content)):
+        if not isinstance(content, str) and not (role == "assistant" and is_parts(content)):
             parts = f", or a list of {{type, text}} with a type of {', '.join(PARTS)}" if role == "assistant" else ""
             raise UserError(f"{where} ({role}) has the content {repr(content)[:80]}, expected a string{parts}")
     problem = "the conversation ends after its system message, expected a message with role 'user'"
@@ -323,10 +315,10 @@ def check_conversation(conversation):
     return messages[0]["content"] if n_system else "", messages[n_system:]
 
 
-def _is_parts(content):
-    """Whether `content`, any JSON value, is a list of {"type": one of PARTS, "text": str}."""
+def is_parts(content, types=PARTS):
+    """Whether `content`, any JSON value, is a list of {"type": one of `types`, "text": str}."""
     return isinstance(content, list) and all(
-        isinstance(p, dict) and p.get("type") in [*PARTS] and isinstance(p.get("text"), str) for p in content
+        isinstance(p, dict) and p.get("type") in [*types] and isinstance(p.get("text"), str) for p in content
     )
 
 

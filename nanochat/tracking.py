@@ -99,12 +99,16 @@ class StageLog:
         if self.wandb:
             self.wandb.log({"step": step, **values})
 
+    def evaluation(self, step, text, **results):
+        """Log the results of an evaluation, and print them as `text`."""
+        self.metrics(step, **results)
+        print0(f"step {step:05d} | {text}")
+
     def validation(self, step, bpb, results):
         """Log and print the validation loss in bits per byte; updates val_bpb and min_val_bpb in the dict `results`."""
         results["val_bpb"] = bpb
         results["min_val_bpb"] = min(bpb, results["min_val_bpb"] or bpb)
-        self.metrics(step, val_bpb=bpb)
-        print0(f"step {step:05d} | validation bpb {bpb:.4f}")
+        self.evaluation(step, f"validation bpb {bpb:.4f}", val_bpb=bpb)
 
     @property
     def tokens_per_second(self):

@@ -130,8 +130,9 @@ class Stage:
         self.folder, self.args, self.compute = checkpoints.checkpoint_dir(source, model_tag), args, compute
         self.made_from = made_from
         self.path, self.meta = None, {}
+        self.folder_lock = checkpoints.lock(self.folder) if compute.rank == 0 else None
         step = args.resume_from_step if args.resume_from_step >= 0 else None
-        if step is not None or args.resume and checkpoints.has_checkpoints(self.folder):
+        if step is not None or args.resume and checkpoints.step_dirs(self.folder):
             self.path, self.meta = checkpoints.find_checkpoint(self.folder, step)
         self.first_step = self.meta.get("step", 0)
         self.finished = bool(self.meta.get("finished")) and self.first_step >= num_steps
@@ -232,7 +233,7 @@ class Stage:
         if step == self.saved_step or getattr(self.args, "dry_run", False):
             return
         positions = compute.all_gather(positions)
-        if self.path is None and compute.rank == 0 and checkpoints.has_checkpoints(self.folder):
+        if self.path is None and compute.rank == 0 and checkpoints.step_dirs(self.folder):
             set_aside(self.folder, "an earlier run")
         meta = {"user_config": vars(self.args), "made_from": self.made_from, **state}
         meta["loader_state"] = {lane: position for part in positions for lane, position in part.items()}
@@ -248,6 +249,8 @@ class Stage:
         if loader:
             loader.close()
         log.close()
+        if self.folder_lock:
+            self.folder_lock.release()
         if self.path:
             checkpoints.update_meta(self.path, self.compute, **values)
 

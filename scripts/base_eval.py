@@ -97,12 +97,10 @@ def main(argv=None):
 
 def write_csv(path, score):
     """Write the columns Task, Accuracy and Centered; the last row is CORE."""
+    rows = [[label, f"{x:.6f}", f"{score.centered[label]:.6f}"] for label, x in score.accuracies.items()]
+    table = [["Task", "Accuracy", "Centered"], *rows, ["CORE", "", f"{score.core:.6f}"]]
     with atomic_path(path) as draft, open(draft, "w", encoding="utf-8", newline="") as f:
-        table = csv.writer(f, lineterminator="\n")
-        table.writerow(["Task", "Accuracy", "Centered"])
-        for label, accuracy in score.accuracies.items():
-            table.writerow([label, f"{accuracy:.6f}", f"{score.centered[label]:.6f}"])
-        table.writerow(["CORE", "", f"{score.core:.6f}"])
+        csv.writer(f, lineterminator="\n").writerows(table)
 
 
 if __name__ == "__main__":

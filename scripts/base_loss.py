@@ -52,9 +52,8 @@ def main(argv=None):
         print0(f"{prompt} >{text}")
     facts = {"step": meta["step"], "train bpb": bpb["train"], "val bpb": bpb["val"]}
     listing = {f"sample: {prompt}": text for prompt, text in samples.items()}
-    get_report().log(
-        "Base model loss", [vars(args), facts, listing], {"train_bpb": bpb["train"], "val_bpb": bpb["val"]}
-    )
+    metrics = {"train_bpb": bpb["train"], "val_bpb": bpb["val"]}
+    get_report().log("Base model loss", [vars(args), facts, listing], metrics)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ Reads tokenizer/ and base_data/. Writes base_checkpoints/d<depth>/ and report/me
 
 import functools
 
-from nanochat.cli import add_run_flags, boolean, make_parser, parse_args, path, run_script
+from nanochat.cli import FLAG, add_run_flags, make_parser, parse_args, path, run_script
 from nanochat.common import UserError, compute_init, print0, require
 
 
@@ -17,7 +17,7 @@ def build_parser():
     parser = make_parser("scripts.base_train", __doc__)
     add_run_flags(parser, device_batch_size=32)
     add = parser.add_argument
-    add("--compile", type=boolean, nargs="?", const=True, help="torch.compile; default: on CUDA only")
+    add("--compile", **FLAG | {"default": None}, help="torch.compile; default: on CUDA only")
     add("--depth", type=int, default=20, help="number of layers; the width is 64 times this")
     add("--max_seq_len", type=int, default=2048, help="context length in tokens")
     add("--num_iterations", type=int, default=-1, help="optimizer steps; -1 = from a --target_* flag")
@@ -29,7 +29,7 @@ def build_parser():
     add("--warmup_ratio", type=float, default=0.0, help="learning rate warmup, as a share of the steps")
     add("--warmdown_ratio", type=float, default=0.2, help="learning rate decay, as a share of the steps")
     add("--final_lr_frac", type=float, default=0.0, help="final learning rates, as a multiple of the initial ones")
-    add("--grad_checkpoint", type=boolean, nargs="?", const=True, default=False, help="save memory, a third slower")
+    add("--grad_checkpoint", **FLAG, help="save memory, a third slower")
     add("--eval_every", type=int, default=250, help="steps between validations; -1 = never")
     add("--eval_tokens", type=int, default=20 * 524288, help="tokens per validation")
     add("--core_metric_every", type=int, default=2000, help="steps between CORE evaluations; -1 = never")
@@ -111,11 +111,9 @@ def main(argv=None):
 
     # Horizon
     total_tokens = num_steps * args.total_batch_size
-    print0(
-        f"{num_steps:,} steps of {args.total_batch_size:,} tokens ({rows} rows of {args.max_seq_len:,}): "
-        f"{total_tokens:,} tokens, {total_tokens / num_params:.1f} per parameter, "
-        f"{total_tokens * flops_per_token:.2e} FLOPs"
-    )
+    total_flops, tokens_per_param = total_tokens * flops_per_token, total_tokens / num_params
+    print0(f"{num_steps:,} steps of {args.total_batch_size:,} tokens ({rows} rows of {args.max_seq_len:,}): ", end="")
+    print0(f"{total_tokens:,} tokens, {tokens_per_param:.1f} per parameter, {total_flops:.2e} FLOPs")
     log = StageLog("base", args, compute, num_steps, flops_per_token, stage.meta.get("log_state"))
     results = stage.restored("val_bpb", "min_val_bpb", "core")
 
@@ -127,8 +125,7 @@ def main(argv=None):
             log.validation(step, evaluate_bpb(compiled, val_batches(), token_bytes, compute), results)
         if step and core_tasks and due(step, args.core_metric_every, last):
             results["core"] = evaluate_core(model, tokenizer, compute, args.core_metric_max_per_task, core_tasks).core
-            log.metrics(step, core=results["core"])
-            print0(f"step {step:05d} | CORE {results['core']:.4f}")
+            log.evaluation(step, f"CORE {results['core']:.4f}", core=results["core"])
         if step and due(step, args.sample_every, last) and compute.rank == 0:
             for prompt, text in greedy_samples(Engine(model, tokenizer, compute), corpus).items():
                 print0(f"{prompt} >{text}")
@@ -144,16 +141,10 @@ def main(argv=None):
     stage.close(loader, log, **results)
 
     # Report
-    facts = {
-        "Parameters": num_params,
-        "FLOPs per token": flops_per_token,
-        "Iterations": num_steps,
-        "Training tokens": total_tokens,
-        "Tokens per parameter": total_tokens / num_params,
-        "Total training FLOPs": f"{total_tokens * flops_per_token:.4e}",
-        "Minimum validation bpb": results["min_val_bpb"],
-        "Final validation bpb": results["val_bpb"],
-    }
+    facts = {"Parameters": num_params, "FLOPs per token": flops_per_token, "Iterations": num_steps}
+    facts |= {"Training tokens": total_tokens, "Tokens per parameter": tokens_per_param}
+    facts |= {"Total training FLOPs": f"{total_flops:.4e}"}
+    facts |= {"Minimum validation bpb": results["min_val_bpb"], "Final validation bpb": results["val_bpb"]}
     if results["core"] is not None:
         facts["CORE estimate"] = results["core"]
     log.report("Base model training", args, facts, val_bpb=results["val_bpb"], core=results["core"])

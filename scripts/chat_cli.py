@@ -13,7 +13,7 @@ NO_COLOR is set; pipes and files get only the text. Exit codes: 1 = failure, 2 =
 import json
 
 from nanochat.cli import add_model_flags, choose_source, make_parser, parse_args, run_script
-from nanochat.common import UserError, base_dir, compute_init
+from nanochat.common import base_dir, compute_init, require
 from nanochat.terminal.console import print_answer, print_speed, read_question
 
 
@@ -37,8 +37,7 @@ def main(argv=None):
     choose_source(args, ("sft", "rl", "mid", "base"))
     question = read_question(args.prompt)
     if question is None:
-        if args.json:
-            raise UserError("--json prints a single answer: give the question with -p, or on standard input")
+        require(not args.json, "--json prints a single answer: give the question with -p, or on standard input")
         print(f"Loading the {args.source} model ...", flush=True)
 
     from nanochat.checkpoint_manager import load_model

@@ -12,7 +12,7 @@ import sys
 import time
 from functools import partial
 
-from nanochat.cli import add_model_flags, boolean, choose_source, make_parser, parse_args, path, run_script
+from nanochat.cli import FLAG, add_model_flags, choose_source, make_parser, parse_args, path, run_script
 from nanochat.common import UserError, check_file, compute_init, print0, require, write_jsonl
 from nanochat.tracking import erase_line, progress_printer
 
@@ -32,7 +32,7 @@ def build_parser():
     add("--seed", type=int, default=42, help="seed of the sampling (default 42)")
     add("--data_seed", type=int, default=0, help="seed of tasks that generate their problems (default 0)")
     unsafe = "run HumanEval's programs even if this machine cannot isolate them"
-    add("--unsafe_exec", type=boolean, nargs="?", const=True, default=False, help=unsafe)
+    add("--unsafe_exec", **FLAG, help=unsafe)
     add("--save_samples", type=path, metavar="FILE", help="write every problem, answer and verdict to this .jsonl")
     return parser
 

@@ -42,9 +42,8 @@ def check_flags(args):
     positive = ("device_batch_size", "examples_per_step", "max_new_tokens", "max_rows", "eval_examples", "eval_samples")
     for name in positive:
         require(getattr(args, name) >= 1, f"--{name}={getattr(args, name)}: expected at least 1")
-    require(
-        args.num_samples >= 2, f"--num_samples={args.num_samples}: need at least 2 answers, to compare their rewards"
-    )
+    need = "need at least 2 answers, to compare their rewards"
+    require(args.num_samples >= 2, f"--num_samples={args.num_samples}: {need}")
     distribution = "--temperature other than 1 and --top_k would sample from another distribution than the loss assumes"
     require(args.temperature == 1 and not args.top_k, f"{distribution}; leave them out")
 
@@ -113,8 +112,8 @@ def main(argv=None):
         sampled = evaluate_task(eval_task, sampler, **settings)
         scores = {"greedy": greedy.accuracy, "pass@1": sampled.accuracy}
         scores[f"pass@{args.eval_samples}"] = sampled.pass_at(args.eval_samples)
-        log.metrics(step, **scores)
-        print0(f"step {step:05d} | held out:", ", ".join(f"{name} {value:.2%}" for name, value in scores.items()))
+        text = ", ".join(f"{name} {value:.2%}" for name, value in scores.items())
+        log.evaluation(step, f"held out: {text}", **scores)
         example = greedy.records[step % len(greedy.records)]
         print0(f"  {example['messages'][0]['content']!r} -> {example['answers'][0]!r} ({example['verdicts'][0]})")
         results.setdefault("first", scores)

@@ -7,6 +7,8 @@ Supervised fine-tuning (SFT) on conversations, one per row; only the assistant's
 Reads a mid (or base) checkpoint, the tokenizer and a task mixture. Writes chatsft_checkpoints/<tag of that model>/.
 """
 
+from itertools import islice
+
 from nanochat.cli import add_conversation_flags, add_run_flags, make_parser, parse_args, run_script
 from nanochat.common import compute_init, print0, require
 
@@ -17,16 +19,14 @@ def build_parser():
     parser = make_parser("scripts.chat_sft", __doc__)
     add_run_flags(parser, device_batch_size=4)
     add_conversation_flags(parser)
-    add, corpora = parser.add_argument, ("", "public", "pocket")
+    add = parser.add_argument
     add("--source", default="mid", choices=("mid", "base"), help="stage of the checkpoint to start from")
     add("--model_tag", help="folder name of that checkpoint (default: the deepest)")
     add("--step", type=int, help="step of that checkpoint (default: the newest)")
-    add("--corpus", "--data", default="", choices=corpora, help="task mixture; empty = the source model's")
     add("--target_examples_per_step", type=int, default=32, help="conversations per step, over all devices")
     add("--num_epochs", type=int, default=1, help="passes over the mixture")
     add("--num_iterations", type=int, default=-1, help="optimizer steps; -1 = from --num_epochs")
-    lr_help = "initial learning rates, as a multiple of the flags; fall to 0"
-    add("--init_lr_frac", type=float, default=0.02, help=lr_help)
+    add("--init_lr_frac", type=float, default=0.02, help="first learning rates as a multiple of the flags; fall to 0")
     add("--eval_every", type=int, default=100, help="steps between validations; -1 = never")
     add("--eval_steps", type=int, default=100, help="batches per validation")
     add("--eval_metrics_every", type=int, default=200, help="steps between evaluations of tasks; -1 = never")
@@ -49,9 +49,9 @@ def main(argv=None):
     # Machine, tokenizer and model
     compute = compute_init(args.device_type, args.dtype, args.seed)
     rows, rank_rows, ranks = args.target_examples_per_step, args.device_batch_size, compute.world_size
-    whole = min(rows, rank_rows) >= 1 and rows % (rank_rows * ranks) == 0
-    multiple = f"{rank_rows * ranks} ({rank_rows} rows x {ranks} ranks)"
-    require(whole, f"--target_examples_per_step={rows} is not a multiple of {multiple}")
+    per_pass = rank_rows * ranks  # rows in one forward pass over all ranks
+    multiple = f"a multiple of {per_pass} ({rank_rows} rows x {ranks} ranks)"
+    require(min(rows, rank_rows) >= 1 and rows % per_pass == 0, f"--target_examples_per_step={rows} is not {multiple}")
     model, tokenizer, source_meta = load_model(args.source, compute, "train", args.model_tag, args.step)
     args.corpus = args.corpus or source_meta["corpus"]
     train_task, val_task = training_tasks("sft", args.corpus, args.conversations, args.conversations_only)
@@ -71,8 +71,7 @@ def main(argv=None):
     position = stage.meta.get("loader_state")
     batches = conversation_batches(train_task, tokenizer, rows, context, rank_rows, compute, args.seed, position)
     loader = Prefetch(batches, compute.device)
-    val_rows = rank_rows * ranks
-    val_steps = max(1, min(args.eval_steps, len(val_task) // val_rows))
+    val_steps = max(1, min(args.eval_steps, len(val_task) // per_pass))
 
     # Horizon
     print0(f"{len(train_task):,} conversations, {num_steps:,} steps of {rows}")
@@ -85,17 +84,16 @@ def main(argv=None):
         state = {"corpus": args.corpus, "results": results}
         stage.checkpoint(step, last, model, [] if last else optimizers, loader, log, state)
         if due(step, args.eval_every, last):
-            val_batches = conversation_batches(val_task, tokenizer, val_rows, context, rank_rows, compute)
-            results["val_loss"] = evaluate_loss(model, val_batches, val_steps, compute)
-            log.metrics(step, val_loss=results["val_loss"])
-            print0(f"step {step:05d} | validation loss {results['val_loss']:.4f}")
+            val_batches = conversation_batches(val_task, tokenizer, per_pass, context, rank_rows, compute)
+            pairs = [pair for batch in islice(val_batches, val_steps) for pair in batch.micro_batches]
+            results["val_loss"] = evaluate_loss(model, pairs, compute)
+            log.evaluation(step, f"validation loss {results['val_loss']:.4f}", val_loss=results["val_loss"])
         if due(step, args.eval_metrics_every, last):
             engine, limit = Engine(model, tokenizer, compute), args.eval_metrics_max_problems
             for name in () if args.conversations_only else INLINE_TASKS[args.corpus]:
                 score = evaluate_task(EVAL_TASKS[name].make(), engine, max_problems=limit, batch_size=2 * rank_rows)
                 results[name] = score.accuracy
-                log.metrics(step, **{name: score.accuracy})
-                print0(f"step {step:05d} | {name} {score.accuracy:.2%}")
+                log.evaluation(step, f"{name} {score.accuracy:.2%}", **{name: score.accuracy})
         if last:
             break
         log.start_step()

@@ -12,7 +12,7 @@ import re
 import socket
 
 from nanochat.cli import add_model_flags, choose_source, make_parser, parse_args, run_script
-from nanochat.common import UserError, server_api_key
+from nanochat.common import UserError, require, server_api_key
 
 # Smallest and largest value of each numeric flag.
 LIMITS = dict(num_gpus=(1, 1024), num_workers=(1, 1024), max_rows=(1, 4096), max_queue=(0, 10**6), top_k=(0, 10**6))
@@ -29,9 +29,7 @@ def build_parser():
     add("-t", "--temperature", type=float, default=0.8, help="for requests that do not set it (default 0.8)")
     add("-k", "--top_k", type=int, default=50, help="for requests that do not set it (default 50)")
     add("-m", "--max_tokens", type=int, default=512, help="for requests that do not set it (default 512)")
-    add(
-        "--overflow", choices=["error", "truncate"], default="error", help="reject long conversations, or cut old turns"
-    )
+    add("--overflow", choices=["error", "truncate"], default="error", help="reject long conversations or cut old turns")
     add("-p", "--port", type=int, default=8000, help="0 = any free port (default 8000)")
     add("--host", default="127.0.0.1", help="0.0.0.0 = reachable from other machines; set --api_key too")
     add("--api_key", default=server_api_key(), help="key that clients must send (default: NANOCHAT_API_KEY, or none)")
@@ -60,10 +58,12 @@ def main(argv=None):
     args = parse_args(build_parser(), argv)
     for flag, (low, high) in LIMITS.items():
         value = getattr(args, flag)
-        if value is not None and not low <= value <= high:  # this also rejects nan
-            raise UserError(f"--{flag}={value}: give {low} to {high:,}")
-    if args.api_key is not None and not re.fullmatch("[!-~]+", args.api_key):  # other keys fit into no HTTP header
-        raise UserError("--api_key (or NANOCHAT_API_KEY): expected ASCII characters without spaces, at least one")
+        require(value is None or low <= value <= high, f"--{flag}={value}: give {low} to {high:,}")  # nan fails too
+    can_be_sent = args.api_key is None or re.fullmatch("[!-~]+", args.api_key)  # other keys fit into no HTTP header
+    require(can_be_sent, "--api_key (or NANOCHAT_API_KEY): expected ASCII characters without spaces, at least one")
+    for origin in args.cors or []:
+        form = "expected * or an origin such as https://example.com, without a path"
+        require(re.fullmatch(r"\*|null|[\w-]+://[^/]+", origin), f"--cors={origin}: {form}")
     args.num_workers = args.num_workers or args.num_gpus
     choose_source(args, ("sft", "rl", "mid", "base"))
 
@@ -83,8 +83,7 @@ def main(argv=None):
     app.state.stop = lambda: setattr(server, "should_exit", True)
     server.run(sockets=[sock])
     worker = app.state.service.workers[0]
-    if worker.error and not worker.model:
-        raise UserError(worker.error)
+    require(worker.model or not worker.error, worker.error)  # loading failed
 
 
 if __name__ == "__main__":

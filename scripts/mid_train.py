@@ -10,7 +10,7 @@ Reads a base checkpoint, the tokenizer and a task mixture. Writes mid_checkpoint
 from dataclasses import replace
 from functools import cache
 
-from nanochat.cli import add_conversation_flags, add_run_flags, boolean, make_parser, parse_args, run_script
+from nanochat.cli import FLAG, add_conversation_flags, add_run_flags, make_parser, parse_args, run_script
 from nanochat.common import compute_init, print0
 
 
@@ -19,8 +19,6 @@ def build_parser():
     add_run_flags(parser, device_batch_size=32)
     add_conversation_flags(parser)
     add = parser.add_argument
-    corpora, flag = ("", "public", "pocket"), dict(type=boolean, nargs="?", const=True)
-    add("--corpus", "--data", default="", choices=corpora, help="task mixture; empty = the base model's")
     add("--model_tag", help="folder name of the base checkpoint (default: the deepest)")
     add("--step", type=int, help="step of the base checkpoint (default: the newest)")
     add("--num_iterations", type=int, default=-1, help="optimizer steps; -1 = one epoch of the mixture")
@@ -31,9 +29,9 @@ def build_parser():
     add("--init_lr_frac", type=float, default=1.0, help="initial learning rates, as a multiple of the flags")
     add("--eval_every", type=int, default=150, help="steps between validations; -1 = never")
     add("--eval_tokens", type=int, default=20 * 524288, help="tokens per validation")
-    add("--compile", **flag, help="torch.compile; default: on CUDA only")
-    add("--grad_checkpoint", **flag, default=False, help="save memory, a third slower")
-    add("--dry_run", **flag, default=False, help="train, but write no checkpoint and no report")
+    add("--compile", **FLAG | {"default": None}, help="torch.compile; default: on CUDA only")
+    add("--grad_checkpoint", **FLAG, help="save memory, a third slower")
+    add("--dry_run", **FLAG, help="train, but write no checkpoint and no report")
     return parser
 
 
@@ -57,7 +55,6 @@ def main(argv=None):
     if args.max_seq_len > base_context:  # rotary embeddings have no weights, so the model can learn longer contexts
         model.config = replace(model.config, sequence_len=args.max_seq_len)
         print0(f"the context grows from {base_context:,} to {args.max_seq_len:,} tokens, --max_seq_len")
-    base_batch_size = base_meta["user_config"].get("device_batch_size", args.device_batch_size)
     rows = rows_per_step(args, compute.world_size)
     train_task, val_task = training_tasks("mid", args.corpus, args.conversations, args.conversations_only)
     origins = made_from(base_meta, tokenizer, train_task)
@@ -65,6 +62,7 @@ def main(argv=None):
     if stage.finished:
         return
     model.grad_checkpoint = args.grad_checkpoint
+    base_batch_size = base_meta["user_config"].get("device_batch_size", args.device_batch_size)
     if args.device_batch_size > base_batch_size:
         print0(f"warning: --device_batch_size={args.device_batch_size}, in pretraining it was {base_batch_size}")
 

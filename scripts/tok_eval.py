@@ -13,7 +13,6 @@ from nanochat.cli import make_parser, parse_args, path, run_script
 from nanochat.common import UserError, print0, require
 
 BASELINES = {"gpt2": "GPT-2", "cl100k_base": "GPT-4"}
-TEXTS = ("news", "korean", "code", "math", "science")  # scripts/tok_eval_texts/<name>.txt
 
 
 def build_parser():
@@ -37,8 +36,8 @@ def evaluation_texts(data_dir=None):
     """{name: text}: five short texts of different kinds, and the first row group of each split."""
     from nanochat.dataset import parquets_iter_batched
 
-    folder = Path(__file__).with_name("tok_eval_texts")
-    texts = {name: (folder / f"{name}.txt").read_text(encoding="utf-8").strip() for name in TEXTS}
+    files = sorted(Path(__file__).with_name("tok_eval_texts").glob("*.txt"))
+    texts = {file.stem: file.read_text(encoding="utf-8").strip() for file in files}
     for split in ("train", "val"):
         try:
             texts[split] = "\n".join(next(iter(parquets_iter_batched(split, data_dir=data_dir))))
@@ -70,8 +69,6 @@ def main(argv=None):
 
     tokenizer = get_tokenizer()
     texts = evaluation_texts(args.data_dir)
-    for name, text in texts.items():
-        assert tokenizer.decode(tokenizer.encode(text)) == text, name
     sections = [compression_table(texts, tokenizer)]
     for name, label in BASELINES.items():
         if baseline := load_cached(name):

@@ -64,9 +64,8 @@ def read_texts(max_chars, doc_cap, totals, data_dir=None):
 
 def main(argv=None):
     args = parse_args(build_parser(), argv)
-    for flag in ("max_chars", "doc_cap"):
-        value = getattr(args, flag)
-        require(1 <= value <= 10**18, f"--{flag}={value}: expected 1 to 1e18")
+    require(1 <= args.max_chars <= 10**18, f"--max_chars={args.max_chars}: expected 1 to 1e18")
+    require(1 <= args.doc_cap <= 10**18, f"--doc_cap={args.doc_cap}: expected 1 to 1e18")
     from nanochat.report import get_report
     from nanochat.tokenizer import Tokenizer, save_as_default
 

@@ -11,7 +11,7 @@ import os
 import time
 from random import Random
 
-from nanochat.common import UserError, base_dir, dist_env, fetch, file_fingerprint, mirror_url, require
+from nanochat.common import UserError, base_dir, dist_env, fetch, file_fingerprint, mirror_url, read_errors, require
 
 FINGERPRINT_EXAMPLES = 256
 
@@ -111,11 +111,9 @@ class PublicTask(Task):
         import pyarrow.parquet as pq
 
         self.paths = fetch_files(repo, stem, shards)
-        try:
+        names = " or ".join(map(str, self.paths))
+        with read_errors(names, "is damaged", "delete it, then it is downloaded again"):
             self.table = pa.concat_tables([pq.read_table(path) for path in self.paths])
-        except (OSError, ValueError) as e:
-            problem = f"{' or '.join(map(str, self.paths))} is damaged ({str(e).splitlines()[0]})"
-            raise UserError(f"{problem}; delete it, then it is downloaded again") from e
         self.order = np.random.default_rng(42).permutation(len(self.table))
 
     def num_examples(self):
@@ -130,14 +128,14 @@ class PublicTask(Task):
 
 class GeneratedTask(Task):
     """
-    `size` generated conversations. Each depends only on split, seed and index.
+    `size` generated conversations. Each depends only on split, seed and index, and in a WordTask on `corpus`.
 
     Subclasses implement make(rng), which returns a conversation whose problem belongs to `self.split`.
     """
 
-    def __init__(self, split, size, seed=0, **kwargs):
+    def __init__(self, split, size, seed=0, corpus="pocket", **kwargs):
         super().__init__(**kwargs)
-        assert split in ("train", "val", "test"), split
+        assert split in ("train", "val", "test") and corpus in ("pocket", "public"), (split, corpus)
         self.split, self.size, self.seed = split, size, seed
 
     def num_examples(self):
@@ -207,14 +205,12 @@ def fetch_files(repo, stem, shards=(1,)):
     folder = base_dir() / "task_data" / repo
     candidates = [[folder / f"{stem}-{i:05d}-of-{n:05d}.parquet" for i in range(n)] for n in shards]
 
-    def local_files():
-        return next((paths for paths in candidates if all(map(_is_parquet, paths))), None)
-
-    if dist_env()[1] == 0 and not local_files():
-        _download(repo, folder, candidates)
-    while not local_files():  # local rank 0 is downloading; if it fails, torchrun stops this process
-        time.sleep(0.5)
-    return local_files()
+    while not (complete := [paths for paths in candidates if all(map(_is_parquet, paths))]):
+        if dist_env()[1] == 0:
+            _download(repo, folder, candidates)
+        else:  # local rank 0 is downloading; if it fails, torchrun stops this process
+            time.sleep(0.5)
+    return complete[0]
 
 
 def _download(repo, folder, candidates):

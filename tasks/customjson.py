@@ -1,5 +1,5 @@
 """
-The user's own conversations, from JSON lines or a JSON array (both also as .gz or .zst). A conversation is one of
+The user's own conversations, from JSON lines, a JSON array (both also as .gz or .zst) or parquet. A conversation is
 
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}    OpenAI
     [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]                  its messages alone
@@ -10,18 +10,19 @@ with "weight": 0 is not trained on. Its content may be a list of parts, see task
 /save and the chat page's export write are read too.
 """
 
+import itertools
 import json
 import re
 from pathlib import Path
 
-from nanochat.common import UserError, require, well_formed
+from nanochat.common import UserError, read_errors, require, well_formed
 from nanochat.ingest.documents import read_lines
-from nanochat.tokenizer import check_conversation
+from nanochat.tokenizer import check_conversation, is_parts
 from tasks.common import Task
 
 ROLES = {"human": "user", "developer": "system"} | dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant")
 SEPARATORS = re.compile(r"[\s,\]\ufeff]*")  # between JSON values; joined files have byte order marks in the middle
-FORMS = 'readable are {"messages": [...]}, a list of messages, and ShareGPT\'s {"conversations": [...]}'
+FORMS = 'readable are JSON or parquet of {"messages": [...]}, a list of messages, ShareGPT\'s {"conversations": [...]}'
 
 
 class CustomJSON(Task):
@@ -46,11 +47,13 @@ class CustomJSON(Task):
 
 
 def _values(path):
-    """Yield (JSON value, line number) of each conversation: values in a row, or the items of an array."""
-    try:
+    """Yield (value, line number) of each conversation: JSON values in a row, items of an array, or rows of parquet."""
+    with read_errors(path, "cannot be read"):
+        if path.suffix.lower() == ".parquet":
+            import pyarrow.parquet
+
+            return (yield from zip(pyarrow.parquet.read_table(path).to_pylist(), itertools.count(1)))
         text = "".join(line for _, line in read_lines(path))
-    except OSError as e:
-        raise UserError(f"cannot read {path} ({e})") from e
     decoder, position, line = json.JSONDecoder(), 0, 1
     while (start := SEPARATORS.match(text, position).end()) < len(text):
         line += text.count("\n", position, start)
@@ -76,13 +79,11 @@ def _is_message(value):
 def _parse(value, where):
     """The conversation in a JSON value, in our form; `where` is "file:line"."""
     try:
-        messages, system = value, None
+        messages, system, got = value, None, repr(value)[:80]
         if isinstance(value, dict):
             messages, system = value.get("messages", value.get("conversations")), value.get("system")
-            fields = ", ".join(map(str, value))[:80]
-            require(messages, f"expected at least two messages, got an object with the fields {fields}; {FORMS}")
-        is_list = isinstance(messages, list) and messages
-        require(is_list, f"expected a list of at least two messages, got {repr(messages)[:80]}; {FORMS}")
+            got = f"an object with the fields {', '.join(value)[:80]}"
+        require(isinstance(messages, list) and messages, f"expected at least two messages, got {got}; {FORMS}")
         messages = [{"role": "system", "content": system}] * bool(system) + messages
         messages = [_message(message, f"message {i}") for i, message in enumerate(messages, 1)]
         _, turns = check_conversation({"messages": messages})
@@ -101,17 +102,13 @@ def _message(message, where):
         require(not message.get(name), f"{where} has {name}; write calls as parts of type python and python_output")
     role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
     role = ROLES.get(role.lower(), role.lower()) if isinstance(role, str) else role
-    if isinstance(content, list) and content and all(_is_text(part) for part in content):
+    if content and is_parts(content, ["text"]):
         content = "\n\n".join(part["text"] for part in content)  # as in the API
     if message.get("tool_steps"):
         content = _tool_parts(content, message["tool_steps"])
     weight = message.get("weight")
     require(weight in (None, 0, 1), f"{where} has the weight {weight!r}, expected 0 or 1")
     return {"role": role, "content": content} | ({"weight": 0} if weight == 0 else {})
-
-
-def _is_text(part):
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _tool_parts(text, steps):

@@ -1,5 +1,6 @@
 """GSM8K: grade-school math problems, solved with a calculator. https://huggingface.co/datasets/openai/gsm8k"""
 
+import itertools
 import re
 
 from tasks.common import PublicTask, Task, user_and_assistant
@@ -11,14 +12,9 @@ def split_calls(answer):
 
     The text after >> repeats the result. It is kept, so the model learns to read the output of its tool.
     """
-    parts = []
-    for i, piece in enumerate(re.split(r"<<(.*?)>>", answer)):
-        if i % 2:
-            expression, _, result = piece.rpartition("=")
-            parts += [{"type": "python", "text": expression}, {"type": "python_output", "text": result}]
-        elif piece:
-            parts.append({"type": "text", "text": piece})
-    return parts
+    kinds = itertools.cycle(("text", "python", "python_output"))
+    pieces = zip(re.split(r"<<([^>]*)=([^>]*)>>", answer), kinds, strict=False)
+    return [{"type": kind, "text": text} for text, kind in pieces if text]
 
 
 def final_number(text):

@@ -18,13 +18,8 @@ def reply_code(reply):
 
 def leading_imports(prompt):
     """The import lines at the top of a prompt. Replies often use List etc. without importing them again."""
-    imports = []
-    for line in prompt.splitlines():
-        if line.startswith(("import ", "from ")):
-            imports.append(line)
-        elif line.strip() and not line.startswith("#"):
-            break
-    return "\n".join(imports)
+    header = re.match(r"((import |from |#).*\n|[ \t]*\n)*", prompt)[0]
+    return "\n".join(re.findall(r"^(?:import|from) .*", header, re.MULTILINE))
 
 
 class HumanEval(PublicTask):

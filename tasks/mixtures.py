@@ -5,9 +5,8 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from nanochat.common import base_dir, mirror_url, print0, require, task_errors
 from tasks.arc import ARC
@@ -18,20 +17,16 @@ from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
 from tasks.pocket import PocketChat, PocketFacts, PocketHardSums, PocketIdentity, PocketStories, PocketSums, WorldChat
 from tasks.smoltalk import SmolTalk
-from tasks.spellingbee import SimpleSpelling, SpellingBee, WordTask
+from tasks.spellingbee import SimpleSpelling, SpellingBee
 
 RL_PROBLEMS = 1600  # training problems of a generated task in reinforcement learning
 
-# Rows in midtraining and in SFT; in total about 2.7 and 0.6 million tokens with the pocket tier's tokenizer.
-POCKET_ROWS = {
-    PocketChat: {"mid": 4200, "sft": 1300},  # 120 tokens per row
-    PocketStories: {"mid": 1800, "sft": 300},  # 300
-    PocketFacts: {"mid": 13000, "sft": 5000},  # 65
-    PocketSums: {"mid": 7000, "sft": 1500},  # 55
-    PocketIdentity: {"mid": 1500, "sft": 700},  # 40
-    SpellingBee: {"mid": 5500, "sft": 800},  # 125
-    SimpleSpelling: {"mid": 2000, "sft": 200},  # 25
-}
+# Rows in midtraining and in SFT; in total about 2.7 and 0.6 million tokens with the pocket tier's tokenizer. Tokens per
+# row, in this order: 120, 300, 65, 55, 40, 125, 25.
+POCKET_ROWS = {PocketChat: {"mid": 4200, "sft": 1300}, PocketStories: {"mid": 1800, "sft": 300}}
+POCKET_ROWS |= {PocketFacts: {"mid": 13000, "sft": 5000}, PocketSums: {"mid": 7000, "sft": 1500}}
+POCKET_ROWS |= {PocketIdentity: {"mid": 1500, "sft": 700}, SpellingBee: {"mid": 5500, "sft": 800}}
+POCKET_ROWS |= {SimpleSpelling: {"mid": 2000, "sft": 200}}
 
 
 def identity_conversations(public=True):
@@ -48,12 +43,6 @@ def weighted(task, weight):
     return [task] * int(weight) + [TaskMixture([task], stop=rest)] * (rest > 0)
 
 
-def make_generated(task, split, size, seed, corpus):
-    """An instance of `task`, a subclass of GeneratedTask."""
-    options = {"corpus": corpus} if issubclass(task, WordTask) else {}
-    return task(split=split, size=size, seed=seed, **options)
-
-
 def pocket_mixture(stage, split, seed, divisor=1):
     """
     The pocket mixture for the stage "mid" or "sft", with 1 / `divisor` of the rows of each task.
@@ -65,7 +54,7 @@ def pocket_mixture(stage, split, seed, divisor=1):
     persona = identity_conversations(public=False)
     if persona:
         sizes[WorldChat], rows = sizes.pop(PocketChat), 2 * sizes.pop(PocketIdentity)
-    tasks = [make_generated(task, split, size, seed, "pocket") for task, size in sizes.items()]
+    tasks = [task(split=split, size=size, seed=seed, corpus="pocket") for task, size in sizes.items()]
     if persona and split == "train":
         print0(f"{persona.path}: {len(persona):,} conversations replace those about nanochat")
         tasks += weighted(persona, max(1, rows / len(persona)))
@@ -123,8 +112,7 @@ def split_weight(text):
     return match[1], float(match[2])
 
 
-@dataclass(frozen=True)
-class EvalTask:
+class EvalTask(NamedTuple):
     """An evaluation task."""
 
     make: Callable[..., Task]  # make(split="test", seed=0, corpus="public", level="strict"); most ignore some of these
@@ -136,7 +124,7 @@ def _generated(task, size, corpus="pocket"):
     """The EvalTask of a GeneratedTask class, with `size` test problems."""
 
     def make(split="test", seed=0, corpus="public", **_):
-        return make_generated(task, split, size if split == "test" else RL_PROBLEMS, seed, corpus)
+        return task(split=split, size=size if split == "test" else RL_PROBLEMS, seed=seed, corpus=corpus)
 
     return EvalTask(make, corpus, trainable=True)
 
@@ -148,23 +136,21 @@ EVAL_TASKS = {
     "GSM8K": EvalTask(lambda split="test", **_: GSM8K("main", split), "public", trainable=True),
     "HumanEval": EvalTask(lambda level="strict", **_: HumanEval(level), "public"),
     "SpellingBee": _generated(SpellingBee, 256, corpus="both"),
-    "PocketSums": _generated(PocketSums, 256),
-    "PocketHardSums": _generated(PocketHardSums, 256),
-    "PocketFacts": _generated(PocketFacts, 512),
-    "PocketStories": _generated(PocketStories, 128),
-    "PocketIdentity": _generated(PocketIdentity, 128),
 }
+TEST_PROBLEMS = {PocketSums: 256, PocketHardSums: 256, PocketFacts: 512, PocketStories: 128, PocketIdentity: 128}
+EVAL_TASKS |= {task.__name__: _generated(task, size) for task, size in TEST_PROBLEMS.items()}
 
 
 def find_task(name):
     """The EvalTask `name`: a key of EVAL_TASKS, a class in tasks/, or "file.py:Class". Raises UserError if missing."""
+    definition = re.compile(rf"^class {re.escape(name)}\s*[(:]", re.MULTILINE)
+    files = [f for f in Path(__file__).parent.glob("*.py") if definition.search(f.read_text("utf-8", "replace"))]
+    places = " and ".join(sorted(f"{f}:{name}" for f in files))
+    require(len(files) < 2, f"{len(files)} tasks are named {name}; rename one, or give one of {places}")
     if name in EVAL_TASKS:
         return EVAL_TASKS[name]
     path, _, class_name = name.rpartition(":")
-    definition = re.compile(rf"^class {re.escape(name)}\b", re.MULTILINE)
-    if not path:
-        files = Path(__file__).parent.glob("*.py")
-        path = str(next((f for f in files if definition.search(f.read_text("utf-8", "replace"))), ""))
+    path = path or places.removesuffix(f":{name}")
     known = f"{', '.join(EVAL_TASKS)}, and your own: a class in tasks/, or file.py:Class; | separates several"
     require(path.endswith(".py") and class_name, f"no task {name!r}; there are {known}")
     with task_errors(name):  # anything the user's file raises
@@ -173,12 +159,12 @@ def find_task(name):
         spec.loader.exec_module(module)
         task = getattr(module, class_name)
         require(isinstance(task, type) and issubclass(task, Task), f"{class_name} is no subclass of tasks.common.Task")
-    return EvalTask(partial(_make_own, name, task), "own", trainable=True)
 
+    def make(split="test", **_):
+        """An instance. The constructor gets `split` if it has that parameter, or requires another."""
+        parameters = inspect.signature(task).parameters
+        required = any(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters.values())
+        with task_errors(name):
+            return task(split=split) if "split" in parameters else task(split) if required else task()
 
-def _make_own(name, task, split="test", **_):
-    """An instance of the class `task`. Its constructor gets `split` if it has that parameter, or requires another."""
-    parameters = inspect.signature(task).parameters
-    required = any(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters.values())
-    with task_errors(name):
-        return task(split=split) if "split" in parameters else task(split) if required else task()
+    return EvalTask(make, "own", trainable=True)

@@ -12,7 +12,7 @@ from nanochat.common import mirror_url, require
 from nanochat.pocket.problems import letter_problem, split_of
 from nanochat.pocket.world import load_world, read_sections
 from tasks.common import GeneratedTask, fetch_once, user_and_assistant
-from tasks.gsm8k import FinalNumberTask
+from tasks.gsm8k import FinalNumberTask, split_calls
 
 WORDS_URL = "dwyl/english-words/refs/heads/master/words_alpha.txt"
 
@@ -26,8 +26,7 @@ def question_templates(section, corpus):
 
 def public_words():
     """The public word list, downloaded to the base directory once."""
-    path = fetch_once(f"{mirror_url('github')}/{WORDS_URL}", "words_alpha.txt", read_words)
-    return read_words(path)
+    return read_words(fetch_once(f"{mirror_url('github')}/{WORDS_URL}", "words_alpha.txt", read_words))
 
 
 def read_words(path):
@@ -46,8 +45,7 @@ class WordTask(GeneratedTask):
     """
 
     def __init__(self, size=1000, split="train", corpus="public", seed=0, **kwargs):
-        super().__init__(split, size, seed, **kwargs)
-        assert corpus in ("pocket", "public"), corpus
+        super().__init__(split, size, seed, corpus, **kwargs)
         self.words = public_words() if corpus == "public" else load_world().words
         self.templates = question_templates(self.section, corpus)
 
@@ -65,18 +63,12 @@ class SpellingBee(WordTask, FinalNumberTask):
         letter_quote, word_quote = (rng.choice(("", "'", '"')) for _ in range(2))
         slots = {"l": f"{letter_quote}{letter}{letter_quote}", "w": f"{word_quote}{word}{word_quote}"}
         question = template.format(**slots) + ("?" if rng.random() < 0.5 else "")
-        count, lines = 0, ["Let us spell the word {w} and count {l}.".format(**slots), f"{word}:{','.join(word)}"]
-        for i, c in enumerate(word, 1):
-            count += c == letter
-            lines.append(f"{i}:{c}" + (f" ({count})" if c == letter else ""))
-        lines.append(f"That makes {count}. To be sure: ")
-        parts = [
-            {"type": "text", "text": "\n".join(lines)},
-            {"type": "python", "text": f"'{word}'.count('{letter}')"},
-            {"type": "python_output", "text": str(count)},
-            {"type": "text", "text": f" The calculator says {count}.\n#### {count}"},
-        ]
-        return user_and_assistant(question, parts)
+        lines = ["Let us spell the word {w} and count {l}.".format(**slots), f"{word}:{','.join(word)}"]
+        lines += [f"{i}:{c}" + (f" ({word[:i].count(c)})" if c == letter else "") for i, c in enumerate(word, 1)]
+        count = word.count(letter)
+        call = f"<<'{word}'.count('{letter}')={count}>>"
+        lines += [f"That makes {count}. To be sure: {call} The calculator says {count}.", f"#### {count}"]
+        return user_and_assistant(question, split_calls("\n".join(lines)))
 
 
 class SimpleSpelling(WordTask):

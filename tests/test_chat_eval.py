@@ -156,12 +156,14 @@ def test_greedy_samples_share_one_generated_answer(monkeypatch):
     assert max(map(len, steps)) == 2  # one row per problem
 
 
-def test_prompts_longer_than_the_context_are_cropped():
+def test_prompts_longer_than_the_context_are_cropped(capsys):
     engine = scripted_engine({}, sequence_len=32)
-    long = ListTask([("x" * 100, "")])
+    long = ListTask([("x" * 100, ""), ("x" * 12, "")])
     assert evaluate_task(long, engine, max_new_tokens=100).accuracy == 1
+    assert "ListTask: 50.0% of the prompts have more than 16 tokens and are cut" in capsys.readouterr().out
     engine.model.script = lambda s: [ord("X"), ord("A") if len(s) == 32 else ord("B")]
     assert evaluate_task(ListTask([("x" * 100, "A")], ["A", "B"]), engine).accuracy == 1
+    assert "100.0% of the prompts have more than 32 tokens" in capsys.readouterr().out
 
 
 def test_empty_task_raises_user_error():
@@ -172,6 +174,7 @@ def test_empty_task_raises_user_error():
 # Class body, and what the error says after the task's name.
 FAULTY_TASKS = [
     ("def evaluate(self, c, a): raise KeyError('oops')", ": KeyError: 'oops'"),
+    ("def evaluate(self, c, a): raise SystemExit", ": SystemExit"),
     ("def evaluate(self, c, a): pass", ": evaluate.* returned None, expected True or False"),
     ("def evaluate(self, c, a): return float('nan')", ": evaluate.* returned nan"),
     ("def evaluate(self, c, a): return 'yes'", ": evaluate.* returned 'yes'"),
@@ -215,6 +218,19 @@ def test_error_of_a_faulty_task_names_the_task(body, message, own_task):
     own_task(body)
     with raises_user_error(f"^task MyTask{message}"):
         evaluate_task(mixtures.find_task("MyTask").make(), scripted_engine({}))
+
+
+def test_two_tasks_of_one_name_are_refused(own_task, tmp_path):
+    """Also if one of them is built in: else it would be scored instead of the user's, without a word."""
+    own_task("pass")
+    (tmp_path / "gsm8k.py").write_text("class MyTask(Task): pass\nclass GSM8K(Task): pass\n")
+    with raises_user_error("2 tasks are named MyTask; .*gsm8k.py:MyTask and .*mytask.py:MyTask"):
+        mixtures.find_task("MyTask")
+    assert mixtures.find_task(f"{tmp_path / 'mytask.py'}:MyTask").corpus == "own"
+    assert mixtures.find_task("GSM8K") is mixtures.EVAL_TASKS["GSM8K"]
+    (tmp_path / "mine.py").write_text("class GSM8K(Task): pass\n")
+    with raises_user_error("2 tasks are named GSM8K"):
+        mixtures.find_task("GSM8K")
 
 
 CONSTRUCTORS = ["pass", "def __init__(self): self.x = 1", "def __init__(self, split): assert split == 'test'"]

@@ -299,7 +299,11 @@ def test_equal_documents_are_in_one_split(tmp_path, val_share):
 
 @pytest.mark.parametrize(
     "lines, message",
-    [([], "no text;"), (["a"], "one document only;"), (["a", " a", "a\n"], "all 3 documents are equal;")],
+    [
+        ([], "no text;"),
+        (["a"], "one document only;.* store it as txt"),
+        (["a", " a", "a\n"], "all 3 documents are equal;"),
+    ],
 )
 def test_too_little_text_is_an_error_that_says_why(tmp_path, lines, message):
     with raises_user_error(message):
@@ -651,6 +655,14 @@ def test_wrong_flags_exit_with_code_2_and_one_line(flags, data_dir):
     done = run_python("-m", "nanochat.dataset", *flags, check=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
     assert not list(data_dir.glob("*.parquet"))
+
+
+@pytest.mark.parametrize("flags", [["--chars=9"], ["--val_share=0.2"], ["--pocket", "--text_column=body"]])
+def test_flags_without_their_mode_are_refused(flags, data_dir):
+    """They would start the public download."""
+    with raises_user_error(f"{flags[-1].partition('=')[0]} needs --"):
+        dataset.main(flags)
+    assert not data_dir.exists()
 
 
 class MirrorHandler(QuietHandler, http.server.SimpleHTTPRequestHandler):

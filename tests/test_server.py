@@ -1252,6 +1252,12 @@ def test_out_of_range_flags_are_refused_at_once(flag):
         chat_web.main([flag])
 
 
+@pytest.mark.parametrize("origin", ["chat.example", "https://chat.example/", "https://chat.example/app", ""])
+def test_cors_origins_that_no_browser_sends_are_refused(origin):
+    with pytest.raises(UserError, match=f"--cors={origin}: expected"):
+        chat_web.main(["--cors", "https://chat.example:8443", "chrome-extension://abc", "null", origin])
+
+
 @pytest.mark.parametrize("key", ["", "two words", "ключ", "newline\n"], ids=repr)
 def test_keys_that_no_client_can_send_are_refused(key):
     """An empty one, as from `--api_key=$UNSET`, would let everybody in."""

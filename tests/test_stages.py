@@ -23,6 +23,7 @@ from nanochat import ops, tracking
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError
 from nanochat.gpt import GPT
+from nanochat.ingest.shards import write_shard
 from tasks.common import user_and_assistant
 
 SIZE = ["--max_seq_len=32", "--device_batch_size=2", "--total_batch_size=256", "--eval_tokens=512", "--device_type=cpu"]
@@ -303,6 +304,14 @@ def test_error_of_a_missing_artifact_names_the_command_that_makes_it(base, run_m
         train(run_main)
 
 
+def test_validation_without_text_is_an_error(base, run_main, tmp_path):
+    """Also in a raw folder, where nulls are documents; not bpb inf."""
+    write_shard(tmp_path / "raw" / "a.parquet", ["some text"] * 64)
+    write_shard(tmp_path / "raw" / "b.parquet", [None, ""])
+    with raises_user_error("no text in the data to evaluate on"):
+        train(run_main, "--num_iterations=1", "--eval_every=1", f"--data_dir={tmp_path / 'raw'}")
+
+
 def test_data_dir_selects_the_shards_and_the_corpus(base, run_main, capsys):
     elsewhere = (base / "base_data").rename(base / "elsewhere")
     train(run_main, "--num_iterations=1", f"--data_dir={elsewhere}")
@@ -318,6 +327,17 @@ def test_flags_accept_dashes_and_underscores(base, run_main):
     flags = [f.replace("_", "-") for f in [*BASE, "--num_iterations=1"]]
     run_main("scripts.base_train", *flags)
     assert (base / "base_checkpoints" / "d1" / "step_000001").is_dir()
+
+
+def test_second_run_of_the_same_model_is_refused(base, run_main):
+    lock = base / ".base_checkpoints.d1.lock"
+    program = f"import filelock; lock = filelock.FileLock({str(lock)!r}); lock.acquire(); print(flush=True); input()"
+    with subprocess.Popen(python_command("-c", program), stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        first.stdout.readline()
+        with raises_user_error("another process is training .*d1; wait, or choose another --model_tag"):
+            train(run_main, "--num_iterations=1")
+        first.communicate(b"\n")
+    train(run_main, "--num_iterations=1")
 
 
 def test_resume_with_other_settings_is_refused(base, run_main):

@@ -10,6 +10,8 @@ import threading
 from pathlib import Path
 from random import Random
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers import MIRROR, QuietHandler, environment, needs_mirror, python_command, raises_user_error, serve_http
 
@@ -606,6 +608,19 @@ def test_custom_json_error_in_a_pretty_printed_array_names_the_line(tmp_path):
 def test_empty_file_raises_user_error(text, tmp_path):
     with raises_user_error("c.jsonl is empty"):
         CustomJSON(write(tmp_path / "c.jsonl", text))
+
+
+def test_custom_json_reads_parquet_and_names_the_row(tmp_path):
+    """As pandas and `datasets` write conversations; fields that other rows lack are null."""
+    extra = [message | {"weight": None, "tool_calls": None} for message in CONVERSATION]
+    pq.write_table(pa.table({"messages": [extra, extra, extra[:1]], "id": [1, 2, 3]}), path := tmp_path / "c.parquet")
+    with raises_user_error("c.parquet:3: .*at least two messages"):
+        CustomJSON(path)
+    pq.write_table(pa.table({"messages": [extra, extra]}), path)
+    assert list(CustomJSON(path)) == [{"messages": CONVERSATION}] * 2
+    path.write_bytes(path.read_bytes()[:-9])
+    with raises_user_error("c.parquet cannot be read"):
+        CustomJSON(path)
 
 
 def named(name, n):

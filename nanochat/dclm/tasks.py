@@ -16,16 +16,17 @@ import shutil
 import zipfile
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 from nanochat.common import UserError, base_dir, fetch, mirror_url, require, well_formed, write_errors
 
-FIELDS = {  # fields of an example by type of task; the first one is the question
-    "multiple_choice": {"query": str, "choices": list, "gold": int},
-    "schema": {"context_options": list, "continuation": str, "gold": int},
-    "language_modeling": {"context": str, "continuation": str},
-}
+# Fields of an example by type of task; the first one is the question, the second one the answer.
+FIELDS = {"multiple_choice": {"query": str, "choices": list, "gold": int}}
+FIELDS |= {"schema": {"context_options": list, "continuation": str, "gold": int}}
+FIELDS |= {"language_modeling": {"context": str, "continuation": str}}
 OPTIONS = {"multiple_choice": "choices", "schema": "context_options"}  # the field with the options
+# Fields of a task in core.yaml: pattern of the value as text, and what it means.
+ENTRY = {"icl_task_type": ("|".join(FIELDS), f"one of {', '.join(FIELDS)}")}
+ENTRY |= {"num_fewshot": (r"\[\d+\]", "a list with one number"), "dataset_uri": (r"(?!.*\.\.).+", "a file name")}
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,9 @@ class CoreTask:
     def _with_answer(self, example, option=None):
         """Question, delimiter and answer of `example`; `option` is the answer's index, None = the correct one."""
         option = example.get("gold") if option is None else option
-        if self.kind == "multiple_choice":
-            question, answer = example["query"], example["choices"][option]
-        elif self.kind == "schema":
-            question, answer = example["context_options"][option], example["continuation"]
-        else:
-            question, answer = example["context"].strip(), example["continuation"]
+        fields = [example[name] for name in list(FIELDS[self.kind])[:2]]
+        question, answer = (field if isinstance(field, str) else field[option] for field in fields)
+        question = question.strip() if self.kind == "language_modeling" else question
         return question + self.delimiter + answer
 
 
@@ -139,27 +137,18 @@ def _read_entries(path):
     import yaml
 
     try:
-        config = yaml.safe_load(_read(path))
-    except yaml.YAMLError as e:
-        raise UserError(f"{path} is not valid YAML ({' '.join(str(e).split())})") from e
-    entries = config.get("icl_tasks") if isinstance(config, dict) else None
-    require(isinstance(entries, list) and entries, f"{path}: expected a list of tasks under icl_tasks")
-    result = {}
-    for entry in entries:
-        label = entry.get("label") if isinstance(entry, dict) else None
-        require(isinstance(label, str), f"{path}: a task without a label: {str(entry)[:80]}")
-        require(label not in result, f"{path}: two tasks have the label {label}")
-        result[label] = entry
-        kind, shots, file = (entry.get(name) for name in ("icl_task_type", "num_fewshot", "dataset_uri"))
-        is_count = isinstance(shots, list) and shots and isinstance(shots[0], int) and shots[0] >= 0
-        for name, valid, expected in (
-            ("icl_task_type", kind in FIELDS, f"one of {', '.join(FIELDS)}"),
-            ("num_fewshot", is_count, "a list with one number"),
-            ("continuation_delimiter", isinstance(entry.setdefault("continuation_delimiter", " "), str), "a string"),
-            ("dataset_uri", isinstance(file, str) and ".." not in Path(file).parts, "a file name"),
-        ):
+        entries = yaml.safe_load(_read(path))["icl_tasks"]
+        labels = [entry["label"] for entry in entries]
+    except (yaml.YAMLError, LookupError, TypeError) as e:
+        reason = " ".join(str(e).split())
+        raise UserError(f"{path} is not valid YAML with a list of labeled tasks under icl_tasks ({reason})") from e
+    require(labels, f"{path}: no tasks under icl_tasks")
+    for label, entry in zip(labels, entries, strict=True):
+        require(labels.count(label) == 1, f"{path}: two tasks have the label {label}")
+        for name, (pattern, expected) in ENTRY.items():
+            valid = re.fullmatch(pattern, str(entry.get(name)))
             require(valid, f"{path}: {label} has {name}={entry.get(name)!r}, expected {expected}")
-    return result
+    return dict(zip(labels, entries, strict=True))
 
 
 def _read_baselines(path):
@@ -179,7 +168,8 @@ def _load_task(folder, entry, baselines):
     lines = enumerate(_read(path).split("\n"), 1)  # not splitlines(), which also splits at other Unicode line breaks
     rows = [_parse_example(line, kind, f"{path}:{number}") for number, line in lines if line.strip()]
     require(rows, f"{path} is empty: no examples of {label}")
-    return CoreTask(label, kind, entry["num_fewshot"][0], entry["continuation_delimiter"], float(percent) / 100, rows)
+    delimiter = entry.get("continuation_delimiter", " ")
+    return CoreTask(label, kind, entry["num_fewshot"][0], delimiter, float(percent) / 100, rows)
 
 
 def _parse_example(line, kind, where):

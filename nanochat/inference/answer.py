@@ -1,7 +1,7 @@
 """Assembles an answer from its tokens, for the server and for the terminal."""
 
 import itertools
-import math
+from bisect import bisect_left
 
 from nanochat.inference.detokenizer import Detokenizer
 
@@ -11,8 +11,9 @@ class Answer:
     One answer to a request, complete when `finish` is set (see Row.finish).
 
     `pieces` has one (part type, text) per token, see Detokenizer. `steps` are the calculator's calls; the position of a
-    step is the number of characters of `text` before it. `logprobs` has (token, log-probabilities) for each text token
-    before the stop string; with `every_token`, also for special tokens and the calculator's, None for forced ones.
+    step is the number of characters of `text` before it. `logprobs` has (token, log-probabilities, position) for each
+    text token before the stop string; with `every_token`, also for special tokens and the calculator's. The tokens of
+    one character have its position.
     """
 
     def __init__(self, tokenizer, index=0, stop=(), stop_tokens=(), every_token=False):
@@ -21,8 +22,6 @@ class Answer:
         self.python_start, self.python_end = map(tokenizer.encode_special, ("<|python_start|>", "<|python_end|>"))
         self.text, self.pieces, self.steps, self.logprobs = "", [], [], []
         self.open_step = None  # tool step whose expression or result is incomplete
-        self.pending_logprobs = []  # log-probabilities of tokens whose text is held back
-        self.logged_bytes = 0  # of the text of the tokens in `logprobs`
         self.n_returned_logprobs = 0  # entries that new_logprobs() has returned
         self.n_tokens, self.finish = 0, None
 
@@ -30,11 +29,13 @@ class Answer:
         """Add a token; returns the delta, a dict with new text as "content" and completed steps as "tool_steps"."""
         self.n_tokens, self.finish = self.n_tokens + 1, finish
         detokenizer, is_stop_token = self.detokenizer, finish == "stop" and token in self.stop_tokens
+        held_back, in_character = detokenizer.held_back, detokenizer.utf8_decoder.getstate()[0] != b""
         part, text = (detokenizer.part, "") if is_stop_token else detokenizer.push(token)
         is_text = part == "text" and not is_stop_token and token not in detokenizer.special_tokens
         if self.every_token or (logprobs and is_text):
-            n_bytes = len(self.tokenizer.decode_bytes([token])) if is_text else 0
-            self.pending_logprobs.append((token, logprobs, n_bytes))
+            new_text = (text + detokenizer.held_back)[len(held_back) :] if part == "text" else ""
+            is_replaced = in_character and new_text.startswith("\ufffd")  # the token begins after the U+FFFD
+            self.logprobs.append((token, logprobs, len(self.text) + len(held_back) + is_replaced))
         if finish:
             text += detokenizer.flush()[1]
         self.pieces.append((part, text))
@@ -44,14 +45,13 @@ class Answer:
         if text and part == "text":
             delta["content"] = text
             self.text += text
-        if self.pending_logprobs and (text or finish):
-            end = len(self.text.encode()) if detokenizer.stopped else math.inf  # only tokens that begin before it
-            for token, logprobs, n_bytes in self.pending_logprobs:
-                if self.logged_bytes < end:
-                    self.logprobs.append((token, logprobs))
-                self.logged_bytes += n_bytes
-            self.pending_logprobs = []
+        if detokenizer.stopped:
+            self.logprobs = self.logprobs[: self._n_before_end()]
         return delta
+
+    def _n_before_end(self):
+        """Number of entries of `logprobs` that begin before the end of `text`."""
+        return bisect_left(self.logprobs, len(self.text), key=lambda entry: entry[2])
 
     def _update_step(self, token, part, text):
         """Add a token to the open tool step; returns {"tool_steps": [...]} if that completes a step, else {}."""
@@ -79,9 +79,10 @@ class Answer:
         return [part for part in parts if part["text"]]
 
     def new_logprobs(self):
-        """Entries of `logprobs` that were added since the last call."""
-        start, self.n_returned_logprobs = self.n_returned_logprobs, len(self.logprobs)
-        return self.logprobs[start:]
+        """Entries of `logprobs` that belong to `text` and were not returned before."""
+        start = self.n_returned_logprobs
+        self.n_returned_logprobs = len(self.logprobs) if self.finish else self._n_before_end()
+        return self.logprobs[start : self.n_returned_logprobs]
 
     def message(self):
         """The assistant's message in the format of the API."""

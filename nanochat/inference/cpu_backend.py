@@ -27,6 +27,7 @@ class CPUBackend:
             layers.append([matrix(m) for m in (attn.c_q, attn.c_k, attn.c_v, attn.c_proj, mlp.c_fc, mlp.c_proj)])
         embedding, head = model.transformer.wte.weight.data, matrix(model.lm_head, c.vocab_size)
         heads = c.n_head, c.n_kv_head, c.head_dim
+        self.empty_keys = model.lm_head.weight.new_empty(c.n_kv_head, 0, c.head_dim)
         self.decoder = rustbpe.Decoder(embedding, layers, head, *heads, NORM_EPS, SOFTCAP)
 
     def new_cache(self, rows=0):
@@ -53,9 +54,8 @@ class CPUBackend:
         return logits
 
     def _run(self, tokens, cache, logits):
-        c, dtype = self.model.config, self.model.lm_head.weight.dtype
         lengths = [held + len(new) for held, new in zip(cache.lengths, tokens, strict=True)]
-        cache.reserve(len(tokens), max(lengths), c.n_kv_head, c.head_dim, dtype)
+        cache.reserve(len(tokens), max(lengths), self.empty_keys)
         self.decoder.forward(tokens, cache.lengths, cache.data, *self.model.rotary(max(lengths)), logits, self.threads)
         cache.lengths = lengths
 

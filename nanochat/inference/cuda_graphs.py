@@ -88,19 +88,16 @@ class CUDAGraphBackend(TorchBackend):
         self.uses[columns] += 1
         if self.uses[columns] < EAGER_STEPS:
             return None
-        if columns in self.graphs:
-            step, replay = self.graphs[columns]
-            step.set_inputs(tokens, cache.lengths)
-            return replay
-        step = StaticStep(self.model, cache, columns)
+        step, replay = self.graphs.get(columns) or (StaticStep(self.model, cache, columns), None)
         step.set_inputs(tokens, cache.lengths)  # before recording, which runs the step
-        try:
-            replay = self.record(step)
-        except RuntimeError as e:
-            print(f"warning: decoding without CUDA graphs ({str(e).splitlines()[0]})", file=sys.stderr)
-            self.enabled = False
-            return None
-        self.graphs[columns] = step, replay
+        if replay is None:
+            try:
+                replay = self.record(step)
+            except RuntimeError as e:
+                print(f"warning: decoding without CUDA graphs ({str(e).splitlines()[0]})", file=sys.stderr)
+                self.enabled = False
+                return None
+            self.graphs[columns] = step, replay
         return replay
 
     def record(self, step):

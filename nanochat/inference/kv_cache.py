@@ -39,10 +39,10 @@ class KVCache:
 
     def insert(self, layer, k, v):
         """Store k, v (B, Hkv, T, D) after each row's tokens; returns the layer's keys and values (B, Hkv, S, D)."""
-        B, H, T, D = k.shape
+        B, _, T, _ = k.shape
         assert B == len(self.lengths), f"{B} rows for a cache of {len(self.lengths)}"
         S = self.max_position(T)
-        self.reserve(B, S, H, D, k.dtype)
+        self.reserve(B, S, k)
         for stored, new in zip(self.data[layer], (k, v), strict=True):
             if self.uniform:
                 stored[:B, :, S - T : S] = new
@@ -58,13 +58,13 @@ class KVCache:
         first, self.lengths = len(self.lengths), self.lengths + [other.lengths[r] for r in rows]
         S = max((other.lengths[r] for r in rows), default=0)
         if S:
-            self._reserve_like(len(self.lengths), max(self.lengths) + room, other.data)
+            self.reserve(len(self.lengths), max(self.lengths) + room, other.data)
             self.data[:, :, first : len(self.lengths), :, :S] = other.data[:, :, rows, :, :S]
 
     def restore(self, row, data):
         """Fill the empty row `row` with `data` (n_layer, 2, Hkv, tokens, D)."""
         n = data.size(-2)
-        self._reserve_like(len(self.lengths), n, data)
+        self.reserve(len(self.lengths), n, data)
         self.data[:, :, row, :, :n] = data
         self.lengths[row] = n
 
@@ -74,23 +74,20 @@ class KVCache:
         lengths = [self.lengths[r] for r in rows]
         S = max((lengths[to] for to, _ in moves), default=0)
         if S:
-            self._reserve_like(len(rows), S, self.data)
+            self.reserve(len(rows), S, self.data)
             to, source = zip(*moves, strict=True)
             self.data[:, :, list(to), :, :S] = self.data[:, :, list(source), :, :S]
         self.lengths = lengths
 
-    def _reserve_like(self, rows, columns, data):
-        self.reserve(rows, columns, data.size(-3), data.size(-1), data.dtype)
-
-    def reserve(self, rows, columns, heads, head_dim, dtype):
-        """Allocate room for at least `rows` x `columns`."""
+    def reserve(self, rows, columns, like):
+        """Allocate room for at least `rows` x `columns`; dtype and sizes are those of `like` (..., Hkv, any, D)."""
         old_rows, old_columns = (0, 0) if self.data is None else (self.data.size(2), self.data.size(4))
         if rows <= old_rows and columns <= old_columns:
             return
         rows = old_rows if rows <= old_rows else max(rows, 2 * old_rows)
         columns = old_columns if columns <= old_columns else max(columns + SPARE_COLUMNS, 2 * old_columns)
-        shape = (self.n_layer, 2, rows, heads, columns, head_dim)
-        grown = torch.zeros(shape, dtype=dtype, device=self.device)  # not empty(): a masked NaN would still spread
+        shape = (self.n_layer, 2, rows, like.size(-3), columns, like.size(-1))
+        grown = torch.zeros(shape, dtype=like.dtype, device=self.device)  # not empty(): a masked NaN would still spread
         if self.data is not None:
             grown[:, :, :old_rows, :, :old_columns] = self.data
         self.data = grown
@@ -125,10 +122,9 @@ class PrefixCache:
         if not self.MIN_SHARED <= len(tokens) <= self.max_tokens:
             return
         for old in self._neighbors(tokens):
-            n = common_prefix_length(old, tokens)
-            if n == len(tokens):
+            if old[: len(tokens)] == tokens:
                 return  # already stored, or a prefix of a stored row
-            if n == len(old):
+            if tokens[: len(old)] == old:
                 self._evict(old)
         self.rows[tokens] = cache.data[:, :, row, :, : len(tokens)].clone()
         insort(self.sorted_rows, tokens)

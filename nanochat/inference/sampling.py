@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanochat.common import UserError
+from nanochat.common import require
 
 MIN_TEMPERATURE = 1e-5  # lower temperatures mean greedy decoding; logits lie within (-15, 15)
 
@@ -41,22 +41,13 @@ class Request:
             ("min_p", 0 <= self.min_p <= 1, "0 (off) to 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "more than 0 (1 = off)"),
         ):
-            if not valid:
-                raise UserError(f"{name}={getattr(self, name)}: expected {expected}")
-        if not self.tokens:
-            raise UserError("the prompt is empty; give it at least one token (<|bos|>)")
-        if "" in self.stop:
-            raise UserError("a stop string is empty")
-
-    @property
-    def sampling_key(self):
-        """Rows with equal keys are sampled in one call."""
-        return self.temperature, self.top_k, self.top_p, self.min_p
+            require(valid, f"{name}={getattr(self, name)}: expected {expected}")
+        require(self.tokens, "the prompt is empty; give it at least one token (<|bos|>)")
+        require("" not in self.stop, "a stop string is empty")
 
     @property
     def has_penalties(self):
-        penalties = self.repetition_penalty != 1, self.frequency_penalty, self.presence_penalty
-        return any(penalties) or bool(self.logit_bias)
+        return any((self.repetition_penalty != 1, self.frequency_penalty, self.presence_penalty, self.logit_bias))
 
 
 def apply_penalties(logits, request, generated):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from nanochat.calculator import calculate
-from nanochat.common import UserError
+from nanochat.common import require
 from nanochat.inference.detokenizer import Detokenizer
 from nanochat.inference.sampling import Request, apply_penalties, log_probabilities, sample
 
@@ -105,16 +105,12 @@ class DecodeLoop:
         """Queue `request` and return its rows. Raises UserError if the prompt fills the whole context."""
         context = self.backend.model.config.sequence_len
         room = context - len(request.tokens)
-        if room < 1:
-            raise UserError(
-                f"the prompt has {len(request.tokens):,} tokens; the model's context of {context:,} leaves no room "
-                "for an answer: shorten the prompt"
-            )
+        message = f"the prompt has {len(request.tokens):,} tokens; the model's context of {context:,} leaves no room "
+        require(room >= 1, message + "for an answer: shorten the prompt")
         limit = min(room, request.max_tokens or room)
         rows = [Row(request, i, limit) for i in range(request.num_samples)]
-        if request.stop:
-            for row in rows:
-                row.detokenizer = Detokenizer(self.tokenizer, request.stop)
+        for row in rows if request.stop else ():
+            row.detokenizer = Detokenizer(self.tokenizer, request.stop)
         self.waiting.extend(rows[i : i + self.max_rows] for i in range(0, len(rows), self.max_rows))
         return rows
 
@@ -165,10 +161,9 @@ class DecodeLoop:
         active = [i for i, row in enumerate(rows) if not row.finish]
         if len(active) == len(rows):
             return
-        if self.prefix_cache:
-            for i, row in enumerate(rows):
-                if row.finish:
-                    self.prefix_cache.add(row.request.tokens + row.tokens, self.cache, i)
+        for i, row in enumerate(rows):
+            if row.finish and self.prefix_cache:
+                self.prefix_cache.add(row.request.tokens + row.tokens, self.cache, i)
         # Fill each hole with a row from the end, so that few rows move.
         order = [i if not rows[i].finish else active.pop() for i in range(len(active))]
         self.cache.select(order)
@@ -218,10 +213,11 @@ class DecodeLoop:
         rows = self.rows
         tokens = [row.forced.popleft() if row.forced else None for row in rows]
         mask = [int(token is None) for token in tokens]
-        groups = defaultdict(list)
+        groups = defaultdict(list)  # settings -> rows that are sampled in one call
         for i, row in enumerate(rows):
             if mask[i]:
-                groups[row.request.sampling_key].append(i)
+                request = row.request
+                groups[request.temperature, request.top_k, request.top_p, request.min_p].append(i)
         for (temperature, top_k, top_p, min_p), members in groups.items():
             group_logits = logits if len(members) == len(rows) else logits[members]
             if any(rows[i].request.has_penalties for i in members):

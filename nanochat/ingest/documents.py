@@ -120,7 +120,7 @@ def labeled_documents(files, val_share, seed, column="text"):
             yield from ((False, text) for text in reserve.pop(max(reserve)))
     groups = dict(sorted((chosen | reserve).items()))
     reason = ("no text", "one document only")[count] if count < 2 else f"all {count} documents are equal"
-    hint = "training and validation need at least one document each: add more text"
+    hint = "training and validation need at least one each: add more text, or store it as txt, which is split"
     require(len(groups) > 1, f"{reason}; {hint}")
     sizes = {digest: sum(map(len, texts)) for digest, texts in groups.items()}
     val, left = set(), chars * max(val_share, MAX_VAL_SHARE)

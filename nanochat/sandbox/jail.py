@@ -166,7 +166,6 @@ def set_rlimits(seconds, memory, uid, own_root):
 def drop_privileges(uid):
     """Become user `uid`, without capabilities and without ways to gain any."""
     if os.getuid() == 0 and uid != 0:
-        os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
     call("capset", (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())  # no capabilities

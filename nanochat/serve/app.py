@@ -31,6 +31,7 @@ from nanochat.serve.worker import RequestTimeout, WorkerError
 
 HERE = Path(__file__).parent
 PUBLIC_PATHS = {"/", "/logo.svg", "/health"}  # need no API key
+WITHOUT_VERSION = {"/chat/completions", "/completions", "/models"}  # these routes work without /v1 too
 LOCAL_ORIGINS = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 MAX_BODY = 1 << 20  # bytes
 TOO_LARGE = f"the body is larger than {MAX_BODY:,} bytes"
@@ -38,7 +39,7 @@ TOO_LARGE = f"the body is larger than {MAX_BODY:,} bytes"
 CLEARER = dict.fromkeys(("model_attributes_type", "dict_type"), "expected a JSON object")
 CLEARER |= {"list_type": "expected a list", "too_short": "expected at least one element"}
 CLIENT_GONE = Response(status_code=499)  # nobody reads it, but the metrics count it
-ERRORS = {status: {"model": ErrorBody} for status in (400, 401, 404, 405, 413, 429, 500, 503, 504)}
+ERRORS = {statuses: {"model": ErrorBody} for statuses in ("4XX", "5XX")}
 
 
 class Gate:
@@ -51,6 +52,7 @@ class Gate:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         method, path = scope["method"], scope["path"].rstrip("/") or "/"
+        path = f"/v1{path}" if path in WITHOUT_VERSION else path
         # The server leaves the body of an answer to HEAD out. No redirects: they would not know a proxy's prefix.
         scope = scope | {"method": "GET" if method == "HEAD" else method, "path": path}
         headers = Headers(scope=scope)
@@ -199,20 +201,6 @@ async def respond(request, completion):
     return CLIENT_GONE if answer is None else JSONResponse(answer)
 
 
-def load_page():
-    """(HTML, Content-Security-Policy). Only the page's own script and style may run, and only call this server."""
-    html = (HERE / "ui.html").read_text(encoding="utf-8")
-
-    def digest(tag):
-        (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
-        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-    return html, (
-        f"default-src 'none'; script-src {digest('script')}; style-src {digest('style')}; img-src 'self' data:; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-
-
 @contextlib.asynccontextmanager
 async def lifespan(app):
     """Start the workers before the app serves requests, and stop them at the end."""
@@ -232,23 +220,13 @@ async def lifespan(app):
     gc.freeze()  # collecting all that is loaded by now would block the event loop for tens of milliseconds
     yield
     announcement.cancel()
-    service.draining = True
     for worker in service.workers:
         worker.stop()
 
 
-class Api(FastAPI):
-    def openapi(self):
-        """FastAPI's schema without status 422, which it lists for all routes and this server never sends."""
-        schema = super().openapi()
-        for operation in (operation for path in schema["paths"].values() for operation in path.values()):
-            operation["responses"].pop("422", None)
-        return schema
-
-
 def create_app(options):
     """The FastAPI app. Its workers load the model when the app starts. `options`: the flags of chat_web."""
-    app = Api(title="nanochat", version="0.2.0", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(title="nanochat", version="0.2.0", docs_url=None, redoc_url=None, lifespan=lifespan)
     for exception in (ApiError, RequestValidationError, HTTPException, WorkerError, RecursionError, Exception):
         app.add_exception_handler(exception, handle_exception)
     app.state.service = service = Service(options)
@@ -265,33 +243,27 @@ def add_completions(app, service):
     responses = ERRORS | {200: {"content": {"text/event-stream": {}}}}
 
     @app.post("/v1/chat/completions", responses=responses)
-    @app.post("/chat/completions", include_in_schema=False)
     async def chat_completions(body: ChatRequest, request: Request):
         return await respond(request, ChatCompletion(service, body))
 
     @app.post("/v1/completions", responses=responses)
-    @app.post("/completions", include_in_schema=False)
     async def completions(body: CompletionRequest, request: Request):
         return await respond(request, TextCompletion(service, body))
 
 
 def add_status(app, service):
-    def models():
-        if service.model is None:
-            return []
-        model = {"id": service.model.name, "object": "model", "created": service.created, "owned_by": "nanochat"}
-        return [model | {"context_length": service.model.context}]
+    def entry(model):
+        entry = {"id": model.name, "object": "model", "created": service.created, "owned_by": "nanochat"}
+        return entry | {"context_length": model.context}
 
     @app.get("/v1/models", responses=ERRORS)
-    @app.get("/models", include_in_schema=False)
     async def list_models():
-        return {"object": "list", "data": models()}
+        return {"object": "list", "data": [entry(service.model)] if service.model else []}
 
     @app.get("/v1/models/{name}", responses=ERRORS)
     async def get_model(name: str):
-        for model in models():
-            if model["id"] == name:
-                return model
+        if service.model and service.model.name == name:
+            return entry(service.model)
         raise ApiError(404, f"no model {name[:100]!r} here", param="model", code="model_not_found")
 
     @app.get("/health", responses=ERRORS)
@@ -312,7 +284,17 @@ def add_status(app, service):
 
 
 def add_page(app):
-    html, policy = load_page()
+    """Only the page's own script and style may run, and only call this server."""
+    html = (HERE / "ui.html").read_text(encoding="utf-8")
+
+    def digest(tag):
+        (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+    policy = (
+        f"default-src 'none'; script-src {digest('script')}; style-src {digest('style')}; img-src 'self' data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
     headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
     @app.get("/", include_in_schema=False)

@@ -8,20 +8,17 @@ import uuid
 from collections import defaultdict
 
 from nanochat.inference.answer import Answer
-from nanochat.inference.detokenizer import Detokenizer, visible_text
 from nanochat.serve.schemas import ApiError, envelope
-from nanochat.serve.service import BOS
 
 
 class Generation:
     """The answers to one prompt, while a worker generates them."""
 
-    def __init__(self, completion, key, tokens):
-        self.completion, self.key, self.tokens = completion, key, tokens
+    def __init__(self, completion, key, tokens, added_bos):
+        self.completion, self.key, self.tokens, self.added_bos = completion, key, tokens, added_bos
         settings = completion.settings
         stop, n = (settings["stop"], settings["stop_tokens"]), settings["num_samples"]
         self.answers = [Answer(completion.tokenizer, i, *stop, completion.scores_every_token) for i in range(n)]
-        self.prompt_logprobs = []  # of an echoed prompt
         self.n_cached = 0  # prompt tokens taken from the prefix cache
 
     async def batches(self):
@@ -29,10 +26,16 @@ class Generation:
         Yield {answer: [one delta per new token]} as tokens arrive, and update the metrics. Raises WorkerError.
 
         A delta is what the token adds to the message: {}, or text as "content", or a calculator step as "tool_steps".
+        Before the first token, the answers begin with the prompt if the request has echo=true.
         """
-        completion, start = self.completion, time.perf_counter()
-        metrics, last_time = completion.service.metrics, {}  # `last_time`: answer -> time of its newest token
+        completion, last_time = self.completion, {}  # `last_time`: answer -> time of its newest token
+        metrics = completion.service.metrics
         metrics.prompt_tokens.inc(len(self.tokens))
+        if completion.echo:
+            await self._echo()
+        if not completion.settings["max_tokens"]:
+            return
+        start = time.perf_counter()
         events = completion.worker.generate(self.key, tokens=self.tokens, **completion.settings)
         async with contextlib.aclosing(events):
             async for batch in events:
@@ -45,9 +48,8 @@ class Generation:
                     answer = self.answers[sample]
                     deltas[answer].append(answer.push(token, logprobs, finish))
                 for answer, new in deltas.items():
-                    n_gaps = len(new) - (answer not in last_time)  # no gap before the first token
                     gap = (now - last_time.get(answer, now)) / len(new)
-                    for _ in range(n_gaps):
+                    for _ in new if answer in last_time else new[1:]:  # no gap before the first token
                         metrics.inter_token.observe(gap)
                     last_time[answer] = now
                 metrics.completion_tokens.inc(len(batch))
@@ -57,6 +59,19 @@ class Generation:
         """Generate all answers to the end."""
         async for _ in self.batches():
             pass
+
+    async def _echo(self):
+        """Begin the answers with the prompt and, if they are wanted, its tokens' log-probabilities."""
+        completion, tokens = self.completion, self.tokens
+        echo, scores = Answer(completion.tokenizer, every_token=completion.scores_every_token), [None] * len(tokens)
+        if completion.scores_every_token:
+            scores = await completion.worker.score(f"{self.key}-score", tokens, completion.settings["logprobs"])
+        for token, score in zip(tokens[:-1], scores[:-1], strict=True):
+            echo.push(token, score)
+        echo.push(tokens[-1], scores[-1], finish="length")
+        for answer in self.answers:
+            # Clients find their own tokens by position, so a <|bos|> that they did not send is left out.
+            answer.text, answer.logprobs = echo.text, echo.logprobs[self.added_bos :]
 
 
 class Completion:
@@ -75,13 +90,15 @@ class Completion:
         self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
 
     def _set_prompts(self, prompts, max_tokens, logprobs):
-        """Prepare one Generation for each of `prompts`, lists of tokens."""
+        """Prepare one Generation for each of `prompts`, (tokens, whether <|bos|> was added to the client's tokens)."""
         self.settings = self.service.engine_settings(self.body, max_tokens, logprobs)
-        self.generations = [Generation(self, f"{self.id}-{i}", tokens) for i, tokens in enumerate(prompts)]
+        self.generations = [Generation(self, f"{self.id}-{i}", *prompt) for i, prompt in enumerate(prompts)]
 
     async def answer(self):
         """The whole answer as JSON."""
-        choices = itertools.chain(*await asyncio.gather(*map(self._choices, self.generations)))
+        await asyncio.gather(*(generation.run() for generation in self.generations))
+        answers = [answer for generation in self.generations for answer in generation.answers]
+        choices = [self._choice(a, a.finish or "length", a.logprobs, **self._content(a)) for a in answers]
         choices = [choice | {"index": i} for i, choice in enumerate(choices)]
         head = envelope(self.object, self.id, self.worker.model.name)
         return head | {"choices": choices, "usage": usage(self.generations)}
@@ -91,7 +108,6 @@ class Completion:
         (generation,) = self.generations
         with_usage = self.body.stream_options and self.body.stream_options.include_usage
         head = envelope(self.chunk_object, self.id, self.worker.model.name) | ({"usage": None} if with_usage else {})
-        await self._score_prompt(generation)
         async with contextlib.aclosing(generation.batches()) as batches:
             async for batch in batches:
                 for answer, deltas in batch.items():
@@ -103,23 +119,20 @@ class Completion:
         if with_usage:
             yield head | {"choices": [], "usage": usage([generation])}
 
-    async def _score_prompt(self, generation):
-        """Set generation.prompt_logprobs if the request asks for them."""
-
     def _choice(self, answer, finish, logprobs, **content):
         """
         The JSON of a choice, an answer or a piece of it; `content` is its message, delta or text.
 
-        `logprobs`: [(token, (its log-probability, [(alternative token, its log-probability)]))].
+        `logprobs`: [(token, (its log-probability, [(alternative token, its log-probability)]), position in the text)].
         """
         wanted = self.settings["logprobs"] is not None and (logprobs or not self.body.stream)
-        formatted = self._formatted(logprobs, answer) if wanted else None
+        formatted = self._formatted(logprobs) if wanted else None
         return {"index": answer.index, **content, "finish_reason": finish, "logprobs": formatted}
 
 
 class ChatCompletion(Completion):
     id_prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
-    scores_every_token = False
+    scores_every_token = echo = False
 
     def __init__(self, service, body):
         if body.top_logprobs and not body.logprobs:
@@ -127,11 +140,10 @@ class ChatCompletion(Completion):
         super().__init__(service, body)
         max_tokens = body.max_completion_tokens or body.max_tokens or service.options.max_tokens
         prompt = service.chat_prompt(body.messages, max_tokens)
-        self._set_prompts([prompt], max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
+        self._set_prompts([(prompt, False)], max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
 
-    async def _choices(self, generation):
-        await generation.run()
-        return [self._choice(a, a.finish, a.logprobs, message=a.message()) for a in generation.answers]
+    def _content(self, answer):
+        return {"message": answer.message()}
 
     def _chunk_choices(self, answer, deltas, is_first):
         if is_first:
@@ -141,14 +153,14 @@ class ChatCompletion(Completion):
         if answer.finish:
             yield self._choice(answer, answer.finish, answer.new_logprobs(), delta={})
 
-    def _formatted(self, logprobs, answer):
+    def _formatted(self, logprobs):
         """`logprobs` in the format of chat completions."""
 
         def entry(token, logprob):
             data = self.tokenizer.decode_bytes([token])
             return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": [*data]}
 
-        content = [entry(t, p) | {"top_logprobs": [entry(*other) for other in top]} for t, (p, top) in logprobs]
+        content = [entry(t, p) | {"top_logprobs": [entry(*other) for other in top]} for t, (p, top), _ in logprobs]
         return {"content": content}
 
 
@@ -157,64 +169,32 @@ class TextCompletion(Completion):
 
     def __init__(self, service, body):
         super().__init__(service, body, len(body.prompt))
-        self.scores_every_token = body.logprobs is not None
-        self.positions = {}  # answer -> (Detokenizer, number of characters) after the tokens with log-probabilities
-        self.max_tokens = 16 if body.max_tokens is None else body.max_tokens
-        if self.max_tokens == 0 and not body.echo:
+        self.scores_every_token, self.echo = body.logprobs is not None, body.echo
+        max_tokens = 16 if body.max_tokens is None else body.max_tokens
+        if max_tokens == 0 and not body.echo:
             raise ApiError(400, "max_tokens=0 needs echo=true", param="max_tokens")
         prompts, n = service.text_prompts(body.prompt), body.n or 1
         if len(prompts) * n > 128:
             raise ApiError(400, f"{len(prompts)} prompts with {n} answers each are more than 128", param="prompt")
-        if body.stream and (len(prompts) > 1 or self.max_tokens == 0):
+        if body.stream and (len(prompts) > 1 or max_tokens == 0):
             raise ApiError(400, "a stream is for the answer to one prompt, of at least one token", param="stream")
-        self._set_prompts(prompts, max(1, self.max_tokens), body.logprobs)
-        for generation, prompt in zip(self.generations, body.prompt, strict=True):
-            sent_bos = prompt.startswith(BOS) if isinstance(prompt, str) else prompt[0] == generation.tokens[0]
-            generation.added_bos = not sent_bos
+        self._set_prompts(prompts, max_tokens, body.logprobs)
 
-    async def _choices(self, generation):
-        await self._score_prompt(generation)
-        prompt, scored = self._echoed(generation), generation.prompt_logprobs
-        if self.max_tokens == 0:
-            self.service.metrics.prompt_tokens.inc(len(generation.tokens))
-            return [self._choice(a, "length", scored, text=prompt) for a in generation.answers]
-        await generation.run()
-        return [self._choice(a, a.finish, scored + a.logprobs, text=prompt + a.text) for a in generation.answers]
-
-    async def _score_prompt(self, generation):
-        if self.body.echo and self.body.logprobs is not None:
-            scores = await self.worker.score(f"{generation.key}-score", generation.tokens, self.body.logprobs)
-            scored = list(zip(generation.tokens, scores, strict=True))
-            # Clients find their own tokens by position, so a <|bos|> that they did not send is left out.
-            generation.prompt_logprobs = scored[generation.added_bos :]
+    def _content(self, answer):
+        return {"text": answer.text}
 
     def _chunk_choices(self, answer, deltas, is_first):
-        (generation,) = self.generations
-        text, logprobs = (self._echoed(generation), generation.prompt_logprobs) if is_first else ("", [])
-        text += "".join(delta.get("content", "") for delta in deltas)
+        text = answer.text if is_first else "".join(delta.get("content", "") for delta in deltas)
         if text or answer.finish:
-            yield self._choice(answer, answer.finish, logprobs + answer.new_logprobs(), text=text)
+            yield self._choice(answer, answer.finish, answer.new_logprobs(), text=text)
 
-    def _echoed(self, generation):
-        """The text of the prompt if the request has echo=true, else "". As in an answer, without special tokens."""
-        return visible_text(self.tokenizer, generation.tokens) if self.body.echo else ""
-
-    def _formatted(self, logprobs, answer):
+    def _formatted(self, logprobs):
         """`logprobs` in the format of text completions. The first token of an echoed prompt has none, but None."""
-        detokenizer, position = self.positions.get(answer) or (Detokenizer(self.tokenizer), 0)
-        offsets = []
-        for token, _ in logprobs:
-            is_incomplete = detokenizer.utf8_decoder.getstate()[0] != b""  # the last character
-            part, text = detokenizer.push(token)
-            text = text if part == "text" else ""
-            offsets.append(position + (is_incomplete and text.startswith("\ufffd")))  # replaces the last character
-            position += len(text)
-        self.positions[answer] = detokenizer, position
         return {
-            "tokens": [self._token_text(token) for token, _ in logprobs],
-            "token_logprobs": [entry and entry[0] for _, entry in logprobs],
-            "top_logprobs": [entry and {self._token_text(t): p for t, p in entry[1]} for _, entry in logprobs],
-            "text_offset": offsets,
+            "tokens": [self._token_text(token) for token, _, _ in logprobs],
+            "token_logprobs": [entry and entry[0] for _, entry, _ in logprobs],
+            "top_logprobs": [entry and {self._token_text(t): p for t, p in entry[1]} for _, entry, _ in logprobs],
+            "text_offset": [position for _, _, position in logprobs],
         }
 
     def _token_text(self, token):
@@ -236,11 +216,9 @@ def usage(generations):
 
 
 def merged(deltas):
-    """The deltas of one answer, with consecutive pieces of text joined and empty deltas left out."""
-    result = []
-    for delta in filter(None, deltas):
-        if result and result[-1].keys() == delta.keys() == {"content"}:
-            result[-1] = {"content": result[-1]["content"] + delta["content"]}
+    """Yield the deltas of one answer, with consecutive pieces of text joined and empty deltas left out."""
+    for is_text, run in itertools.groupby(filter(None, deltas), key=lambda delta: delta.keys() == {"content"}):
+        if is_text:
+            yield {"content": "".join(delta["content"] for delta in run)}
         else:
-            result.append(delta)
-    return result
+            yield from run

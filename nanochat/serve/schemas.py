@@ -4,10 +4,10 @@ import json
 import time
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from nanochat.common import well_formed
+from nanochat.common import require, well_formed
 
 MAX_MESSAGES, MAX_MESSAGE_CHARS, MAX_CHARS = 500, 8_000, 32_000  # of a request, unless old turns are cut
 RETRY = {"Retry-After": "1"}  # seconds
@@ -40,44 +40,43 @@ def message_text(content):
         return content
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        if kind != "text":
-            raise ValueError(f"part {i} has the type {str(kind)[:40]!r}; only parts of the type 'text' are supported")
-        if not isinstance(part.get("text"), str):
-            raise ValueError(f"part {i} has no string 'text'")
+        message = f"part {i} has the type {str(kind)[:40]!r}; only parts of the type 'text' are supported"
+        require(kind == "text", message)
+        require(isinstance(part.get("text"), str), f"part {i} has no string 'text'")
     return "\n\n".join(part["text"] for part in content)
 
 
 def stop_strings(stop):
     """`stop` as a list of strings."""
     stop = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
-        raise ValueError("expected a string, or a list of strings, that are not empty")
-    if len(stop) > 4:
-        raise ValueError(f"{len(stop)} stop strings are too many, the limit is 4")
+    are_texts = isinstance(stop, list) and all(isinstance(text, str) and text for text in stop)
+    require(are_texts, "expected a string, or a list of strings, that are not empty")
+    require(len(stop) <= 4, f"{len(stop)} stop strings are too many, the limit is 4")
     return stop
 
 
 def prompt_list(prompt):
     """`prompt` as a list of prompts, each a string or a list of token ids."""
     prompts = prompt if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else [prompt]
-    if all(isinstance(p, str) for p in prompts):
-        return prompts
-    if all(isinstance(p, list) and all(type(token) is int for token in p) for p in prompts):
-        return prompts
-    raise ValueError("expected a string, a list of strings, a list of token ids, or a list of such lists")
+    are_texts = all(isinstance(p, str) for p in prompts)
+    if not are_texts and not all(isinstance(p, list) and all(type(token) is int for token in p) for p in prompts):
+        raise ValueError("expected a string, a list of strings, a list of token ids, or a list of such lists")
+    return prompts
 
 
-TEXT, TOKENS = {"type": "string"}, {"type": "array", "items": {"type": "integer"}}
-TEXT_PART = {"type": "object", "required": ["type", "text"], "properties": {"type": {"const": "text"}, "text": TEXT}}
-CONTENT_SCHEMA = {"anyOf": [TEXT, {"type": "array", "items": TEXT_PART}]}
-PROMPT_SCHEMA = {"anyOf": [TEXT, TOKENS, *({"type": "array", "minItems": 1, "items": x} for x in (TEXT, TOKENS))]}
-STOP = TEXT | {"minLength": 1}
-STOP_SCHEMA = {"anyOf": [STOP, {"type": "array", "maxItems": 4, "items": STOP}]}
+NonEmpty = Annotated[str, Field(min_length=1)]
+Stop = NonEmpty | Annotated[list[NonEmpty], Field(max_length=4)]
+Prompt = str | list[str] | list[int] | list[list[int]]
+
+
+class TextPart(BaseModel):
+    type: Literal["text"]
+    text: str
 
 
 class Message(Schema):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(message_text), WithJsonSchema(CONTENT_SCHEMA)]
+    content: Annotated[str, BeforeValidator(message_text, json_schema_input_type=str | list[TextPart])]
 
     @model_validator(mode="before")
     @classmethod
@@ -107,7 +106,7 @@ class CompletionBody(Schema):
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = None
-    stop: Annotated[list[str], BeforeValidator(stop_strings), WithJsonSchema(STOP_SCHEMA)] | None = None
+    stop: Annotated[list[str], BeforeValidator(stop_strings, json_schema_input_type=Stop)] | None = None
     stop_token_ids: list[int] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -127,7 +126,7 @@ class ChatRequest(CompletionBody):
 
 
 class CompletionRequest(CompletionBody):
-    prompt: Annotated[list[str | list[int]], BeforeValidator(prompt_list), WithJsonSchema(PROMPT_SCHEMA)]
+    prompt: Annotated[list[str | list[int]], BeforeValidator(prompt_list, json_schema_input_type=Prompt)]
     max_tokens: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
@@ -158,5 +157,4 @@ class ApiError(Exception):
 
 def envelope(object, id, model):
     """The first fields of every answer and of every chunk of a stream."""
-    created, system = int(time.time()), "nanochat"
-    return {"id": id, "object": object, "created": created, "model": model, "system_fingerprint": system}
+    return {"id": id, "object": object, "created": int(time.time()), "model": model, "system_fingerprint": "nanochat"}

@@ -24,7 +24,7 @@ class Service:
         self.vocab_size = self.tokenizer.get_vocab_size()
         self.workers = [Worker(i, options) for i in range(options.num_workers)]
         self.metrics = Metrics(self.workers)
-        self.draining, self.created = False, int(time.time())
+        self.created = int(time.time())
 
     @property
     def ready_workers(self):
@@ -48,9 +48,8 @@ class Service:
 
     def pick_worker(self, n_answers, model_name):
         """The least loaded worker. Raises ApiError if none can take `n_answers` more, or the model is another one."""
-        if self.status != "ok" or self.draining:
-            reason = "the server is stopping" if self.draining else "the model is loading"
-            reason = self.workers[0].error if self.status == "dead" else reason
+        if self.status != "ok":
+            reason = self.workers[0].error if self.status == "dead" else "the model is loading"
             raise ApiError(503, f"{reason}; try again later")
         worker = min(self.ready_workers, key=lambda w: w.in_flight)
         if worker.in_flight and worker.in_flight + n_answers > self.options.max_rows + self.options.max_queue:
@@ -81,19 +80,18 @@ class Service:
 
     def text_prompts(self, prompts):
         """
-        A list of tokens for each of `prompts`, strings or lists of tokens. Raises ApiError.
+        (tokens, whether <|bos|> was added) for each of `prompts`, strings or lists of tokens. Raises ApiError.
 
-        Each begins with <|bos|>, as every training document does; it is added if the client has not sent it.
+        The tokens begin with <|bos|>, as every training document does; it is added if the client has not sent it.
         """
         result, bos = [], self.tokenizer.get_bos_token_id()
-        for tokens in prompts:
-            if isinstance(tokens, str):
-                tokens = self.tokenizer.encode(tokens.removeprefix(BOS), prepend=BOS)
-            if not tokens:
+        for prompt in prompts:
+            if prompt == []:
                 raise ApiError(400, "a prompt has no tokens", param="prompt")
+            sent_bos = prompt.startswith(BOS) if isinstance(prompt, str) else prompt[0] == bos
+            tokens = self.tokenizer.encode(prompt.removeprefix(BOS)) if isinstance(prompt, str) else prompt[sent_bos:]
             self._check_vocabulary(tokens, "prompt")
-            tokens = tokens if tokens[0] == bos else [bos, *tokens]
-            result.append(self._check_length(tokens, "prompt"))
+            result.append((self._check_length([bos, *tokens], "prompt"), not sent_bos))
         return result
 
     def engine_settings(self, body, max_tokens, logprobs):
@@ -104,8 +102,8 @@ class Service:
         settings = {"temperature": self.options.temperature, "top_k": self.options.top_k}
         settings |= {"seed": random.getrandbits(31)} | body.model_dump(include=ENGINE_FIELDS, exclude_none=True)
         settings |= {"stop": tuple(body.stop or ()), "stop_tokens": frozenset(body.stop_token_ids or ())}
-        settings |= {"logit_bias": bias or None, "logprobs": logprobs}
-        return settings | {"max_tokens": max_tokens, "num_samples": body.n or 1}
+        settings |= {"max_tokens": max_tokens, "num_samples": body.n or 1}
+        return settings | {"logit_bias": bias or None, "logprobs": logprobs}
 
     def _check_vocabulary(self, tokens, param):
         for token in tokens:

@@ -25,8 +25,8 @@ import sys
 import threading
 import time
 import traceback
-from collections import defaultdict
-from typing import NamedTuple
+from collections import namedtuple
+from types import SimpleNamespace
 
 from nanochat.common import UserError, compute_init
 
@@ -34,32 +34,14 @@ SIZE = struct.Struct("!I")
 # The shortest time between two messages about one request, per row in the batch. Events that arrive sooner are
 # coalesced: the server has to write every message to a client, and would otherwise fall behind the engine.
 SEND_INTERVAL = 0.001  # seconds
-
-
-class ModelInfo(NamedTuple):
-    """The model that a worker has loaded."""
-
-    name: str
-    context: int  # tokens of prompt and answer together
-    device: str
-
-
-class TokenEvent(NamedTuple):
-    """One generated token."""
-
-    sample: int  # 0 to num_samples - 1 of the request
-    token: int
-    logprobs: tuple | None  # see log_probabilities() in nanochat/inference/sampling.py
-    finish: str | None  # "stop" or "length" if this is the sample's last token
-    cached: int  # prompt tokens taken from the prefix cache
-
-
-class Load(NamedTuple):
-    """The load on a worker's engine."""
-
-    rows: int = 0  # in the batch
-    waiting: int = 0  # groups of rows that wait for a place in the batch
-    cached_tokens: int = 0  # in the prefix cache
+# The model that a worker has loaded. `context`: tokens of prompt and answer together.
+ModelInfo = namedtuple("ModelInfo", "name context device")
+# The load on a worker's engine: rows in the batch, groups of rows that wait for a place, tokens in the prefix cache.
+Load = namedtuple("Load", "rows waiting cached_tokens", defaults=(0, 0, 0))
+# One generated token. `sample`: 0 to num_samples - 1 of the request. `logprobs`: see log_probabilities() in
+# nanochat/inference/sampling.py, or None. `finish`: "stop" or "length" if this is the sample's last token, else None.
+# `cached`: prompt tokens taken from the prefix cache.
+TokenEvent = namedtuple("TokenEvent", "sample token logprobs finish cached")
 
 
 class WorkerError(Exception):
@@ -127,14 +109,11 @@ class EngineLoop:
 
     def __init__(self, connection, inbox, engine, max_rows):
         self.connection, self.inbox, self.engine, self.max_rows = connection, inbox, engine, max_rows
-        self.handlers = {"submit": self._submit, "cancel": self._cancel, "score": self._score}
         self._reset()
 
     def _reset(self):
         self.loop = self.engine.decode_loop(self.max_rows)
-        self.keys = {}  # unfinished row -> key of its request
-        self.pending = defaultdict(list)  # key -> events that are not sent yet
-        self.sent_at = {}  # key -> time of its last message
+        self.requests = {}  # unfinished row -> its request: key, events that are not sent yet, time of its last message
 
     def run(self):
         """Decode until the server has ended."""
@@ -144,7 +123,7 @@ class EngineLoop:
             except Exception:  # out of memory, for example: fail the requests in the batch, later ones may fit
                 traceback.print_exc(file=sys.stderr)
                 error = WorkerError("the engine failed, see the server's log")
-                self._send(dict.fromkeys(self.keys.values(), error))
+                self._send({request.key: error for request in self.requests.values()})
                 self._reset()
                 rows = []
             self._send_events(rows)
@@ -157,45 +136,42 @@ class EngineLoop:
                 return False
             kind, key, *arguments = message
             try:
-                self.handlers[kind](key, *arguments)
+                getattr(self, kind)(key, *arguments)
             except UserError as e:
                 self._send({key: WorkerError(str(e))})
         return True
 
-    def _submit(self, key, fields):
+    def submit(self, key, fields):
         from nanochat.engine import Request
 
-        self.keys |= dict.fromkeys(self.loop.submit(Request(**fields)), key)
+        request = SimpleNamespace(key=key, events=[], sent_at=0.0)
+        self.requests |= dict.fromkeys(self.loop.submit(Request(**fields)), request)
 
-    def _cancel(self, key):
-        self.loop.cancel([row for row, owner in self.keys.items() if owner == key])
-        self.keys = {row: owner for row, owner in self.keys.items() if owner != key}
-        self.pending.pop(key, None)
-        self.sent_at.pop(key, None)
+    def cancel(self, key):
+        self.loop.cancel([row for row, request in self.requests.items() if request.key == key])
+        self.requests = {row: request for row, request in self.requests.items() if request.key != key}
         self._send({})  # the load
 
-    def _score(self, key, tokens, top):
+    def score(self, key, tokens, top):
         self._send({key: self.engine.score(tokens, top)})
 
     def _send_events(self, rows):
         """Queue the newest token of each of `rows`; send what is due, and everything of requests with finished rows."""
-        keys, pending, sent_at = self.keys, self.pending, self.sent_at
-        now, due, interval = time.perf_counter(), set(), SEND_INTERVAL * len(rows)
+        requests, now, due, interval = self.requests, time.perf_counter(), {}, SEND_INTERVAL * len(rows)
         for row in rows:
-            key = keys.pop(row) if row.finish else keys[row]
+            request = requests.pop(row) if row.finish else requests[row]
             logprobs = row.logprobs[-1] if row.logprobs else None
             # The fields of a TokenEvent: a plain tuple is pickled ten times faster. Worker._read() converts it.
-            pending[key].append((row.sample, row.tokens[-1], logprobs, row.finish, row.cached))
-            if row.finish or now - sent_at.get(key, 0.0) >= interval:
-                due.add(key)
-            if row.finish:
-                sent_at.pop(key, None)
+            request.events.append((row.sample, row.tokens[-1], logprobs, row.finish, row.cached))
+            if row.finish or now - request.sent_at >= interval:
+                due[request.key] = request
         if not due and self.loop.busy:
             return
         # Requests that are half due are sent too: then they become due together, and share their next message.
-        due |= {key for key in pending if now - sent_at.get(key, 0.0) >= interval / 2}
-        sent_at |= dict.fromkeys(due & set(keys.values()), now)
-        self._send({key: pending.pop(key) for key in due})
+        due |= {r.key: r for r in requests.values() if r.events and now - r.sent_at >= interval / 2}
+        self._send({key: request.events for key, request in due.items()})
+        for request in due.values():
+            request.events, request.sent_at = [], now
 
     def _send(self, replies):
         cached_tokens = self.engine.prefix_cache.num_tokens if self.engine.prefix_cache else 0
@@ -240,9 +216,8 @@ class Worker:
 
     def stats(self):
         """The worker's entry in GET /stats."""
-        device = self.model and self.model.device
-        stats = {"gpu_id": self.index, "device": device, "state": self.state, "in_flight": self.in_flight}
-        return stats | self.load._asdict()
+        stats = {"gpu_id": self.index, "device": self.model and self.model.device, "state": self.state}
+        return stats | {"in_flight": self.in_flight} | self.load._asdict()
 
     async def _read(self, reader):
         """Give each reply to the request that waits for it, until the process ends."""

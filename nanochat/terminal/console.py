@@ -6,7 +6,7 @@ import os
 import select
 import sys
 
-from nanochat.common import UserError, no_color
+from nanochat.common import no_color, require
 
 # Control characters except tab and newline. They are removed, because a model's output must not control the terminal.
 CONTROL_CHARACTERS = dict.fromkeys({*range(32), *range(127, 160)} - {9, 10})
@@ -25,9 +25,8 @@ def load_history(path):
 def append_history(path, line):
     """Append a line to the history file, which only its owner can read. Failures are ignored."""
     # Each line is written at once, because a closed terminal window may kill the process.
-    with contextlib.suppress(OSError):
-        with open(path, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as f:
-            f.write(" ".join(line.splitlines()).encode("utf-8", "replace") + b"\n")
+    with contextlib.suppress(OSError), open(path, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as f:
+        f.write(" ".join(line.splitlines()).encode("utf-8", "replace") + b"\n")
 
 
 def read_line():
@@ -78,8 +77,7 @@ def read_question(prompt):
             texts[0] = read_piped(stdin)
     texts = [text.removeprefix("\ufeff").replace("\r\n", "\n").strip() for text in texts]  # \ufeff: byte-order mark
     question = "\n\n".join(filter(None, texts))
-    if not question:
-        raise UserError("the question is empty; give it with -p, or on standard input")
+    require(question, "the question is empty; give it with -p, or on standard input")
     return question
 
 

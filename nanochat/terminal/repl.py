@@ -16,7 +16,7 @@ import json
 import time
 from pathlib import Path
 
-from nanochat.common import UserError
+from nanochat.common import UserError, require
 from nanochat.engine import Request
 from nanochat.terminal.console import append_history, load_history, print_answer, print_speed, read_line
 
@@ -61,8 +61,7 @@ def run_command(chat, line):
             chat.reset(chat.system)
             print("A new conversation.")
         case "/regenerate":
-            if not chat.turns:
-                raise UserError("nothing has been asked yet")
+            require(chat.turns, "nothing has been asked yet")
             return chat.turns.pop().question
         case "/system" if text:
             chat.reset("" if text == "-" else text)
@@ -93,8 +92,7 @@ def set_sampling(chat, name, number_type, text):
 
 def save(chat, name):
     """Write the conversation to a new file."""
-    if not chat.turns:
-        raise UserError("there is nothing to save yet")
+    require(chat.turns, "there is nothing to save yet")
     path = Path(name or time.strftime("chat-%Y-%m-%d-%H%M%S.json")).expanduser()
     try:
         with open(path, "x", encoding="utf-8") as f:

@@ -50,14 +50,9 @@ class Chat:
             answer.push(row.last_token, finish=row.finish)
             yield answer.pieces[-1]
         seconds, n_tokens = time.perf_counter() - start, len(row.completion)
-        self.usage = {
-            "prompt_tokens": len(request.tokens),
-            "completion_tokens": n_tokens,
-            "seconds": round(seconds, 3),
-            "first_token_seconds": round(first_token_seconds, 3),
-            "tokens_per_second": round(n_tokens / seconds, 1),
-            "finish_reason": row.finish,
-        }
+        self.usage = {"prompt_tokens": len(request.tokens), "completion_tokens": n_tokens}
+        self.usage |= {"seconds": round(seconds, 3), "first_token_seconds": round(first_token_seconds, 3)}
+        self.usage |= {"tokens_per_second": round(n_tokens / seconds, 1), "finish_reason": row.finish}
 
     def _prompt(self, question):
         """Tokens of the newest turns that fit into the context, followed by `question`."""
