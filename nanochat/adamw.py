@@ -1,8 +1,7 @@
 """AdamW (Loshchilov and Hutter 2019) with state sharded over the ranks."""
 
-import math
-
 import torch
+from torch.optim.adamw import adamw
 
 from nanochat.sharded import ShardedOptimizer, Unit
 
@@ -21,16 +20,16 @@ class AdamW(ShardedOptimizer):
                 }
                 self.units.append(unit)
 
-    def update(self, unit):
-        beta1, beta2 = unit.group["betas"]
-        m, v, g = unit.state["exp_avg"], unit.state["exp_avg_sq"], unit.grad.float()
-        m.lerp_(g, 1 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        correction1, correction2 = 1 - beta1**self.steps, 1 - beta2**self.steps
-        denominator = v.sqrt().div_(math.sqrt(correction2)).add_(unit.group["eps"])
-        return (m / denominator).div_(correction1)
-
-    def apply(self, p, update, group):
-        if group["weight_decay"]:
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.add_(update.to(p.dtype), alpha=-group["lr"])
+    def update(self, unit, params, grad_scale):
+        for p in params:  # one, or none if all rows of this rank are padding
+            m, v, g = (t[: len(p)] for t in (unit.state["exp_avg"], unit.state["exp_avg_sq"], unit.grad))
+            p32 = p.float()  # a copy, unless p is float32
+            group, steps = unit.group, torch.tensor(self.steps - 1.0, device=p.device)
+            adamw(
+                *([p32], [g.float()], [m], [v], [], [steps]),
+                **dict(fused=True, amsgrad=False, maximize=False, lr=group["lr"], eps=group["eps"]),
+                **dict(beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"]),
+                grad_scale=torch.tensor(1.0 / grad_scale, device=p.device),
+            )
+            if p32 is not p:
+                p.copy_(p32)

@@ -41,12 +41,12 @@ class Muon(ShardedOptimizer):
                 unit.state = {"momentum_buffer": members[0].new_zeros(self.own_rows(unit), *shape)}
                 self.units.append(unit)
 
-    def update(self, unit):
-        momentum, buffer, g = unit.group["momentum"], unit.state["momentum_buffer"], unit.grad
-        buffer.lerp_(g, 1 - momentum)
-        g = g.lerp(buffer, momentum) if unit.group["nesterov"] else buffer
-        return orthogonalize(g, unit.group["ns_steps"], self.ns_dtype)
-
-    def apply(self, p, update, group):
-        rows, cols = p.shape
-        p.add_(update.to(p.dtype), alpha=-group["lr"] * max(1, rows / cols) ** 0.5)
+    def update(self, unit, params, grad_scale):
+        group, buffer, g = unit.group, unit.state["momentum_buffer"], unit.grad
+        g.mul_(grad_scale)
+        buffer.lerp_(g, 1 - group["momentum"])
+        g = g.lerp_(buffer, group["momentum"]) if group["nesterov"] else buffer
+        updates = orthogonalize(g, group["ns_steps"], self.ns_dtype)
+        rows, cols = unit.row_shape
+        for p, update in zip(params, updates, strict=False):  # without padding
+            p.add_(update, alpha=-group["lr"] * max(1, rows / cols) ** 0.5)

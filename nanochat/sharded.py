@@ -3,8 +3,8 @@ Base class of both optimizers: gradient averaging and sharded optimizer state (Z
 
 Parameters are grouped into units. A unit is a stack of rows: single numbers for AdamW, whole matrices for Muon. Each
 rank owns an equal, contiguous range of a unit's rows, zero-padded to a multiple of the world size. A rank receives the
-averaged gradient of its rows (reduce-scatter) and computes their update; all ranks apply all updates (all-gather).
-Therefore rank r's state is the r-th slice of a tensor that does not depend on the world size.
+averaged gradient of its rows (reduce-scatter) and updates them in place; then all ranks exchange their rows
+(all-gather). Therefore rank r's state is the r-th slice of a tensor that does not depend on the world size.
 """
 
 from dataclasses import dataclass, field
@@ -21,6 +21,7 @@ class Unit:
     group: dict
     row_shape: tuple = ()
     state: dict = field(default_factory=dict)
+    buffer: torch.Tensor = None  # for the gradients of several parameters; used again in each step
     grad: torch.Tensor = None  # this rank's rows of the averaged gradient, between reduce_grads() and step()
     work: object = None  # handle of the reduce-scatter in progress
 
@@ -30,7 +31,7 @@ class Unit:
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
-    """Base class of AdamW and Muon. A subclass fills `self.units` and implements update() and apply()."""
+    """Base class of AdamW and Muon. A subclass fills `self.units` and implements update()."""
 
     def __init__(self, params, defaults):
         super().__init__(params, defaults)
@@ -39,34 +40,44 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.steps = 0
         self.units = []
 
-    def update(self, unit):
-        """This rank's update rows (own_rows, *row_shape), from `unit.grad` and `unit.state`."""
-        raise NotImplementedError
-
-    def apply(self, p, update, group):
-        """Apply `update`, of p's shape, to parameter `p` in place."""
+    def update(self, unit, params, grad_scale):
+        """Update `params` in place: tensors of rows (n, *row_shape), in total at most the rows of `unit.grad`."""
         raise NotImplementedError
 
     def own_rows(self, unit):
         """Rows of a unit per rank, including padding."""
         return -(-unit.num_rows // self.world_size)
 
+    def own_params(self, unit):
+        """Views of this rank's rows of a unit, one tensor (n, *row_shape) for each parameter that has some."""
+        first, n = self.rank * self.own_rows(unit), self.own_rows(unit)
+        views = []
+        for p in unit.params:
+            rows = p.detach().view(-1, *unit.row_shape)
+            views.append(rows[max(0, first) : max(0, first + n)])
+            first -= len(rows)
+        return [view for view in views if len(view)]
+
+    def pack(self, unit, tensors, num_rows, out=None):
+        """One tensor (num_rows, *row_shape) of `tensors`, zero-padded; `tensors` itself if it is one of this size."""
+        rows = [t.reshape(-1, *unit.row_shape) for t in tensors]
+        padding = num_rows - sum(map(len, rows))
+        if padding:
+            rows.append(unit.params[0].new_zeros(padding, *unit.row_shape))
+        return torch.cat(rows, out=out) if len(rows) > 1 else rows[0].contiguous()
+
     @torch.no_grad()
     def reduce_grads(self):
         """Start averaging the gradients over the ranks. p.grad may be freed after step()."""
         for unit in self.units:
-            rows = [
-                (torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1, *unit.row_shape) for p in unit.params
-            ]
-            padding = self.own_rows(unit) * self.world_size - unit.num_rows
-            if padding:
-                rows.append(rows[0].new_zeros(padding, *unit.row_shape))
-            packed = torch.cat(rows) if len(rows) > 1 else rows[0].contiguous()
-            if self.world_size == 1:
-                unit.grad = packed
-                continue
-            unit.grad = packed.new_empty(self.own_rows(unit), *unit.row_shape)
-            unit.work = dist.reduce_scatter_tensor(unit.grad, packed, async_op=True)
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in unit.params]
+            own = self.own_rows(unit)
+            packed = self.pack(unit, grads, own * self.world_size, out=unit.buffer)
+            unit.buffer = packed if len(grads) > 1 else None  # the gradient itself is freed
+            unit.grad = packed
+            if self.world_size > 1:
+                unit.grad = packed.new_empty(own, *unit.row_shape)
+                unit.work = dist.reduce_scatter_tensor(unit.grad, packed, async_op=True)
 
     def _wait(self, unit):
         if unit.work is not None:
@@ -79,7 +90,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Sum of squares of this rank's averaged gradient rows, 0-d float32; sum over ranks for the global norm."""
         for unit in self.units:
             self._wait(unit)
-        return torch.stack([unit.grad.float().pow(2).sum() for unit in self.units]).sum()
+        norms = [torch.linalg.vector_norm(unit.grad, dtype=torch.float32) for unit in self.units]
+        return torch.stack(norms).square().sum()
 
     @torch.no_grad()
     def step(self, grad_scale=None):
@@ -90,22 +102,19 @@ class ShardedOptimizer(torch.optim.Optimizer):
         gathers = []
         for unit in self.units:
             self._wait(unit)
-            if grad_scale is not None:
-                unit.grad = unit.grad * grad_scale
-            update, unit.grad = self.update(unit), None
-            if self.world_size == 1:
-                self._apply_all(unit, update)
-            else:
-                gathered = update.new_empty(self.own_rows(unit) * self.world_size, *unit.row_shape)
-                gathers.append((unit, gathered, dist.all_gather_into_tensor(gathered, update, async_op=True)))
+            params = self.own_params(unit)
+            self.update(unit, params, 1.0 if grad_scale is None else grad_scale)
+            unit.grad = None
+            if self.world_size > 1:
+                own = self.own_rows(unit)
+                rows = self.pack(unit, params, own)
+                gathered = rows.new_empty(own * self.world_size, *unit.row_shape)
+                gathers.append((unit, gathered, dist.all_gather_into_tensor(gathered, rows, async_op=True)))
         for unit, gathered, work in gathers:
             work.wait()
-            self._apply_all(unit, gathered)
-
-    def _apply_all(self, unit, rows):
-        sizes = [p.numel() // max(1, torch.Size(unit.row_shape).numel()) for p in unit.params]
-        for p, update in zip(unit.params, rows[: unit.num_rows].split(sizes), strict=True):
-            self.apply(p, update.view_as(p), unit.group)
+            sizes = [p.numel() // max(1, torch.Size(unit.row_shape).numel()) for p in unit.params]
+            for p, rows in zip(unit.params, gathered[: unit.num_rows].split(sizes), strict=True):
+                p.copy_(rows.view_as(p))
 
     # -----------------------------------------------------------------------------------------------------------------
     # State, independent of the world size
