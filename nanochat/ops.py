@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 QUERY_BLOCK = 256  # queries per block of causal_attention()
 # Maximum number of logits in one chunk of the loss: 8 MiB of float32 on a CPU, which fits its cache; 2 GiB on a GPU.
 CPU_CHUNK_ELEMENTS, CUDA_CHUNK_ELEMENTS = 1 << 21, 1 << 29
+BLOCKS_PER_MATMUL = 32  # on a CPU: matrix products need more rows than elementwise operations, for 256 MiB of logits
 
 
 def rms_norm(x, eps):
@@ -112,12 +113,28 @@ class SquaredReLU(torch.autograd.Function):
         return (grad * x).mul_(2)
 
 
+def capped_cross_entropy_(logits, targets, token_weights, softcap):
+    """
+    Weighted sum of the cross entropy of soft-capped `logits` (N, V), in nats. Overwrites `logits` with its gradient.
+
+    targets (N,) ids, -1 only where the weight is 0. Capped logits are below `softcap`, so exp() cannot overflow.
+    """
+    target, scale = targets.clamp(min=0)[:, None], token_weights[:, None]
+    t = logits.float().div_(softcap).tanh_()
+    p = (t * softcap).exp_()
+    z = p.sum(-1, keepdim=True)
+    nats = ((z.log() - softcap * t.gather(1, target)) * scale).sum()
+    p *= scale / z
+    p.scatter_add_(1, target, -scale)
+    logits.copy_(p.addcmul_(p, t.square_(), value=-1))  # d/dl of c tanh(l / c) is 1 - tanh²(l / c)
+    return nats
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """
     cross_entropy_sum(). The forward pass also computes the gradients, from each chunk's logits.
 
-    Nothing is computed twice and nothing of size N x V is stored. Capped logits are below `softcap`, so exp() cannot
-    overflow.
+    Nothing is computed twice and nothing of size N x V is stored.
     """
 
     @staticmethod
@@ -125,26 +142,27 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         w = weight[:vocab_size].to(x.dtype)
         need_x, need_w = ctx.needs_input_grad[:2]
         grad_x = torch.empty_like(x) if need_x else None
-        grad_w = torch.zeros_like(weight, dtype=torch.float32) if need_w else None
+        grad_w = (torch.empty_like if len(x) else torch.zeros_like)(weight, dtype=torch.float32) if need_w else None
+        if need_w:
+            grad_w[vocab_size:] = 0
         total = torch.zeros((), dtype=torch.float32, device=x.device)
-        rows = chunk_rows(x, vocab_size)
+        block = chunk_rows(x, vocab_size)
+        rows = block if x.is_cuda else block * BLOCKS_PER_MATMUL
         with torch.autocast(x.device.type, enabled=False):
-            for i in range(0, x.size(0), rows):
-                chunk, target, scale = x[i : i + rows], targets[i : i + rows].clamp(min=0), token_weights[i : i + rows]
-                target, scale = target[:, None], scale[:, None]
-                t = (chunk @ w.T).float().div_(softcap).tanh_()
-                p = (t * softcap).exp_()
-                z = p.sum(-1, keepdim=True)
-                total += ((z.log() - softcap * t.gather(1, target)) * scale).sum()
-                if not (need_x or need_w):
-                    continue
-                p *= scale / z
-                p.scatter_add_(1, target, -scale)
-                grad = p.mul_(1 - t.square_()).to(x.dtype)  # d/dl of c tanh(l / c) is 1 - tanh²(l / c)
+            for i in range(0, len(x), rows):
+                chunk = x[i : i + rows]
+                logits = chunk @ w.T
+                parts = (t.split(block) for t in (logits, targets[i : i + rows], token_weights[i : i + rows]))
+                for part in zip(*parts, strict=True):
+                    total += capped_cross_entropy_(*part, softcap)
+                grad = logits  # overwritten by now
                 if need_x:
                     torch.mm(grad, w, out=grad_x[i : i + rows])
-                if need_w:
-                    grad_w[:vocab_size] += grad.T @ chunk
+                if need_w and x.dtype == torch.float32:
+                    torch.addmm(grad_w[:vocab_size], grad.T, chunk, beta=float(i > 0), out=grad_w[:vocab_size])
+                elif need_w:
+                    product = grad.T @ chunk
+                    grad_w[:vocab_size] = product if i == 0 else grad_w[:vocab_size].add_(product)
         ctx.save_for_backward(grad_x, grad_w)
         ctx.weight_dtype = weight.dtype
         return total
