@@ -310,8 +310,7 @@ def check_conversation(conversation):
         if not isinstance(content, str) and not (role == "assistant" and is_parts(content)):
             parts = f", or a list of {{type, text}} with a type of {', '.join(PARTS)}" if role == "assistant" else ""
             raise UserError(f"{where} ({role}) has the content {repr(content)[:80]}, expected a string{parts}")
-    problem = "the conversation ends after its system message, expected a message with role 'user'"
-    require(len(messages) > n_system, problem)
+    require(messages[n_system:], "the conversation ends after its system message, expected a message with role 'user'")
     return messages[0]["content"] if n_system else "", messages[n_system:]
 
 

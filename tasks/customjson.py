@@ -79,11 +79,12 @@ def _is_message(value):
 def _parse(value, where):
     """The conversation in a JSON value, in our form; `where` is "file:line"."""
     try:
-        messages, system, got = value, None, repr(value)[:80]
+        messages, system = value, None
         if isinstance(value, dict):
             messages, system = value.get("messages", value.get("conversations")), value.get("system")
-            got = f"an object with the fields {', '.join(value)[:80]}"
-        require(isinstance(messages, list) and messages, f"expected at least two messages, got {got}; {FORMS}")
+        if not isinstance(messages, list) or not messages:  # repr() of every conversation would take long
+            got = f"an object with the fields {', '.join(value)[:80]}" if isinstance(value, dict) else repr(value)[:80]
+            raise UserError(f"expected at least two messages, got {got}; {FORMS}")
         messages = [{"role": "system", "content": system}] * bool(system) + messages
         messages = [_message(message, f"message {i}") for i, message in enumerate(messages, 1)]
         _, turns = check_conversation({"messages": messages})
