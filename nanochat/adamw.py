@@ -24,12 +24,12 @@ class AdamW(ShardedOptimizer):
         for p in params:  # one, or none if all rows of this rank are padding
             m, v, g = (t[: len(p)] for t in (unit.state["exp_avg"], unit.state["exp_avg_sq"], unit.grad))
             p32 = p.float()  # a copy, unless p is float32
-            group, steps = unit.group, torch.tensor(self.steps - 1.0, device=p.device)
+            group, steps = unit.group, torch.full((), self.steps - 1.0, device=p.device)
             adamw(
                 *([p32], [g.float()], [m], [v], [], [steps]),
                 **dict(fused=True, amsgrad=False, maximize=False, lr=group["lr"], eps=group["eps"]),
                 **dict(beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"]),
-                grad_scale=torch.tensor(1.0 / grad_scale, device=p.device),
+                grad_scale=torch.full((), 1.0 / grad_scale, device=p.device),
             )
             if p32 is not p:
                 p.copy_(p32)

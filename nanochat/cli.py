@@ -70,7 +70,9 @@ def add_run_flags(parser, device_batch_size, save_every=-1):
     add = parser.add_argument
     add("--run", type=wandb_run, default="dummy", help='wandb run name; "dummy" = no wandb')
     add_machine_flags(parser)
-    add("--device_batch_size", type=int, default=device_batch_size, help="rows per forward pass and device")
+    rows_help = "rows of full length per forward pass and device; does not change the result"
+    add("--device_batch_size", type=int, default=device_batch_size, help=rows_help)
+    add("--compile", **FLAG | {"default": None}, help="torch.compile; default: in all but short runs")
     add("--embedding_lr", type=float, default=0.2, help="learning rate of the embedding (AdamW)")
     add("--unembedding_lr", type=float, default=0.004, help="learning rate of the output head (AdamW)")
     add("--matrix_lr", type=float, default=0.02, help="learning rate of the blocks' matrices (Muon)")
@@ -135,6 +137,7 @@ def parse_args(parser, argv=None):
 
 def run_script(main):
     """Run main(). Exit code: 0 = success, 2 = an error of the user (prints one line), 130 = Ctrl-C."""
+    common.set_library_defaults()
     _prepare_streams()
     try:
         main()

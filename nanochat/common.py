@@ -5,6 +5,7 @@ Only this module reads environment variables; the README lists them.
 """
 
 import contextlib
+import ctypes
 import errno
 import gc
 import hashlib
@@ -215,6 +216,22 @@ def choose_dtype(device_type, dtype=""):
     return torch.bfloat16 if native else torch.float32
 
 
+def set_library_defaults():
+    """Set environment variables that libraries read when they are loaded, unless the user has set them."""
+    # A thread that waits for others soon sleeps. By default it spins, and a busy process on a core then costs half of
+    # the speed and more: the waiting threads take the time that the slowest needs.
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less fragmentation of a GPU's memory
+
+
+def keep_freed_memory():
+    """Let glibc reuse freed blocks of up to 8 MiB. Otherwise the system takes them back, and zeroes each new one."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 8 << 20)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
 def compute_init(device_type="", dtype="", seed=42):
     """Seed torch, choose device and dtype, and under torchrun join the process group (NCCL on CUDA, else gloo)."""
     import torch
@@ -229,6 +246,8 @@ def compute_init(device_type="", dtype="", seed=42):
         require(local_rank < n, f"{requested} GPUs requested, {n} available; lower --nproc_per_node or --num_gpus")
         torch.set_float32_matmul_precision("high")  # tf32
         torch.cuda.set_device(local_rank)
+    else:
+        keep_freed_memory()
     device = torch.device(device_type, local_rank if on_gpu else None)
     if world_size > 1:
         torch.distributed.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)

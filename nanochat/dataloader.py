@@ -229,8 +229,8 @@ def conversation_batches(task, tokenizer, rows, T, device_batch_size, compute, s
     Yield Batches on the CPU forever, with one conversation per row, truncated to T inputs.
 
     Only the assistant's tokens are trained on. Each epoch is a seeded permutation of `task`. A rank sorts its rows of a
-    step by length and pads each micro-batch to its longest row. `states` is the `state` of the last Batch before the
-    resume.
+    step by length; a micro-batch has at most device_batch_size x T tokens, see length_buckets(). `states` is the
+    `state` of the last Batch before the resume.
     """
     pad = tokenizer.encode_special("<|assistant_end|>")
     used = states["examples"] if states else 0
@@ -238,9 +238,28 @@ def conversation_batches(task, tokenizer, rows, T, device_batch_size, compute, s
         own = (divmod(used + row, len(task)) for row in rank_rows(rows, compute))
         examples = [task[_permutation(seed, epoch, len(task))[i]] for epoch, i in own]
         rendered = sorted((tokenizer.render_conversation(e, T + 1) for e in examples), key=lambda row: len(row[0]))
-        parts = (rendered[start : start + device_batch_size] for start in range(0, len(rendered), device_batch_size))
+        buckets = length_buckets([len(ids) for ids, _ in rendered], device_batch_size * T)
+        parts = (rendered[bucket.start : bucket.stop] for bucket in buckets)
         used += rows
         yield Batch([pad_rows(part, pad) for part in parts], used / len(task), {"examples": used})
+
+
+def length_buckets(lengths, max_tokens, pass_cost=256):
+    """
+    The ranges of ascending `lengths` that are padded to their longest and trained in one pass each.
+
+    They minimize the number of tokens, padding included, plus `pass_cost` tokens per pass. A range of more than one
+    length has at most `max_tokens` tokens.
+    """
+    best = [(0, None)]  # per number of lengths: (cost, start of the last range)
+    for stop, longest in enumerate(lengths, 1):
+        starts = range(max(0, stop - max(1, max_tokens // longest)), stop)
+        best.append(min((best[start][0] + (stop - start) * longest + pass_cost, start) for start in starts))
+    buckets, stop = [], len(lengths)
+    while stop:
+        buckets.append(range(best[stop][1], stop))
+        stop = best[stop][1]
+    return buckets[::-1]
 
 
 def pad_rows(rows, pad=0):

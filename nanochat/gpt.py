@@ -61,12 +61,12 @@ class GPTConfig:
 
 
 def norm(x):
-    """RMSNorm without a weight."""
-    return ops.rms_norm(x, NORM_EPS)
+    """RMSNorm without a weight (Zhang and Sennrich 2019)."""
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding by angle -theta on dimensions (i, i + D/2). x (B, T, H, D); cos, sin (1 or B, T, 1, D/2)."""
+    """Rotary embedding by angle -theta on dimensions (i, i + D/2). x (B, T, H, D); cos, sin ([B,] T, 1, D/2)."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).to(x.dtype)
 
@@ -91,9 +91,10 @@ class CausalSelfAttention(nn.Module):
         q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
         q = norm(rotate(q, cos, sin)).transpose(1, 2)
         k, v = self.keys_and_values(x, cos, sin)
-        causal = mask is None and T > 1
+        causal = mask is None
         if kv_cache is not None:
             cached = kv_cache.insert(self.layer, k, v)
+            causal = causal and T > 1
             if not causal:
                 k, v = cached
                 q = q.to(k.dtype)
@@ -108,7 +109,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x):
-        return self.c_proj(ops.squared_relu(self.c_fc(x)))
+        return self.c_proj(F.relu(self.c_fc(x)).square())
 
 
 class Block(nn.Module):
@@ -127,6 +128,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.grad_checkpoint = False  # recompute blocks in the backward pass: less memory, a third slower
+        self.block_forward, self.chunk_loss = Block.forward, ops.capped_cross_entropy_  # until compile()
         self._rotary = None  # (cos, sin), each (positions, head_dim / 2); grows on demand
         with torch.device("meta"):
             # nn.Embedding() would initialize its weights, which on meta takes as long as importing torch.
@@ -153,6 +155,16 @@ class GPT(nn.Module):
             else:  # activations keep their scale for any aspect ratio (spectral condition, Yang et al. 2023)
                 fan_out, fan_in = p.shape
                 nn.init.normal_(p, std=min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in))
+
+    def compile(self, dynamic=True):
+        """
+        Compile the elementwise operations between matrix products, for passes without a cache.
+
+        All blocks share one graph. `dynamic`: for all lengths and numbers of rows; else each gets a graph of its own.
+        """
+        fullgraph = self.get_device().type != "cpu"  # on a CPU, attention is not compiled
+        self.block_forward = torch.compile(Block.forward, dynamic=dynamic, fullgraph=fullgraph)
+        self.chunk_loss = torch.compile(ops.capped_cross_entropy_, dynamic=dynamic, fullgraph=True)
 
     def get_device(self):
         return self.transformer.wte.weight.device
@@ -186,8 +198,8 @@ class GPT(nn.Module):
         """
         T = idx.size(1)
         if kv_cache is None:
-            positions, mask = slice(0, T), None
-            cos, sin = (t[None, positions, None] for t in self.rotary(T))
+            # Copies, since a compiled graph would depend on the length of the table that a view belongs to.
+            mask, (cos, sin) = None, (t[:T, None].clone() for t in self.rotary(T))
         else:
             positions, mask = kv_cache.begin(T)
             cos, sin = (t[positions][:, :, None] for t in self.rotary(kv_cache.max_position(T)))
@@ -198,10 +210,13 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             if fill_only and block is self.transformer.h[-1]:
                 kv_cache.insert(block.attn.layer, *block.attn.keys_and_values(norm(x), cos, sin))
-            elif self.grad_checkpoint and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(block, x, cos, sin, None, None, use_reentrant=False)
-            else:
+            elif kv_cache is not None:
                 x = block(x, cos, sin, kv_cache, mask)
+            elif self.grad_checkpoint and torch.is_grad_enabled():
+                args = block, x, cos, sin, None, None
+                x = torch.utils.checkpoint.checkpoint(self.block_forward, *args, use_reentrant=False)
+            else:
+                x = self.block_forward(block, x, cos, sin, None, None)
         if kv_cache is not None:
             kv_cache.advance(T)
         return None if fill_only else norm(x)
@@ -225,7 +240,8 @@ class GPT(nn.Module):
         if loss_reduction == "none":
             return self._token_losses(x, flat).view_as(targets)
         weights = None if weights is None else weights.flatten()
-        total = ops.cross_entropy_sum(x, self.lm_head.weight, flat, weights, self.config.vocab_size, SOFTCAP)
+        head, size = self.lm_head.weight, self.config.vocab_size
+        total = ops.cross_entropy_sum(x, head, flat, weights, size, SOFTCAP, self.chunk_loss)
         return total / (flat >= 0).sum().clamp(min=1) if loss_reduction == "mean" else total
 
     def _token_losses(self, x, targets):

@@ -1,28 +1,21 @@
 """
-The model's operations that differ by device, or that need their own backward pass. gpt.py calls one function for each.
+The model's operations that are more than a formula: attention, and the loss without the logits of a whole batch.
 
-On a CPU, PyTorch's elementwise operations are bound by memory bandwidth, so the functions here make fewer passes over
-memory than autograd would. Together they save 40 % of a pocket model's training step (Zen 5, 2 cores, 2026-11).
+Elementwise operations are bound by memory bandwidth, so in training torch.compile() fuses them: see GPT.compile().
 """
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-QUERY_BLOCK = 256  # queries per block of causal_attention()
-# Maximum number of logits in one chunk of the loss: 8 MiB of float32 on a CPU, which fits its cache; 2 GiB on a GPU.
-CPU_CHUNK_ELEMENTS, CUDA_CHUNK_ELEMENTS = 1 << 21, 1 << 29
-BLOCKS_PER_MATMUL = 32  # on a CPU: matrix products need more rows than elementwise operations, for 256 MiB of logits
+QUERY_BLOCK = 256  # queries per block of CausalAttention
+CPU_LOGITS_BYTES, CUDA_LOGITS_BYTES = 1 << 28, 1 << 30  # size of a chunk of logits: matrix products need many rows,
+CPU_BLOCK_ELEMENTS = 1 << 21  # elementwise operations on a CPU few, whose intermediate results fit its cache
 
 
-def rms_norm(x, eps):
-    """x / sqrt(mean(x²) + eps) over the last dimension (Zhang and Sennrich 2019)."""
-    return RMSNorm.apply(x, eps) if x.device.type == "cpu" else F.rms_norm(x, (x.size(-1),), eps=eps)
-
-
-def squared_relu(x):
-    """max(x, 0)²."""
-    return SquaredReLU.apply(x) if x.device.type == "cpu" else F.relu(x).square()
+def on_cpu(x):
+    """Whether `x` is on a CPU. Other devices have kernels that need no help."""
+    return x.device.type == "cpu"
 
 
 def attention(q, k, v, mask=None, causal=False):
@@ -31,10 +24,64 @@ def attention(q, k, v, mask=None, causal=False):
 
     mask: bool, broadcastable to (B, Hq, Tq, Tk), True = attend. `causal` requires Tq == Tk and no mask.
     """
-    gqa = q.size(1) != k.size(1)
-    if q.device.type == "cpu" and mask is None and q.size(2) == k.size(2) and not gqa:
+    if causal and on_cpu(q):
         return causal_attention(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=gqa)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
+
+
+@torch.compiler.disable  # compiling it anew for every length would take longer than it saves
+def causal_attention(q, k, v):
+    """
+    Causal attention on a CPU; shapes as in attention(). Blocks of queries skip all later keys.
+
+    In bfloat16 it is two to three times as fast as scaled_dot_product_attention, forward and backward.
+    """
+    groups = q.size(1) // k.size(1)
+    if groups > 1:
+        k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+    return CausalAttention.apply(q, k, v)
+
+
+class CausalAttention(torch.autograd.Function):
+    """causal_attention() of q, k, v (B, H, T, D)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        T, out, probabilities = q.size(2), torch.empty_like(q), []
+        future = torch.ones(QUERY_BLOCK, QUERY_BLOCK, dtype=torch.bool).triu(1)
+        keys = (k * k.size(-1) ** -0.5).mT
+        for start in range(0, T, QUERY_BLOCK):
+            end = min(start + QUERY_BLOCK, T)
+            scores = q[:, :, start:end] @ keys[..., :end]
+            scores[..., start:].masked_fill_(future[: end - start, : end - start], -torch.inf)
+            probabilities.append(scores.softmax(-1))
+            out[:, :, start:end] = probabilities[-1] @ v[:, :, :end]
+        ctx.save_for_backward(q, k, v, *probabilities)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, v, *probabilities = ctx.saved_tensors
+        scale, grad_q = q.size(-1) ** -0.5, torch.empty_like(q)
+        grad_k, grad_v = (torch.zeros_like(t, dtype=torch.float32) for t in (k, v))
+        for i, p in enumerate(probabilities):
+            start, end = i * QUERY_BLOCK, p.size(-1)
+            g = grad[:, :, start:end]
+            grad_scores = torch._softmax_backward_data(g @ v[:, :, :end].mT, p, -1, p.dtype)
+            torch.mul(grad_scores @ k[:, :, :end], scale, out=grad_q[:, :, start:end])
+            grad_k[:, :, :end] += grad_scores.mT @ q[:, :, start:end]
+            grad_v[:, :, :end] += p.mT @ g
+        return grad_q, grad_k.mul_(scale).to(k.dtype), grad_v.to(v.dtype)
+
+
+def compiler_problem(device):
+    """Why torch.compile() does not work on this machine, such as a missing C++ compiler; None if it works."""
+    try:
+        torch.compile(lambda x: x.exp() + 1)(torch.zeros(64, device=device))
+    except RuntimeError as e:
+        return next(filter(None, str(e).splitlines()), type(e).__name__)
+    return None
 
 
 def embedding_dtype(device):
@@ -43,74 +90,23 @@ def embedding_dtype(device):
 
 
 def chunk_rows(x, vocab_size):
-    """Number of tokens per chunk of logits, on the device of `x`."""
-    return max(1, (CUDA_CHUNK_ELEMENTS if x.is_cuda else CPU_CHUNK_ELEMENTS) // vocab_size)
+    """Number of tokens per chunk of logits, in the dtype and on the device of `x`."""
+    return max(1, (CPU_LOGITS_BYTES if on_cpu(x) else CUDA_LOGITS_BYTES) // (vocab_size * x.element_size()))
 
 
-def cross_entropy_sum(x, weight, targets, token_weights, vocab_size, softcap):
+def cross_entropy_sum(x, weight, targets, token_weights, vocab_size, softcap, chunk_loss=None):
     """
     Weighted sum of the cross entropy of soft-capped logits, in nats, without materializing all logits.
 
     x (N, C) activations; weight (>= vocab_size, C) the head; targets (N,) ids, -1 = ignored; token_weights (N,) or
-    None = 1.
+    None = 1; chunk_loss: compiled capped_cross_entropy_().
     """
     trained = targets >= 0
     token_weights = trained.float() if token_weights is None else trained * token_weights
-    if x.device.type == "cpu":  # on a GPU, boolean indexing would wait for the device
+    if on_cpu(x):  # on a GPU, boolean indexing would wait for the device
         x, targets, token_weights = x[trained], targets[trained], token_weights[trained]
-    return ChunkedCrossEntropy.apply(x, weight, targets, token_weights, vocab_size, softcap)
-
-
-def causal_attention(q, k, v):
-    """
-    Causal attention on a CPU; q, k, v and the result are (B, H, T, D). Blocks of queries skip all later keys.
-
-    In bfloat16 it is two to three times as fast as scaled_dot_product_attention, forward and backward.
-    """
-    T, q = q.size(2), q * q.size(-1) ** -0.5
-    future = torch.full((QUERY_BLOCK, QUERY_BLOCK), -torch.inf, dtype=q.dtype).triu(1)
-    out = []
-    for start in range(0, T, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, T)
-        scores = q[:, :, start:end] @ k[:, :, :end].transpose(-1, -2)
-        scores[..., start:] += future[: end - start, : end - start]
-        out.append(scores.softmax(-1) @ v[:, :, :end])
-    return torch.cat(out, dim=2)
-
-
-class RMSNorm(torch.autograd.Function):
-    """rms_norm() that saves only its output and scale for the backward pass."""
-
-    @staticmethod
-    def forward(ctx, x, eps):
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_().to(x.dtype)
-        y = x * scale
-        ctx.save_for_backward(y, scale)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        y, scale = ctx.saved_tensors
-        projection = (grad * y).mean(-1, keepdim=True)
-        return torch.addcmul(grad, y, projection, value=-1).mul_(scale), None
-
-
-class SquaredReLU(torch.autograd.Function):
-    """squared_relu() that saves only relu(x) for the backward pass."""
-
-    @staticmethod
-    def forward(ctx, x):
-        x = F.relu(x)
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        return (grad * x).mul_(2)
+    chunk_loss = chunk_loss or capped_cross_entropy_
+    return ChunkedCrossEntropy.apply(x, weight, targets, token_weights, vocab_size, softcap, chunk_loss)
 
 
 def capped_cross_entropy_(logits, targets, token_weights, softcap):
@@ -119,14 +115,16 @@ def capped_cross_entropy_(logits, targets, token_weights, softcap):
 
     targets (N,) ids, -1 only where the weight is 0. Capped logits are below `softcap`, so exp() cannot overflow.
     """
+
     target, scale = targets.clamp(min=0)[:, None], token_weights[:, None]
-    t = logits.float().div_(softcap).tanh_()
-    p = (t * softcap).exp_()
+    # tanh(logits / softcap); torch.tanh() is slower when compiled for a CPU.
+    t = 1 - 2 / ((logits.float() * (2 / softcap)).exp() + 1)
+    p = (softcap * t).exp()
     z = p.sum(-1, keepdim=True)
     nats = ((z.log() - softcap * t.gather(1, target)) * scale).sum()
-    p *= scale / z
-    p.scatter_add_(1, target, -scale)
-    logits.copy_(p.addcmul_(p, t.square_(), value=-1))  # d/dl of c tanh(l / c) is 1 - tanh²(l / c)
+    one_hot = torch.arange(logits.size(1), device=logits.device) == target
+    # The derivative of c tanh(l / c) is 1 - tanh²(l / c).
+    logits.copy_((p / z - one_hot.float()) * scale * (1 - t * t))
     return nats
 
 
@@ -134,11 +132,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
     cross_entropy_sum(). The forward pass also computes the gradients, from each chunk's logits.
 
-    Nothing is computed twice and nothing of size N x V is stored.
+    Nothing is computed twice and nothing of size N x V is stored. The backward pass can run only once.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, token_weights, vocab_size, softcap):
+    def forward(ctx, x, weight, targets, token_weights, vocab_size, softcap, chunk_loss):
         w = weight[:vocab_size].to(x.dtype)
         need_x, need_w = ctx.needs_input_grad[:2]
         grad_x = torch.empty_like(x) if need_x else None
@@ -146,15 +144,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         if need_w:
             grad_w[vocab_size:] = 0
         total = torch.zeros((), dtype=torch.float32, device=x.device)
-        block = chunk_rows(x, vocab_size)
-        rows = block if x.is_cuda else block * BLOCKS_PER_MATMUL
+        rows = chunk_rows(x, vocab_size)
+        block_rows = max(1, CPU_BLOCK_ELEMENTS // vocab_size) if on_cpu(x) else rows
         with torch.autocast(x.device.type, enabled=False):
             for i in range(0, len(x), rows):
                 chunk = x[i : i + rows]
                 logits = chunk @ w.T
-                parts = (t.split(block) for t in (logits, targets[i : i + rows], token_weights[i : i + rows]))
-                for part in zip(*parts, strict=True):
-                    total += capped_cross_entropy_(*part, softcap)
+                parts = logits, targets[i : i + rows], token_weights[i : i + rows]
+                for block in zip(*(t.split(block_rows) for t in parts), strict=True):
+                    total += chunk_loss(*block, softcap)
                 grad = logits  # overwritten by now
                 if need_x:
                     torch.mm(grad, w, out=grad_x[i : i + rows])
@@ -163,13 +161,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 elif need_w:
                     product = grad.T @ chunk
                     grad_w[:vocab_size] = product if i == 0 else grad_w[:vocab_size].add_(product)
-        ctx.save_for_backward(grad_x, grad_w)
-        ctx.weight_dtype = weight.dtype
+        ctx.grads, ctx.weight_dtype = (grad_x, grad_w), weight.dtype
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_output):
-        grad_x, grad_w = ctx.saved_tensors
-        grad_x = None if grad_x is None else grad_x * grad_output.to(grad_x.dtype)
-        grad_w = None if grad_w is None else (grad_w * grad_output).to(ctx.weight_dtype)
-        return grad_x, grad_w, None, None, None, None
+        grad_x, grad_w = ctx.grads
+        ctx.grads = None  # scaled in place
+        grad_x = None if grad_x is None else grad_x.mul_(grad_output)
+        grad_w = None if grad_w is None else grad_w.mul_(grad_output).to(ctx.weight_dtype)
+        return grad_x, grad_w, None, None, None, None, None

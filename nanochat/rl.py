@@ -14,7 +14,7 @@ import torch
 
 from nanochat.chat_eval import generate_answers, read_problems
 from nanochat.common import require, task_errors
-from nanochat.dataloader import pad_rows
+from nanochat.dataloader import length_buckets, pad_rows
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 
@@ -73,9 +73,10 @@ def advantages(group):
     return [reward - mean for reward in rewards] if len(set(rewards)) > 1 else None
 
 
-def policy_batches(groups, rows, device):
+def policy_batches(groups, max_tokens, device):
     """
-    (micro_batches, skipped_tokens) for train_step(). A micro-batch is (inputs, targets, weights), each (rows, T).
+    (micro_batches, skipped_tokens) for train_step(). A micro-batch is (inputs, targets, weights), each (rows, T), of at
+    most `max_tokens` tokens.
 
     Targets that were not sampled are -1. A token's weight is its rollout's advantage. Groups with equal rewards are
     skipped, since their advantages are 0; `skipped_tokens` is the number of their sampled tokens, which the mean loss
@@ -90,8 +91,8 @@ def policy_batches(groups, rows, device):
             weighted += zip(group, group_advantages, strict=True)
     weighted.sort(key=lambda pair: len(pair[0].prompt) + len(pair[0].tokens))  # similar lengths need little padding
     batches = []
-    for start in range(0, len(weighted), rows):
-        rollouts, row_weights = zip(*weighted[start : start + rows], strict=True)
+    for bucket in length_buckets([len(r.prompt) + len(r.tokens) for r, _ in weighted], max_tokens):
+        rollouts, row_weights = zip(*weighted[bucket.start : bucket.stop], strict=True)
         x, y = pad_rows([(r.prompt + r.tokens, [0] * len(r.prompt) + r.mask) for r in rollouts])
         weights = torch.tensor(row_weights)[:, None].repeat(1, x.size(1))
         batches.append(tuple(t.to(device) for t in (x, y, weights)))

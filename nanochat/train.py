@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat import checkpoint_manager as checkpoints
+from nanochat import ops
 from nanochat.common import UserError, print0, print_error, require, set_aside
 from nanochat.dataloader import Prefetch, eval_batches, lane_batches
 from nanochat.tokenizer import check_tokenizer
@@ -82,7 +83,8 @@ def train_step(
     for optimizer in optimizers:
         optimizer.reduce_grads()
     sums = torch.stack((loss / compute.world_size, sum(optimizer.grad_sq_norm() for optimizer in optimizers)))
-    loss, sq_norm = compute.all_reduce(sums).tolist()
+    # The only place of a step that waits for the device.
+    loss, sq_norm, tokens, progress, stops = torch.cat((compute.all_reduce(sums), totals)).tolist()
     grad_norm = math.sqrt(max(sq_norm, 0.0)) if math.isfinite(sq_norm) else math.nan
     problem = f"the run diverged: the loss is {loss} and the gradient norm {grad_norm}"
     remedy = "lower the learning rates; --resume continues from the newest checkpoint, if there is one"
@@ -94,7 +96,6 @@ def train_step(
         if grad_norm:  # with a zero gradient, momentum alone would still move the weights
             optimizer.step(clip if clip < 1 else None)
         optimizer.zero_grad(set_to_none=True)
-    tokens, progress, stops = totals.tolist()
     return StepResult(loss, grad_norm, int(tokens), progress / compute.world_size, stops > 0)
 
 
@@ -102,6 +103,9 @@ def train_step(
 # A stage's run: checkpoints, resume, stop on SIGTERM or Ctrl-C
 
 STOP_SIGNALS = signal.SIGINT, signal.SIGTERM
+
+# Runs from this length on are compiled: about a minute on two CPU cores.
+COMPILE_FROM_FLOPS, TOKENS_PER_CONVERSATION = 1e13, 256
 
 # A run can be resumed only with the same values of these flags.
 RESUME_INVARIANTS = (
@@ -183,10 +187,23 @@ class Stage:
             checkpoints.load_optimizers(self.path, self.meta, optimizers)
         return optimizers
 
-    def compile(self, model):
-        """torch.compile(model) if --compile is set (default: on CUDA only), else the model itself."""
-        enabled = self.args.compile if self.args.compile is not None else self.compute.device.type == "cuda"
-        return torch.compile(model, dynamic=False) if enabled else model
+    def compile(self, model, tokens, fixed_shape=False):
+        """
+        The model to train: compiled if --compile is set, by default in all but short runs.
+
+        tokens: length of the run, roughly. fixed_shape: all batches have the same shape.
+        """
+        device, is_long = self.compute.device.type, tokens * model.estimate_flops() >= COMPILE_FROM_FLOPS
+        if not (is_long and device != "mps" if self.args.compile is None else self.args.compile):
+            return model
+        if device == "cuda" and fixed_shape:
+            return torch.compile(model, dynamic=False, fullgraph=True)  # a fifth faster than block by block
+        if problem := ops.compiler_problem(device):
+            print0(f"warning: training without torch.compile(), which is slower: {problem}")
+            return model
+        print0("compiling the model, which takes up to a minute, or seconds if it is cached (--compile=0: not at all)")
+        model.compile()
+        return model
 
     def training_loader(self, source, rows):
         """Prefetch of training Batches from `source`; when resuming, from the checkpoint's position."""

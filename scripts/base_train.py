@@ -17,7 +17,6 @@ def build_parser():
     parser = make_parser("scripts.base_train", __doc__)
     add_run_flags(parser, device_batch_size=32)
     add = parser.add_argument
-    add("--compile", **FLAG | {"default": None}, help="torch.compile; default: on CUDA only")
     add("--depth", type=int, default=20, help="number of layers; the width is 64 times this")
     add("--max_seq_len", type=int, default=2048, help="context length in tokens")
     add("--num_iterations", type=int, default=-1, help="optimizer steps; -1 = from a --target_* flag")
@@ -99,7 +98,8 @@ def main(argv=None):
 
     # Optimizers; restores weights and optimizer state when resuming
     optimizers = stage.setup_optimizers(model)
-    compiled = stage.compile(model)
+    total_tokens = num_steps * args.total_batch_size
+    compiled = stage.compile(model, total_tokens, fixed_shape=True)
 
     # Data
     corpus = corpus_name(args.data_dir)
@@ -110,7 +110,6 @@ def main(argv=None):
     core_tasks = load_core_tasks(args, corpus)
 
     # Horizon
-    total_tokens = num_steps * args.total_batch_size
     total_flops, tokens_per_param = total_tokens * flops_per_token, total_tokens / num_params
     print0(f"{num_steps:,} steps of {args.total_batch_size:,} tokens ({rows} rows of {args.max_seq_len:,}): ", end="")
     print0(f"{total_tokens:,} tokens, {tokens_per_param:.1f} per parameter, {total_flops:.2e} FLOPs")

@@ -82,7 +82,7 @@ def main(argv=None):
     from nanochat.rl import make_sampler, mean_over_ranks, policy_batches, roll_out, sync
     from nanochat.schedule import lr_multiplier, set_schedule
     from nanochat.tracking import StageLog
-    from nanochat.train import Stage, due, epoch_steps
+    from nanochat.train import TOKENS_PER_CONVERSATION, Stage, due, epoch_steps
 
     # Machine, tokenizer, model and task
     compute = compute_init(args.device_type, args.dtype, args.seed)
@@ -99,6 +99,9 @@ def main(argv=None):
 
     # Optimizers; restores weights and optimizer state when resuming
     optimizers = stage.setup_optimizers(model)
+    max_tokens = args.device_batch_size * model.config.sequence_len  # of a micro-batch
+    answers = num_steps * args.examples_per_step * args.num_samples
+    model = stage.compile(model, answers * TOKENS_PER_CONVERSATION)
     sampler = make_sampler(model, tokenizer, compute)
     print0(f"{args.task}: {len(train_task):,} problems, {num_steps:,} steps of {args.examples_per_step}")
     log = StageLog("rl", args, compute, num_steps, model.estimate_flops(), stage.meta.get("log_state"))
@@ -133,7 +136,7 @@ def main(argv=None):
         problems = list(problems_of_step(step, args.examples_per_step, len(train_task), args.seed).items())
         own = dict(problems[compute.rank :: compute.world_size])
         groups = roll_out(sampler, train_task, own, args.num_samples, args.max_new_tokens, args.max_rows).values()
-        batches, skipped_tokens = policy_batches(groups, args.device_batch_size, compute.device)
+        batches, skipped_tokens = policy_batches(groups, max_tokens, compute.device)
         lr_mult = args.init_lr_frac * lr_multiplier(step / num_steps, warmdown_ratio=1.0)
         set_schedule(optimizers, lr_mult)
         result = stage.train_step(model, optimizers, batches, skipped_tokens=skipped_tokens)

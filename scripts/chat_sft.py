@@ -43,7 +43,7 @@ def main(argv=None):
     from nanochat.loss_eval import evaluate_loss
     from nanochat.schedule import lr_multiplier, set_schedule
     from nanochat.tracking import StageLog
-    from nanochat.train import Stage, due, epoch_steps
+    from nanochat.train import TOKENS_PER_CONVERSATION, Stage, due, epoch_steps
     from tasks.mixtures import EVAL_TASKS, training_tasks
 
     # Machine, tokenizer and model
@@ -63,6 +63,7 @@ def main(argv=None):
 
     # Optimizers; restores weights and optimizer state when resuming
     optimizers = stage.setup_optimizers(model)
+    model = stage.compile(model, num_steps * rows * TOKENS_PER_CONVERSATION)
 
     # Data
     context = model.config.sequence_len

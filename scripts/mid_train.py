@@ -29,7 +29,6 @@ def build_parser():
     add("--init_lr_frac", type=float, default=1.0, help="initial learning rates, as a multiple of the flags")
     add("--eval_every", type=int, default=150, help="steps between validations; -1 = never")
     add("--eval_tokens", type=int, default=20 * 524288, help="tokens per validation")
-    add("--compile", **FLAG | {"default": None}, help="torch.compile; default: on CUDA only")
     add("--grad_checkpoint", **FLAG, help="save memory, a third slower")
     add("--dry_run", **FLAG, help="train, but write no checkpoint and no report")
     return parser
@@ -43,7 +42,7 @@ def main(argv=None):
     from nanochat.schedule import lr_multiplier, muon_momentum, set_schedule
     from nanochat.tokenizer import get_token_bytes
     from nanochat.tracking import StageLog
-    from nanochat.train import Stage, due, rows_per_step
+    from nanochat.train import TOKENS_PER_CONVERSATION, Stage, due, rows_per_step
     from tasks.mixtures import training_tasks
 
     # Machine, tokenizer and model; --corpus and --max_seq_len default to those of the base run
@@ -67,7 +66,9 @@ def main(argv=None):
         print0(f"warning: --device_batch_size={args.device_batch_size}, in pretraining it was {base_batch_size}")
 
     # Optimizers; restores weights and optimizer state when resuming
-    optimizers, compiled = stage.setup_optimizers(model), stage.compile(model)
+    optimizers, epoch_tokens = stage.setup_optimizers(model), len(train_task) * TOKENS_PER_CONVERSATION
+    tokens = args.num_iterations * args.total_batch_size if args.num_iterations > 0 else epoch_tokens
+    compiled = stage.compile(model, tokens, fixed_shape=True)
 
     # Data; validation batches are read at the first validation
     rendering = dict(max_tokens=args.max_seq_len, use_mask=args.train_on == "assistant")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import threading
 
 import numpy as np
@@ -18,6 +19,7 @@ from nanochat.dataloader import (
     conversation_batches,
     eval_batches,
     lane_batches,
+    length_buckets,
     pack_best_fit,
 )
 from nanochat.dataset import read_row_group, row_groups
@@ -159,6 +161,25 @@ def test_conversations_are_masked_padded_and_split_over_ranks(base):
     assert single[5].state == {"examples": 24}
     resumed = next(conversation_batches(task, tokenizer, 4, 40, 4, CPU, states={"examples": 24}))
     assert torch.equal(resumed.micro_batches[0][0], single[6].micro_batches[0][0])
+
+
+@pytest.mark.parametrize(("max_tokens", "pass_cost"), [(100, 10), (1000, 50), (30, 0)])
+def test_length_buckets_have_the_least_cost_of_all_partitions(max_tokens, pass_cost):
+    lengths = sorted([7, 9, 9, 10, 30, 31, 33, 90, 200])
+
+    def cost(ranges):
+        sizes = [len(r) * lengths[r.stop - 1] for r in ranges]  # padded
+        fits = all(len(r) == 1 or size <= max_tokens for r, size in zip(ranges, sizes, strict=True))
+        return sum(sizes) + pass_cost * len(ranges) if fits else math.inf
+
+    partitions = (
+        [range(a, b) for a, b in itertools.pairwise([0, *cuts, len(lengths)])]
+        for n in range(len(lengths))
+        for cuts in itertools.combinations(range(1, len(lengths)), n)
+    )
+    buckets = length_buckets(lengths, max_tokens, pass_cost)
+    assert [i for bucket in buckets for i in bucket] == list(range(len(lengths)))
+    assert cost(buckets) == min(map(cost, partitions)) < math.inf
 
 
 def test_task_source_masks_user_tokens_only_with_use_mask(base):

@@ -157,8 +157,8 @@ def send_signal(monkeypatch):
     ("signum", "owner", "name", "call", "step"),
     [
         (signal.SIGINT, GPT, "hidden", 2 + 8 + 2 + 4 + 2, 3),  # in the second micro-batch of step 3
-        (signal.SIGTERM, ops.SquaredReLU, "backward", 1, 0),
-        pytest.param(signal.SIGTERM, ops.SquaredReLU, "backward", 5, 1, marks=pytest.mark.slow),
+        (signal.SIGTERM, ops.CausalAttention, "backward", 1, 0),
+        pytest.param(signal.SIGTERM, ops.CausalAttention, "backward", 5, 1, marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, GPT, "hidden", 2 + 8 + 2, 2, marks=pytest.mark.slow),  # in a validation
     ],
     ids=["forward", "first step", "backward", "validation"],

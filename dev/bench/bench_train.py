@@ -39,7 +39,7 @@ SHAPES = {
     "d12": (12, 32768, 2048, 1, 1),
 }
 TWINS = tuple(f"twin-{dtype}{mode}" for dtype in ("float32", "bfloat16") for mode in ("", "-compiled"))
-SYSTEMS = ("ours", "ours-float32", *TWINS, "transformers-float32", "transformers-bfloat16")
+SYSTEMS = ("ours", "ours-float32", "ours-float32-eager", *TWINS, "transformers-float32", "transformers-bfloat16")
 PARTS = ("blocks", "loss", "backward", "optimizers")
 RESIDENT_AFTER_IMPORT = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -160,9 +160,11 @@ class Plain:
 class Ours:
     """A training step of this repository, as scripts/base_train.py does it."""
 
-    def __init__(self, config, compute):
+    def __init__(self, config, compute, compiled):
         self.model, self.compute = GPT(config), compute
         self.model.init_weights(compute.device)
+        if compiled:
+            self.model.compile()
         self.optimizers = self.model.setup_optimizers(ns_dtype=compute.dtype)
         set_schedule(self.optimizers, 1.0, 0.95)
 
@@ -176,10 +178,9 @@ class Ours:
             with timer("blocks"):
                 hidden = self.model.hidden(x)
             with timer("loss"):  # computes the head's gradients too
-                size = self.model.config.vocab_size
-                loss = ops.cross_entropy_sum(
-                    hidden.flatten(0, 1), self.model.lm_head.weight, y.flatten(), None, size, SOFTCAP
-                )
+                head, size = self.model.lm_head.weight, self.model.config.vocab_size
+                rows = hidden.flatten(0, 1), head, y.flatten(), None
+                loss = ops.cross_entropy_sum(*rows, size, SOFTCAP, self.model.chunk_loss)
         with timer("backward"):
             loss.backward()
         with timer("optimizers"):
@@ -195,7 +196,7 @@ def make_system(name, config, device_type):
     kind, dtype, mode = (*name.split("-"), "", "")[:3]
     compute = compute_init(device_type, dtype)
     if kind == "ours":
-        return Ours(config, compute)
+        return Ours(config, compute, mode != "eager")
     return Plain({"twin": Twin, "transformers": Transformers}[kind], config, compute, mode == "compiled")
 
 

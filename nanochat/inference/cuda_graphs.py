@@ -65,8 +65,12 @@ class CUDAGraphBackend(TorchBackend):
 
     def __init__(self, model, compute=None):
         super().__init__(model, compute)
-        self.storage, self.uses, self.graphs = None, Counter(), {}  # of the recorded cache; by number of columns
-        self.pool, self.enabled = None, True
+        self.enabled = True
+        self._forget_graphs(None)
+
+    def _forget_graphs(self, storage):
+        """Start anew for the cache data `storage`. A memory pool cannot outlive its graphs."""
+        self.storage, self.uses, self.graphs, self.pool = storage, Counter(), {}, None  # uses and graphs by columns
 
     def forward(self, tokens, cache):
         """Append `tokens`, a list of one token per row, to `cache`; returns the logits (B, V) after them."""
@@ -83,7 +87,7 @@ class CUDAGraphBackend(TorchBackend):
         if not self.enabled or cache.data is None or len(tokens) > cache.data.size(2) or needed > cache.data.size(4):
             return None
         if self.storage is not cache.data:
-            self.storage, self.uses, self.graphs = cache.data, Counter(), {}
+            self._forget_graphs(cache.data)
         columns = min(cache.data.size(4), max(MIN_COLUMNS, 1 << (needed - 1).bit_length()))
         self.uses[columns] += 1
         if self.uses[columns] < EAGER_STEPS:
