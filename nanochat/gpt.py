@@ -156,15 +156,16 @@ class GPT(nn.Module):
                 fan_out, fan_in = p.shape
                 nn.init.normal_(p, std=min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in))
 
-    def compile(self, dynamic=True):
+    def compile(self):
         """
         Compile the elementwise operations between matrix products, for passes without a cache.
 
-        All blocks share one graph. `dynamic`: for all lengths and numbers of rows; else each gets a graph of its own.
+        All blocks, lengths and numbers of rows share one graph, and one more without gradients.
         """
         fullgraph = self.get_device().type != "cpu"  # on a CPU, attention is not compiled
-        self.block_forward = torch.compile(Block.forward, dynamic=dynamic, fullgraph=fullgraph)
-        self.chunk_loss = torch.compile(ops.capped_cross_entropy_, dynamic=dynamic, fullgraph=True)
+        self.block_forward = torch.compile(Block.forward, dynamic=True, fullgraph=fullgraph)
+        # dynamic=None: with a variable vocabulary size, it would be up to three times as slow.
+        self.chunk_loss = torch.compile(ops.capped_cross_entropy_, fullgraph=True)
 
     def get_device(self):
         return self.transformer.wte.weight.device
@@ -246,7 +247,8 @@ class GPT(nn.Module):
 
     def _token_losses(self, x, targets):
         """Cross entropy of each token (N,), 0 where the target is -1. Backward keeps the logits of all chunks."""
-        chunks = zip(*(t.split(ops.chunk_rows(x, self.config.vocab_size)) for t in (x, targets)), strict=True)
+        rows = max(1, ops.chunk_rows(x, self.config.vocab_size) // 4)  # of float32 logits, and copies of them
+        chunks = zip(x.split(rows), targets.split(rows), strict=True)
         return torch.cat([F.cross_entropy(self.logits(c), t, ignore_index=-1, reduction="none") for c, t in chunks])
 
     def setup_optimizers(

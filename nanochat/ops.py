@@ -132,13 +132,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
     cross_entropy_sum(). The forward pass also computes the gradients, from each chunk's logits.
 
-    Nothing is computed twice and nothing of size N x V is stored. The backward pass can run only once.
+    Nothing is computed twice and nothing of size N x V is stored.
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets, token_weights, vocab_size, softcap, chunk_loss):
-        w = weight[:vocab_size].to(x.dtype)
         need_x, need_w = ctx.needs_input_grad[:2]
+        w = weight[:vocab_size].to(x.dtype)
         grad_x = torch.empty_like(x) if need_x else None
         grad_w = (torch.empty_like if len(x) else torch.zeros_like)(weight, dtype=torch.float32) if need_w else None
         if need_w:
@@ -152,7 +152,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 logits = chunk @ w.T
                 parts = logits, targets[i : i + rows], token_weights[i : i + rows]
                 for block in zip(*(t.split(block_rows) for t in parts), strict=True):
-                    total += chunk_loss(*block, softcap)
+                    total = total + chunk_loss(*block, softcap)  # compiled by torch 2.11, += gives gradients of 0
                 grad = logits  # overwritten by now
                 if need_x:
                     torch.mm(grad, w, out=grad_x[i : i + rows])
@@ -161,14 +161,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 elif need_w:
                     product = grad.T @ chunk
                     grad_w[:vocab_size] = product if i == 0 else grad_w[:vocab_size].add_(product)
-        ctx.grads, ctx.weight_dtype = (grad_x, grad_w), weight.dtype
+        ctx.save_for_backward(grad_x, grad_w)
+        ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        grad_x, grad_w = ctx.grads
-        ctx.grads = None  # scaled in place
-        grad_x = None if grad_x is None else grad_x.mul_(grad_output)
-        grad_w = None if grad_w is None else grad_w.mul_(grad_output).to(ctx.weight_dtype)
+        grad_x, grad_w = ctx.saved_tensors
+        grad_x = None if grad_x is None else grad_x * grad_output
+        grad_w = None if grad_w is None else (grad_w * grad_output).to(ctx.weight_dtype)
         return grad_x, grad_w, None, None, None, None, None
