@@ -15,8 +15,8 @@ from nanochat.schedule import set_schedule
 from nanochat.train import train_step
 
 
-def small_model(n_kv_head=4, vocab_size=100):
-    shape = {"sequence_len": 32, "n_layer": 3, "n_head": 4, "n_embd": 64}
+def small_model(n_kv_head=4, vocab_size=100, n_layer=3):
+    shape = {"sequence_len": 32, "n_layer": n_layer, "n_head": 4, "n_embd": 64}
     return random_model(vocab_size, seed=1, n_kv_head=n_kv_head, **shape)
 
 
@@ -189,10 +189,10 @@ def fast_compiler(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("whole", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_code_for_gpus_is_one_graph_and_compiled_once(whole, fast_compiler, monkeypatch):
     monkeypatch.setattr(ops, "on_cpu", lambda x: False)
-    model = small_model(n_kv_head=2)
+    model = small_model(n_kv_head=2, n_layer=2)
     optimizers, compute = model.setup_optimizers(), Compute(torch.device("cpu"), torch.bfloat16)
     set_schedule(optimizers, 1.0, 0.95)
     x, y = torch.randint(100, (2, 4, 32))
