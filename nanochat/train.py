@@ -70,7 +70,7 @@ def train_step(
     averaged, then clipped by their global norm (`grad_clip` 0 = off). Raises UserError, before any change, if loss or
     gradient is not finite. `lock` is acquired before the first change of weights or optimizer state.
     """
-    totals = torch.tensor([0.0, progress, float(stop)], device=compute.device)
+    totals = torch.tensor([0.0, progress, float(stop)]).to(compute.device, non_blocking=True)
     totals[0] = skipped_tokens + sum((y >= 0).sum() for _, y, *_ in micro_batches)
     compute.all_reduce(totals)
     scale = compute.world_size / totals[0].clamp(min=1)  # the optimizers average over ranks
