@@ -162,7 +162,9 @@ class GPT(nn.Module):
 
         All blocks, lengths and numbers of rows share one graph, and one more without gradients.
         """
-        fullgraph = self.get_device().type != "cpu"  # on a CPU, attention is not compiled
+        fullgraph = self.get_device().type != "cpu"
+        if not fullgraph:  # attention would be compiled anew for every length; as a decorator, this takes seconds
+            ops.causal_attention = torch.compiler.disable(ops.causal_attention)
         self.block_forward = torch.compile(Block.forward, dynamic=True, fullgraph=fullgraph)
         # dynamic=None: with a variable vocabulary size, it would be up to three times as slow.
         self.chunk_loss = torch.compile(ops.capped_cross_entropy_, fullgraph=True)

@@ -29,7 +29,6 @@ def attention(q, k, v, mask=None, causal=False):
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
 
 
-@torch.compiler.disable  # compiling it anew for every length would take longer than it saves
 def causal_attention(q, k, v):
     """
     Causal attention on a CPU; shapes as in attention(). Blocks of queries skip all later keys.

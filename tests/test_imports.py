@@ -1,6 +1,8 @@
 """The import graph: one direction, no cycles, packages imported by the core only where they are used."""
 
 import ast
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 
 from helpers import ROOT
@@ -62,3 +64,9 @@ def test_the_core_imports_packages_only_inside_functions():
             assert all(name.startswith("nanochat.inference.") for name in packages)
         else:
             assert not packages, f"{module} imports {packages} at the top"
+
+
+def test_the_model_does_not_import_the_compiler():
+    """torch._dynamo takes seconds to import; GPT.compile() does it."""
+    code = "import sys, nanochat.gpt, nanochat.train; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
