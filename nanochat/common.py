@@ -218,8 +218,8 @@ def choose_dtype(device_type, dtype=""):
 
 def set_library_defaults():
     """Set environment variables that libraries read when they are loaded, unless the user has set them."""
-    # A thread that waits for others soon sleeps. By default it spins, and a busy process on a core then costs half of
-    # the speed and more: the waiting threads take the time that the slowest needs.
+    # OpenMP threads that wait for others sleep after a short spin. By default they spin for milliseconds, and with
+    # another busy process on the machine they keep the core from the thread that they wait for.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less fragmentation of a GPU's memory
 

@@ -160,10 +160,10 @@ class GPT(nn.Module):
         """
         Compile the elementwise operations between matrix products, for passes without a cache.
 
-        All blocks, lengths and numbers of rows share one graph, and one more without gradients.
+        One graph serves all blocks, lengths and numbers of rows (a single row has its own), and one more evaluations.
         """
         fullgraph = self.get_device().type != "cpu"
-        if not fullgraph:  # attention would be compiled anew for every length; as a decorator, this takes seconds
+        if not fullgraph:  # attention would be compiled anew for every length; a decorator would slow down imports
             ops.causal_attention = torch.compiler.disable(ops.causal_attention)
         self.block_forward = torch.compile(Block.forward, dynamic=True, fullgraph=fullgraph)
         # dynamic=None: with a variable vocabulary size, it would be up to three times as slow.

@@ -104,8 +104,8 @@ def train_step(
 
 STOP_SIGNALS = signal.SIGINT, signal.SIGTERM
 
-# Runs from this length on are compiled: about a minute on two CPU cores.
-COMPILE_FROM_FLOPS, TOKENS_PER_CONVERSATION = 1e13, 256
+COMPILE_FROM_FLOPS = 1e13  # shorter runs are not compiled; about a minute on two CPU cores
+TOKENS_PER_CONVERSATION = 256  # a rough mean, to estimate the length of a run
 
 # A run can be resumed only with the same values of these flags.
 RESUME_INVARIANTS = (
@@ -191,10 +191,12 @@ class Stage:
         """
         The model to train: compiled if --compile is set, by default in all but short runs.
 
-        tokens: length of the run, roughly. fixed_shape: all batches have the same shape.
+        tokens: rough number of training tokens. fixed_shape: all batches have the same shape.
         """
-        device, is_long = self.compute.device.type, tokens * model.estimate_flops() >= COMPILE_FROM_FLOPS
-        if not (is_long and device != "mps" if self.args.compile is None else self.args.compile):
+        device, enabled = self.compute.device.type, self.args.compile
+        if enabled is None:
+            enabled = device != "mps" and tokens * model.estimate_flops() >= COMPILE_FROM_FLOPS
+        if not enabled:
             return model
         if device == "cuda" and fixed_shape:
             return torch.compile(model, dynamic=False, fullgraph=True)  # a fifth faster than block by block
