@@ -7,6 +7,8 @@ from nanochat.sharded import ShardedOptimizer, Unit
 # a, b, c of the Newton-Schulz polynomial a x + b x^3 + c x^5. Its steep slope at 0 makes five iterations sufficient.
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 
+STACK_ELEMENTS = 2**24  # of the matrices that are orthogonalized at once, which bounds the temporary memory
+
 
 def orthogonalize(g, steps=5, dtype=torch.bfloat16):
     """
@@ -46,7 +48,8 @@ class Muon(ShardedOptimizer):
         g.mul_(grad_scale)
         buffer.lerp_(g, 1 - group["momentum"])
         g = g.lerp_(buffer, group["momentum"]) if group["nesterov"] else buffer
-        updates = orthogonalize(g, group["ns_steps"], self.ns_dtype)
         rows, cols = unit.row_shape
+        stacks = g.split(max(1, STACK_ELEMENTS // (rows * cols)))
+        updates = (update for stack in stacks for update in orthogonalize(stack, group["ns_steps"], self.ns_dtype))
         for p, update in zip(params, updates, strict=False):  # without padding
             p.add_(update, alpha=-group["lr"] * max(1, rows / cols) ** 0.5)

@@ -68,12 +68,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def reduce_grads(self):
-        """Start averaging the gradients over the ranks. p.grad may be freed after step()."""
+        """Start averaging the gradients over the ranks. Frees those that are copied: of units with several parameters."""
         for unit in self.units:
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in unit.params]
             own = self.own_rows(unit)
             packed = self.pack(unit, grads, own * self.world_size, out=unit.buffer)
-            unit.buffer = packed if len(grads) > 1 else None  # the gradient itself is freed
+            unit.buffer = None  # of a single parameter, it is the gradient itself
+            if len(grads) > 1:
+                unit.buffer = packed
+                for p in unit.params:
+                    p.grad = None
             unit.grad = packed
             if self.world_size > 1:
                 unit.grad = packed.new_empty(own, *unit.row_shape)

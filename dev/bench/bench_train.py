@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from nanochat.cli import make_parser, parse_args, run_script
 from nanochat.common import Compute, compute_init, require
 from nanochat.gpt import GPT, NORM_EPS, SOFTCAP, GPTConfig, rotate
+from nanochat.muon import orthogonalize
 from nanochat.schedule import set_schedule
 from nanochat.train import train_step
 
@@ -120,6 +121,10 @@ class Transformers(nn.Module):
 # One system in one process
 
 
+def orthogonalize_in_float32(grad, *_):
+    return orthogonalize(grad[None], dtype=torch.float32)[0]
+
+
 class Plain:
     """A training step of a Twin or of Transformers."""
 
@@ -130,6 +135,8 @@ class Plain:
             torch.optim.AdamW(tables, lr=0.004, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True),
             torch.optim.Muon(self.model.h.parameters(), lr=0.02, momentum=0.95, weight_decay=0.0),
         ]
+        if compute.dtype == torch.float32:  # its bfloat16 iteration takes minutes on a CPU without such products
+            torch.optim._muon._zeropower_via_newtonschulz = orthogonalize_in_float32
         self.forward = torch.compile(self.model, dynamic=False) if compiled else self.model
 
     def step(self, micro_batches):
