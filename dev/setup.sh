@@ -25,6 +25,7 @@ set_up() {
         "and one of this folder's own is created"
     find_rust
     echo "installing the project into $VIRTUAL_ENV: takes minutes the first time, mostly for PyTorch"
+    command -v uv >/dev/null || python -m pip install --quiet --disable-pip-version-check uv || true # faster than pip
     install_project "$extra" -c dev/constraints.txt || {
         echo "cannot install the tested versions of dev/constraints.txt; trying the ranges of pyproject.toml"
         install_project "$extra" || die "the installation failed, see above (it needs a package registry and 6 GB)"

@@ -10,6 +10,7 @@ import base64
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -848,7 +849,8 @@ def test_truncation_leaves_out_the_oldest_turns(served_base, reference):
 
     def request(messages, room):
         """The prompt of `room` tokens or less that begins with the oldest possible question."""
-        return next(p for i in range(0, len(messages), 2) if len(p := reference.prompt(messages[i:])) <= room)
+        prompts = (reference.prompt(messages[i:]) for i in reversed(range(0, len(messages), 2)))
+        return list(itertools.takewhile(lambda prompt: len(prompt) <= room, prompts))[-1]
 
     with serving(served_base, "--overflow=truncate") as server:
         for messages in (conversation(600, 20), conversation(20, 1000), conversation(600, 3)):
@@ -1161,7 +1163,7 @@ def test_a_stream_that_nobody_reads_frees_its_place_when_it_is_computed(served_b
     """Its events fill the buffers of the sockets, because each token has log-probabilities of 20 alternatives."""
     flags = ["-g", "long", "--max_rows=1", "--max_queue=0", "--request_timeout=60"]
     with serving(served_base, *flags) as server:
-        body = {"messages": QUESTION, "max_tokens": LONG, "stream": True, "logprobs": True, "top_logprobs": 20, "n": 1}
+        body = {"messages": QUESTION, "max_tokens": 5000, "stream": True, "logprobs": True, "top_logprobs": 20, "n": 1}
         with server.connect(body):
             server.running(1)
             eventually(lambda: server.http.get("/stats").json()["workers"][0]["in_flight"] == 0, "the place is free")
