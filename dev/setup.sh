@@ -25,7 +25,7 @@ set_up() {
         "and one of this folder's own is created"
     find_rust
     echo "installing the project into $VIRTUAL_ENV: takes minutes the first time, mostly for PyTorch"
-    command -v uv >/dev/null || python -m pip install --quiet --disable-pip-version-check uv || true # faster than pip
+    command -v uv >/dev/null || python -m pip install --quiet uv || true # several times as fast as pip
     install_project "$extra" -c dev/constraints.txt || {
         echo "cannot install the tested versions of dev/constraints.txt; trying the ranges of pyproject.toml"
         install_project "$extra" || die "the installation failed, see above (it needs a package registry and 6 GB)"
@@ -54,20 +54,21 @@ install_project() { # <extra> [flags]
     local target="." flags=()
     [[ -z $1 ]] || target=".[$1]"
     shift
-    if ! command -v uv >/dev/null; then
-        .venv/bin/python -m pip install --progress-bar off "$@" -e "$target"
-        return
-    fi
-    # Without a GPU, PyTorch's CPU build suffices, at a tenth of the size, if its index can be reached.
-    if [[ $(uname) == Linux ]] && ! nvidia-smi -L >/dev/null 2>&1; then
-        local probe=(uv pip install --quiet --python .venv/bin/python --dry-run --no-deps --reinstall torch)
-        if UV_HTTP_RETRIES=0 timeout 15 "${probe[@]}" --torch-backend=cpu 2>/dev/null; then
-            flags=(--torch-backend=cpu)
-        else
-            echo "cannot reach the index of PyTorch's CPU builds; installing the default build instead"
+    if command -v uv >/dev/null; then
+        # Without a GPU, PyTorch's CPU build suffices, at a tenth of the size, if its index can be reached.
+        if [[ $(uname) == Linux ]] && ! nvidia-smi -L >/dev/null 2>&1; then
+            local probe=(uv pip install --quiet --python .venv/bin/python --dry-run --no-deps --reinstall torch)
+            if UV_HTTP_RETRIES=0 timeout 15 "${probe[@]}" --torch-backend=cpu 2>/dev/null; then
+                flags=(--torch-backend=cpu)
+            else
+                echo "cannot reach the index of PyTorch's CPU builds; installing the default build instead"
+            fi
         fi
+        uv pip install --python .venv/bin/python ${flags[@]+"${flags[@]}"} "$@" -e "$target" && return
+        .venv/bin/python -m pip --version >/dev/null 2>&1 || return 1
+        echo "uv failed; trying pip, which may know another registry or certificate"
     fi
-    uv pip install --python .venv/bin/python ${flags[@]+"${flags[@]}"} "$@" -e "$target"
+    .venv/bin/python -m pip install --progress-bar off "$@" -e "$target"
 }
 
 find_rust() {
