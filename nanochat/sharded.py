@@ -68,7 +68,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def reduce_grads(self):
-        """Start averaging the gradients over the ranks. Frees those that are copied: of units with several parameters."""
+        """Start averaging the gradients over the ranks. Frees those that are copied (units of several parameters)."""
         for unit in self.units:
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in unit.params]
             own = self.own_rows(unit)
