@@ -182,7 +182,7 @@ def test_content_of_a_folder_ignores_caches_and_hidden_files(tmp_path):
 FAKE_PYTHON = f"""#!/usr/bin/env bash
 case $1 in
 -S) exec {sys.executable} "$@" ;;
--m) printf '%q ' "$@" >>"$FAKE_LOG"; echo >>"$FAKE_LOG" ;;
+-m) printf '%s\\n' "$(printf '%q ' "$@")" >>"$FAKE_LOG" ;; # in one write, since stages run side by side
 esac
 """
 
