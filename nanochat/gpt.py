@@ -165,7 +165,7 @@ class GPT(nn.Module):
         fullgraph = self.get_device().type != "cpu"
         if not fullgraph:  # attention would be compiled anew for every length; a decorator would slow down imports
             ops.causal_attention = torch.compiler.disable(ops.causal_attention)
-            # Computes squared ReLU and normalized heads again in the backward pass: a quarter of the activations less.
+            # Squared ReLU and QK-norm are recomputed in the backward pass: a quarter less activation memory.
             torch._functorch.config.activation_memory_budget = 0.8
         self.block_forward = torch.compile(Block.forward, dynamic=True, fullgraph=fullgraph)
         # dynamic=None: with a variable vocabulary size, it would be up to three times as slow.

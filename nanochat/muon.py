@@ -7,7 +7,7 @@ from nanochat.sharded import ShardedOptimizer, Unit
 # a, b, c of the Newton-Schulz polynomial a x + b x^3 + c x^5. Its steep slope at 0 makes five iterations sufficient.
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 
-STACK_ELEMENTS = 2**24  # of the matrices that are orthogonalized at once, which bounds the temporary memory
+STACK_ELEMENTS = 2**24  # elements orthogonalized at once; bounds temporary memory
 
 
 def orthogonalize(g, steps=5, dtype=torch.bfloat16):

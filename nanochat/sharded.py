@@ -73,8 +73,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in unit.params]
             own = self.own_rows(unit)
             packed = self.pack(unit, grads, own * self.world_size, out=unit.buffer)
-            unit.buffer = None  # of a single parameter, it is the gradient itself
-            if len(grads) > 1:
+            if len(grads) > 1:  # copied; otherwise `packed` is the gradient itself
                 unit.buffer = packed
                 for p in unit.params:
                     p.grad = None

@@ -237,12 +237,13 @@ def test_two_processes_equal_one(base, run_script):
     """The losses of 20 steps agree within 1e-4. Then each run is resumed with the other number of processes."""
     train(run_script, "--num_iterations=20", "--eval_every=10", "--warmdown_ratio=0")
     single = losses(base)
-    flags = "--num_iterations=20", "--eval_every=10", "--warmdown_ratio=0", "--model_tag=two", "--device_batch_size=1"
-    done = train(run_script, *flags, ranks=2)
-    two = losses(base)
-    assert two.keys() == single.keys()
-    assert max_difference(two, single) < 1e-4
-    assert "validation bpb" in done.stdout
+    for size in (1, 4):
+        flags = "--num_iterations=20", "--eval_every=10", "--warmdown_ratio=0", f"--device_batch_size={size}"
+        done = train(run_script, *flags, "--model_tag=two", ranks=2)
+        two = losses(base)
+        assert two.keys() == single.keys()
+        assert max_difference(two, single) < 1e-4
+        assert "validation bpb" in done.stdout
     train(run_script, "--num_iterations=24", "--resume", "--warmdown_ratio=0", ranks=2)
     resumed_by_two = losses(base)
     train(run_script, "--num_iterations=24", "--resume", "--warmdown_ratio=0", "--model_tag=two")
@@ -253,7 +254,7 @@ def test_two_processes_equal_one(base, run_script):
 @pytest.mark.slow
 def test_process_groups_shut_down_without_errors(base, run_script):
     """A regression test, repeated because gloo aborted only in some of the runs."""
-    for _ in range(2):
+    for _ in range(4):
         train(run_script, "--num_iterations=1", "--eval_every=-1", "--sample_every=-1", ranks=2)
 
 

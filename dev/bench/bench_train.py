@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.cli import make_parser, parse_args, run_script
-from nanochat.common import Compute, compute_init, require
+from nanochat.common import Compute, choose_dtype, compute_init, require
 from nanochat.gpt import GPT, NORM_EPS, SOFTCAP, GPTConfig, rotate
 from nanochat.muon import orthogonalize
 from nanochat.schedule import set_schedule
@@ -135,7 +135,7 @@ class Plain:
             torch.optim.AdamW(tables, lr=0.004, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True),
             torch.optim.Muon(self.model.h.parameters(), lr=0.02, momentum=0.95, weight_decay=0.0),
         ]
-        if compute.dtype == torch.float32:  # its bfloat16 iteration takes minutes on a CPU without such products
+        if choose_dtype(compute.device.type) == torch.float32:  # torch's bfloat16 iteration would take minutes
             torch.optim._muon._zeropower_via_newtonschulz = orthogonalize_in_float32
         self.forward = torch.compile(self.model, dynamic=False) if compiled else self.model
 
