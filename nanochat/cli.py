@@ -16,6 +16,7 @@ import sys
 
 from nanochat import common
 from nanochat.common import UserError, print_error
+from nanochat.recipe import RECIPES
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,7 +66,7 @@ def add_checkpoint_flags(parser, **default):
     add("--quantize", choices=["int8"], help="int8 weights (CPU only): decoding is almost twice as fast as in bfloat16")
 
 
-def add_run_flags(parser, device_batch_size, save_every=-1):
+def add_run_flags(parser, device_batch_size, save_every=-1, recipe="reference"):
     """Flags that all training stages share, with the defaults of one stage."""
     add = parser.add_argument
     add("--run", type=wandb_run, default="dummy", help='wandb run name; "dummy" = no wandb')
@@ -73,10 +74,12 @@ def add_run_flags(parser, device_batch_size, save_every=-1):
     rows_help = "rows of full length per forward pass and device; does not change the result"
     add("--device_batch_size", type=int, default=device_batch_size, help=rows_help)
     add("--compile", **FLAG | {"default": None}, help="torch.compile; default: in all but short runs")
-    add("--embedding_lr", type=float, default=0.2, help="learning rate of the embedding (AdamW)")
-    add("--unembedding_lr", type=float, default=0.004, help="learning rate of the output head (AdamW)")
-    add("--matrix_lr", type=float, default=0.02, help="learning rate of the blocks' matrices (Muon)")
-    add("--weight_decay", type=float, default=0.0, help="weight decay of embedding and head (AdamW)")
+    recipe_help = f"numbers of flags that are left out, see nanochat/recipe.py (default: {recipe})"
+    add("--recipe", choices=list(RECIPES), default=recipe, help=recipe_help)
+    add("--embedding_lr", type=non_negative, help="learning rate of the embedding (AdamW)")
+    add("--unembedding_lr", type=non_negative, help="learning rate of the output head (AdamW)")
+    add("--matrix_lr", type=non_negative, help="learning rate of the blocks' matrices (Muon)")
+    add("--weight_decay", type=non_negative, help="weight decay of embedding and head (AdamW)")
     add("--seed", type=int, default=42, help="random seed of weights, data order and sampling")
     add("--resume", **FLAG, help="continue from the newest intact checkpoint")
     add("--resume_from_step", type=int, default=-1, help="continue from the checkpoint of this step; -1 = off")
@@ -111,6 +114,13 @@ def wandb_run(name):
     return name
 
 
+def non_negative(text):
+    """argparse type of numbers that are at least 0."""
+    if not 0 <= float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: expected at least 0")
+    return float(text)
+
+
 def boolean(text):
     """argparse type for `--x`, `--x=1`, `--x=0`; use with add_argument(**FLAG)."""
     values = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
@@ -128,11 +138,19 @@ def path(text):
 
 
 def parse_args(parser, argv=None):
-    """Parsed flags. Dashes in the names of flags become underscores; values are unchanged."""
+    """
+    Parsed flags. Dashes in the names of flags become underscores; values are unchanged.
+
+    Flags without a default take the value of the recipe, if it has one.
+    """
     argv = sys.argv[1:] if argv is None else argv
     argv = argv[argv[:1] == ["--"] :]  # torchrun's separator, which some versions of Python leave in place
     name = re.compile(r"(?<=^--)\w[\w-]*")
-    return parser.parse_args([name.sub(lambda m: m[0].replace("-", "_"), a) for a in argv])
+    args = parser.parse_args([name.sub(lambda m: m[0].replace("-", "_"), a) for a in argv])
+    for flag, value in RECIPES.get(getattr(args, "recipe", None), {}).items():
+        if getattr(args, flag, value) is None:
+            setattr(args, flag, value)
+    return args
 
 
 def run_script(main):

@@ -256,7 +256,13 @@ class GPT(nn.Module):
         return torch.cat([F.cross_entropy(self.logits(c), t, ignore_index=-1, reduction="none") for c, t in chunks])
 
     def setup_optimizers(
-        self, unembedding_lr=0.004, embedding_lr=0.2, matrix_lr=0.02, weight_decay=0.0, ns_dtype=torch.bfloat16
+        self,
+        unembedding_lr=0.004,
+        embedding_lr=0.2,
+        matrix_lr=0.02,
+        weight_decay=0.0,
+        ns_dtype=torch.bfloat16,
+        beta2=0.95,
     ):
         """
         [AdamW for head and embedding, Muon for the blocks' matrices].
@@ -267,7 +273,7 @@ class GPT(nn.Module):
         scale = (self.config.n_embd / 768) ** -0.5
         tables = (self.lm_head.weight, unembedding_lr), (self.transformer.wte.weight, embedding_lr)
         groups = [{"params": [table], "lr": lr * scale} for table, lr in tables]
-        adamw = AdamW(groups, betas=(0.8, 0.95), eps=1e-10, weight_decay=weight_decay)
+        adamw = AdamW(groups, betas=(0.8, beta2), eps=1e-10, weight_decay=weight_decay)
         muon = Muon(self.transformer.h.parameters(), lr=matrix_lr, momentum=0.95, ns_dtype=ns_dtype)
         for group in adamw.param_groups + muon.param_groups:
             group["initial_lr"] = group["lr"]

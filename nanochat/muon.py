@@ -29,10 +29,16 @@ def orthogonalize(g, steps=5, dtype=torch.bfloat16):
 
 
 class Muon(ShardedOptimizer):
-    """Muon for 2-D weight matrices. Equals torch.optim.Muon with weight_decay=0 and adjust_lr_fn="original"."""
+    """
+    Muon for 2-D weight matrices. Equals torch.optim.Muon with weight_decay=0 and adjust_lr_fn="original".
 
-    def __init__(self, params, lr=0.02, momentum=0.95, nesterov=True, ns_steps=5, ns_dtype=torch.bfloat16):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps})
+    `decay`: share by which a step shrinks each weight that its update shrinks too (cautious weight decay, Chen et al.
+    2025, arXiv 2510.12402). Unlike torch's weight_decay, it is not multiplied by the learning rate.
+    """
+
+    def __init__(self, params, lr=0.02, momentum=0.95, nesterov=True, ns_steps=5, decay=0.0, ns_dtype=torch.bfloat16):
+        defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps, "decay": decay}
+        super().__init__(params, defaults)
         self.ns_dtype = ns_dtype
         for group in self.param_groups:
             by_shape = {}
@@ -52,4 +58,6 @@ class Muon(ShardedOptimizer):
         stacks = g.split(max(1, STACK_ELEMENTS // (rows * cols)))
         updates = (update for stack in stacks for update in orthogonalize(stack, group["ns_steps"], self.ns_dtype))
         for p, update in zip(params, updates, strict=False):  # without padding
+            if group["decay"]:
+                p.sub_(p * (p * update > 0), alpha=group["decay"])
             p.add_(update, alpha=-group["lr"] * max(1, rows / cols) ** 0.5)

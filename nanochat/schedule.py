@@ -19,10 +19,15 @@ def muon_momentum(step, warmup_steps=300):
     return 0.85 + 0.10 * min(step / warmup_steps, 1.0)
 
 
-def set_schedule(optimizers, lr_mult, momentum=None):
-    """Set the learning rates of all groups, and `momentum` of those that have one."""
+def muon_decay(step, num_steps, total):
+    """Muon's weight decay at `step`: falls linearly to 0; the sum over the run is `total`."""
+    return total * 2 * (num_steps - step) / (num_steps * (num_steps + 1))
+
+
+def set_schedule(optimizers, lr_mult, momentum=None, decay=0.0):
+    """Set the learning rates of all groups, and `momentum` and `decay` of Muon's."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_mult
             if momentum is not None and "momentum" in group:
-                group["momentum"] = momentum
+                group |= {"momentum": momentum, "decay": decay}

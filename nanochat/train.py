@@ -110,7 +110,7 @@ TOKENS_PER_CONVERSATION = 256  # a rough mean, to estimate the length of a run
 # A run can be resumed only with the same values of these flags.
 RESUME_INVARIANTS = (
     *("total_batch_size", "max_seq_len", "packing", "seed", "corpus", "target_examples_per_step"),
-    *("task", "examples_per_step", "num_samples", "max_new_tokens"),
+    *("task", "examples_per_step", "num_samples", "max_new_tokens", "recipe"),
 )
 
 # What a checkpoint is made from besides the tokenizer -> (how it differs, how to get the old one back).
@@ -158,7 +158,7 @@ class Stage:
 
     def _check_invariants(self, config):
         """Raises UserError if the checkpoint has another model config or other values of RESUME_INVARIANTS."""
-        saved = self.meta["user_config"]
+        saved = {"recipe": "reference"} | self.meta["user_config"]  # older versions had only that one
         pairs = [(name, value, self.meta["model_config"].get(name)) for name, value in asdict(config).items()]
         pairs += [(name, getattr(self.args, name, None), saved.get(name)) for name in RESUME_INVARIANTS]
         differences = ", ".join(f"{name}={new} (saved: {old})" for name, new, old in pairs if new != old)
@@ -181,7 +181,9 @@ class Stage:
         """Optimizers with the learning rates of the flags. When resuming, also loads weights and optimizer state."""
         args = self.args
         rates = args.unembedding_lr, args.embedding_lr, args.matrix_lr
-        optimizers = model.setup_optimizers(*rates, args.weight_decay, self.compute.dtype)
+        half_life = getattr(args, "adam_half_life", 0)
+        beta2 = max(0.95, 0.5 ** (args.total_batch_size / half_life)) if half_life else 0.95
+        optimizers = model.setup_optimizers(*rates, args.weight_decay, self.compute.dtype, beta2)
         if self.path:
             checkpoints.load_weights(model, self.path)
             checkpoints.load_optimizers(self.path, self.meta, optimizers)

@@ -9,13 +9,13 @@ Reads tokenizer/ and base_data/. Writes base_checkpoints/d<depth>/ and report/me
 
 import functools
 
-from nanochat.cli import FLAG, add_run_flags, make_parser, parse_args, path, run_script
+from nanochat.cli import FLAG, add_run_flags, make_parser, non_negative, parse_args, path, run_script
 from nanochat.common import UserError, compute_init, print0, require
 
 
 def build_parser():
     parser = make_parser("scripts.base_train", __doc__)
-    add_run_flags(parser, device_batch_size=32)
+    add_run_flags(parser, device_batch_size=32, recipe="tuned")
     add = parser.add_argument
     add("--depth", type=int, default=20, help="number of layers; the width is 64 times this")
     add("--max_seq_len", type=int, default=2048, help="context length in tokens")
@@ -24,10 +24,12 @@ def build_parser():
     add("--target_param_data_ratio", type=float, default=20, help="training tokens per parameter (Chinchilla: 20)")
     add("--total_batch_size", type=int, default=524288, help="tokens per optimizer step, over all devices")
     add("--packing", default="stream", choices=("stream", "bos"), help="cut rows anywhere, or start them at documents")
-    add("--grad_clip", type=float, default=1.0, help="maximum global gradient norm; 0 = off")
-    add("--warmup_ratio", type=float, default=0.0, help="learning rate warmup, as a share of the steps")
-    add("--warmdown_ratio", type=float, default=0.2, help="learning rate decay, as a share of the steps")
-    add("--final_lr_frac", type=float, default=0.0, help="final learning rates, as a multiple of the initial ones")
+    add("--grad_clip", type=non_negative, default=1.0, help="maximum global gradient norm; 0 = off")
+    add("--warmup_ratio", type=float, help="learning rate warmup, as a share of the steps")
+    add("--warmdown_ratio", type=float, help="learning rate decay, as a share of the steps")
+    add("--final_lr_frac", type=non_negative, help="final learning rates, as a multiple of the initial ones")
+    add("--matrix_decay", type=non_negative, help="weight decay of the blocks' matrices: sum over the run; 0 = off")
+    add("--adam_half_life", type=int, help="tokens in which AdamW's second moment halves; 0 = beta2 0.95")
     add("--grad_checkpoint", **FLAG, help="save memory, a third slower")
     add("--eval_every", type=int, default=250, help="steps between validations; -1 = never")
     add("--eval_tokens", type=int, default=20 * 524288, help="tokens per validation")
@@ -70,7 +72,7 @@ def main(argv=None):
     from nanochat.engine import Engine
     from nanochat.gpt import GPT, GPTConfig
     from nanochat.loss_eval import evaluate_bpb, greedy_samples
-    from nanochat.schedule import lr_multiplier, muon_momentum, set_schedule
+    from nanochat.schedule import lr_multiplier, muon_decay, muon_momentum, set_schedule
     from nanochat.tokenizer import get_token_bytes, get_tokenizer
     from nanochat.tracking import StageLog
     from nanochat.train import Stage, due, rows_per_step
@@ -134,7 +136,7 @@ def main(argv=None):
         batch = next(loader)
         ratios = args.warmup_ratio, args.warmdown_ratio, args.final_lr_frac
         lr_mult = lr_multiplier(step / num_steps, *ratios, per_step=1 / num_steps)
-        set_schedule(optimizers, lr_mult, muon_momentum(step))
+        set_schedule(optimizers, lr_mult, muon_momentum(step), muon_decay(step, num_steps, args.matrix_decay))
         result = stage.train_step(compiled, optimizers, batch.micro_batches, grad_clip=args.grad_clip)
         log.end_step(step, result, args.total_batch_size, lr_mult)
     stage.close(loader, log, **results)

@@ -6,7 +6,7 @@ from helpers import run_on_ranks
 
 from nanochat.adamw import AdamW
 from nanochat.muon import Muon, orthogonalize
-from nanochat.schedule import lr_multiplier, muon_momentum, set_schedule
+from nanochat.schedule import lr_multiplier, muon_decay, muon_momentum, set_schedule
 
 
 def two_copies(*shapes):
@@ -46,6 +46,18 @@ def test_muon_equals_torch():
         lambda p: Muon(p, **settings),
         lambda p: torch.optim.Muon(p, weight_decay=0.0, adjust_lr_fn="original", **settings),
     )
+
+
+def test_muon_decays_the_weights_that_the_update_shrinks():
+    """By hand: the first update of a gradient with a single entry is its sign; other entries do not move."""
+    p = torch.nn.Parameter(torch.tensor([[2.0, -3.0], [4.0, 5.0]]))
+    muon = Muon([p], lr=0.0, decay=0.25, ns_dtype=torch.float32)
+    p.grad = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    muon.step()
+    assert p.tolist() == [[1.5, -3.0], [4.0, 5.0]]
+    p.grad = torch.tensor([[-100.0, 0.0], [0.0, 0.0]])
+    muon.step()  # the update would let it grow
+    assert p.tolist() == [[1.5, -3.0], [4.0, 5.0]]
 
 
 def test_orthogonalize_brings_singular_values_close_to_1():
@@ -117,6 +129,7 @@ def test_schedules_by_hand():
     assert muon_momentum(0) == pytest.approx(0.85)
     assert muon_momentum(150) == pytest.approx(0.90)
     assert muon_momentum(9999) == pytest.approx(0.95)
+    assert [muon_decay(step, 3, total=0.6) for step in range(4)] == pytest.approx([0.3, 0.2, 0.1, 0])
 
 
 def test_set_schedule_scales_the_initial_learning_rate():

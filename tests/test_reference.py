@@ -8,6 +8,7 @@ from helpers import ByteTokenizer, needs_mirror, random_model
 
 from nanochat import common, dataset
 from nanochat.chat_eval import evaluate_task
+from nanochat.cli import parse_args
 from nanochat.engine import Engine, KVCache
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer, get_token_bytes, get_tokenizer
@@ -64,6 +65,8 @@ SHORT_FLAGS = {
 def test_flags_and_defaults(module):
     parser = importlib.import_module(module).build_parser()
     defaults = {option: action.default for action in parser._actions for option in action.option_strings}
+    if "--recipe" in defaults:
+        defaults |= {f"--{name}": value for name, value in vars(parse_args(parser, ["--recipe=reference"])).items()}
     flags = dict(flag.split("=") for flag in FLAGS[module].split())
     assert {flag: str(defaults.get(f"--{flag}", "no such flag")) for flag in flags} == flags
     assert defaults.keys() >= {f"-{letter}" for letter in SHORT_FLAGS.get(module, "")}

@@ -31,7 +31,7 @@ REFERENCE = {
 TOLERANCE = 0.02  # bits per byte above the reference
 FLAGS = (
     "--depth=4 --max_seq_len=256 --device_batch_size=16 --total_batch_size=4096 --num_iterations=200 --eval_every=25 "
-    "--eval_tokens=131072 --core_metric_every=-1 --sample_every=-1 --packing=stream"
+    "--eval_tokens=131072 --core_metric_every=-1 --sample_every=-1 --packing=stream --recipe=reference"
 ).split()
 
 
