@@ -79,6 +79,7 @@ def add_run_flags(parser, device_batch_size, save_every=-1, recipe="reference"):
     add("--embedding_lr", type=non_negative, help="learning rate of the embedding (AdamW)")
     add("--unembedding_lr", type=non_negative, help="learning rate of the output head (AdamW)")
     add("--matrix_lr", type=non_negative, help="learning rate of the blocks' matrices (Muon)")
+    add("--muon_beta2", type=share, help="beta2 of NorMuon's second moment per neuron; 0 = Muon")
     add("--weight_decay", type=non_negative, help="weight decay of embedding and head (AdamW)")
     add("--seed", type=int, default=42, help="random seed of weights, data order and sampling")
     add("--resume", **FLAG, help="continue from the newest intact checkpoint")
@@ -118,6 +119,13 @@ def non_negative(text):
     """argparse type of numbers that are at least 0."""
     if not 0 <= float(text) < float("inf"):
         raise argparse.ArgumentTypeError(f"{text}: expected at least 0")
+    return float(text)
+
+
+def share(text):
+    """argparse type of numbers from 0 to 1."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a share, 0 to 1")
     return float(text)
 
 

@@ -28,17 +28,30 @@ def orthogonalize(g, steps=5, dtype=torch.bfloat16):
     return x.mT if tall else x
 
 
+def normalize_neurons(updates, second_moment, beta2):
+    """
+    NorMuon (Li et al. 2025, arXiv 2510.05491): `updates` (K, r, c) with neurons of similar size, and the same norms.
+
+    `second_moment` (K, r, 1): moving average of each row's mean square, changed in place; (K, 1, c): each column's.
+    """
+    updates = updates.float()
+    second_moment.lerp_(updates.square().mean(-1 if second_moment.size(-1) == 1 else -2, keepdim=True), 1 - beta2)
+    normalized = updates / (second_moment.sqrt() + 1e-8)
+    norms = [x.norm(dim=(-2, -1), keepdim=True) for x in (updates, normalized)]
+    return normalized * (norms[0] / (norms[1] + 1e-8))
+
+
 class Muon(ShardedOptimizer):
     """
     Muon for 2-D weight matrices. Equals torch.optim.Muon with weight_decay=0 and adjust_lr_fn="original".
 
+    `beta2`: of normalize_neurons(), 0 = without. Rows of a wide matrix have equal norms, so its columns are normalized.
     `decay`: share by which a step shrinks each weight that its update shrinks too (cautious weight decay, Chen et al.
     2025, arXiv 2510.12402). Unlike torch's weight_decay, it is not multiplied by the learning rate.
     """
 
-    def __init__(self, params, lr=0.02, momentum=0.95, nesterov=True, ns_steps=5, decay=0.0, ns_dtype=torch.bfloat16):
-        defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps, "decay": decay}
-        super().__init__(params, defaults)
+    def __init__(self, params, lr=0.02, momentum=0.95, beta2=0.0, decay=0.0, ns_dtype=torch.bfloat16):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "beta2": beta2, "decay": decay})
         self.ns_dtype = ns_dtype
         for group in self.param_groups:
             by_shape = {}
@@ -46,18 +59,29 @@ class Muon(ShardedOptimizer):
                 by_shape.setdefault(tuple(p.shape), []).append(p)
             for shape, members in by_shape.items():
                 unit = Unit(members, group, row_shape=shape)
-                unit.state = {"momentum_buffer": members[0].new_zeros(self.own_rows(unit), *shape)}
+                own, (rows, cols) = self.own_rows(unit), shape
+                unit.state = {"momentum_buffer": members[0].new_zeros(own, rows, cols)}
+                if group["beta2"]:
+                    neurons = (1, cols) if rows < cols else (rows, 1)
+                    unit.state["second_moment"] = members[0].new_zeros(own, *neurons)
                 self.units.append(unit)
 
     def update(self, unit, params, grad_scale):
         group, buffer, g = unit.group, unit.state["momentum_buffer"], unit.grad
         g.mul_(grad_scale)
         buffer.lerp_(g, 1 - group["momentum"])
-        g = g.lerp_(buffer, group["momentum"]) if group["nesterov"] else buffer
+        g = g.lerp_(buffer, group["momentum"])  # Nesterov
         rows, cols = unit.row_shape
-        stacks = g.split(max(1, STACK_ELEMENTS // (rows * cols)))
-        updates = (update for stack in stacks for update in orthogonalize(stack, group["ns_steps"], self.ns_dtype))
-        for p, update in zip(params, updates, strict=False):  # without padding
+        for p, update in zip(params, self._updates(unit, g), strict=False):  # without padding
             if group["decay"]:
                 p.sub_(p * (p * update > 0), alpha=group["decay"])
             p.add_(update, alpha=-group["lr"] * max(1, rows / cols) ** 0.5)
+
+    def _updates(self, unit, g):
+        """Generates the updates (r, c) of `g` (K, r, c), before the learning rate."""
+        beta2, size = unit.group["beta2"], max(1, STACK_ELEMENTS // g[0].numel())
+        for i in range(0, len(g), size):
+            stack = orthogonalize(g[i : i + size], dtype=self.ns_dtype)
+            if beta2:
+                stack = normalize_neurons(stack, unit.state["second_moment"][i : i + size], beta2)
+            yield from stack

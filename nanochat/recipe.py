@@ -11,6 +11,7 @@ REFERENCE = {
     "matrix_lr": 0.02,
     "weight_decay": 0.0,
     "matrix_decay": 0.0,
+    "muon_beta2": 0.0,
     "adam_half_life": 0,
     "warmup_ratio": 0.0,
     "warmdown_ratio": 0.2,
@@ -20,6 +21,7 @@ TUNED = REFERENCE | {
     "embedding_lr": 0.4,
     "unembedding_lr": 0.008,
     "matrix_decay": 0.5,
+    "muon_beta2": 0.95,
     "adam_half_life": 280_000,  # beta2 0.99 at 4,096 tokens per step, 0.95 from 19,000
     "warmdown_ratio": 0.7,
 }

@@ -54,7 +54,7 @@ class StageLog:
         self.earlier_seconds = state.get("wall_clock_seconds", 0.0)  # of the runs that this one resumes
         self.smooth_loss, self.train_seconds = state["smooth_loss"], state["train_seconds"]
         self.first_step = self.step_count = state["step_count"]
-        self.timed_tokens, self.timed_seconds = 0, 0.0
+        self.timed_steps, self.timed_tokens, self.timed_seconds = 0, 0, 0.0
         self.last_printed = self.step_started = 0.0
         self.peak = peak_flops(compute) * compute.world_size
         self.file = self.wandb = None
@@ -142,19 +142,21 @@ class StageLog:
         self.train_seconds += seconds
         own_steps = step - self.first_step  # before this one, in this process
         if own_steps in (1, UNTIMED_STEPS):
-            self.timed_tokens, self.timed_seconds = 0, 0.0
+            self.timed_steps, self.timed_tokens, self.timed_seconds = 0, 0, 0.0
+        self.timed_steps += 1
         self.timed_tokens += tokens
         self.timed_seconds += seconds
         speed = tokens / seconds
         values = {"loss": result.loss, "grad_norm": result.grad_norm, "lr_mult": lr_mult, "dt_ms": seconds * 1e3}
         self.metrics(step, **values, tokens_per_second=speed, **extra)
         progress = (step + 1) / self.num_steps if progress is None else progress
-        if own_steps == (0 if self.compute.device.type == "cpu" else UNTIMED_STEPS - 1):
-            self._print_forecast(round((step + 1) * (1 / max(progress, 1e-9) - 1)), max(1, own_steps))
+        steps_left = (step + 1) * max(0, 1 / max(progress, 1e-9) - 1)
+        seconds_left = steps_left * self.timed_seconds / self.timed_steps
+        if own_steps == (1 if self.compute.device.type == "cpu" else UNTIMED_STEPS - 1):  # the first one compiles
+            self._print_forecast(round(steps_left), seconds_left)
         if time.time() - self.last_printed < PRINT_SECONDS and progress < 1:
             return
         self.last_printed = time.time()
-        remaining = self.train_seconds / max(progress, 1e-9) * (1 - progress)
         total = f"/{self.num_steps:05d}" if self.num_steps else ""
         print0(
             f"step {step + 1:05d}{total} ({min(progress, 1):6.1%})",
@@ -165,13 +167,12 @@ class StageLog:
             f"{seconds * 1e3:,.0f} ms",
             f"{speed:,.0f} tok/s",
             f"mfu {self.mfu:.1%}",
-            f"{format_duration(self.train_seconds)}, {format_duration(max(0, remaining))} left",
+            f"{format_duration(self.train_seconds)}, {format_duration(seconds_left)} left",
             sep=" | ",
         )
 
-    def _print_forecast(self, steps_left, timed_steps):
+    def _print_forecast(self, steps_left, seconds):
         """Print how long the rest of the stage will take; on a CPU also, if that is long, how to shorten it."""
-        seconds = steps_left * self.timed_seconds / timed_steps
         long = seconds > LONG_SECONDS and self.compute.device.type == "cpu"
         hint = f"; to shorten it, lower {', '.join(self.length_flags)}" if long else ""
         if steps_left >= 1:

@@ -180,10 +180,10 @@ class Stage:
     def setup_optimizers(self, model):
         """Optimizers with the learning rates of the flags. When resuming, also loads weights and optimizer state."""
         args = self.args
-        rates = args.unembedding_lr, args.embedding_lr, args.matrix_lr
+        rates = args.unembedding_lr, args.embedding_lr, args.matrix_lr, args.weight_decay
         half_life = getattr(args, "adam_half_life", 0)
         beta2 = max(0.95, 0.5 ** (args.total_batch_size / half_life)) if half_life else 0.95
-        optimizers = model.setup_optimizers(*rates, args.weight_decay, self.compute.dtype, beta2)
+        optimizers = model.setup_optimizers(*rates, self.compute.dtype, beta2, args.muon_beta2)
         if self.path:
             checkpoints.load_weights(model, self.path)
             checkpoints.load_optimizers(self.path, self.meta, optimizers)

@@ -9,8 +9,8 @@ Reads tokenizer/ and base_data/. Writes base_checkpoints/d<depth>/ and report/me
 
 import functools
 
-from nanochat.cli import FLAG, add_run_flags, make_parser, non_negative, parse_args, path, run_script
-from nanochat.common import UserError, compute_init, print0, require
+from nanochat.cli import FLAG, add_run_flags, make_parser, non_negative, parse_args, path, run_script, share
+from nanochat.common import UserError, compute_init, print0
 
 
 def build_parser():
@@ -25,11 +25,11 @@ def build_parser():
     add("--total_batch_size", type=int, default=524288, help="tokens per optimizer step, over all devices")
     add("--packing", default="stream", choices=("stream", "bos"), help="cut rows anywhere, or start them at documents")
     add("--grad_clip", type=non_negative, default=1.0, help="maximum global gradient norm; 0 = off")
-    add("--warmup_ratio", type=float, help="learning rate warmup, as a share of the steps")
-    add("--warmdown_ratio", type=float, help="learning rate decay, as a share of the steps")
+    add("--warmup_ratio", type=share, help="learning rate warmup, as a share of the steps")
+    add("--warmdown_ratio", type=share, help="learning rate decay, as a share of the steps")
     add("--final_lr_frac", type=non_negative, help="final learning rates, as a multiple of the initial ones")
     add("--matrix_decay", type=non_negative, help="weight decay of the blocks' matrices: sum over the run; 0 = off")
-    add("--adam_half_life", type=int, help="tokens in which AdamW's second moment halves; 0 = beta2 0.95")
+    add("--adam_half_life", type=non_negative, help="tokens in which AdamW's second moment halves; 0 = beta2 0.95")
     add("--grad_checkpoint", **FLAG, help="save memory, a third slower")
     add("--eval_every", type=int, default=250, help="steps between validations; -1 = never")
     add("--eval_tokens", type=int, default=20 * 524288, help="tokens per validation")
@@ -80,8 +80,6 @@ def main(argv=None):
     # Machine
     compute = compute_init(args.device_type, args.dtype, args.seed)
     rows = rows_per_step(args, compute.world_size)
-    for name in ("warmup_ratio", "warmdown_ratio"):
-        require(0 <= getattr(args, name) <= 1, f"--{name}={getattr(args, name)}: expected a share, 0 to 1")
 
     # Tokenizer and model
     tokenizer, token_bytes = get_tokenizer(), get_token_bytes()

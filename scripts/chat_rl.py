@@ -9,7 +9,7 @@ Reads an sft checkpoint and the tokenizer. Writes chatrl_checkpoints/<tag of tha
 
 from random import Random
 
-from nanochat.cli import add_run_flags, make_parser, parse_args, run_script
+from nanochat.cli import add_run_flags, make_parser, non_negative, parse_args, run_script
 from nanochat.common import compute_init, print0, require, task_errors
 
 
@@ -30,7 +30,7 @@ def build_parser():
     add("--num_epochs", type=int, default=1, help="passes over the task's problems")
     add("--num_iterations", type=int, default=-1, help="optimizer steps; -1 = from --num_epochs")
     lr_help = "initial learning rates, as a multiple of the flags; fall to 0 (default 0.05, pocket corpus 0.15)"
-    add("--init_lr_frac", type=float, help=lr_help)
+    add("--init_lr_frac", type=non_negative, help=lr_help)
     add("--eval_every", type=int, default=60, help="steps between evaluations; -1 = never")
     add("--eval_examples", type=int, default=400, help="held-out problems per evaluation")
     add("--eval_samples", type=int, default=8, help="answers per held-out problem")

@@ -9,7 +9,7 @@ Reads a mid (or base) checkpoint, the tokenizer and a task mixture. Writes chats
 
 from itertools import islice
 
-from nanochat.cli import add_conversation_flags, add_run_flags, make_parser, parse_args, run_script
+from nanochat.cli import add_conversation_flags, add_run_flags, make_parser, non_negative, parse_args, run_script
 from nanochat.common import compute_init, print0, require
 
 INLINE_TASKS = {"public": ("MMLU", "ARC-Easy"), "pocket": ("PocketFacts",)}  # quick tasks, scored during training
@@ -26,7 +26,7 @@ def build_parser():
     add("--target_examples_per_step", type=int, default=32, help="conversations per step, over all devices")
     add("--num_epochs", type=int, default=1, help="passes over the mixture")
     add("--num_iterations", type=int, default=-1, help="optimizer steps; -1 = from --num_epochs")
-    add("--init_lr_frac", type=float, default=0.02, help="first learning rates as a multiple of the flags; fall to 0")
+    add("--init_lr_frac", type=non_negative, default=0.02, help="first learning rates, as a multiple of the flags")
     add("--eval_every", type=int, default=100, help="steps between validations; -1 = never")
     add("--eval_steps", type=int, default=100, help="batches per validation")
     add("--eval_metrics_every", type=int, default=200, help="steps between evaluations of tasks; -1 = never")

@@ -10,7 +10,7 @@ Reads a base checkpoint, the tokenizer and a task mixture. Writes mid_checkpoint
 from dataclasses import replace
 from functools import cache
 
-from nanochat.cli import FLAG, add_conversation_flags, add_run_flags, make_parser, parse_args, run_script
+from nanochat.cli import FLAG, add_conversation_flags, add_run_flags, make_parser, non_negative, parse_args, run_script
 from nanochat.common import compute_init, print0
 
 
@@ -26,7 +26,7 @@ def build_parser():
     add("--total_batch_size", type=int, default=524288, help="tokens per step, over all devices")
     add("--packing", default="stream", choices=("stream", "bos"), help="bos = rows start at conversations")
     add("--train_on", default="all", choices=("all", "assistant"), help="tokens to train on")
-    add("--init_lr_frac", type=float, default=1.0, help="initial learning rates, as a multiple of the flags")
+    add("--init_lr_frac", type=non_negative, default=1.0, help="initial learning rates, as a multiple of the flags")
     add("--eval_every", type=int, default=150, help="steps between validations; -1 = never")
     add("--eval_tokens", type=int, default=20 * 524288, help="tokens per validation")
     add("--grad_checkpoint", **FLAG, help="save memory, a third slower")

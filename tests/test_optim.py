@@ -5,7 +5,7 @@ import torch
 from helpers import run_on_ranks
 
 from nanochat.adamw import AdamW
-from nanochat.muon import Muon, orthogonalize
+from nanochat.muon import Muon, normalize_neurons, orthogonalize
 from nanochat.schedule import lr_multiplier, muon_decay, muon_momentum, set_schedule
 
 
@@ -60,6 +60,33 @@ def test_muon_decays_the_weights_that_the_update_shrinks():
     assert p.tolist() == [[1.5, -3.0], [4.0, 5.0]]
 
 
+def test_normuon_by_hand():
+    """Two steps. The norm stays; with beta2 0.5, the second moments are 1/2 m1, then 1/4 m1 + 1/2 m2."""
+    first, second = torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    rows = torch.zeros(1, 2, 1)
+    moments = torch.tensor([[25 / 4], [1 / 4]]), torch.tensor([[25 / 8 + 1 / 4], [1 / 8 + 1.0]])
+    for update, moment in zip((first, second), moments, strict=True):
+        normalized = update / moment.sqrt()
+        expected = normalized * (update.norm() / normalized.norm())
+        torch.testing.assert_close(normalize_neurons(update[None], rows, beta2=0.5), expected[None])
+        torch.testing.assert_close(rows, moment[None])
+    columns = torch.zeros(1, 1, 3)
+    update = normalize_neurons(torch.tensor([[[1.0, 2.0, 0.0], [1.0, 2.0, 0.0]]]), columns, beta2=0.5)
+    torch.testing.assert_close(columns, torch.tensor([[[0.5, 2.0, 0.0]]]))
+    torch.testing.assert_close(update, torch.tensor([[[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]]]) * 2.5**0.5)
+    assert normalize_neurons(torch.zeros(1, 2, 3), columns, beta2=0.5).abs().sum() == 0
+
+
+def test_normuon_keeps_one_moment_per_neuron():
+    params, _ = two_copies((4, 4), (8, 4), (4, 8))
+    muon = Muon(params, beta2=0.95)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    muon.step()
+    shapes = {name: tuple(t.shape) for name, t in muon.state_shard().items() if name.endswith("second_moment")}
+    assert list(shapes.values()) == [(1, 4, 1), (1, 8, 1), (1, 1, 8)]
+
+
 def test_orthogonalize_brings_singular_values_close_to_1():
     g = torch.randn(3, 48, 20, dtype=torch.float32)
     values = torch.linalg.svdvals(orthogonalize(g, dtype=torch.float32))
@@ -92,7 +119,7 @@ from nanochat.common import compute_init, compute_cleanup
 compute = compute_init("cpu", "float32")
 torch.manual_seed(3)
 params = [torch.nn.Parameter(torch.randn(s)) for s in ((6, 4), (6, 4), (6, 4), (5, 3), (7,))]
-optimizers = [AdamW(params[3:], lr=0.01), Muon(params[:3], ns_dtype=torch.float32)]
+optimizers = [AdamW(params[3:], lr=0.01), Muon(params[:3], beta2=0.9, decay=0.01, ns_dtype=torch.float32)]
 grads = torch.Generator().manual_seed(5)
 for step in range(4):
     for p in params:
