@@ -71,11 +71,9 @@ def add_run_flags(parser, device_batch_size, save_every=-1, recipe="reference"):
     add = parser.add_argument
     add("--run", type=wandb_run, default="dummy", help='wandb run name; "dummy" = no wandb')
     add_machine_flags(parser)
-    rows_help = "rows of full length per forward pass and device; does not change the result"
-    add("--device_batch_size", type=int, default=device_batch_size, help=rows_help)
+    add("--device_batch_size", type=int, default=device_batch_size, help="rows per pass and device; changes no result")
     add("--compile", **FLAG | {"default": None}, help="torch.compile; default: in all but short runs")
-    recipe_help = f"numbers of flags that are left out, see nanochat/recipe.py (default: {recipe})"
-    add("--recipe", choices=list(RECIPES), default=recipe, help=recipe_help)
+    add("--recipe", choices=list(RECIPES), default=recipe, help="values of flags left out; see nanochat/recipe.py")
     add("--embedding_lr", type=non_negative, help="learning rate of the embedding (AdamW)")
     add("--unembedding_lr", type=non_negative, help="learning rate of the output head (AdamW)")
     add("--matrix_lr", type=non_negative, help="learning rate of the blocks' matrices (Muon)")

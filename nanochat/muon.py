@@ -37,8 +37,9 @@ def normalize_neurons(updates, second_moment, beta2):
     updates = updates.float()
     second_moment.lerp_(updates.square().mean(-1 if second_moment.size(-1) == 1 else -2, keepdim=True), 1 - beta2)
     normalized = updates / (second_moment.sqrt() + 1e-8)
-    norms = [x.norm(dim=(-2, -1), keepdim=True) for x in (updates, normalized)]
-    return normalized * (norms[0] / (norms[1] + 1e-8))
+    return normalized * (
+        updates.norm(dim=(-2, -1), keepdim=True) / (normalized.norm(dim=(-2, -1), keepdim=True) + 1e-8)
+    )
 
 
 class Muon(ShardedOptimizer):
@@ -62,8 +63,7 @@ class Muon(ShardedOptimizer):
                 own, (rows, cols) = self.own_rows(unit), shape
                 unit.state = {"momentum_buffer": members[0].new_zeros(own, rows, cols)}
                 if group["beta2"]:
-                    neurons = (1, cols) if rows < cols else (rows, 1)
-                    unit.state["second_moment"] = members[0].new_zeros(own, *neurons)
+                    unit.state["second_moment"] = members[0].new_zeros(own, *((1, cols) if rows < cols else (rows, 1)))
                 self.units.append(unit)
 
     def update(self, unit, params, grad_scale):

@@ -20,8 +20,8 @@ def muon_momentum(step, warmup_steps=300):
 
 
 def muon_decay(step, num_steps, total):
-    """Muon's weight decay at `step`: falls linearly to 0; the sum over the run is `total`."""
-    return total * 2 * (num_steps - step) / (num_steps * (num_steps + 1))
+    """Muon's weight decay at `step`: falls linearly to 0, sums up to `total` over the run; at most 0.05."""
+    return min(0.05, total * 2 * (num_steps - step) / (num_steps * (num_steps + 1)))
 
 
 def set_schedule(optimizers, lr_mult, momentum=None, decay=0.0):

@@ -152,8 +152,11 @@ class StageLog:
         progress = (step + 1) / self.num_steps if progress is None else progress
         steps_left = (step + 1) * max(0, 1 / max(progress, 1e-9) - 1)
         seconds_left = steps_left * self.timed_seconds / self.timed_steps
-        if own_steps == (1 if self.compute.device.type == "cpu" else UNTIMED_STEPS - 1):  # the first one compiles
-            self._print_forecast(round(steps_left), seconds_left)
+        on_cpu = self.compute.device.type == "cpu"
+        if own_steps == (1 if on_cpu else UNTIMED_STEPS - 1) and steps_left >= 0.5:  # the first one compiles
+            long = on_cpu and seconds_left > LONG_SECONDS
+            hint = f"; to shorten it, lower {', '.join(self.length_flags)}" if long else ""
+            print0(f"about {format_duration(seconds_left)} for {steps_left:,.0f} more steps, plus evaluations{hint}")
         if time.time() - self.last_printed < PRINT_SECONDS and progress < 1:
             return
         self.last_printed = time.time()
@@ -170,13 +173,6 @@ class StageLog:
             f"{format_duration(self.train_seconds)}, {format_duration(seconds_left)} left",
             sep=" | ",
         )
-
-    def _print_forecast(self, steps_left, seconds):
-        """Print how long the rest of the stage will take; on a CPU also, if that is long, how to shorten it."""
-        long = seconds > LONG_SECONDS and self.compute.device.type == "cpu"
-        hint = f"; to shorten it, lower {', '.join(self.length_flags)}" if long else ""
-        if steps_left >= 1:
-            print0(f"about {format_duration(seconds)} for {steps_left:,} more steps, plus evaluations{hint}")
 
     def report(self, section, args, facts, **metrics):
         """Write the stage's section of the report: flags, `facts`, speed and memory. `metrics`: see Report.log()."""

@@ -108,10 +108,8 @@ COMPILE_FROM_FLOPS = 1e13  # shorter runs are not compiled; about a minute on tw
 TOKENS_PER_CONVERSATION = 256  # a rough mean, to estimate the length of a run
 
 # A run can be resumed only with the same values of these flags.
-RESUME_INVARIANTS = (
-    *("total_batch_size", "max_seq_len", "packing", "seed", "corpus", "target_examples_per_step"),
-    *("task", "examples_per_step", "num_samples", "max_new_tokens", "recipe"),
-)
+RESUME_INVARIANTS = "total_batch_size max_seq_len packing seed corpus recipe target_examples_per_step".split()
+RESUME_INVARIANTS += "task examples_per_step num_samples max_new_tokens".split()
 
 # What a checkpoint is made from besides the tokenizer -> (how it differs, how to get the old one back).
 ORIGINS = {

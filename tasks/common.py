@@ -205,12 +205,20 @@ def fetch_files(repo, stem, shards=(1,)):
     folder = base_dir() / "task_data" / repo
     candidates = [[folder / f"{stem}-{i:05d}-of-{n:05d}.parquet" for i in range(n)] for n in shards]
 
-    while not (complete := [paths for paths in candidates if all(map(_is_parquet, paths))]):
+    def complete():
+        return next((paths for paths in candidates if all(map(_is_parquet, paths))), None)
+
+    return once_per_host(complete, lambda: _download(repo, folder, candidates))
+
+
+def once_per_host(ready, download):
+    """The value of ready() once it is true; until then, local rank 0 calls download() and the others wait."""
+    while not (value := ready()):
         if dist_env()[1] == 0:
-            _download(repo, folder, candidates)
-        else:  # local rank 0 is downloading; if it fails, torchrun stops this process
+            download()
+        else:  # if the download fails, torchrun stops this process
             time.sleep(0.5)
-    return complete[0]
+    return value
 
 
 def _download(repo, folder, candidates):
@@ -243,4 +251,4 @@ def _check_parquet(path):
 def fetch_once(url, name, check):
     """Path of the file `name` in the base directory, downloaded from `url` if it is missing."""
     path = base_dir() / name
-    return path if path.exists() else fetch(url, path, attempts=3, check=check)
+    return once_per_host(lambda: path.exists() and path, lambda: fetch(url, path, attempts=3, check=check))

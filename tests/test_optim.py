@@ -156,7 +156,8 @@ def test_schedules_by_hand():
     assert muon_momentum(0) == pytest.approx(0.85)
     assert muon_momentum(150) == pytest.approx(0.90)
     assert muon_momentum(9999) == pytest.approx(0.95)
-    assert [muon_decay(step, 3, total=0.6) for step in range(4)] == pytest.approx([0.3, 0.2, 0.1, 0])
+    assert [muon_decay(step, 3, total=0.06) for step in range(4)] == pytest.approx([0.03, 0.02, 0.01, 0])
+    assert [muon_decay(step, 3, total=0.24) for step in range(4)] == pytest.approx([0.05, 0.05, 0.04, 0])
 
 
 def test_set_schedule_scales_the_initial_learning_rate():
