@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import threading
+import time
 from pathlib import Path
 from random import Random
 
@@ -295,6 +296,38 @@ def test_page_of_a_captive_portal_is_refused_for_every_kind_of_file(empty_base, 
             with raises_user_error("a web page"):
                 make()
     assert not [path for path in empty_base.rglob("*") if path.is_file() and path.suffix != ".lock"]
+
+
+class SlowHandler(QuietHandler):
+    """Answers with two conversations, of which the second arrives later."""
+
+    requests = []
+
+    def do_GET(self):
+        line = json.dumps(user_and_assistant("a", "b")["messages"]).encode() + b"\n"
+        self.requests.append(self.path)
+        self.send_response(200)
+        self.send_header("Content-Length", str(2 * len(line)))
+        self.end_headers()
+        for _ in range(2):
+            self.wfile.write(line)
+            self.wfile.flush()
+            time.sleep(0.5)
+
+
+@pytest.mark.slow
+def test_one_rank_downloads_a_file_for_its_host(empty_base):
+    program = "from tasks.mixtures import identity_conversations; print(len(identity_conversations()))"
+    with serve_http(SlowHandler) as server:
+        envs = [
+            environment(NANOCHAT_BUCKET_URL=server.url, RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE="3")
+            for r in range(3)
+        ]
+        command = python_command("-c", program)
+        started = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for env in envs]
+        outputs = [process.communicate(timeout=60)[0] for process in started]
+    assert outputs == ["2\n"] * 3
+    assert SlowHandler.requests == ["/identity_conversations.jsonl"]
 
 
 def test_page_that_an_older_version_kept_is_noticed(empty_base, tmp_path, monkeypatch):
