@@ -20,7 +20,7 @@ REFERENCE = {
 TUNED = REFERENCE | {
     "embedding_lr": 0.4,
     "unembedding_lr": 0.008,
-    "matrix_decay": 0.5,
+    "matrix_decay": 2.0,
     "muon_beta2": 0.95,
     "adam_half_life": 280_000,  # beta2 0.99 at 4,096 tokens per step, 0.95 from 19,000
     "warmdown_ratio": 0.7,
