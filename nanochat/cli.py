@@ -66,14 +66,15 @@ def add_checkpoint_flags(parser, **default):
     add("--quantize", choices=["int8"], help="int8 weights (CPU only): decoding is almost twice as fast as in bfloat16")
 
 
-def add_run_flags(parser, device_batch_size, save_every=-1, recipe="reference"):
+def add_run_flags(parser, device_batch_size, save_every=-1):
     """Flags that all training stages share, with the defaults of one stage."""
     add = parser.add_argument
     add("--run", type=wandb_run, default="dummy", help='wandb run name; "dummy" = no wandb')
     add_machine_flags(parser)
     add("--device_batch_size", type=int, default=device_batch_size, help="rows per pass and device; changes no result")
     add("--compile", **FLAG | {"default": None}, help="torch.compile; default: in all but short runs")
-    add("--recipe", choices=list(RECIPES), default=recipe, help="values of flags left out; see nanochat/recipe.py")
+    recipe_help = "values of flags that are left out; see nanochat/recipe.py (default: reference)"
+    add("--recipe", choices=list(RECIPES), default="reference", help=recipe_help)
     add("--embedding_lr", type=non_negative, help="learning rate of the embedding (AdamW)")
     add("--unembedding_lr", type=non_negative, help="learning rate of the output head (AdamW)")
     add("--matrix_lr", type=non_negative, help="learning rate of the blocks' matrices (Muon)")

@@ -1,8 +1,8 @@
 """
 Recipes: the numbers of optimizers and schedules, by name (--recipe). A flag of the same name overrides a number.
 
-`reference` is the recipe of nanochat's first version. `tuned` reaches the same loss in fewer steps; dev/LOG.md has the
-evidence, and `python -m dev.bench.bench_recipe` repeats the comparison.
+`reference` is the recipe of nanochat's first version, and the default. `tuned` reaches the same loss in fewer steps of
+pretraining; dev/LOG.md has the evidence so far, and `python -m dev.bench.bench_recipe` repeats the comparison.
 """
 
 REFERENCE = {

@@ -15,7 +15,7 @@ from nanochat.common import UserError, compute_init, print0
 
 def build_parser():
     parser = make_parser("scripts.base_train", __doc__)
-    add_run_flags(parser, device_batch_size=32, recipe="tuned")
+    add_run_flags(parser, device_batch_size=32)
     add = parser.add_argument
     add("--depth", type=int, default=20, help="number of layers; the width is 64 times this")
     add("--max_seq_len", type=int, default=2048, help="context length in tokens")
