@@ -73,8 +73,7 @@ def add_run_flags(parser, device_batch_size, save_every=-1):
     add_machine_flags(parser)
     add("--device_batch_size", type=int, default=device_batch_size, help="rows per pass and device; changes no result")
     add("--compile", **FLAG | {"default": None}, help="torch.compile; default: in all but short runs")
-    recipe_help = "values of flags that are left out; see nanochat/recipe.py (default: reference)"
-    add("--recipe", choices=list(RECIPES), default="reference", help=recipe_help)
+    add("--recipe", choices=list(RECIPES), default="reference", help="values of omitted flags, see nanochat/recipe.py")
     add("--embedding_lr", type=non_negative, help="learning rate of the embedding (AdamW)")
     add("--unembedding_lr", type=non_negative, help="learning rate of the output head (AdamW)")
     add("--matrix_lr", type=non_negative, help="learning rate of the blocks' matrices (Muon)")
