@@ -46,7 +46,8 @@ class Muon(ShardedOptimizer):
     """
     Muon for 2-D weight matrices. Equals torch.optim.Muon with weight_decay=0 and adjust_lr_fn="original".
 
-    `beta2`: of normalize_neurons(), 0 = without. Rows of a wide matrix have equal norms, so its columns are normalized.
+    `beta2`: decay rate of the second moment in normalize_neurons(), 0 = plain Muon. In a wide matrix, where all rows
+    already have the same norm, columns are normalized.
     `decay`: share by which a step shrinks each weight that its update shrinks too (cautious weight decay, Chen et al.
     2025, arXiv 2510.12402). Unlike torch's weight_decay, it is not multiplied by the learning rate.
     """

@@ -109,7 +109,7 @@ TOKENS_PER_CONVERSATION = 256  # a rough mean, to estimate the length of a run
 
 # A run can be resumed only with the same values of these flags.
 RESUME_INVARIANTS = "total_batch_size max_seq_len packing seed corpus recipe target_examples_per_step".split()
-RESUME_INVARIANTS += "task examples_per_step num_samples max_new_tokens".split()
+RESUME_INVARIANTS += "task examples_per_step num_samples max_new_tokens muon_beta2".split()
 
 # What a checkpoint is made from besides the tokenizer -> (how it differs, how to get the old one back).
 ORIGINS = {
@@ -156,7 +156,7 @@ class Stage:
 
     def _check_invariants(self, config):
         """Raises UserError if the checkpoint has another model config or other values of RESUME_INVARIANTS."""
-        saved = {"recipe": "reference"} | self.meta["user_config"]  # older versions had only that one
+        saved = {"recipe": "reference", "muon_beta2": 0.0} | self.meta["user_config"]  # as in older versions
         pairs = [(name, value, self.meta["model_config"].get(name)) for name, value in asdict(config).items()]
         pairs += [(name, getattr(self.args, name, None), saved.get(name)) for name in RESUME_INVARIANTS]
         differences = ", ".join(f"{name}={new} (saved: {old})" for name, new, old in pairs if new != old)

@@ -26,7 +26,7 @@ def build_parser():
     add("--target_examples_per_step", type=int, default=32, help="conversations per step, over all devices")
     add("--num_epochs", type=int, default=1, help="passes over the mixture")
     add("--num_iterations", type=int, default=-1, help="optimizer steps; -1 = from --num_epochs")
-    add("--init_lr_frac", type=non_negative, default=0.02, help="first learning rates, as a multiple of the flags")
+    add("--init_lr_frac", type=non_negative, default=0.02, help="initial multiple of the learning rates; falls to 0")
     add("--eval_every", type=int, default=100, help="steps between validations; -1 = never")
     add("--eval_steps", type=int, default=100, help="batches per validation")
     add("--eval_metrics_every", type=int, default=200, help="steps between evaluations of tasks; -1 = never")

@@ -319,6 +319,22 @@ def test_data_dir_selects_the_shards_and_the_corpus(base, run_main, capsys):
         run_main("scripts.base_loss", "--device_batch_size=2", "--split_tokens=64")
 
 
+@pytest.mark.parametrize(
+    ("flag", "difference"), [("--recipe=tuned", "recipe=tuned"), ("--muon_beta2=0.9", "muon_beta2=0.9")]
+)
+def test_run_resumes_only_with_its_recipe(base, run_main, flag, difference):
+    """Also a checkpoint of a version without recipes, which had the reference's."""
+    train(run_main, "--num_iterations=1")
+    path = base / "base_checkpoints" / "d1" / "step_000001" / "meta.json"
+    meta = json.loads(path.read_text())
+    del meta["user_config"]["recipe"], meta["user_config"]["muon_beta2"]
+    path.write_text(json.dumps(meta))
+    with raises_user_error(f"cannot resume .* other settings: .*{difference} "):
+        train(run_main, "--num_iterations=2", "--resume", flag)
+    train(run_main, "--num_iterations=2", "--resume")
+    assert (path.parent.parent / "step_000002").is_dir()
+
+
 def test_flags_accept_dashes_and_underscores(base, run_main):
     flags = [f.replace("_", "-") for f in [*BASE, "--num_iterations=1"]]
     run_main("scripts.base_train", *flags)

@@ -10,6 +10,7 @@ outputs go to --base; the same command continues there after an interruption.
 """
 
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -34,10 +35,16 @@ def main(argv=None):
     add("--seeds", type=int, default=3, help="runs of each kind")
     add("--dtype", default="", help="float32 or bfloat16; empty = base_train chooses")
     args = parse_args(parser, argv)
+    require(args.seeds >= 1, f"--seeds={args.seeds}: expected at least 1")
+    shapes = []
+    for shape in args.shapes.split(","):
+        require(re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape), f"--shapes={shape}: expected depth x steps, like 4x200")
+        shapes.append(tuple(map(int, shape.split("x"))))
     env = os.environ | {"NANOCHAT_BASE_DIR": args.base, "NANOCHAT_HUB_URL": args.hub}
 
     def run(*command):
-        subprocess.run([sys.executable, "-m", *command], env=env, check=True)
+        if code := subprocess.run([sys.executable, "-m", *command], env=env).returncode:
+            sys.exit(code)  # the command has said why
 
     def final_bpb(recipe, depth, steps, seed):
         tag = f"{recipe}_d{depth}_{steps}_{seed}"
@@ -49,10 +56,7 @@ def main(argv=None):
     if not (Path(args.base) / "tokenizer").exists():
         run("scripts.tok_train", "--vocab_size=8192")
     rows = []
-    for shape in args.shapes.split(","):
-        depth, _, steps = shape.partition("x")
-        require(depth.isdigit() and steps.isdigit(), f"--shapes={shape}: expected depth x steps, like 4x200")
-        depth, steps = int(depth), int(steps)
+    for depth, steps in shapes:
         kinds = ("reference", "reference", steps), ("tuned", "tuned", steps), ("80 %", "tuned", steps * 4 // 5)
         bpb = {name: [final_bpb(recipe, depth, n, seed) for seed in range(args.seeds)] for name, recipe, n in kinds}
         reference = statistics.mean(bpb["reference"])
