@@ -66,14 +66,14 @@ def add_checkpoint_flags(parser, **default):
     add("--quantize", choices=["int8"], help="int8 weights (CPU only): decoding is almost twice as fast as in bfloat16")
 
 
-def add_run_flags(parser, device_batch_size, save_every=-1):
+def add_run_flags(parser, device_batch_size, save_every=-1, recipe="reference"):
     """Flags that all training stages share, with the defaults of one stage."""
     add = parser.add_argument
     add("--run", type=wandb_run, default="dummy", help='wandb run name; "dummy" = no wandb')
     add_machine_flags(parser)
     add("--device_batch_size", type=int, default=device_batch_size, help="rows per forward pass; no effect on results")
     add("--compile", **FLAG | {"default": None}, help="torch.compile; default: in all but short runs")
-    add("--recipe", choices=list(RECIPES), default="reference", help="values of omitted flags, see nanochat/recipe.py")
+    add("--recipe", choices=list(RECIPES), default=recipe, help="values of omitted flags, see nanochat/recipe.py")
     add("--embedding_lr", type=non_negative, help="learning rate of the embedding (AdamW)")
     add("--unembedding_lr", type=non_negative, help="learning rate of the output head (AdamW)")
     add("--matrix_lr", type=non_negative, help="learning rate of the blocks' matrices (Muon)")
@@ -113,18 +113,17 @@ def wandb_run(name):
     return name
 
 
-def non_negative(text):
+def non_negative(text, highest=sys.float_info.max, expected="at least 0"):
     """argparse type of numbers that are at least 0."""
-    if not 0 <= float(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: expected at least 0")
-    return float(text)
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= highest:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
 
 
 def share(text):
     """argparse type of numbers from 0 to 1."""
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a share, 0 to 1")
-    return float(text)
+    return non_negative(text, 1, "a share, 0 to 1")
 
 
 def boolean(text):

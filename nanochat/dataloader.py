@@ -3,7 +3,7 @@ Documents to batches of token ids. The batches do not depend on the number of pr
 
 The global batch has one lane per row. A source groups its documents into blocks. Every epoch has a seeded order of the
 blocks, and the n-th block belongs to lane n mod (number of lanes). A lane reads its blocks in turn and cuts them into
-rows, so its position is three integers: epoch, block, and the tokens (or packed rows) used of that block. Each rank
+rows, so its position is three integers: epoch, block, and the tokens (or ready-made rows) used of that block. Each rank
 owns a contiguous range of lanes. Reading and tokenizing run ahead of training on a background thread.
 """
 
@@ -118,7 +118,7 @@ class Lane:
     """Endless sequence of rows of T inputs and T targets; targets are the inputs shifted by one token."""
 
     def __init__(self, source, index, lanes, T, packing, state):
-        self.source, self.index, self.lanes, self.T, self.packed = source, index, lanes, T, packing == "bos"
+        self.source, self.index, self.lanes, self.T, self.packing = source, index, lanes, T, packing
         self.epoch, self.block, self.used = state or (0, 0, 0)
         self._data = None
 
@@ -129,18 +129,24 @@ class Lane:
 
     def progress(self):
         """Position in epochs: 2.5 = halfway through the third."""
-        return self.epoch + self.block / len(self.blocks(self.epoch))
+        share_of_block = 0 if self._data is None else self.used / len(self._data[0])
+        return self.epoch + (self.block + share_of_block) / len(self.blocks(self.epoch))
 
     def next_row(self):
         """(inputs, targets), each (T,) int32."""
-        ids, targets = self._packed_row() if self.packed else self._stream_row()
+        ids, targets = self._stream_row() if self.packing == "stream" else self._ready_row()
         return ids[:-1], targets[1:]
 
     def data(self):
-        """(ids, targets) of the current block: two streams of tokens, or two arrays of packed rows (N, T + 1)."""
+        """(ids, targets) of the current block: two streams of tokens, or two arrays of rows (N, T + 1)."""
         if self._data is None:
             ids, targets = self.source.read(self.blocks(self.epoch)[self.block])
-            self._data = pack_best_fit(ids, targets, self.T) if self.packed else (_concat(ids), _concat(targets))
+            if self.packing == "bos":
+                self._data = pack_best_fit(ids, targets, self.T)
+            else:
+                self._data = _concat(ids), _concat(targets)
+            if self.packing == "shuffle":
+                self._data = shuffled_rows(*self._data, self.T, (self.source.seed, self.epoch, self.index, self.block))
         return self._data
 
     def _next_block(self):
@@ -148,7 +154,7 @@ class Lane:
         if self.block == len(self.blocks(self.epoch)):
             self.epoch, self.block = self.epoch + 1, 0
 
-    def _packed_row(self):
+    def _ready_row(self):
         while self.used == len(self.data()[0]):
             self._next_block()
         self.used += 1
@@ -172,6 +178,18 @@ class Lane:
 
 def _concat(docs):
     return np.concatenate([np.asarray(d, dtype=np.int32) for d in docs])
+
+
+def shuffled_rows(ids, targets, T, seed):
+    """
+    Cut a stream into rows (N, T + 1) in random order, each starting with its predecessor's last token.
+
+    Returns (ids, targets). The last row of the stream is padded, with targets -1.
+    """
+    num_rows = max(1, -(-(len(ids) - 1) // T))
+    pad, order = (0, num_rows * T + 1 - len(ids)), np.random.default_rng(seed).permutation(num_rows)
+    padded = np.pad(ids, pad, constant_values=ids[0]), np.pad(targets, pad, constant_values=-1)
+    return [np.lib.stride_tricks.sliding_window_view(stream, T + 1)[::T][order] for stream in padded]
 
 
 def pack_best_fit(docs, targets, T):
@@ -207,9 +225,9 @@ def lane_batches(source, rows, T, device_batch_size, compute, packing="stream", 
     """
     Yield Batches on the CPU forever: `rows` x T tokens per step, over all ranks.
 
-    A micro-batch has `device_batch_size` rows. packing "stream" cuts rows from a stream of tokens; "bos" starts every
-    row with a document (pack_best_fit). `states` (lane -> [epoch, block, used] of all lanes) resumes a run exactly.
-    Raises UserError for another number of lanes.
+    A micro-batch has `device_batch_size` rows. packing "stream" cuts rows from a stream of tokens; "shuffle" does so
+    in random order within a block; "bos" starts every row with a document (pack_best_fit). `states` (lane ->
+    [epoch, block, used] of all lanes) resumes a run exactly. Raises UserError for another number of lanes.
     """
     own = rank_rows(rows, compute)
     assert len(own) * compute.world_size == rows and len(own) % device_batch_size == 0

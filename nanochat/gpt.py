@@ -262,7 +262,7 @@ class GPT(nn.Module):
         matrix_lr=0.02,
         weight_decay=0.0,
         ns_dtype=torch.bfloat16,
-        adam_beta2=0.95,
+        adam_betas=(0.8, 0.95),
         muon_beta2=0.0,
     ):
         """
@@ -274,7 +274,7 @@ class GPT(nn.Module):
         scale = (self.config.n_embd / 768) ** -0.5
         tables = (self.lm_head.weight, unembedding_lr), (self.transformer.wte.weight, embedding_lr)
         groups = [{"params": [table], "lr": lr * scale} for table, lr in tables]
-        adamw = AdamW(groups, betas=(0.8, adam_beta2), eps=1e-10, weight_decay=weight_decay)
+        adamw = AdamW(groups, betas=adam_betas, eps=1e-10, weight_decay=weight_decay)
         muon = Muon(self.transformer.h.parameters(), lr=matrix_lr, beta2=muon_beta2, ns_dtype=ns_dtype)
         for group in adamw.param_groups + muon.param_groups:
             group["initial_lr"] = group["lr"]

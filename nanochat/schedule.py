@@ -14,14 +14,18 @@ def lr_multiplier(progress, warmup_ratio=0.0, warmdown_ratio=0.2, final_lr_frac=
     return final_lr_frac + (1 - final_lr_frac) * remaining
 
 
-def muon_momentum(step, warmup_steps=300):
-    """Momentum of Muon at `step`: rises linearly from 0.85 to 0.95, since early gradients are soon out of date."""
-    return 0.85 + 0.10 * min(step / warmup_steps, 1.0)
+def muon_momentum(step, warmup_steps=300, lr_mult=1.0, final=0.95):
+    """
+    Momentum of Muon at `step`: rises linearly from 0.85 to 0.95, since early gradients are soon out of date.
+
+    When the learning rate falls, `lr_mult` < 1, it falls in proportion, to `final` at 0.
+    """
+    return final + (0.85 + 0.10 * min(step / warmup_steps, 1.0) - final) * min(1.0, lr_mult)
 
 
 def muon_decay(step, num_steps, total):
-    """Muon's weight decay at `step`: falls linearly to 0, sums up to `total` over the run; at most 0.05."""
-    return min(0.05, total * 2 * (num_steps - step) / (num_steps * (num_steps + 1)))
+    """Muon's weight decay at `step`: falls linearly to 0, sums up to `total` over the run; at most 0.02."""
+    return min(0.02, total * 2 * (num_steps - step) / (num_steps * (num_steps + 1)))
 
 
 def set_schedule(optimizers, lr_mult, momentum=None, decay=0.0):

@@ -10,12 +10,12 @@ Reads tokenizer/ and base_data/. Writes base_checkpoints/d<depth>/ and report/me
 import functools
 
 from nanochat.cli import FLAG, add_run_flags, make_parser, non_negative, parse_args, path, run_script, share
-from nanochat.common import UserError, compute_init, print0
+from nanochat.common import PACKINGS, UserError, compute_init, print0
 
 
 def build_parser():
     parser = make_parser("scripts.base_train", __doc__)
-    add_run_flags(parser, device_batch_size=32)
+    add_run_flags(parser, device_batch_size=32, recipe="tuned")
     add = parser.add_argument
     add("--depth", type=int, default=20, help="number of layers; the width is 64 times this")
     add("--max_seq_len", type=int, default=2048, help="context length in tokens")
@@ -23,12 +23,14 @@ def build_parser():
     add("--target_flops", type=float, default=-1.0, help="total training FLOPs; -1 = from --target_param_data_ratio")
     add("--target_param_data_ratio", type=float, default=20, help="training tokens per parameter (Chinchilla: 20)")
     add("--total_batch_size", type=int, default=524288, help="tokens per optimizer step, over all devices")
-    add("--packing", default="stream", choices=("stream", "bos"), help="cut rows anywhere, or start them at documents")
+    add("--packing", choices=PACKINGS, help="cut rows in reading order, in random order, or at starts of documents")
     add("--grad_clip", type=non_negative, default=1.0, help="maximum global gradient norm; 0 = off")
     add("--warmup_ratio", type=share, help="learning rate warmup, as a share of the steps")
     add("--warmdown_ratio", type=share, help="learning rate decay, as a share of the steps")
     add("--final_lr_frac", type=non_negative, help="final learning rates, as a multiple of the initial ones")
     add("--matrix_decay", type=non_negative, help="weight decay of the blocks' matrices, summed over the run; 0 = off")
+    add("--final_momentum", type=share, help="Muon's momentum when the learning rate has fallen to 0")
+    add("--adam_beta1", type=share, help="decay rate of AdamW's first moment")
     add("--adam_half_life", type=non_negative, help="half-life of AdamW's second moment in tokens; 0 = beta2 0.95")
     add("--grad_checkpoint", **FLAG, help="save memory, a third slower")
     add("--eval_every", type=int, default=250, help="steps between validations; -1 = never")
@@ -134,7 +136,8 @@ def main(argv=None):
         batch = next(loader)
         ratios = args.warmup_ratio, args.warmdown_ratio, args.final_lr_frac
         lr_mult = lr_multiplier(step / num_steps, *ratios, per_step=1 / num_steps)
-        set_schedule(optimizers, lr_mult, muon_momentum(step), muon_decay(step, num_steps, args.matrix_decay))
+        momentum = muon_momentum(step, lr_mult=lr_mult, final=args.final_momentum)
+        set_schedule(optimizers, lr_mult, momentum, muon_decay(step, num_steps, args.matrix_decay))
         result = stage.train_step(compiled, optimizers, batch.micro_batches, grad_clip=args.grad_clip)
         log.end_step(step, result, args.total_batch_size, lr_mult)
     stage.close(loader, log, **results)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import CPU, raises_user_error
 
-from nanochat.common import UserError
+from nanochat.common import PACKINGS, UserError
 from nanochat.dataloader import (
     Prefetch,
     ShardSource,
@@ -21,6 +21,7 @@ from nanochat.dataloader import (
     lane_batches,
     length_buckets,
     pack_best_fit,
+    shuffled_rows,
 )
 from nanochat.dataset import read_row_group, row_groups
 from nanochat.tokenizer import get_tokenizer
@@ -45,7 +46,7 @@ def rows_of(batch):
     return torch.stack((x.long(), y), 1)
 
 
-@pytest.mark.parametrize("packing", ["stream", "bos"])
+@pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_batches_are_the_same_for_every_world_size(base, packing, world_size):
     single = take_batches(12, packing)
@@ -58,7 +59,7 @@ def test_batches_are_the_same_for_every_world_size(base, packing, world_size):
         assert torch.equal(rows_of(batch), together)
 
 
-@pytest.mark.parametrize("packing", ["stream", "bos"])
+@pytest.mark.parametrize("packing", PACKINGS)
 def test_resume_is_exact_with_another_world_size(base, packing):
     uninterrupted = take_batches(60, packing)  # some lanes pass the end of an epoch
     states = {lane: p for r in range(2) for lane, p in take_batches(35, packing, r, 2)[-1].state.items()}
@@ -98,6 +99,35 @@ def test_fewer_documents_than_lanes(base):
 def test_state_with_another_number_of_lanes_raises_user_error(base):
     with pytest.raises(UserError, match="lanes"):
         take_batches(1, states={"0": [0, 0, 0]})
+
+
+def test_shuffled_rows_by_hand():
+    ids, targets = np.arange(9), np.arange(10, 19)
+    rows, row_targets = shuffled_rows(ids, targets, 3, seed=0)
+    order = np.random.default_rng(0).permutation(3)
+    assert order.tolist() != [0, 1, 2]
+    assert rows.tolist() == [[[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 0]][i] for i in order]
+    assert row_targets.tolist() == [[[10, 11, 12, 13], [13, 14, 15, 16], [16, 17, 18, -1]][i] for i in order]
+    for length in (1, 2, 4, 5):  # every token is an input or the last target once
+        rows, row_targets = shuffled_rows(ids[:length], ids[:length], 3, seed=0)
+        assert len(rows) == max(1, -(-(length - 1) // 3))
+        assert sorted(row_targets[:, 1:][row_targets[:, 1:] >= 0]) == list(range(1, length))
+
+
+def test_shuffled_epoch_has_every_row_once_and_epochs_differ(base):
+    source = ShardSource(row_groups("train"), get_tokenizer(), 1)
+    expected = []
+    for block in source.order(0):
+        stream = np.concatenate(source.read(block)[0])
+        expected += [tuple(stream[i : i + T]) for i in range(0, len(stream) - T, T)]  # without the padded rows
+    batches, seen = lane_batches(source, 1, T, 1, CPU, "shuffle"), []
+    while (batch := next(batches)).progress <= 1:
+        seen.append(tuple(rows_of(batch)[0, 0].tolist()))
+    assert set(expected) <= set(seen)
+    assert len(seen) <= len(expected) + len(source.order(0))
+    assert seen[: len(expected)] != expected
+    again = [tuple(rows_of(next(batches))[0, 0].tolist()) for _ in range(len(seen) // 2)]
+    assert again != seen[: len(again)]
 
 
 def test_best_fit_packing_by_hand():

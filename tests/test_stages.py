@@ -320,18 +320,19 @@ def test_data_dir_selects_the_shards_and_the_corpus(base, run_main, capsys):
 
 
 @pytest.mark.parametrize(
-    ("flag", "difference"), [("--recipe=tuned", "recipe=tuned"), ("--muon_beta2=0.9", "muon_beta2=0.9")]
+    ("flags", "difference"),
+    [((), "recipe=tuned"), (("--recipe=reference", "--muon_beta2=0.9"), "muon_beta2=0.9")],
 )
-def test_run_resumes_only_with_its_recipe(base, run_main, flag, difference):
+def test_run_resumes_only_with_its_recipe(base, run_main, flags, difference):
     """Also a checkpoint of a version without recipes, which had the reference's."""
-    train(run_main, "--num_iterations=1")
+    train(run_main, "--num_iterations=1", "--recipe=reference")
     path = base / "base_checkpoints" / "d1" / "step_000001" / "meta.json"
     meta = json.loads(path.read_text())
     del meta["user_config"]["recipe"], meta["user_config"]["muon_beta2"]
     path.write_text(json.dumps(meta))
     with raises_user_error(f"cannot resume .* other settings: .*{difference} "):
-        train(run_main, "--num_iterations=2", "--resume", flag)
-    train(run_main, "--num_iterations=2", "--resume")
+        train(run_main, "--num_iterations=2", "--resume", *flags)
+    train(run_main, "--num_iterations=2", "--resume", "--recipe=reference")
     assert (path.parent.parent / "step_000002").is_dir()
 
 
