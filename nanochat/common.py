@@ -21,7 +21,6 @@ from pathlib import Path
 
 CHECKPOINT_FOLDERS = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints"}
 CHECKPOINT_FOLDERS |= {"rl": "chatrl_checkpoints"}
-PACKINGS = "stream", "shuffle", "bos"  # ways to cut rows, see lane_batches() in nanochat/dataloader.py
 
 # Public hosts, each replaceable by a mirror: another URL, or a folder on this machine.
 HUB_URL = "https://huggingface.co/datasets"  # <base>/<organisation>/<dataset>/resolve/main/<file>

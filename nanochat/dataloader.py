@@ -3,8 +3,9 @@ Documents to batches of token ids. The batches do not depend on the number of pr
 
 The global batch has one lane per row. A source groups its documents into blocks. Every epoch has a seeded order of the
 blocks, and the n-th block belongs to lane n mod (number of lanes). A lane reads its blocks in turn and cuts them into
-rows, so its position is three integers: epoch, block, and the tokens (or ready-made rows) used of that block. Each rank
-owns a contiguous range of lanes. Reading and tokenizing run ahead of training on a background thread.
+rows, so its position is three integers: epoch, block, and the tokens (or packed rows) used of that block. With shuffled
+rows, it is where the first of them starts, and the number of rows used. Each rank owns a contiguous range of lanes.
+Reading and tokenizing run ahead of training on a background thread.
 """
 
 import bisect
@@ -23,6 +24,7 @@ from nanochat.dataset import read_row_group
 
 SHARD_BLOCK = 128  # documents per block
 TASK_BLOCK = 16  # conversations per block
+SHUFFLED_TOKENS = 2**16  # per lane; enough for rows of other documents, little to tokenize before the first step
 CACHED_ROW_GROUPS = 32  # decoded row groups in memory; the lanes read blocks that are close to each other
 
 
@@ -33,7 +35,7 @@ class Batch:
     # [(inputs, targets)], each (rows, T): int32 ids, and int64 ids with -1 = not trained on
     micro_batches: list
     progress: float  # in epochs, the mean over this rank's lanes: 1.5 = halfway through the second
-    state: dict  # resumes the loader right after this batch; for lanes: lane -> [epoch, block, used]
+    state: dict  # resumes the loader right after this batch; for lanes: lane -> Lane.state()
 
 
 class Source:
@@ -119,8 +121,8 @@ class Lane:
 
     def __init__(self, source, index, lanes, T, packing, state):
         self.source, self.index, self.lanes, self.T, self.packing = source, index, lanes, T, packing
-        self.epoch, self.block, self.used = state or (0, 0, 0)
-        self._data = None
+        self.epoch, self.block, self.used, *taken = state or (0, 0, 0)
+        self._data, self._rows, self._taken = None, [], sum(taken)  # shuffled rows; number of them that are used
 
     def blocks(self, epoch):
         """This lane's blocks of an epoch. If there are fewer blocks than lanes, several lanes read the same block."""
@@ -129,24 +131,24 @@ class Lane:
 
     def progress(self):
         """Position in epochs: 2.5 = halfway through the third."""
-        share_of_block = 0 if self._data is None else self.used / len(self._data[0])
-        return self.epoch + (self.block + share_of_block) / len(self.blocks(self.epoch))
+        block = self.block + (self.used / len(self._data[0]) if self._data else 0)
+        return self.epoch + block / len(self.blocks(self.epoch))
 
     def next_row(self):
         """(inputs, targets), each (T,) int32."""
-        ids, targets = self._stream_row() if self.packing == "stream" else self._ready_row()
+        rows = {"stream": self._stream_row, "shuffle": self._shuffled_row, "bos": self._packed_row}
+        ids, targets = rows[self.packing]()
         return ids[:-1], targets[1:]
 
+    def state(self):
+        """Position after the last row, for Lane()."""
+        return [*self._start, self._taken] if self._rows else [self.epoch, self.block, self.used]
+
     def data(self):
-        """(ids, targets) of the current block: two streams of tokens, or two arrays of rows (N, T + 1)."""
+        """(ids, targets) of the current block: two streams of tokens, or two arrays of packed rows (N, T + 1)."""
         if self._data is None:
-            ids, targets = self.source.read(self.blocks(self.epoch)[self.block])
-            if self.packing == "bos":
-                self._data = pack_best_fit(ids, targets, self.T)
-            else:
-                self._data = _concat(ids), _concat(targets)
-            if self.packing == "shuffle":
-                self._data = shuffled_rows(*self._data, self.T, (self.source.seed, self.epoch, self.index, self.block))
+            docs = self.source.read(self.blocks(self.epoch)[self.block])
+            self._data = pack_best_fit(*docs, self.T) if self.packing == "bos" else [_concat(part) for part in docs]
         return self._data
 
     def _next_block(self):
@@ -154,11 +156,21 @@ class Lane:
         if self.block == len(self.blocks(self.epoch)):
             self.epoch, self.block = self.epoch + 1, 0
 
-    def _ready_row(self):
+    def _packed_row(self):
         while self.used == len(self.data()[0]):
             self._next_block()
         self.used += 1
         return [rows[self.used - 1] for rows in self.data()]
+
+    def _shuffled_row(self):
+        """The next SHUFFLED_TOKENS tokens of the stream, cut into rows, are returned in random order."""
+        if not self._rows:
+            self._start = [self.epoch, self.block, self.used]
+            rows = [self._stream_row() for _ in range(max(1, SHUFFLED_TOKENS // self.T))]
+            order = np.random.default_rng((self.source.seed, self.index, *self._start)).permutation(len(rows))
+            self._rows = [rows[i] for i in order[self._taken :]]
+        self._taken = self._taken + 1 if self._rows[1:] else 0
+        return self._rows.pop(0)
 
     def _stream_row(self):
         """Consecutive rows of the token stream: the last target of a row is the first input of the next."""
@@ -178,18 +190,6 @@ class Lane:
 
 def _concat(docs):
     return np.concatenate([np.asarray(d, dtype=np.int32) for d in docs])
-
-
-def shuffled_rows(ids, targets, T, seed):
-    """
-    Cut a stream into rows (N, T + 1) in random order, each starting with its predecessor's last token.
-
-    Returns (ids, targets). The last row of the stream is padded, with targets -1.
-    """
-    num_rows = max(1, -(-(len(ids) - 1) // T))
-    pad, order = (0, num_rows * T + 1 - len(ids)), np.random.default_rng(seed).permutation(num_rows)
-    padded = np.pad(ids, pad, constant_values=ids[0]), np.pad(targets, pad, constant_values=-1)
-    return [np.lib.stride_tricks.sliding_window_view(stream, T + 1)[::T][order] for stream in padded]
 
 
 def pack_best_fit(docs, targets, T):
@@ -225,9 +225,10 @@ def lane_batches(source, rows, T, device_batch_size, compute, packing="stream", 
     """
     Yield Batches on the CPU forever: `rows` x T tokens per step, over all ranks.
 
-    A micro-batch has `device_batch_size` rows. packing "stream" cuts rows from a stream of tokens; "shuffle" does so
-    in random order within a block; "bos" starts every row with a document (pack_best_fit). `states` (lane ->
-    [epoch, block, used] of all lanes) resumes a run exactly. Raises UserError for another number of lanes.
+    A micro-batch has `device_batch_size` rows. packing "stream" cuts rows from a stream of tokens; "shuffle" trains
+    them in random order, so that the documents of consecutive steps differ; "bos" starts every row with a document
+    (pack_best_fit). `states` (lane -> Lane.state(), of all lanes) resumes a run exactly. Raises UserError for another
+    number of lanes.
     """
     own = rank_rows(rows, compute)
     assert len(own) * compute.world_size == rows and len(own) % device_batch_size == 0
@@ -238,7 +239,7 @@ def lane_batches(source, rows, T, device_batch_size, compute, packing="stream", 
         x, y = (torch.from_numpy(np.stack(half)) for half in zip(*(lane.next_row() for lane in lanes), strict=True))
         micro_batches = list(zip(x.split(device_batch_size), y.long().split(device_batch_size), strict=True))
         progress = sum(lane.progress() for lane in lanes) / len(lanes)
-        state = {str(lane.index): [lane.epoch, lane.block, lane.used] for lane in lanes}
+        state = {str(lane.index): lane.state() for lane in lanes}
         yield Batch(micro_batches, progress, state)
 
 

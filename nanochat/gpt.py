@@ -291,8 +291,7 @@ class GPT(nn.Module):
                 kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                 logits = logits.masked_fill(logits < kth, -torch.inf)
             if temperature > 0:
-                probs = F.softmax(logits / temperature, dim=-1)
-                next_id = torch.multinomial(probs, 1, generator=rng)
+                next_id = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=rng)
             else:
                 next_id = logits.argmax(-1, keepdim=True)
             ids = torch.cat((ids, next_id), dim=1)

@@ -10,7 +10,7 @@ Reads tokenizer/ and base_data/. Writes base_checkpoints/d<depth>/ and report/me
 import functools
 
 from nanochat.cli import FLAG, add_run_flags, make_parser, non_negative, parse_args, path, run_script, share
-from nanochat.common import PACKINGS, UserError, compute_init, print0
+from nanochat.common import UserError, compute_init, print0
 
 
 def build_parser():
@@ -23,7 +23,7 @@ def build_parser():
     add("--target_flops", type=float, default=-1.0, help="total training FLOPs; -1 = from --target_param_data_ratio")
     add("--target_param_data_ratio", type=float, default=20, help="training tokens per parameter (Chinchilla: 20)")
     add("--total_batch_size", type=int, default=524288, help="tokens per optimizer step, over all devices")
-    add("--packing", choices=PACKINGS, help="cut rows in reading order, in random order, or at starts of documents")
+    add("--packing", choices=("stream", "shuffle", "bos"), help="rows as they come, shuffled, or from document starts")
     add("--grad_clip", type=non_negative, default=1.0, help="maximum global gradient norm; 0 = off")
     add("--warmup_ratio", type=share, help="learning rate warmup, as a share of the steps")
     add("--warmdown_ratio", type=share, help="learning rate decay, as a share of the steps")

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cache
 
 from nanochat.cli import FLAG, add_conversation_flags, add_run_flags, make_parser, non_negative, parse_args, run_script
-from nanochat.common import PACKINGS, compute_init, print0
+from nanochat.common import compute_init, print0
 
 
 def build_parser():
@@ -24,7 +24,7 @@ def build_parser():
     add("--num_iterations", type=int, default=-1, help="optimizer steps; -1 = one epoch of the mixture")
     add("--max_seq_len", type=int, default=-1, help="context in tokens; -1 = the base model's; more extends it")
     add("--total_batch_size", type=int, default=524288, help="tokens per step, over all devices")
-    add("--packing", default="stream", choices=PACKINGS, help="bos = rows start at conversations")
+    add("--packing", default="stream", choices=("stream", "bos"), help="bos = rows start at conversations")
     add("--train_on", default="all", choices=("all", "assistant"), help="tokens to train on")
     add("--init_lr_frac", type=non_negative, default=1.0, help="initial learning rates, as a multiple of the flags")
     add("--eval_every", type=int, default=150, help="steps between validations; -1 = never")

@@ -5,14 +5,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . dev/setup.sh
-set_up dev
-find_rust
 failed=()
-# The tests of the chat page need Chromium; without it they are skipped with a message.
-if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v chromium >/dev/null; then
-    echo "installing chromium"
-    { apt-get update -q && apt-get install -q -y --no-install-recommends chromium; } >/dev/null 2>&1 || echo "no chromium here"
-fi
 
 # check <name> <command...>: runs the command and records a failure.
 check() {
@@ -21,15 +14,38 @@ check() {
     "${@:2}" || failed+=("$1")
 }
 
+# The tests of the chat page need Chromium; without it they are skipped with a message.
+install_chromium() {
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v chromium >/dev/null; then
+        { apt-get update -q && apt-get install -q -y --no-install-recommends chromium; } >/dev/null 2>&1 ||
+            echo "cannot install chromium"
+    fi
+}
+
+check_rust() {
+    cd rustbpe || exit 1
+    check "cargo fmt" cargo fmt --all --check
+    check "cargo clippy" cargo clippy --quiet --workspace --all-targets --all-features -- -D warnings
+    check "cargo test" cargo test --quiet --workspace
+    check "cargo doc" env RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --no-deps
+    ((${#failed[@]} == 0))
+}
+
+# Rust and Chromium do not wait for the Python packages, most of whose installation is waiting for the network.
+find_rust
+rust_log=$(mktemp)
+trap 'rm -f "$rust_log"; kill $(jobs -p) 2>/dev/null' EXIT
+check_rust >"$rust_log" 2>&1 &
+rust=$!
+install_chromium &
+chromium=$!
+set_up dev
 check "ruff check" ruff check .
 check "ruff format" ruff format --check .
 check "shell syntax" bash -n speedrun.sh run1000.sh dev/*.sh tests/run.sh .ci/run
-cd rustbpe || exit 1
-check "cargo fmt" cargo fmt --all --check
-check "cargo clippy" cargo clippy --quiet --workspace --all-targets --all-features -- -D warnings
-check "cargo test" cargo test --quiet --workspace
-check "cargo doc" env RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --no-deps
-cd ..
+wait $rust || failed+=(Rust)
+wait $chromium
+cat "$rust_log"
 echo
 if ((${#failed[@]})); then
     echo "FAILED before pytest: ${failed[*]}"

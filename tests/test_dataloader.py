@@ -10,7 +10,8 @@ import pytest
 import torch
 from helpers import CPU, raises_user_error
 
-from nanochat.common import PACKINGS, UserError
+from nanochat import dataloader
+from nanochat.common import UserError
 from nanochat.dataloader import (
     Prefetch,
     ShardSource,
@@ -21,13 +22,18 @@ from nanochat.dataloader import (
     lane_batches,
     length_buckets,
     pack_best_fit,
-    shuffled_rows,
 )
 from nanochat.dataset import read_row_group, row_groups
 from nanochat.tokenizer import get_tokenizer
 from tasks.common import Task, user_and_assistant
 
 T, ROWS = 32, 6
+PACKINGS = ["stream", "shuffle", "bos"]
+
+
+@pytest.fixture(autouse=True)
+def few_shuffled_rows(monkeypatch):
+    monkeypatch.setattr(dataloader, "SHUFFLED_TOKENS", 10 * T + 5)
 
 
 def cpu(rank, world_size):
@@ -101,33 +107,16 @@ def test_state_with_another_number_of_lanes_raises_user_error(base):
         take_batches(1, states={"0": [0, 0, 0]})
 
 
-def test_shuffled_rows_by_hand():
-    ids, targets = np.arange(9), np.arange(10, 19)
-    rows, row_targets = shuffled_rows(ids, targets, 3, seed=0)
-    order = np.random.default_rng(0).permutation(3)
-    assert order.tolist() != [0, 1, 2]
-    assert rows.tolist() == [[[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 0]][i] for i in order]
-    assert row_targets.tolist() == [[[10, 11, 12, 13], [13, 14, 15, 16], [16, 17, 18, -1]][i] for i in order]
-    for length in (1, 2, 4, 5):  # every token is an input or the last target once
-        rows, row_targets = shuffled_rows(ids[:length], ids[:length], 3, seed=0)
-        assert len(rows) == max(1, -(-(length - 1) // 3))
-        assert sorted(row_targets[:, 1:][row_targets[:, 1:] >= 0]) == list(range(1, length))
-
-
-def test_shuffled_epoch_has_every_row_once_and_epochs_differ(base):
-    source = ShardSource(row_groups("train"), get_tokenizer(), 1)
-    expected = []
-    for block in source.order(0):
-        stream = np.concatenate(source.read(block)[0])
-        expected += [tuple(stream[i : i + T]) for i in range(0, len(stream) - T, T)]  # without the padded rows
-    batches, seen = lane_batches(source, 1, T, 1, CPU, "shuffle"), []
-    while (batch := next(batches)).progress <= 1:
-        seen.append(tuple(rows_of(batch)[0, 0].tolist()))
-    assert set(expected) <= set(seen)
-    assert len(seen) <= len(expected) + len(source.order(0))
-    assert seen[: len(expected)] != expected
-    again = [tuple(rows_of(next(batches))[0, 0].tolist()) for _ in range(len(seen) // 2)]
-    assert again != seen[: len(again)]
+def test_shuffled_rows_are_those_of_the_stream(base):
+    """In random order within SHUFFLED_TOKENS, which is another one for every lane and every part of the stream."""
+    stream, shuffled = (torch.stack([rows_of(batch) for batch in take_batches(40, p)]) for p in ("stream", "shuffle"))
+    orders = set()
+    for lane in range(ROWS):
+        for start in range(0, 40, 10):
+            part, expected = (x[start : start + 10, lane].flatten(1).tolist() for x in (shuffled, stream))
+            assert sorted(part) == sorted(expected)
+            orders.add(tuple(expected.index(row) for row in part))
+    assert len(orders) > 20
 
 
 def test_best_fit_packing_by_hand():
