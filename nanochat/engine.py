@@ -88,7 +88,6 @@ class Engine:
     def score(self, tokens, top):
         """log_probabilities() of each token given the tokens before it; None for the first."""
         ids = torch.tensor([tokens], device=self.model.get_device())
-        torch_backend = TorchBackend(self.model, self.compute)
-        with torch_backend.precision():
+        with TorchBackend(self.model, self.compute).precision():
             logits = self.model(ids)[0, :-1]
         return [None, *(log_probabilities(x, token, top) for x, token in zip(logits, tokens[1:], strict=True))]

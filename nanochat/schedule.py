@@ -18,9 +18,10 @@ def muon_momentum(step, warmup_steps=300, lr_mult=1.0, final=0.95):
     """
     Momentum of Muon at `step`: rises linearly from 0.85 to 0.95, since early gradients are soon out of date.
 
-    When the learning rate falls, `lr_mult` < 1, it falls in proportion, to `final` at 0.
+    As the learning rate falls, with `lr_mult` from 1 to 0, the momentum falls to `final` if it is above that.
     """
-    return final + (0.85 + 0.10 * min(step / warmup_steps, 1.0) - final) * min(1.0, lr_mult)
+    risen = 0.85 + 0.10 * min(step / warmup_steps, 1.0)
+    return risen - max(0.0, risen - final) * max(0.0, 1 - lr_mult)
 
 
 def muon_decay(step, num_steps, total):

@@ -156,6 +156,7 @@ def test_schedules_by_hand():
     assert muon_momentum(0) == pytest.approx(0.85)
     assert muon_momentum(150) == pytest.approx(0.90)
     assert muon_momentum(9999) == muon_momentum(9999, lr_mult=0) == pytest.approx(0.95)
+    assert muon_momentum(150, lr_mult=0) == pytest.approx(0.90)  # below the final 0.95
     assert [muon_momentum(300, lr_mult=m, final=0.85) for m in (1, 0.5, 0)] == pytest.approx([0.95, 0.9, 0.85])
     assert [muon_decay(step, 3, total=0.03) for step in range(4)] == pytest.approx([0.015, 0.01, 0.005, 0])
     assert [muon_decay(step, 3, total=0.09) for step in range(4)] == pytest.approx([0.02, 0.02, 0.015, 0])
