@@ -66,11 +66,8 @@ def test_from_text_to_chat(base, run_main, capsys):
     output = capsys.readouterr().out
     assert f"{own}: 3 conversations x 2 of 6" in output and f"{own}: 3 conversations x 1 of 9,803" in output
     assert "are longer than 32 tokens and are cut" in output
-    answers = []
-    for question in ("Who are you?", "Hi", "Tell me a story"):  # after three steps, an answer may be empty by chance
-        run_main("scripts.chat_cli", "-p", question, "-m", 8, "-t", 1)
-        answers.append(capsys.readouterr().out.strip())
-    assert any(answers)
+    run_main("scripts.chat_cli", "-p", "Hi", "-m", 8, "-t", 0)
+    assert capsys.readouterr().out.startswith("x")  # as in own.jsonl
     run_main("nanochat.report", "generate")
     report = (base / "report.md").read_text(encoding="utf-8")
     assert "PocketFacts" in report.split("## Summary")[1]
