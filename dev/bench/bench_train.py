@@ -29,6 +29,7 @@ from nanochat.cli import make_parser, parse_args, run_script
 from nanochat.common import Compute, choose_dtype, compute_init, require
 from nanochat.gpt import GPT, NORM_EPS, SOFTCAP, GPTConfig, rotate
 from nanochat.muon import orthogonalize
+from nanochat.recipe import TUNED
 from nanochat.schedule import set_schedule
 from nanochat.train import train_step
 
@@ -172,8 +173,8 @@ class Ours:
         self.model.init_weights(compute.device)
         if compiled:
             self.model.compile()
-        self.optimizers = self.model.setup_optimizers(ns_dtype=compute.dtype)
-        set_schedule(self.optimizers, 1.0, 0.95)
+        self.optimizers = self.model.setup_optimizers(ns_dtype=compute.dtype, muon_beta2=TUNED["muon_beta2"])
+        set_schedule(self.optimizers, 1.0, 0.95, decay=0.001)
 
     def step(self, micro_batches):
         train_step(self.model, self.optimizers, micro_batches, self.compute, grad_clip=1.0)
