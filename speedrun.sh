@@ -27,7 +27,7 @@ pocket() {
     stage "tokenizer" 10 tokenizer base_data python -m scripts.tok_train --vocab_size=1024
     stage "tokenizer evaluation" 5 report/tokenizer-evaluation.md "tokenizer base_data" python -m scripts.tok_eval
     stage "base pretraining" 240 base_checkpoints/d4 "tokenizer base_data" python -m scripts.base_train "$run" \
-        --resume=1 --depth=4 $size --total_batch_size=8192 --num_iterations=400 --eval_every=100 \
+        --resume=1 --recipe=tuned --depth=4 $size --total_batch_size=8192 --num_iterations=400 --eval_every=100 \
         --core_metric_every=-1 --sample_every=200
     stage "base loss" 10 report/base-model-loss.md "base_checkpoints/d4 tokenizer base_data" \
         python -m scripts.base_loss -g d4 --device_batch_size=32 --split_tokens=131072
@@ -77,7 +77,8 @@ public() {
         python -m scripts.tok_eval
     stage "corpus: other shards" $((shards * 5)) "base_data:$shards" "" python -m nanochat.dataset -n "$shards"
     stage "base pretraining" $((hours * 3600)) $base "tokenizer base_data" $launch -m scripts.base_train -- "$run" \
-        --resume=1 --depth="$depth" --max_seq_len="$context" --device_batch_size="$batch" --save_every=500 --keep=2
+        --resume=1 --recipe=tuned --depth="$depth" --max_seq_len="$context" --device_batch_size="$batch" \
+        --save_every=500 --keep=2
     stage "base loss" 120 report/base-model-loss.md "$base tokenizer base_data" \
         $launch -m scripts.base_loss -- -g "$tag" --device_batch_size="$batch"
     stage "base evaluation" 1200 report/base-model-evaluation.md "$base tokenizer" \

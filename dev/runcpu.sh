@@ -16,8 +16,9 @@ stage "report: machine and time" 5 report/header.md "" python -m nanochat.report
 stage "corpus" 60 base_data:4 "" python -m nanochat.dataset -n 4
 stage "tokenizer" 300 tokenizer base_data python -m scripts.tok_train --max_chars=1000000000
 stage "tokenizer evaluation" 20 report/tokenizer-evaluation.md "tokenizer base_data" python -m scripts.tok_eval
-stage "base pretraining" 120 $base "tokenizer base_data" python -m scripts.base_train "$run" --resume=1 --depth=4 \
-    $size --num_iterations=50 --eval_every=50 --sample_every=50 --core_metric_every=50 --core_metric_max_per_task=12
+stage "base pretraining" 120 $base "tokenizer base_data" python -m scripts.base_train "$run" --resume=1 \
+    --recipe=tuned --depth=4 $size --num_iterations=50 --eval_every=50 --sample_every=50 --core_metric_every=50 \
+    --core_metric_max_per_task=12
 stage "base loss" 20 report/base-model-loss.md "$base tokenizer base_data" \
     python -m scripts.base_loss -g d4 --device_batch_size=1 --split_tokens=4096
 stage "base evaluation" 240 report/base-model-evaluation.md "$base tokenizer" \

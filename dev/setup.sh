@@ -9,11 +9,7 @@ die() {
 
 set_up() {
     local extra=${1:-} hash done
-    if ! .venv/bin/python -c '' 2>/dev/null; then
-        rm -rf .venv
-        make_venv
-    fi
-    export VIRTUAL_ENV="$PWD/.venv" PATH="$PWD/.venv/bin:$PATH"
+    enter_venv
     hash=$(sources_hash)
     for done in ".venv/installed-$extra" .venv/installed-dev; do
         if [[ -e $done && $(cat "$done") == "$hash" ]] && python -c 'from rustbpe import Tokenizer' 2>/dev/null; then
@@ -38,6 +34,14 @@ sources_hash() {
     local crates=(rustbpe/bpe rustbpe/kernels rustbpe/python)
     cat pyproject.toml dev/constraints.txt rustbpe/Cargo.toml "${crates[@]/%//Cargo.toml}" \
         $(find "${crates[@]/%//src}" -name '*.rs' | LC_ALL=C sort) | cksum
+}
+
+enter_venv() {
+    if ! .venv/bin/python -c '' 2>/dev/null; then
+        rm -rf .venv
+        make_venv
+    fi
+    export VIRTUAL_ENV="$PWD/.venv" PATH="$PWD/.venv/bin:$PATH"
 }
 
 make_venv() {

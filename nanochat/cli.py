@@ -9,6 +9,7 @@ Command lines: flags shared by several scripts, --a-b as a spelling of --a_b, on
 import argparse
 import contextlib
 import errno
+import functools
 import io
 import os
 import re
@@ -77,7 +78,7 @@ def add_run_flags(parser, device_batch_size, save_every=-1, recipe="reference"):
     add("--embedding_lr", type=non_negative, help="learning rate of the embedding (AdamW)")
     add("--unembedding_lr", type=non_negative, help="learning rate of the output head (AdamW)")
     add("--matrix_lr", type=non_negative, help="learning rate of the blocks' matrices (Muon)")
-    add("--muon_beta2", type=share, help="decay rate of NorMuon's second moment; 0 = plain Muon")
+    add("--muon_beta2", type=decay_rate, help="decay rate of NorMuon's second moment; 0 = plain Muon")
     add("--weight_decay", type=non_negative, help="weight decay of embedding and head (AdamW)")
     add("--seed", type=int, default=42, help="random seed of weights, data order and sampling")
     add("--resume", **FLAG, help="continue from the newest intact checkpoint")
@@ -121,9 +122,8 @@ def non_negative(text, highest=sys.float_info.max, expected="at least 0"):
     raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
 
 
-def share(text):
-    """argparse type of numbers from 0 to 1."""
-    return non_negative(text, 1, "a share, 0 to 1")
+share = functools.partial(non_negative, highest=1, expected="a share, 0 to 1")
+decay_rate = functools.partial(non_negative, highest=1 - 1e-6, expected="at least 0 and below 1")
 
 
 def boolean(text):

@@ -3,9 +3,9 @@ Documents to batches of token ids. The batches do not depend on the number of pr
 
 The global batch has one lane per row. A source groups its documents into blocks. Every epoch has a seeded order of the
 blocks, and the n-th block belongs to lane n mod (number of lanes). A lane reads its blocks in turn and cuts them into
-rows, so its position is three integers: epoch, block, and the tokens (or packed rows) used of that block. With shuffled
-rows, it is where the first of them starts, and the number of rows used. Each rank owns a contiguous range of lanes.
-Reading and tokenizing run ahead of training on a background thread.
+rows, so its position is three integers: epoch, block, and the tokens (or packed rows) used of that block. Shuffled rows
+come from a buffer; the position is then the one where the buffer starts, and the number of rows used of it. Each rank
+owns a contiguous range of lanes. Reading and tokenizing run ahead of training on a background thread.
 """
 
 import bisect
@@ -24,7 +24,7 @@ from nanochat.dataset import read_row_group
 
 SHARD_BLOCK = 128  # documents per block
 TASK_BLOCK = 16  # conversations per block
-SHUFFLED_TOKENS = 2**16  # per lane; enough for rows of other documents, little to tokenize before the first step
+SHUFFLED_TOKENS = 2**16  # of a lane's buffer: less than a block, but the rows come from tens of documents
 CACHED_ROW_GROUPS = 32  # decoded row groups in memory; the lanes read blocks that are close to each other
 
 
@@ -121,8 +121,8 @@ class Lane:
 
     def __init__(self, source, index, lanes, T, packing, state):
         self.source, self.index, self.lanes, self.T, self.packing = source, index, lanes, T, packing
-        self.epoch, self.block, self.used, *taken = state or (0, 0, 0)
-        self._data, self._rows, self._taken = None, [], sum(taken)  # shuffled rows; number of them that are used
+        self.epoch, self.block, self.used, self._rows_used = [*(state or (0, 0, 0)), 0][:4]
+        self._data, self._buffer = None, []
 
     def blocks(self, epoch):
         """This lane's blocks of an epoch. If there are fewer blocks than lanes, several lanes read the same block."""
@@ -130,7 +130,7 @@ class Lane:
         return order[self.index :: self.lanes] or [order[(self.index + epoch) % len(order)]]
 
     def progress(self):
-        """Position in epochs: 2.5 = halfway through the third."""
+        """Position in epochs up to which documents have been read: 2.5 = halfway through the third."""
         block = self.block + (self.used / len(self._data[0]) if self._data else 0)
         return self.epoch + block / len(self.blocks(self.epoch))
 
@@ -142,7 +142,7 @@ class Lane:
 
     def state(self):
         """Position after the last row, for Lane()."""
-        return [*self._start, self._taken] if self._rows else [self.epoch, self.block, self.used]
+        return [*self._buffer_start, self._rows_used] if self._buffer else [self.epoch, self.block, self.used]
 
     def data(self):
         """(ids, targets) of the current block: two streams of tokens, or two arrays of packed rows (N, T + 1)."""
@@ -163,14 +163,17 @@ class Lane:
         return [rows[self.used - 1] for rows in self.data()]
 
     def _shuffled_row(self):
-        """The next SHUFFLED_TOKENS tokens of the stream, cut into rows, are returned in random order."""
-        if not self._rows:
-            self._start = [self.epoch, self.block, self.used]
-            rows = [self._stream_row() for _ in range(max(1, SHUFFLED_TOKENS // self.T))]
-            order = np.random.default_rng((self.source.seed, self.index, *self._start)).permutation(len(rows))
-            self._rows = [rows[i] for i in order[self._taken :]]
-        self._taken = self._taken + 1 if self._rows[1:] else 0
-        return self._rows.pop(0)
+        """The next row of a shuffled buffer, which has rows of one epoch."""
+        if not self._buffer:
+            start = self._buffer_start = [self.epoch, self.block, self.used]
+            size = max(1, SHUFFLED_TOKENS // self.T)
+            # The first buffers differ in size, so that later ones are not read and tokenized all in the same step.
+            size = 1 + self.index % size if start == [0, 0, 0] else size
+            rows = [self._stream_row() for _ in range(size) if self.epoch == start[0]]
+            order = np.random.default_rng((self.source.seed, self.index, *start)).permutation(len(rows))
+            self._buffer = [rows[i] for i in order[self._rows_used :]]
+        self._rows_used = self._rows_used + 1 if self._buffer[1:] else 0
+        return self._buffer.pop(0)
 
     def _stream_row(self):
         """Consecutive rows of the token stream: the last target of a row is the first input of the next."""

@@ -8,24 +8,26 @@ def lr_multiplier(progress, warmup_ratio=0.0, warmdown_ratio=0.2, final_lr_frac=
     `per_step`: progress of one step; during the warm-up it is added, so that the first step's rate is not 0.
     """
     progress = min(max(progress, 0.0), 1.0)
-    if progress < warmup_ratio:
-        return min(1.0, (progress + per_step) / warmup_ratio)
+    rising = min(1.0, (progress + per_step) / warmup_ratio) if progress < warmup_ratio else 1.0
     remaining = min(1.0, (1 - progress) / warmdown_ratio) if warmdown_ratio else 1.0
-    return final_lr_frac + (1 - final_lr_frac) * remaining
+    return rising * (final_lr_frac + (1 - final_lr_frac) * remaining)
 
 
 def muon_momentum(step, warmup_steps=300, lr_mult=1.0, final=0.95):
     """
     Momentum of Muon at `step`: rises linearly from 0.85 to 0.95, since early gradients are soon out of date.
 
-    As the learning rate falls, with `lr_mult` from 1 to 0, the momentum falls to `final` if it is above that.
+    Where the learning rate is below its maximum (`lr_mult` < 1), it is lower in proportion, and `final` at 0.
     """
     risen = 0.85 + 0.10 * min(step / warmup_steps, 1.0)
     return risen - max(0.0, risen - final) * max(0.0, 1 - lr_mult)
 
 
 def muon_decay(step, num_steps, total):
-    """Muon's weight decay at `step`: falls linearly to 0, sums up to `total` over the run; at most 0.02."""
+    """Muon's weight decay at `step`: falls linearly to 0 and sums up to `total` over the run.
+
+    A step's decay is at most 0.02, which makes the sum smaller in runs of fewer than 100 x `total` steps.
+    """
     return min(0.02, total * 2 * (num_steps - step) / (num_steps * (num_steps + 1)))
 
 

@@ -106,8 +106,7 @@ class Tokenizer:
 
     def save(self, directory):
         """Write both files atomically."""
-        lines = [b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in self.ranks.items()]
-        ranks = b"".join(lines)
+        ranks = b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in self.ranks.items())
         config = {"vocab_size": self.get_vocab_size(), "pattern": self.pattern, "special_tokens": self.special_tokens}
         config |= {"bos": self.bos, "sha256": {"ranks.tiktoken": hashlib.sha256(ranks).hexdigest()}}
         # The second file is renamed only after both have been written to disk.

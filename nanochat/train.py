@@ -161,7 +161,7 @@ class Stage:
         pairs += [(name, getattr(self.args, name, None), saved.get(name)) for name in RESUME_INVARIANTS]
         differences = ", ".join(f"{name}={new} (saved: {old})" for name, new, old in pairs if new != old)
         problem = f"cannot resume {self.path}, it was made with other settings: {differences}"
-        require(not differences, f"{problem}; give the saved values, or run without --resume to start anew")
+        require(not differences, f"{problem}; give those (--recipe first), or run without --resume to start anew")
 
     def _check_origins(self, saved):
         """Raises UserError if the checkpoint was made from something else, or does not say from what."""
@@ -180,7 +180,7 @@ class Stage:
         args = self.args
         rates = args.unembedding_lr, args.embedding_lr, args.matrix_lr, args.weight_decay
         half_life, beta1 = getattr(args, "adam_half_life", 0), getattr(args, "adam_beta1", 0.8)
-        beta2 = max(0.95, 0.5 ** (args.total_batch_size / half_life)) if half_life else 0.95
+        beta2 = min(max(0.95, 0.5 ** (args.total_batch_size / half_life)), 0.9999) if half_life else 0.95
         optimizers = model.setup_optimizers(*rates, self.compute.dtype, (beta1, beta2), args.muon_beta2)
         if self.path:
             checkpoints.load_weights(model, self.path)

@@ -9,7 +9,7 @@ Reads tokenizer/ and base_data/. Writes base_checkpoints/d<depth>/ and report/me
 
 import functools
 
-from nanochat.cli import FLAG, add_run_flags, make_parser, non_negative, parse_args, path, run_script, share
+from nanochat.cli import FLAG, add_run_flags, decay_rate, make_parser, non_negative, parse_args, path, run_script, share
 from nanochat.common import UserError, compute_init, print0
 
 
@@ -23,14 +23,14 @@ def build_parser():
     add("--target_flops", type=float, default=-1.0, help="total training FLOPs; -1 = from --target_param_data_ratio")
     add("--target_param_data_ratio", type=float, default=20, help="training tokens per parameter (Chinchilla: 20)")
     add("--total_batch_size", type=int, default=524288, help="tokens per optimizer step, over all devices")
-    add("--packing", choices=("stream", "shuffle", "bos"), help="rows as they come, shuffled, or from document starts")
+    add("--packing", choices=("stream", "shuffle", "bos"), help="order of the rows; bos = they start at documents")
     add("--grad_clip", type=non_negative, default=1.0, help="maximum global gradient norm; 0 = off")
     add("--warmup_ratio", type=share, help="learning rate warmup, as a share of the steps")
     add("--warmdown_ratio", type=share, help="learning rate decay, as a share of the steps")
     add("--final_lr_frac", type=non_negative, help="final learning rates, as a multiple of the initial ones")
-    add("--matrix_decay", type=non_negative, help="weight decay of the blocks' matrices, summed over the run; 0 = off")
-    add("--final_momentum", type=share, help="Muon's momentum when the learning rate has fallen to 0")
-    add("--adam_beta1", type=share, help="decay rate of AdamW's first moment")
+    add("--matrix_decay", type=non_negative, help="sum over the run of the matrices' weight decay, 0.02 a step at most")
+    add("--final_momentum", type=decay_rate, help="Muon's momentum at learning rate 0; not above 0.95")
+    add("--adam_beta1", type=decay_rate, help="decay rate of AdamW's first moment")
     add("--adam_half_life", type=non_negative, help="half-life of AdamW's second moment in tokens; 0 = beta2 0.95")
     add("--grad_checkpoint", **FLAG, help="save memory, a third slower")
     add("--eval_every", type=int, default=250, help="steps between validations; -1 = never")

@@ -31,8 +31,7 @@ def build_parser():
     add("--max_rows", type=int, default=64, help="answers generated at once (default 64)")
     add("--seed", type=int, default=42, help="seed of the sampling (default 42)")
     add("--data_seed", type=int, default=0, help="seed of tasks that generate their problems (default 0)")
-    unsafe = "run HumanEval's programs even if this machine cannot isolate them"
-    add("--unsafe_exec", **FLAG, help=unsafe)
+    add("--unsafe_exec", **FLAG, help="run HumanEval's programs even if this machine cannot isolate them")
     add("--save_samples", type=path, metavar="FILE", help="write every problem, answer and verdict to this .jsonl")
     return parser
 

@@ -11,7 +11,10 @@ failed=()
 check() {
     echo
     echo "== $1"
-    "${@:2}" || failed+=("$1")
+    "${@:2}" || {
+        echo "FAILED: $1"
+        failed+=("$1")
+    }
 }
 
 # The tests of the chat page need Chromium; without it they are skipped with a message.
@@ -31,19 +34,23 @@ check_rust() {
     ((${#failed[@]} == 0))
 }
 
-# Rust and Chromium do not wait for the Python packages, most of whose installation is waiting for the network.
+# Rust and Chromium do not wait for the Python packages, most of whose installation is waiting for the network. They run
+# in process groups of their own, which end with this script.
+enter_venv
 find_rust
 rust_log=$(mktemp)
-trap 'rm -f "$rust_log"; kill $(jobs -p) 2>/dev/null' EXIT
+set -m
 check_rust >"$rust_log" 2>&1 &
 rust=$!
 install_chromium &
 chromium=$!
+set +m
+trap 'kill -- -$rust -$chromium 2>/dev/null; rm -f "$rust_log"' EXIT
 set_up dev
 check "ruff check" ruff check .
 check "ruff format" ruff format --check .
 check "shell syntax" bash -n speedrun.sh run1000.sh dev/*.sh tests/run.sh .ci/run
-wait $rust || failed+=(Rust)
+wait $rust || failed+=("Rust, see above")
 wait $chromium
 cat "$rust_log"
 echo

@@ -108,15 +108,27 @@ def test_state_with_another_number_of_lanes_raises_user_error(base):
 
 
 def test_shuffled_rows_are_those_of_the_stream(base):
-    """In random order within SHUFFLED_TOKENS, which is another one for every lane and every part of the stream."""
+    """In random order within a buffer; a lane's first buffer has another size than its neighbour's."""
     stream, shuffled = (torch.stack([rows_of(batch) for batch in take_batches(40, p)]) for p in ("stream", "shuffle"))
     orders = set()
     for lane in range(ROWS):
-        for start in range(0, 40, 10):
-            part, expected = (x[start : start + 10, lane].flatten(1).tolist() for x in (shuffled, stream))
+        for start in (0, *range(lane + 1, 30, 10)):
+            part, expected = (x[start : start + (10 if start else lane + 1), lane] for x in (shuffled, stream))
+            part, expected = part.flatten(1).tolist(), expected.flatten(1).tolist()
             assert sorted(part) == sorted(expected)
             orders.add(tuple(expected.index(row) for row in part))
-    assert len(orders) > 20
+    assert len(orders) > 15
+
+
+def test_a_buffer_has_rows_of_one_epoch(base, monkeypatch):
+    monkeypatch.setattr(dataloader, "SHUFFLED_TOKENS", 10**9)
+    lane = dataloader.Lane(ShardSource(row_groups("val"), get_tokenizer(), 1), 10**6, 1, T, "shuffle", None)
+    lane.next_row()
+    assert (lane.epoch, lane.state()) == (1, [0, 0, 0, 1])
+    rows_left = len(lane._buffer)
+    for _ in range(rows_left + 1):
+        lane.next_row()
+    assert lane.epoch == 2 and lane.state()[0] == 1
 
 
 def test_best_fit_packing_by_hand():

@@ -151,6 +151,7 @@ def test_schedules_by_hand():
     assert lr_multiplier(0.05, warmup_ratio=0.1) == pytest.approx(0.5)
     warmup = [lr_multiplier(step / 10, warmup_ratio=0.3, per_step=1 / 10) for step in range(4)]
     assert warmup == pytest.approx([1 / 3, 2 / 3, 1, 1])
+    assert lr_multiplier(0.5, warmup_ratio=0.8, warmdown_ratio=0.8) == pytest.approx((5 / 8) ** 2)  # both at once
     assert lr_multiplier(1, final_lr_frac=0.1) == pytest.approx(0.1)
     assert lr_multiplier(1, warmdown_ratio=0) == 1
     assert muon_momentum(0) == pytest.approx(0.85)

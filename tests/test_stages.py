@@ -267,6 +267,8 @@ USER_ERRORS = [
     (["--max_seq_len=0"], "--max_seq_len=0"),
     (["--seed=-1"], "--seed=-1"),
     (["--warmdown_ratio=-1"], "--warmdown_ratio: -1: expected a share, 0 to 1"),
+    (["--matrix_lr=abc"], "--matrix_lr: abc: expected at least 0"),
+    (["--adam_beta1=1"], "--adam_beta1: 1: expected at least 0 and below 1"),
     (["--embedding_lr=-1"], "--embedding_lr: -1: expected at least 0"),
     (["--recipe=fast"], "--recipe: invalid choice"),
     (["--num_iterations=-1", "--target_param_data_ratio=0"], "no horizon"),
