@@ -13,7 +13,7 @@ REFERENCE |= dict(warmup_ratio=0.0, warmdown_ratio=0.2, final_lr_frac=0.0, packi
 
 # A half-life of 280,000 tokens is a beta2 of 0.99 at 4,096 tokens per step, and the minimum of 0.95 from 20,700 on.
 TUNED = REFERENCE | dict(embedding_lr=0.4, adam_beta1=0.7, adam_half_life=280_000)
-TUNED |= dict(matrix_decay=2.0, muon_beta2=0.95, final_momentum=0.85)
+TUNED |= dict(matrix_lr=0.025, matrix_decay=2.0, muon_beta2=0.95, final_momentum=0.85)
 TUNED |= dict(warmdown_ratio=0.85, final_lr_frac=0.05, packing="shuffle")
 
 RECIPES = {"tuned": TUNED, "reference": REFERENCE}
