@@ -24,7 +24,7 @@ from nanochat.dataset import read_row_group
 
 SHARD_BLOCK = 128  # documents per block
 TASK_BLOCK = 16  # conversations per block
-SHUFFLED_TOKENS = 2**16  # of a lane's buffer: less than a block, but the rows come from tens of documents
+SHUFFLED_TOKENS = 2**17  # of a lane's buffer: about a block, so its rows come from a hundred documents
 CACHED_ROW_GROUPS = 32  # decoded row groups in memory; the lanes read blocks that are close to each other
 
 
