@@ -115,13 +115,14 @@ def wandb_run(name):
 
 
 def non_negative(text, highest=sys.float_info.max, expected="at least 0"):
-    """argparse type of numbers that are at least 0."""
+    """argparse type of numbers from 0 to `highest`; an error names the number and what is `expected`."""
     with contextlib.suppress(ValueError):
         if 0 <= float(text) <= highest:
             return float(text)
     raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
 
 
+# More argparse types
 share = functools.partial(non_negative, highest=1, expected="a share, 0 to 1")
 decay_rate = functools.partial(non_negative, highest=1 - 1e-6, expected="at least 0 and below 1")
 

@@ -4,7 +4,7 @@ Documents to batches of token ids. The batches do not depend on the number of pr
 The global batch has one lane per row. A source groups its documents into blocks. Every epoch has a seeded order of the
 blocks, and the n-th block belongs to lane n mod (number of lanes). A lane reads its blocks in turn and cuts them into
 rows, so its position is three integers: epoch, block, and the tokens (or packed rows) used of that block. Shuffled rows
-come from a buffer; the position is then the one where the buffer starts, and the number of rows used of it. Each rank
+come from a buffer, and the position is then that of the buffer's start and the number of its rows used. Each rank
 owns a contiguous range of lanes. Reading and tokenizing run ahead of training on a background thread.
 """
 
@@ -121,6 +121,7 @@ class Lane:
 
     def __init__(self, source, index, lanes, T, packing, state):
         self.source, self.index, self.lanes, self.T, self.packing = source, index, lanes, T, packing
+        # Only a partly used buffer has a fourth number.
         self.epoch, self.block, self.used, self._rows_used = [*(state or (0, 0, 0)), 0][:4]
         self._data, self._buffer = None, []
 
@@ -130,7 +131,7 @@ class Lane:
         return order[self.index :: self.lanes] or [order[(self.index + epoch) % len(order)]]
 
     def progress(self):
-        """Position in epochs up to which documents have been read: 2.5 = halfway through the third."""
+        """How far documents have been read, in epochs: 2.5 = halfway through the third."""
         block = self.block + (self.used / len(self._data[0]) if self._data else 0)
         return self.epoch + block / len(self.blocks(self.epoch))
 
@@ -141,7 +142,7 @@ class Lane:
         return ids[:-1], targets[1:]
 
     def state(self):
-        """Position after the last row, for Lane()."""
+        """The position: Lane() with it goes on after the last row."""
         return [*self._buffer_start, self._rows_used] if self._buffer else [self.epoch, self.block, self.used]
 
     def data(self):
@@ -163,7 +164,7 @@ class Lane:
         return [rows[self.used - 1] for rows in self.data()]
 
     def _shuffled_row(self):
-        """The next row of a shuffled buffer, which has rows of one epoch."""
+        """The next row of the shuffled buffer; an empty one is filled, at most to the end of the epoch."""
         if not self._buffer:
             start = self._buffer_start = [self.epoch, self.block, self.used]
             size = max(1, SHUFFLED_TOKENS // self.T)

@@ -17,14 +17,15 @@ def muon_momentum(step, warmup_steps=300, lr_mult=1.0, final=0.95):
     """
     Momentum of Muon at `step`: rises linearly from 0.85 to 0.95, since early gradients are soon out of date.
 
-    Where the learning rate is below its maximum (`lr_mult` < 1), it is lower in proportion, and `final` at 0.
+    A learning rate below its maximum (`lr_mult` < 1) lowers it in proportion: to `final` at 0, if that is lower.
     """
     risen = 0.85 + 0.10 * min(step / warmup_steps, 1.0)
     return risen - max(0.0, risen - final) * max(0.0, 1 - lr_mult)
 
 
 def muon_decay(step, num_steps, total):
-    """Muon's weight decay at `step`: falls linearly to 0 and sums up to `total` over the run.
+    """
+    Muon's weight decay at `step`: falls linearly to 0 and sums up to `total` over the run.
 
     A step's decay is at most 0.02, which makes the sum smaller in runs of fewer than 100 x `total` steps.
     """

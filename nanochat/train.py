@@ -161,7 +161,7 @@ class Stage:
         pairs += [(name, getattr(self.args, name, None), saved.get(name)) for name in RESUME_INVARIANTS]
         differences = ", ".join(f"{name}={new} (saved: {old})" for name, new, old in pairs if new != old)
         problem = f"cannot resume {self.path}, it was made with other settings: {differences}"
-        require(not differences, f"{problem}; give those (--recipe first), or run without --resume to start anew")
+        require(not differences, f"{problem}; set the saved values, --recipe first, or start anew without --resume")
 
     def _check_origins(self, saved):
         """Raises UserError if the checkpoint was made from something else, or does not say from what."""
