@@ -94,6 +94,8 @@ public() {
     stage "report" 10 report/report.md "report/*.json" python -m nanochat.report generate
 }
 
+[[ ${BASH_SOURCE[0]} == "$0" ]] || return 0 # sourced by dev/rehearse.sh, for the lists of stages
+
 gpu_mib=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null || true)
 gpus=$(grep -c '[0-9]' <<<"$gpu_mib" || true) # one line per GPU; empty without a driver
 smallest=$(sort -n <<<"${gpu_mib:-0}" | head -1)

@@ -1,15 +1,17 @@
 """
-torchrun, except that a user's error ends with its one line and exit code 2, and Ctrl-C without a traceback.
+torchrun, except that the last thing printed is the failed rank's error; a user's error is one line and exit code 2.
 
     python -m dev.launch --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=20
 
-Takes torchrun's flags. torchrun itself works too; it prints its own report below the line and exits with code 1.
+Takes torchrun's flags. torchrun itself works too; it prints its own report below the error and exits with code 1.
 """
 
 import logging
+import signal
 import sys
 
 from nanochat.cli import run_script
+from nanochat.common import print_error
 
 
 def main():
@@ -21,10 +23,12 @@ def main():
     try:
         torchrun()
     except ChildFailedError as e:
-        _, failure = e.get_first_failure()
-        if failure.exitcode not in (2, 130):
-            raise
-        sys.exit(failure.exitcode)
+        rank, failure = e.get_first_failure()
+        if failure.exitcode >= 0:  # it has said why
+            sys.exit(failure.exitcode)
+        hint = "; the machine may be out of memory" if failure.exitcode == -signal.SIGKILL else ""
+        print_error(f"rank {rank} was ended by {signal.Signals(-failure.exitcode).name}{hint}")
+        sys.exit(128 - failure.exitcode)
     except SignalException as e:
         sys.exit(128 + e.sigval)
 

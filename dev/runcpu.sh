@@ -32,6 +32,8 @@ stage "supervised finetuning" 240 $sft "$mid tokenizer $own_data" python -m scri
     --eval_metrics_max_problems=16
 stage "report" 5 report/report.md "report/*.json" python -m nanochat.report generate
 
+[[ ${BASH_SOURCE[0]} == "$0" ]] || return 0 # sourced by dev/rehearse.sh
+
 set_up
 run_stages
 closing_words d4

@@ -9,18 +9,20 @@ size and sha256 of the other files. Reading verifies them and falls back, with a
 """
 
 import contextlib
+import functools
 import json
 import os
 import pickle
 import re
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanochat import common
+from nanochat import cluster, common
 from nanochat.common import Compute, UserError, base_dir, print0, require
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import check_tokenizer, get_tokenizer
@@ -69,24 +71,46 @@ def save_checkpoint(folder, step, model, optimizers, meta, compute, keep=0):
     """
     Write `folder`/step_<step> and return its path. All ranks call it; each writes its shard of the optimizer state.
 
-    `meta` must be JSON-serializable; step, model_config and checksums are added. Only the newest `keep` checkpoints are
-    kept (0 = all). If a rank cannot write, the draft is deleted and all ranks raise the same UserError.
+    Hosts without a shared disk send each other their shards, so that each has the whole checkpoint. `meta` must be
+    JSON-serializable; step, model_config and checksums are added. Only the newest `keep` checkpoints are kept (0 =
+    all). If a rank cannot write, the draft is deleted and all ranks raise the same UserError.
     """
     final, draft = folder / f"step_{step:06d}", folder / f"step_{step:06d}.tmp"
     with _on_all_ranks(compute, draft):
-        if compute.rank == 0:
+        if compute.writes:
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
     with _on_all_ranks(compute, draft):
+        writing = {}
         if optimizers:
-            torch.save([o.state_shard() for o in optimizers], draft / f"optim_rank{compute.rank}.pt")
-        if compute.rank == 0:
+            shards = [optimizer.state_shard() for optimizer in optimizers]
+            writing[f"optim_rank{compute.rank}.pt"] = functools.partial(torch.save, shards)
+        if compute.writes:
             weights = {n: p.detach().cpu().contiguous() for n, p in model.state_dict().items()}
-            save_file(weights, draft / "model.safetensors")
+            writing["model.safetensors"] = functools.partial(save_file, weights)
+        own_files = _write_files(draft, writing)
+    files = {name: fingerprint for part in compute.all_gather(own_files) for name, fingerprint in part.items()}
     with _on_all_ranks(compute, draft):
-        if compute.rank == 0:
-            _complete(draft, final, step, model, meta, compute, keep)
+        if compute.writes:
+            if compute.writers:
+                cluster.exchange_files(draft, compute.writers)
+            made_by = {"world_size": compute.world_size, "torch_version": torch.__version__}
+            meta = {"step": step, "model_config": asdict(model.config), **made_by, **meta, "files": files}
+            (draft / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+            _publish(draft, final)
+            for old in sorted(step_dirs(folder))[:-keep] if keep > 0 else ():
+                shutil.rmtree(folder / f"step_{old:06d}")
     return final
+
+
+def _write_files(folder, writing):
+    """Fingerprints of the files that `writing` ({name: function of a path}) writes, computed while the disk syncs."""
+    with ThreadPoolExecutor() as pool:
+        jobs = {}
+        for name, write in writing.items():
+            write(folder / name)
+            jobs[name] = [pool.submit(job, folder / name) for job in (_sync, common.file_fingerprint)]
+        return {name: [job.result() for job in pair][1] for name, pair in jobs.items()}
 
 
 @contextlib.contextmanager
@@ -99,29 +123,23 @@ def _on_all_ranks(compute, draft):
     except UserError as e:
         error = e
     if errors := list(filter(None, compute.all_gather(error))):
-        if compute.rank == 0:
+        if compute.writes:
             shutil.rmtree(draft, ignore_errors=True)
         raise errors[0]
 
 
-def _complete(draft, final, step, model, meta, compute, keep):
-    """Write meta.json, sync the files of `draft`, rename it to `final`, and delete all but the newest `keep` steps."""
-    files = {p.name: common.file_fingerprint(p) for p in sorted(draft.iterdir())}
-    made_by = {"world_size": compute.world_size, "torch_version": torch.__version__}
-    meta = {"step": step, "model_config": asdict(model.config), **made_by, **meta, "files": files}
-    (draft / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+def _publish(draft, final):
+    """Sync the files of the folder `draft` and rename it to `final`, which it replaces."""
     for path in [*draft.iterdir(), draft]:
         _sync(path)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(draft, final)
     _sync(final.parent)
-    for old in sorted(step_dirs(final.parent))[:-keep] if keep > 0 else ():
-        shutil.rmtree(final.parent / f"step_{old:06d}")
 
 
 def update_meta(path, compute, **values):
     """Add `values` to a saved checkpoint's meta.json, e.g. its validation loss."""
-    if compute.rank == 0:
+    if compute.writes:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         with common.atomic_path(path / "meta.json") as draft:
             draft.write_text(json.dumps(meta | values, indent=1) + "\n", encoding="utf-8")
@@ -143,13 +161,16 @@ def _read_meta(path):
     return meta
 
 
-def find_checkpoint(folder, step=None):
+def find_checkpoint(folder, step=None, compute=None):
     """
     (path, meta) of the checkpoint of `step`, or by default of the newest intact one.
 
-    Prints a warning if newer checkpoints are damaged. Raises UserError if there is no checkpoint, or if the one of
-    `step` is missing or damaged.
+    With `compute`, all ranks call it and get the same step, also on hosts without a shared disk. Prints a warning if
+    newer checkpoints are damaged. Raises UserError if there is no checkpoint, or if the one of `step` is missing or
+    damaged.
     """
+    if compute and compute.writers:
+        step = _share_checkpoint(folder, step, compute)
     steps = step_dirs(folder)
     if step is not None:
         available = ", ".join(map(str, sorted(steps))) or "none"
@@ -171,19 +192,49 @@ def find_checkpoint(folder, step=None):
     raise UserError(f"no checkpoint in {folder}{hint}")
 
 
+def _share_checkpoint(folder, step, compute):
+    """The step that all hosts use: `step`, or the newest intact one. Hosts that lack it get a copy. Collective."""
+    own = None
+    if compute.writes:
+        with contextlib.suppress(UserError):
+            own = find_checkpoint(folder, step)[1]
+    found = compute.all_gather((compute.writes, own and (own["step"], own.get("run"))))
+    found = [checkpoint for of_writer, checkpoint in found if of_writer]
+    intact = sorted(filter(None, found))
+    if not intact:
+        return step
+    different_runs = f"the hosts' checkpoints in {folder} are of different runs; rename the folder where it is outdated"
+    require(len({run for _, run in intact}) == 1, different_runs)
+    newest = intact[-1]
+    path = folder / f"step_{newest[0]:06d}"
+    draft = path.with_name(f"{path.name}.tmp")
+    if set(found) != {newest}:
+        with _on_all_ranks(compute, draft):
+            if own and own["step"] == newest[0]:
+                cluster.exchange_files(path, compute.writers)
+            elif compute.writes:
+                shutil.rmtree(draft, ignore_errors=True)
+                draft.mkdir(parents=True)
+                cluster.exchange_files(draft, compute.writers)
+                _publish(draft, path)
+        print0(f"{path}: copied to the hosts that lacked it")
+    return newest[0]
+
+
 def _model_folders(root):
     """Folders of a stage's models that have checkpoints, sorted by name; without those that were set aside."""
     folders = [path for path in root.iterdir() if step_dirs(path)] if root.is_dir() else []
     return sorted(path for path in folders if not re.search(r"\.old\d+$", path.name))
 
 
-def find_model_tag(source):
+def find_model_tag(source, compute=None):
     """Default model tag: the deepest d<depth>, else the most recently saved. Raises UserError if there is none."""
     root = base_dir() / FOLDERS[source]
-    folders = _model_folders(root)
-    require(folders, f"no {source} checkpoint in {root}; make one with `python -m scripts.{SCRIPTS[source]}`")
-    depths = {int(m[1]): p for p in folders if (m := re.fullmatch(r"d(\d+)", p.name))}
-    return (depths[max(depths)] if depths else max(folders, key=lambda p: p.stat().st_mtime)).name
+    own = {path.name: path.stat().st_mtime for path in _model_folders(root)}
+    tags = {tag: time for part in (compute.all_gather(own) if compute else [own]) for tag, time in part.items()}
+    require(tags, f"no {source} checkpoint in {root}; make one with `python -m scripts.{SCRIPTS[source]}`")
+    depths = {int(m[1]): tag for tag in tags if (m := re.fullmatch(r"d(\d+)", tag))}
+    return depths[max(depths)] if depths else max(tags, key=tags.get)
 
 
 def load_weights(model, path):
@@ -221,8 +272,8 @@ def load_model(source, device, phase="eval", model_tag=None, step=None, quantize
     if not isinstance(compute, Compute):
         device = torch.device(device)
         compute = Compute(device, common.choose_dtype(common.choose_device(device.type)))
-    model_tag = model_tag or find_model_tag(source)
-    path, meta = find_checkpoint(checkpoint_dir(source, model_tag), step)
+    model_tag = model_tag or find_model_tag(source, compute)
+    path, meta = find_checkpoint(checkpoint_dir(source, model_tag), step, compute)
     tokenizer = get_tokenizer()
     if origins := meta.get("made_from"):
         check_tokenizer(tokenizer.fingerprint(), origins["tokenizer"], path)

@@ -14,8 +14,9 @@ import io
 import os
 import re
 import sys
+import traceback
 
-from nanochat import common
+from nanochat import cluster, common
 from nanochat.common import UserError, print_error
 from nanochat.recipe import RECIPES
 
@@ -81,6 +82,7 @@ def add_run_flags(parser, device_batch_size, save_every=-1, recipe="reference"):
     add("--muon_beta2", type=decay_rate, help="decay rate of NorMuon's second moment; 0 = plain Muon")
     add("--weight_decay", type=non_negative, help="weight decay of embedding and head (AdamW)")
     add("--seed", type=int, default=42, help="random seed of weights, data order and sampling")
+    add("--dist_timeout", type=positive, default=10.0, help="minutes until a silent or hanging rank ends all ranks")
     add("--resume", **FLAG, help="continue from the newest intact checkpoint")
     add("--resume_from_step", type=int, default=-1, help="continue from the checkpoint of this step; -1 = off")
     add("--resume_unverified", **FLAG, help="resume a checkpoint that does not record its tokenizer and data")
@@ -114,10 +116,10 @@ def wandb_run(name):
     return name
 
 
-def non_negative(text, highest=sys.float_info.max, expected="at least 0"):
-    """argparse type of numbers from 0 to `highest`; an error names the number and what is `expected`."""
+def non_negative(text, lowest=0, highest=sys.float_info.max, expected="at least 0"):
+    """argparse type of numbers from `lowest` to `highest`; an error names the number and what is `expected`."""
     with contextlib.suppress(ValueError):
-        if 0 <= float(text) <= highest:
+        if lowest <= float(text) <= highest:
             return float(text)
     raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
 
@@ -125,6 +127,7 @@ def non_negative(text, highest=sys.float_info.max, expected="at least 0"):
 # More argparse types
 share = functools.partial(non_negative, highest=1, expected="a share, 0 to 1")
 decay_rate = functools.partial(non_negative, highest=1 - 1e-6, expected="at least 0 and below 1")
+positive = functools.partial(non_negative, lowest=1e-9, expected="more than 0")
 
 
 def boolean(text):
@@ -165,7 +168,7 @@ def run_script(main):
     _prepare_streams()
     try:
         main()
-        common.compute_cleanup()
+        cluster.compute_cleanup()
         sys.stdout.flush()
     except SystemExit as e:  # --help, a wrong flag, or a run stopped by a signal
         _exit(e.code or 0)
@@ -176,8 +179,11 @@ def run_script(main):
         print("\ninterrupted", file=sys.stderr)
         _exit(130)
     except Exception as e:
-        if message := user_message(e):
+        message = cluster.explain(e) or user_message(e)
+        cluster.announce(message or f"{type(e).__name__}: {e}")
+        if message:
             _exit(2, message)
+        common.record_error(str(e), traceback.format_exc())
         raise
 
 

@@ -7,17 +7,20 @@ Only this module reads environment variables; the README lists them.
 import contextlib
 import ctypes
 import errno
-import gc
 import hashlib
 import itertools
 import json
 import math
+import netrc
 import os
 import shutil
+import socket
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+writes_files = None  # whether this rank writes files, once cluster.compute_init() has found out
 
 CHECKPOINT_FOLDERS = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints"}
 CHECKPOINT_FOLDERS |= {"rl": "chatrl_checkpoints"}
@@ -88,6 +91,14 @@ def server_api_key():
     return os.environ.get("NANOCHAT_API_KEY") or None
 
 
+def has_wandb_login():
+    """Whether wandb has an API key."""
+    try:
+        return bool(os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators("api.wandb.ai"))
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
 def no_color():
     """Whether terminal output should have no colors and other control sequences (no-color.org)."""
     return bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
@@ -120,6 +131,12 @@ class Compute:
     local_rank: int = 0
     world_size: int = 1
     group: object = None  # process group of the collectives; None = the default one
+    writers: object = None  # process group of the writers (see cluster.py) if there are several, else None
+
+    @property
+    def writes(self):
+        """is_writer() of this rank."""
+        return is_writer()
 
     def autocast(self):
         """Autocast context for `dtype`; a no-op for float32."""
@@ -153,31 +170,52 @@ class Compute:
 
 
 def dist_env():
-    """(rank, local_rank, world_size) from torchrun's environment; (0, 0, 1) without it."""
-    return tuple(int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    """(rank, local rank, number of ranks, of local ranks) from torchrun's environment; (0, 0, 1, 1) without it."""
+    defaults = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+    return tuple(int(os.environ.get(name, default)) for name, default in defaults.items())
+
+
+def torchrun_job():
+    """(id of torchrun's job, which its restarts of ranks do not change; number of restarts of this rank)."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # --rdzv_id
+    job = f"process {os.getppid()} of {socket.gethostname()}" if job == "none" else job
+    return job, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def store_address():
+    """((host, port) of torchrun's store, whether this rank has to start it)."""
+    is_master = is_rank0() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    return (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), is_master
 
 
 def is_rank0():
     return dist_env()[0] == 0
 
 
-def print_error(message):
-    """
-    Print "error: <message>" on standard error; if several ranks of a machine have the same message, only once.
+def is_writer():
+    """Whether this rank writes the files of its base directory: the first rank of those that share it."""
+    return is_rank0() if writes_files is None else writes_files
 
-    torchrun stops the other ranks when one has failed, so it need not be rank 0 that prints. torchrun's own report
-    ends with the message too.
-    """
+
+def print_error(message):
+    """Print "error: <message>" on standard error; if several ranks of a host have the same message, only once."""
+    # torchrun stops the other ranks when one has failed, so it need not be rank 0 that prints.
+    if not record_error(message, f"error: {message}"):
+        print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def record_error(message, text):
+    """Let torchrun's report end with `text`. Returns whether another rank of this host has done so."""
     if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # <folder of this run>/<local rank>/error.json
-        report = {"message": message, "extraInfo": {"py_callstack": f"error: {message}", "timestamp": int(time.time())}}
+        report = {"message": message, "extraInfo": {"py_callstack": text, "timestamp": int(time.time())}}
         digest = hashlib.sha256(message.encode("utf-8", "replace")).hexdigest()
-        try:
+        with contextlib.suppress(OSError):  # the disk is full, for example
             Path(error_file).write_text(json.dumps({"message": report}), encoding="utf-8")
-            (Path(error_file).parents[1] / digest).touch(exist_ok=False)
-        except OSError as e:
-            if isinstance(e, FileExistsError):  # else the disk is full, for example
-                return
-    print(f"error: {message}", file=sys.stderr, flush=True)
+            try:
+                (Path(error_file).parents[1] / digest).touch(exist_ok=False)
+            except FileExistsError:
+                return True
+    return False
 
 
 def print0(*args, **kwargs):
@@ -221,6 +259,7 @@ def set_library_defaults():
     # OpenMP threads that wait for others sleep after a short spin. By default they spin for milliseconds, and with
     # another busy process on the machine they keep the core from the thread that they wait for.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # stack traces about lost connections; we print one line
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less fragmentation of a GPU's memory
 
 
@@ -230,40 +269,6 @@ def keep_freed_memory():
     if hasattr(libc, "mallopt"):
         libc.mallopt(-3, 8 << 20)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-
-
-def compute_init(device_type="", dtype="", seed=42):
-    """Seed torch, choose device and dtype, and under torchrun join the process group (NCCL on CUDA, else gloo)."""
-    import torch
-
-    device_type = choose_device(device_type)
-    rank, local_rank, world_size = dist_env()
-    on_gpu = device_type == "cuda"
-    require(0 <= seed < 2**63, f"--seed={seed}: expected a whole number of at least 0, with at most 63 bits")
-    torch.manual_seed(seed)
-    if on_gpu:
-        requested, n = os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1), torch.cuda.device_count()
-        require(local_rank < n, f"{requested} GPUs requested, {n} available; lower --nproc_per_node or --num_gpus")
-        torch.set_float32_matmul_precision("high")  # tf32
-        torch.cuda.set_device(local_rank)
-    else:
-        keep_freed_memory()
-    device = torch.device(device_type, local_rank if on_gpu else None)
-    if world_size > 1:
-        torch.distributed.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
-    return Compute(device, choose_dtype(device_type, dtype), rank, local_rank, world_size)
-
-
-def compute_cleanup():
-    """Leave the process group: free tensors, wait at a barrier, destroy the group. Other orders may abort."""
-    if "torch" not in sys.modules:
-        return
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        gc.collect()  # gloo on torch 2.15 may abort at exit while tensors of a collective are alive
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ import shutil
 from pathlib import Path
 
 from nanochat.cli import add_model_flags, make_parser, parse_args, path, run_script
-from nanochat.common import UserError, base_dir, compute_init, require
+from nanochat.cluster import compute_init
+from nanochat.common import UserError, base_dir, require
 
 HERE = Path(__file__).parent
 # Parts of parameter names, ours -> transformers'.

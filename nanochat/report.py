@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 from nanochat.cli import make_parser, parse_args, run_script
-from nanochat.common import atomic_path, base_dir, format_duration, is_rank0, print0
+from nanochat.common import atomic_path, base_dir, format_duration, is_writer, print0
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = (
@@ -60,14 +60,14 @@ class Report:
 
     def log(self, section, data, metrics=None):
         """
-        Write one section; does nothing on ranks other than 0.
+        Write one section; only writers (see cluster.py) do.
 
         `data`, for readers: a list of dicts (printed as bullet lists), strings (markdown) and None (ignored).
         `metrics`, for the summary: a dict with keys of METRICS; None values count as missing.
         """
         metrics = metrics or {}
         assert set(metrics) <= set(METRICS), f"unknown metrics: {sorted(set(metrics) - set(METRICS))}"
-        if not is_rank0():
+        if not is_writer():
             return
         now = time.time()
         items = [item for item in (data if isinstance(data, (list, tuple)) else [data]) if item]

@@ -96,6 +96,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
         norms = [torch.linalg.vector_norm(unit.grad, dtype=torch.float32) for unit in self.units]
         return torch.stack(norms).square().sum()
 
+    def grad_sq_norms(self):
+        """{parameter: sum of squares of this rank's rows of its averaged gradient}; valid after grad_sq_norm()."""
+        norms = {}
+        for unit in self.units:
+            first = -self.rank * self.own_rows(unit)  # of the parameter's rows, counted from this rank's first one
+            for p in unit.params:
+                rows = p.numel() // max(1, torch.Size(unit.row_shape).numel())
+                norms[p] = unit.grad[max(0, first) : max(0, first + rows)].float().square().sum()
+                first += rows
+        return norms
+
     @torch.no_grad()
     def step(self, grad_scale=None):
         """One update; `grad_scale` (number or 0-d tensor, for clipping) multiplies the averaged gradients first."""

@@ -1,9 +1,12 @@
 """Progress lines, metrics files, wandb, throughput, MFU and peak memory."""
 
+import collections
 import json
+import math
 import os
 import re
 import shutil
+import statistics
 import sys
 import threading
 import time
@@ -16,6 +19,7 @@ PEAK_FLOPS = {"b300": 2250e12, "b200": 2250e12, "h200": 989e12, "h100 nvl": 835e
 PEAK_FLOPS |= {"h100": 989e12, "a100": 312e12, "4090": 165e12, "3090": 71e12}
 UNTIMED_STEPS = 10  # the first steps do not count in the throughput: compilation, cold caches
 PRINT_SECONDS = 2.0  # minimum time between progress lines
+SLOW_SECONDS = 10.0  # a shorter step is not reported as slow
 LONG_SECONDS = 12 * 3600  # a longer run on a CPU is probably a mistake
 # The flags that set how long a run takes; a stage has some of them.
 LENGTH_FLAGS = "depth", "num_iterations", "total_batch_size", "max_seq_len", "examples_per_step", "num_samples"
@@ -41,7 +45,7 @@ def peak_flops(compute):
 
 class StageLog:
     """
-    Progress lines, report/metrics/<source>.jsonl and wandb for one training stage; only rank 0 writes.
+    Progress lines, report/metrics/<source>.jsonl and wandb for one training stage.
 
     `num_steps` is 0 if it is not known in advance. `state` is the state() saved with a checkpoint: the log continues
     from there and drops lines of later steps.
@@ -55,16 +59,18 @@ class StageLog:
         self.smooth_loss, self.train_seconds = state["smooth_loss"], state["train_seconds"]
         self.first_step = self.step_count = state["step_count"]
         self.timed_steps, self.timed_tokens, self.timed_seconds = 0, 0, 0.0
-        self.last_printed = self.step_started = 0.0
+        self.last_printed, self.data_seconds, self.step_started = 0.0, 0.0, None
+        self.durations, self.closed = collections.deque(maxlen=100), threading.Event()
+        threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
         self.peak = peak_flops(compute) * compute.world_size
         self.file = self.wandb = None
-        if compute.rank == 0:
+        if compute.writes:
             self.file = self._open(base_dir() / "report" / "metrics" / f"{source}.jsonl")
-            if args.run != "dummy":
-                import wandb
+        if compute.rank == 0 and args.run != "dummy":
+            import wandb
 
-                project = "nanochat" if source == "base" else f"nanochat-{source}"
-                self.wandb = wandb.init(project=project, name=args.run, config=vars(args))
+            project = "nanochat" if source == "base" else f"nanochat-{source}"
+            self.wandb = wandb.init(project=project, name=args.run, config=vars(args))
 
     def _open(self, path):
         """Open the metrics file for appending, without the lines of steps after the resumed one."""
@@ -126,7 +132,24 @@ class StageLog:
 
     def start_step(self):
         self.compute.synchronize()
-        self.step_started = time.perf_counter()
+        self.step_started, self.data_seconds = time.perf_counter(), 0.0
+
+    def next_batch(self, loader):
+        """Start a step with the next batch of `loader`, and note how long that takes."""
+        self.start_step()
+        batch = next(loader)
+        self.data_seconds = time.perf_counter() - self.step_started
+        return batch
+
+    def _watch(self):
+        """Thread: say so when a step takes ten times the median."""
+        warned = None
+        while not self.closed.wait(1.0):
+            started = self.step_started
+            limit = 10 * statistics.median(self.durations or [math.inf])
+            if started and started != warned and time.perf_counter() - started > max(limit, SLOW_SECONDS):
+                warned, ranks = started, "a rank may hang" if self.compute.world_size > 1 else "the machine may be busy"
+                print0(f"step {self.step_count + 1} takes ten times the median step, {limit / 10:,.1f} s: {ranks}")
 
     def end_step(self, step, result, tokens, lr_mult, progress=None, **extra):
         """
@@ -137,7 +160,8 @@ class StageLog:
         """
         self.compute.synchronize()
         seconds = time.perf_counter() - self.step_started
-        self.step_count = step + 1
+        self.step_count, self.step_started = step + 1, None
+        self.durations.append(seconds)
         self.smooth_loss = 0.9 * self.smooth_loss + 0.1 * result.loss
         self.train_seconds += seconds
         own_steps = step - self.first_step  # before this one, in this process
@@ -148,6 +172,7 @@ class StageLog:
         self.timed_seconds += seconds
         speed = tokens / seconds
         values = {"loss": result.loss, "grad_norm": result.grad_norm, "lr_mult": lr_mult, "dt_ms": seconds * 1e3}
+        values |= {"data_ms": self.data_seconds * 1e3, "memory_mib": peak_memory_mib(self.compute)}
         self.metrics(step, **values, tokens_per_second=speed, **extra)
         progress = (step + 1) / self.num_steps if progress is None else progress
         steps_left = (step + 1) * max(0, 1 / max(progress, 1e-9) - 1)
@@ -167,9 +192,10 @@ class StageLog:
             *(f"{name.replace('_', ' ')} {value:.3f}" for name, value in extra.items()),
             f"grad norm {result.grad_norm:.3f}",
             f"lr x{lr_mult:.2f}",
-            f"{seconds * 1e3:,.0f} ms",
+            f"{seconds * 1e3:,.0f} ms ({values['data_ms']:,.0f} for data)",
             f"{speed:,.0f} tok/s",
             f"mfu {self.mfu:.1%}",
+            f"{values['memory_mib']:,.0f} MiB",
             f"{format_duration(self.train_seconds)}, {format_duration(seconds_left)} left",
             sep=" | ",
         )
@@ -184,6 +210,7 @@ class StageLog:
         get_report().log(section, [vars(args), facts | wall_clock], metrics | wall_clock)
 
     def close(self):
+        self.closed.set()
         if self.file:
             self.file.close()
         if self.wandb:

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import math
 import os
 import signal
@@ -9,14 +10,15 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.distributed as dist
 
 from nanochat import checkpoint_manager as checkpoints
-from nanochat import ops
-from nanochat.common import UserError, print0, print_error, require, set_aside
+from nanochat import cluster, ops
+from nanochat.common import UserError, atomic_path, base_dir, print0, print_error, require, set_aside, torchrun_job
 from nanochat.dataloader import Prefetch, eval_batches, lane_batches
 from nanochat.tokenizer import check_tokenizer
 from nanochat.tracking import with_progress
@@ -58,6 +60,10 @@ class StepResult:
     stop: bool  # some rank received a signal to stop
 
 
+class DivergenceError(UserError):
+    """The loss or the gradient is not finite."""
+
+
 def train_step(
     model, optimizers, micro_batches, compute, *, grad_clip=0.0, progress=0.0, skipped_tokens=0, stop=False, lock=None
 ):
@@ -67,8 +73,8 @@ def train_step(
     The loss is the mean over all trained tokens of the global batch, so it does not depend on how they are split into
     micro-batches and ranks. Without any trained token it is 0 and no weight changes. `skipped_tokens`: number of
     trained tokens of weight 0 that this rank omitted from its micro-batches; the mean includes them. Gradients are
-    averaged, then clipped by their global norm (`grad_clip` 0 = off). Raises UserError, before any change, if loss or
-    gradient is not finite. `lock` is acquired before the first change of weights or optimizer state.
+    averaged, then clipped by their global norm (`grad_clip` 0 = off). Raises DivergenceError, before any change, if
+    loss or gradient is not finite. `lock` is acquired before the first change of weights or optimizer state.
     """
     totals = torch.tensor([0.0, progress, float(stop)]).to(compute.device, non_blocking=True)
     totals[0] = skipped_tokens + sum((y >= 0).sum() for _, y, *_ in micro_batches)
@@ -86,9 +92,8 @@ def train_step(
     # The only place of a step that waits for the device.
     loss, sq_norm, tokens, progress, stops = torch.cat((compute.all_reduce(sums), totals)).tolist()
     grad_norm = math.sqrt(max(sq_norm, 0.0)) if math.isfinite(sq_norm) else math.nan
-    problem = f"the run diverged: the loss is {loss} and the gradient norm {grad_norm}"
-    remedy = "lower the learning rates; --resume continues from the newest checkpoint, if there is one"
-    require(math.isfinite(loss + grad_norm), f"{problem}; {remedy}")
+    if not math.isfinite(loss + grad_norm):
+        raise DivergenceError(f"the run diverged: the loss is {loss} and the gradient norm {grad_norm}")
     if lock:
         lock.acquire()
     clip = grad_clip / (grad_norm + 1e-6) if grad_clip else 1.0
@@ -131,11 +136,10 @@ class Stage:
     def __init__(self, source, model_tag, args, compute, config, num_steps, made_from):
         self.folder, self.args, self.compute = checkpoints.checkpoint_dir(source, model_tag), args, compute
         self.made_from = made_from
+        self._check_hosts()
         self.path, self.meta = None, {}
-        self.folder_lock = checkpoints.lock(self.folder) if compute.rank == 0 else None
-        step = args.resume_from_step if args.resume_from_step >= 0 else None
-        if step is not None or args.resume and checkpoints.step_dirs(self.folder):
-            self.path, self.meta = checkpoints.find_checkpoint(self.folder, step)
+        self.folder_lock = checkpoints.lock(self.folder) if compute.writes else None
+        self._find_checkpoint()
         self.first_step = self.meta.get("step", 0)
         self.finished = bool(self.meta.get("finished")) and self.first_step >= num_steps
         if self.path:
@@ -153,6 +157,27 @@ class Stage:
         self.lock = threading.Lock()
         if not self.finished:
             self._catch_signals()
+
+    def _check_hosts(self):
+        """Raises UserError unless all hosts have the same tokenizer, data and source model."""
+        hosts = self.compute.all_gather((socket.gethostname(), self.made_from))
+        first, expected = hosts[0]
+        for host, origins in hosts:
+            names = ", ".join(name for name in expected if origins[name] != expected[name])
+            require(not names, f"{host} has another {names} than {first}; copy {base_dir()} from one to the other")
+
+    def _find_checkpoint(self):
+        """Set path and meta of the checkpoint that this run resumes, if any, and the ids of run and torchrun's job."""
+        step = self.args.resume_from_step if self.args.resume_from_step >= 0 else None
+        exists = any(self.compute.all_gather(bool(checkpoints.step_dirs(self.folder))))
+        self.job = self.compute.all_gather(torchrun_job()[0])[0]
+        if any(self.compute.all_gather(cluster.has_restarted())) and exists:
+            path, meta = checkpoints.find_checkpoint(self.folder, compute=self.compute)
+            if meta.get("job") == self.job:  # else this run has not saved yet
+                self.path, self.meta = path, meta
+        if not self.path and (step is not None or self.args.resume and exists):
+            self.path, self.meta = checkpoints.find_checkpoint(self.folder, step, self.compute)
+        self.run = self.compute.all_gather(self.meta.get("run") or uuid.uuid4().hex)[0]
 
     def _check_invariants(self, config):
         """Raises UserError if the checkpoint has another model config or other values of RESUME_INVARIANTS."""
@@ -225,10 +250,30 @@ class Stage:
     def train_step(self, model, optimizers, micro_batches, **settings):
         """Call train_step(). A stop signal that any rank has received stops all ranks."""
         settings |= dict(stop=self.first_signal is not None, lock=self.lock)
-        result = train_step(model, optimizers, micro_batches, self.compute, **settings)
+        try:
+            result = train_step(model, optimizers, micro_batches, self.compute, **settings)
+        except DivergenceError as e:
+            path = self._describe_divergence(model, optimizers, str(e))
+            remedy = "lower the learning rates; --resume continues from the newest checkpoint, if there is one"
+            raise UserError(f"{e} in step {self.step + 1} ({path} has the details); {remedy}") from None
         if result.stop and self.first_signal is None:  # only another rank has received a signal
             self.wakeup.send(bytes([signal.SIGTERM]))
         return result
+
+    def _describe_divergence(self, model, optimizers, problem):
+        """Write the step, the batch's position in the data and all norms to a file. Collective; returns its path."""
+        sq_norms = {p: norm for optimizer in optimizers for p, norm in optimizer.grad_sq_norms().items()}
+        totals = self.compute.all_reduce(torch.stack(list(sq_norms.values()))).sqrt().tolist()
+        grad_norms = dict(zip(sq_norms, totals, strict=True))
+        names = {name.removeprefix("_orig_mod."): p for name, p in model.named_parameters()}
+        norms = {name: {"weight": float(p.detach().norm()), "gradient": grad_norms[p]} for name, p in names.items()}
+        positions = {lane: at for part in self.compute.all_gather(self.positions) for lane, at in part.items()}
+        facts = {"problem": problem, "step": self.step + 1, "data_before_the_batch": positions, "norms": norms}
+        path = base_dir() / "report" / f"diverged-{self.folder.parent.name}.json"
+        if self.compute.writes:
+            with atomic_path(path) as draft:
+                draft.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        return path
 
     def checkpoint(self, step, last, model, optimizers, loader, log, state):
         """
@@ -240,9 +285,9 @@ class Stage:
         if step == self.first_step:  # later, train_step() has acquired it
             self.lock.acquire()
         state = copy.deepcopy({"finished": last, **state, "log_state": log.state()})
-        positions = loader.state if loader else {}  # of this rank's lanes
+        self.positions = loader.state if loader else {}  # of this rank's lanes
         self.step, self.log = step, log
-        self.save = functools.partial(self._save, step, model, optimizers, positions, state)
+        self.save = functools.partial(self._save, step, model, optimizers, self.positions, state)
         if last or due(step, self.args.save_every):
             self.save(self.compute)
         self.lock.release()
@@ -251,11 +296,12 @@ class Stage:
         """Write a checkpoint, unless there is nothing new since the last one."""
         if step == self.saved_step or getattr(self.args, "dry_run", False):
             return
-        positions = compute.all_gather(positions)
-        if self.path is None and compute.rank == 0 and checkpoints.step_dirs(self.folder):
+        gathered = compute.all_gather((positions, state))
+        if self.path is None and compute.writes and checkpoints.step_dirs(self.folder):
             set_aside(self.folder, "an earlier run")
-        meta = {"user_config": vars(self.args), "made_from": self.made_from, **state}
-        meta["loader_state"] = {lane: position for part in positions for lane, position in part.items()}
+        meta = {"user_config": vars(self.args), "made_from": self.made_from, **gathered[0][1]}
+        meta |= {"run": self.run, "job": self.job}
+        meta["loader_state"] = {lane: position for part, _ in gathered for lane, position in part.items()}
         self.path = checkpoints.save_checkpoint(self.folder, step, model, optimizers, meta, compute, self.args.keep)
         self.saved_step = step
 
@@ -305,6 +351,8 @@ class Stage:
         sys.excepthook = lambda *_: time.sleep(60)  # the main thread's collectives fail as soon as another rank ends
         code = 1
         try:
+            if cluster.has_failed():  # torchrun stops this rank too
+                return
             try:
                 print0(f"\n{signal.Signals(signum).name}: saving the last complete step; a second signal exits at once")
             except OSError:  # Ctrl-C has ended the reader of the pipe too, such as tee
@@ -326,6 +374,7 @@ class Stage:
             print_error(str(e))
             code = 2
         except RuntimeError:
-            print_error("not saved, because another process has ended")
+            if not cluster.has_failed():
+                print_error("not saved, because another process has ended")
         finally:
             os._exit(code)

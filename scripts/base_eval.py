@@ -13,7 +13,8 @@ import re
 import time
 
 from nanochat.cli import add_checkpoint_flags, make_parser, parse_args, path, run_script
-from nanochat.common import atomic_path, base_dir, check_file, choose_device, compute_init, print0, require, write_jsonl
+from nanochat.cluster import compute_init
+from nanochat.common import atomic_path, base_dir, check_file, choose_device, print0, require, write_jsonl
 from nanochat.tracking import erase_line, progress_printer
 
 
@@ -77,7 +78,7 @@ def main(argv=None):
     score = CoreScore(records, {task.label: task.baseline for task in tasks})
 
     # Results
-    if args.save_samples and compute.rank == 0:
+    if args.save_samples and compute.writes:
         examples = [example for task in tasks for example in task.examples(args.max_per_task)]
         lines = [{"task": label, **record} for label in records for record in records[label]]
         write_jsonl(args.save_samples, (a | {"example": b} for a, b in zip(lines, examples, strict=True)))
@@ -85,7 +86,7 @@ def main(argv=None):
         return print0(f"mean centered accuracy of these {len(tasks)} tasks: {score.core:.4f} (CORE needs all tasks)")
     limit = f" on at most {args.max_per_task:,} examples per task" if args.max_per_task > 0 else ""
     print0(f"CORE{limit}: {score.core:.4f}")
-    if compute.rank == 0:
+    if compute.writes:
         csv_path = base_dir() / "base_eval" / f"{name}.csv"
         write_csv(csv_path, score)
         print0(f"written to {csv_path}")

@@ -10,7 +10,8 @@ Reads a base checkpoint, tokenizer/ and base_data/. Writes a section of the repo
 import sys
 
 from nanochat.cli import add_checkpoint_flags, make_parser, parse_args, path, run_script
-from nanochat.common import compute_init, print0, require
+from nanochat.cluster import compute_init
+from nanochat.common import print0, require
 
 
 def build_parser():
@@ -47,7 +48,7 @@ def main(argv=None):
         batches = eval_batches(ShardSource(row_groups(split, args.data_dir), tokenizer, rows), rows, T, steps, compute)
         bpb[split] = evaluate_bpb(model, batches, token_bytes, compute)
         print0(f"{split} bpb {bpb[split]:.4f}")
-    samples = greedy_samples(Engine(model, tokenizer, compute), meta["corpus"]) if compute.rank == 0 else {}
+    samples = greedy_samples(Engine(model, tokenizer, compute), meta["corpus"]) if compute.writes else {}
     for prompt, text in samples.items():
         print0(f"{prompt} >{text}")
     facts = {"step": meta["step"], "train bpb": bpb["train"], "val bpb": bpb["val"]}

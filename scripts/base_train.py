@@ -10,7 +10,8 @@ Reads tokenizer/ and base_data/. Writes base_checkpoints/d<depth>/ and report/me
 import functools
 
 from nanochat.cli import FLAG, add_run_flags, decay_rate, make_parser, non_negative, parse_args, path, run_script, share
-from nanochat.common import UserError, compute_init, print0
+from nanochat.cluster import compute_init
+from nanochat.common import UserError, print0
 
 
 def build_parser():
@@ -80,7 +81,7 @@ def main(argv=None):
     from nanochat.train import Stage, due, rows_per_step
 
     # Machine
-    compute = compute_init(args.device_type, args.dtype, args.seed)
+    compute = compute_init(args.device_type, args.dtype, args.seed, args.dist_timeout)
     rows = rows_per_step(args, compute.world_size)
 
     # Tokenizer and model
@@ -132,8 +133,7 @@ def main(argv=None):
                 print0(f"{prompt} >{text}")
         if last:
             break
-        log.start_step()
-        batch = next(loader)
+        batch = log.next_batch(loader)
         ratios = args.warmup_ratio, args.warmdown_ratio, args.final_lr_frac
         lr_mult = lr_multiplier(step / num_steps, *ratios, per_step=1 / num_steps)
         momentum = muon_momentum(step, lr_mult=lr_mult, final=args.final_momentum)

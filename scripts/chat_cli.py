@@ -13,7 +13,8 @@ NO_COLOR is set; pipes and files get only the text. Exit codes: 1 = failure, 2 =
 import json
 
 from nanochat.cli import add_model_flags, choose_source, make_parser, parse_args, run_script
-from nanochat.common import base_dir, compute_init, require
+from nanochat.cluster import compute_init
+from nanochat.common import base_dir, require
 from nanochat.terminal.console import print_answer, print_speed, read_question
 
 

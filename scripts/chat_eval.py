@@ -13,7 +13,8 @@ import time
 from functools import partial
 
 from nanochat.cli import FLAG, add_model_flags, choose_source, make_parser, parse_args, path, run_script
-from nanochat.common import UserError, check_file, compute_init, print0, require, write_jsonl
+from nanochat.cluster import compute_init
+from nanochat.common import UserError, check_file, print0, require, write_jsonl
 from nanochat.tracking import erase_line, progress_printer
 
 
@@ -109,7 +110,7 @@ def main(argv=None):
         baselines = {name: task.baseline for name, task in tasks.items()}
         facts["ChatCORE"] = metrics["chat_core"] = chat_core(accuracies, baselines)
         print0(f"ChatCORE of these {len(scores)} tasks: {metrics['chat_core']:.4f}")
-    if args.save_samples and compute.rank == 0:
+    if args.save_samples and compute.writes:
         records = ({"task": name, **record} for name, score in scores.items() for record in score.records)
         write_jsonl(args.save_samples, records)
     get_report().log(f"Chat evaluation {args.source}", [vars(args), facts, intervals, clock], metrics)

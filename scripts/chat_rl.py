@@ -10,7 +10,8 @@ Reads an sft checkpoint and the tokenizer. Writes chatrl_checkpoints/<tag of tha
 from random import Random
 
 from nanochat.cli import add_run_flags, make_parser, non_negative, parse_args, run_script
-from nanochat.common import compute_init, print0, require, task_errors
+from nanochat.cluster import compute_init
+from nanochat.common import print0, require, task_errors
 
 
 def build_parser():
@@ -85,7 +86,7 @@ def main(argv=None):
     from nanochat.train import TOKENS_PER_CONVERSATION, Stage, due, epoch_steps
 
     # Machine, tokenizer, model and task
-    compute = compute_init(args.device_type, args.dtype, args.seed)
+    compute = compute_init(args.device_type, args.dtype, args.seed, args.dist_timeout)
     model, tokenizer, source_meta = load_model(args.source, compute, "train", args.model_tag, args.step)
     corpus = source_meta["corpus"]
     if args.init_lr_frac is None:

@@ -10,7 +10,8 @@ Reads a mid (or base) checkpoint, the tokenizer and a task mixture. Writes chats
 from itertools import islice
 
 from nanochat.cli import add_conversation_flags, add_run_flags, make_parser, non_negative, parse_args, run_script
-from nanochat.common import compute_init, print0, require
+from nanochat.cluster import compute_init
+from nanochat.common import print0, require
 
 INLINE_TASKS = {"public": ("MMLU", "ARC-Easy"), "pocket": ("PocketFacts",)}  # quick tasks, scored during training
 
@@ -47,7 +48,7 @@ def main(argv=None):
     from tasks.mixtures import EVAL_TASKS, training_tasks
 
     # Machine, tokenizer and model
-    compute = compute_init(args.device_type, args.dtype, args.seed)
+    compute = compute_init(args.device_type, args.dtype, args.seed, args.dist_timeout)
     rows, rank_rows, ranks = args.target_examples_per_step, args.device_batch_size, compute.world_size
     per_pass = rank_rows * ranks  # rows in one forward pass over all ranks
     multiple = f"a multiple of {per_pass} ({rank_rows} rows x {ranks} ranks)"
@@ -97,8 +98,7 @@ def main(argv=None):
                 log.evaluation(step, f"{name} {score.accuracy:.2%}", **{name: score.accuracy})
         if last:
             break
-        log.start_step()
-        batch = next(loader)
+        batch = log.next_batch(loader)
         lr_mult = args.init_lr_frac * lr_multiplier(step / num_steps, warmdown_ratio=1.0)
         set_schedule(optimizers, lr_mult)
         result = stage.train_step(model, optimizers, batch.micro_batches)

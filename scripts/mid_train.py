@@ -11,7 +11,8 @@ from dataclasses import replace
 from functools import cache
 
 from nanochat.cli import FLAG, add_conversation_flags, add_run_flags, make_parser, non_negative, parse_args, run_script
-from nanochat.common import compute_init, print0
+from nanochat.cluster import compute_init
+from nanochat.common import print0
 
 
 def build_parser():
@@ -46,7 +47,7 @@ def main(argv=None):
     from tasks.mixtures import training_tasks
 
     # Machine, tokenizer and model; --corpus and --max_seq_len default to those of the base run
-    compute = compute_init(args.device_type, args.dtype, args.seed)
+    compute = compute_init(args.device_type, args.dtype, args.seed, args.dist_timeout)
     model, tokenizer, base_meta = load_model("base", compute, "train", args.model_tag, args.step)
     args.corpus = args.corpus or base_meta["corpus"]
     base_context = model.config.sequence_len
@@ -96,8 +97,7 @@ def main(argv=None):
             log.validation(step, evaluate_bpb(compiled, val_batches(), token_bytes, compute), results)
         if last:
             break
-        log.start_step()
-        batch = next(loader)
+        batch = log.next_batch(loader)
         lr_mult = args.init_lr_frac * lr_multiplier(progress)
         set_schedule(optimizers, lr_mult, muon_momentum(step))
         result = stage.train_step(compiled, optimizers, batch.micro_batches, progress=batch.progress)

@@ -115,7 +115,7 @@ TRAINING = """
 import sys, torch, torch.distributed as dist
 from nanochat.adamw import AdamW
 from nanochat.muon import Muon
-from nanochat.common import compute_init, compute_cleanup
+from nanochat.cluster import compute_cleanup, compute_init
 compute = compute_init("cpu", "float32")
 torch.manual_seed(3)
 params = [torch.nn.Parameter(torch.randn(s)) for s in ((6, 4), (6, 4), (6, 4), (5, 3), (7,))]

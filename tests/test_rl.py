@@ -240,7 +240,7 @@ def test_resumed_run_is_bit_identical(after_sft, run_main, capsys, monkeypatch):
 TRAINING = """
 import sys, torch
 from helpers import ByteTokenizer, LetterTask, random_model
-from nanochat.common import compute_cleanup, compute_init
+from nanochat.cluster import compute_cleanup, compute_init
 from nanochat.rl import make_sampler, policy_batches, roll_out, sync
 from nanochat.train import train_step
 

@@ -15,7 +15,8 @@ import torch
 from nanochat.chat_eval import evaluate_task
 from nanochat.checkpoint_manager import load_model
 from nanochat.cli import add_model_flags, make_parser, parse_args, run_script
-from nanochat.common import compute_init, require
+from nanochat.cluster import compute_init
+from nanochat.common import require
 from nanochat.engine import Engine, TorchBackend, visible_text
 from nanochat.hf import hf_config, hf_weights
 from tasks.mixtures import find_task

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.cli import make_parser, parse_args, run_script
-from nanochat.common import compute_init
+from nanochat.cluster import compute_init
 from nanochat.core_eval import evaluate_core
 from nanochat.dclm.tasks import load_tasks
 from nanochat.gpt import GPT, GPTConfig

@@ -26,7 +26,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.cli import make_parser, parse_args, run_script
-from nanochat.common import Compute, choose_dtype, compute_init, require
+from nanochat.cluster import compute_init
+from nanochat.common import Compute, choose_dtype, require
 from nanochat.gpt import GPT, NORM_EPS, SOFTCAP, GPTConfig, rotate
 from nanochat.muon import orthogonalize
 from nanochat.recipe import TUNED

@@ -28,7 +28,8 @@ import traceback
 from collections import namedtuple
 from types import SimpleNamespace
 
-from nanochat.common import UserError, compute_init
+from nanochat.cluster import compute_init
+from nanochat.common import UserError
 
 SIZE = struct.Struct("!I")
 # The shortest time between two messages about one request, per row in the batch. Events that arrive sooner are
