@@ -86,6 +86,8 @@ def add_run_flags(parser, device_batch_size, save_every=-1, recipe="reference"):
     add("--resume", **FLAG, help="continue from the newest intact checkpoint")
     add("--resume_from_step", type=int, default=-1, help="continue from the checkpoint of this step; -1 = off")
     add("--resume_unverified", **FLAG, help="resume a checkpoint that does not record its tokenizer and data")
+    add("--plan", **FLAG, help="measure the first steps, print what the whole run needs, save nothing")
+    add("--plan_for", default="", metavar="DEVICES", help="print what it needs on other devices, such as 8xH100")
     add("--save_every", type=int, default=save_every, help="steps between checkpoints; -1 = only at the end")
     add("--keep", type=int, default=0, help="number of newest checkpoints to keep; 0 = all")
 

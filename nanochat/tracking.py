@@ -25,15 +25,23 @@ LONG_SECONDS = 12 * 3600  # a longer run on a CPU is probably a mistake
 LENGTH_FLAGS = "depth", "num_iterations", "total_batch_size", "max_seq_len", "examples_per_step", "num_samples"
 
 
+def device_name(compute):
+    """Name of this rank's device, such as "NVIDIA H100 80GB HBM3" or "cpu"."""
+    import torch
+
+    device = compute.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def peak_flops(compute):
     """Peak FLOP/s of this rank's device: from the table, or else measured with a large matmul."""
     import torch
 
-    name = torch.cuda.get_device_name(compute.device).lower() if compute.device.type == "cuda" else ""
+    name = device_name(compute).lower()
     for key, flops in PEAK_FLOPS.items():
         if key in name:
             return flops
-    n = 4096 if name else 1024
+    n = 1024 if name == "cpu" else 4096
     a = torch.randn(n, n, device=compute.device, dtype=compute.dtype)
     best, end = float("inf"), time.perf_counter() + 0.5  # the minimum: the loader uses the CPU meanwhile
     while (start := time.perf_counter()) < end:
@@ -61,10 +69,11 @@ class StageLog:
         self.timed_steps, self.timed_tokens, self.timed_seconds = 0, 0, 0.0
         self.last_printed, self.data_seconds, self.step_started = 0.0, 0.0, None
         self.durations, self.closed = collections.deque(maxlen=100), threading.Event()
+        self.last_event, self.evaluation_seconds = 0.0, {}  # of each kind of evaluation, the last one
         threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
         self.peak = peak_flops(compute) * compute.world_size
         self.file = self.wandb = None
-        if compute.writes:
+        if compute.writes and not (args.plan or args.plan_for):
             self.file = self._open(base_dir() / "report" / "metrics" / f"{source}.jsonl")
         if compute.rank == 0 and args.run != "dummy":
             import wandb
@@ -109,6 +118,8 @@ class StageLog:
         """Log the results of an evaluation, and print them as `text`."""
         self.metrics(step, **results)
         print0(f"step {step:05d} | {text}")
+        now = time.perf_counter()
+        self.evaluation_seconds[next(iter(results))], self.last_event = now - self.last_event, now
 
     def validation(self, step, bpb, results):
         """Log and print the validation loss in bits per byte; updates val_bpb and min_val_bpb in the dict `results`."""

@@ -20,6 +20,7 @@ from nanochat import checkpoint_manager as checkpoints
 from nanochat import cluster, ops
 from nanochat.common import UserError, atomic_path, base_dir, print0, print_error, require, set_aside, torchrun_job
 from nanochat.dataloader import Prefetch, eval_batches, lane_batches
+from nanochat.plan import Plan, check_memory, fits
 from nanochat.tokenizer import check_tokenizer
 from nanochat.tracking import with_progress
 
@@ -138,8 +139,11 @@ class Stage:
         self.made_from = made_from
         self._check_hosts()
         self.path, self.meta = None, {}
-        self.folder_lock = checkpoints.lock(self.folder) if compute.writes else None
-        self._find_checkpoint()
+        self.plan = Plan(args, compute, config, num_steps) if args.plan or args.plan_for else None
+        if not self.plan:
+            self.folder_lock = checkpoints.lock(self.folder) if compute.writes else None
+            self._find_checkpoint()
+            check_memory(args, config, compute)
         self.first_step = self.meta.get("step", 0)
         self.finished = bool(self.meta.get("finished")) and self.first_step >= num_steps
         if self.path:
@@ -155,7 +159,7 @@ class Stage:
         # Held by the main thread while the weights differ from what self.save would save: from a step's update to the
         # next call of checkpoint(). A thread that stops the run holds it while it saves.
         self.lock = threading.Lock()
-        if not self.finished:
+        if not (self.finished or self.plan):
             self._catch_signals()
 
     def _check_hosts(self):
@@ -223,7 +227,10 @@ class Stage:
             enabled = device != "mps" and tokens * model.estimate_flops() >= COMPILE_FROM_FLOPS
         if not enabled:
             return model
-        if device == "cuda" and fixed_shape:
+        mode = "whole" if device == "cuda" and fixed_shape and fits(self.args, model.config, self.compute) else "blocks"
+        if self.plan:
+            self.plan.mode = mode
+        if mode == "whole":
             return torch.compile(model, dynamic=False, fullgraph=True)  # a fifth faster than block by block
         if problem := ops.compiler_problem(device):
             print0(f"warning: training without torch.compile(), which is slower: {problem}")
@@ -249,7 +256,10 @@ class Stage:
 
     def train_step(self, model, optimizers, micro_batches, **settings):
         """Call train_step(). A stop signal that any rank has received stops all ranks."""
-        settings |= dict(stop=self.first_signal is not None, lock=self.lock)
+        if self.plan:
+            micro_batches = self.plan.shorten(micro_batches, settings.get("progress", 0.0))
+        else:
+            settings |= dict(stop=self.first_signal is not None, lock=self.lock)
         try:
             result = train_step(model, optimizers, micro_batches, self.compute, **settings)
         except DivergenceError as e:
@@ -282,6 +292,8 @@ class Stage:
         All ranks call it, once per step. `state` (JSON-serializable) and the positions of `loader` (a Prefetch, or
         None) are added to meta.json.
         """
+        if self.plan:
+            return self.plan.check(step, last, log, loader)
         if step == self.first_step:  # later, train_step() has acquired it
             self.lock.acquire()
         state = copy.deepcopy({"finished": last, **state, "log_state": log.state()})

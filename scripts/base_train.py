@@ -11,7 +11,9 @@ import functools
 
 from nanochat.cli import FLAG, add_run_flags, decay_rate, make_parser, non_negative, parse_args, path, run_script, share
 from nanochat.cluster import compute_init
-from nanochat.common import UserError, print0
+from nanochat.common import UserError, base_dir, print0
+
+PLANNED_VOCAB_SIZE = 65536  # of --plan_for, if there is no tokenizer yet: tok_train's default
 
 
 def build_parser():
@@ -75,6 +77,7 @@ def main(argv=None):
     from nanochat.engine import Engine
     from nanochat.gpt import GPT, GPTConfig
     from nanochat.loss_eval import evaluate_bpb, greedy_samples
+    from nanochat.plan import Plan
     from nanochat.schedule import lr_multiplier, muon_decay, muon_momentum, set_schedule
     from nanochat.tokenizer import get_token_bytes, get_tokenizer
     from nanochat.tracking import StageLog
@@ -85,11 +88,16 @@ def main(argv=None):
     rows = rows_per_step(args, compute.world_size)
 
     # Tokenizer and model
-    tokenizer, token_bytes = get_tokenizer(), get_token_bytes()
-    config = GPTConfig.from_depth(args.depth, args.max_seq_len, tokenizer.get_vocab_size())
+    elsewhere = args.plan_for and not (base_dir() / "tokenizer").is_dir()  # needs neither a tokenizer nor data
+    tokenizer = None if elsewhere else get_tokenizer()
+    vocab_size = PLANNED_VOCAB_SIZE if elsewhere else tokenizer.get_vocab_size()
+    config = GPTConfig.from_depth(args.depth, args.max_seq_len, vocab_size)
     model = GPT(config)
     flops_per_token, num_params = model.estimate_flops(), model.num_params()
     num_steps = steps_to_train(args, num_params, flops_per_token)
+    if args.plan_for:
+        return Plan(args, compute, config, num_steps).show()
+    token_bytes = get_token_bytes()
     origins = {"tokenizer": tokenizer.fingerprint(), "shards": fingerprint(args.data_dir)}
     stage = Stage("base", args.model_tag or f"d{args.depth}", args, compute, config, num_steps, origins)
     if stage.finished:
