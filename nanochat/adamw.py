@@ -15,9 +15,7 @@ class AdamW(ShardedOptimizer):
             for p in group["params"]:
                 unit = Unit([p], group)
                 rows = self.own_rows(unit)
-                unit.state = {
-                    name: torch.zeros(rows, dtype=torch.float32, device=p.device) for name in ("exp_avg", "exp_avg_sq")
-                }
+                unit.state = {name: p.new_zeros(rows, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
                 self.units.append(unit)
 
     def update(self, unit, params, grad_scale):
