@@ -204,19 +204,15 @@ def pack_best_fit(docs, targets, T):
     fits, the shortest one is cropped and its rest is dropped. The last row is padded, with targets -1.
     """
     waiting = sorted((len(doc), i) for i, doc in enumerate(docs))
-    rows, row_targets = [], []
+    rows = []
     while waiting:
-        row, row_target = [], []
-        while waiting and len(row) <= T:
-            room = T + 1 - len(row)
+        row = []  # pairs of id and target
+        while (room := T + 1 - len(row)) and waiting:
             fits = bisect.bisect_right(waiting, (room, len(docs)))
             _, i = waiting.pop(fits - 1 if fits else 0)
-            row.extend(docs[i][:room])
-            row_target.extend(targets[i][:room])
-        pad = T + 1 - len(row)
-        rows.append(row + [row[0]] * pad)
-        row_targets.append(row_target + [-1] * pad)
-    return np.array(rows, dtype=np.int32), np.array(row_targets, dtype=np.int32)
+            row.extend(zip(docs[i][:room], targets[i][:room], strict=True))
+        rows.append(row + [(row[0][0], -1)] * room)
+    return np.moveaxis(np.array(rows, dtype=np.int32), -1, 0)
 
 
 def rank_rows(rows, compute):
@@ -243,8 +239,7 @@ def lane_batches(source, rows, T, device_batch_size, compute, packing="stream", 
         x, y = (torch.from_numpy(np.stack(half)) for half in zip(*(lane.next_row() for lane in lanes), strict=True))
         micro_batches = list(zip(x.split(device_batch_size), y.long().split(device_batch_size), strict=True))
         progress = sum(lane.progress() for lane in lanes) / len(lanes)
-        state = {str(lane.index): lane.state() for lane in lanes}
-        yield Batch(micro_batches, progress, state)
+        yield Batch(micro_batches, progress, {str(lane.index): lane.state() for lane in lanes})
 
 
 def conversation_batches(task, tokenizer, rows, T, device_batch_size, compute, seed=42, states=None):
