@@ -271,9 +271,8 @@ class GPT(nn.Module):
         AdamW's learning rates are for width 768; they are scaled by (n_embd / 768) ** -0.5. `ns_dtype` is the precision
         of Muon's Newton-Schulz iteration; float32 makes a float32 run independent of the world size.
         """
-        scale = (self.config.n_embd / 768) ** -0.5
         tables = (self.lm_head.weight, unembedding_lr), (self.transformer.wte.weight, embedding_lr)
-        groups = [{"params": [table], "lr": lr * scale} for table, lr in tables]
+        groups = [{"params": [table], "lr": lr * (self.config.n_embd / 768) ** -0.5} for table, lr in tables]
         adamw = AdamW(groups, betas=adam_betas, eps=1e-10, weight_decay=weight_decay)
         muon = Muon(self.transformer.h.parameters(), lr=matrix_lr, beta2=muon_beta2, ns_dtype=ns_dtype)
         for group in adamw.param_groups + muon.param_groups:

@@ -8,6 +8,7 @@ Every stage calls get_report().log(section, data, metrics). This writes report/<
 report/<section>.json for programs.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -88,9 +89,8 @@ class Report:
 
     def generate(self):
         """Combine all logged sections into report.md, which also lists the missing ones. Returns its path."""
-        files = [_json_dict(_read_text(path)) for path in sorted(self.folder.glob("*.json"))]
-        sections = [file for file in files if "section" in file]
-        logged = {file["section"]: file for file in sorted(sections, key=lambda file: file.get("time", 0))}
+        files = (_json_dict(_read_text(path)) for path in sorted(self.folder.glob("*.json")))
+        logged = {f["section"]: f for f in sorted(files, key=lambda f: f.get("time", 0)) if "section" in f}
         names = [*(s for s in SECTIONS if s in logged), *(s for s in logged if s not in SECTIONS)]
         head = _read_text(self.folder / "header.md")
         parts = [head or header(gpu_list(), "Run started: unknown, there was no `report reset`")]
@@ -114,19 +114,17 @@ class Report:
 
 def _read_text(path):
     """Content of a text file; None if it is missing or not UTF-8."""
-    try:
+    with contextlib.suppress(OSError, ValueError):
         return Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return None
+    return None
 
 
 def _json_dict(text):
     """The dict in a JSON text; {} if the text is None, truncated by a crash, or anything else."""
-    try:
+    with contextlib.suppress(TypeError, ValueError):
         value = json.loads(text)
-    except (TypeError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        return value if isinstance(value, dict) else {}
+    return {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,13 +153,12 @@ def _table(head, rows):
 
 def gpu_list():
     """[(name, bytes of memory)] of all CUDA GPUs."""
-    try:
+    with contextlib.suppress(ImportError, OSError, RuntimeError):
         import torch
 
         gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         return [(gpu.name, gpu.total_memory) for gpu in gpus]
-    except (ImportError, OSError, RuntimeError):
-        return []
+    return []
 
 
 def hourly_rate(gpus):
@@ -172,11 +169,10 @@ def hourly_rate(gpus):
 
 def _git(*args):
     """Output of a git command in the repository; "" without git or outside a checkout."""
-    try:
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         result = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, timeout=20)
         return result.stdout.decode("utf-8", "replace").strip("\n") if result.returncode == 0 else ""
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
+    return ""
 
 
 def bloat():
@@ -192,12 +188,11 @@ def bloat():
 
 def header(gpus, started):
     """Markdown about code, hardware and software; "unknown" for values that cannot be determined."""
-    try:
+    torch_version = cuda = "unknown"
+    with contextlib.suppress(ImportError, OSError):
         import torch
 
         torch_version, cuda = torch.__version__, torch.version.cuda or "none"
-    except (ImportError, OSError):
-        torch_version = cuda = "unknown"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0  # bytes
     commit = _git("rev-parse", "--short", "HEAD")
     rate = hourly_rate(gpus)
@@ -285,8 +280,7 @@ def curves(rows, width=60):
 def main(argv=None):
     parser = make_parser("nanochat.report", __doc__)
     parser.add_argument("command", nargs="?", default="generate", choices=("generate", "reset"))
-    command = parse_args(parser, argv).command
-    report = get_report()
+    command, report = parse_args(parser, argv).command, get_report()
     if command == "reset":
         report.reset()
         return print0(f"new report in {report.folder}")

@@ -6,6 +6,7 @@ A conversation is {"messages": [{"role": "user" | "assistant", "content": str or
 """
 
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -111,8 +112,7 @@ class PublicTask(Task):
         import pyarrow.parquet as pq
 
         self.paths = fetch_files(repo, stem, shards)
-        names = " or ".join(map(str, self.paths))
-        with read_errors(names, "is damaged", "delete it, then it is downloaded again"):
+        with read_errors(" or ".join(map(str, self.paths)), "is damaged", "delete it, then it is downloaded again"):
             self.table = pa.concat_tables([pq.read_table(path) for path in self.paths])
         self.order = np.random.default_rng(42).permutation(len(self.table))
 
@@ -225,10 +225,9 @@ def _download(repo, folder, candidates):
     """Download the first complete list of files among `candidates`."""
     for paths in candidates:
         try:
-            for path in paths:
-                if not _is_parquet(path):
-                    url = f"{mirror_url('hub')}/{repo}/resolve/main/{path.relative_to(folder).as_posix()}"
-                    fetch(url, path, attempts=3, check=_check_parquet)
+            for path in itertools.filterfalse(_is_parquet, paths):
+                url = f"{mirror_url('hub')}/{repo}/resolve/main/{path.relative_to(folder).as_posix()}"
+                fetch(url, path, attempts=3, check=_check_parquet)
             return
         except UserError as e:
             error = e

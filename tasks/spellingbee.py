@@ -80,5 +80,4 @@ class SimpleSpelling(WordTask):
         while True:
             word = rng.choice(self.words)
             if split_of("spell", word) == self.split:
-                question = rng.choice(self.templates).format(w=word)
-                return user_and_assistant(question, f"{word}:{','.join(word)}")
+                return user_and_assistant(rng.choice(self.templates).format(w=word), f"{word}:{','.join(word)}")

@@ -165,8 +165,7 @@ def read_lines(path, size=-1):
         if byte := UNDECODABLE.search(line):
             place = f"{path}:{number}: the byte 0x{ord(byte[0]) - 0xDC00:x}"
             raise UserError(f"{place} is not UTF-8; {ICONV.format('cp1252')}")
-        is_text = line.count("\0") <= len(line) // 10
-        require(is_text, f"{path}:{number}: many NUL bytes; {ICONV.format('utf-16')}")
+        require(line.count("\0") <= len(line) // 10, f"{path}:{number}: many NUL bytes; {ICONV.format('utf-16')}")
         yield number, line
         number += line.endswith("\n")
 
