@@ -88,8 +88,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, cos, sin, kv_cache, mask):
         B, T, C = x.shape
-        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
-        q = norm(rotate(q, cos, sin)).transpose(1, 2)
+        q = norm(rotate(self.c_q(x).view(B, T, self.n_head, self.head_dim), cos, sin)).transpose(1, 2)
         k, v = self.keys_and_values(x, cos, sin)
         causal = mask is None
         if kv_cache is not None:
@@ -145,8 +144,7 @@ class GPT(nn.Module):
 
     def init_weights(self, device=None):
         """Allocate the weights on `device` (default: theirs, or CPU) and draw them from torch's global generator."""
-        allocated = self.get_device().type != "meta"
-        self.allocate(device or (self.get_device() if allocated else "cpu"))
+        self.allocate(device or ("cpu" if self.get_device().type == "meta" else self.get_device()))
         for name, p in self.named_parameters():
             if name == "transformer.wte.weight":
                 nn.init.normal_(p)

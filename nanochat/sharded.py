@@ -38,8 +38,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
         distributed = dist.is_available() and dist.is_initialized()
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-        self.steps = 0
-        self.units = []
+        self.steps, self.units = 0, []
 
     def update(self, unit, params, grad_scale):
         """Update `params` in place: tensors of rows (n, *row_shape), in total at most the rows of `unit.grad`."""

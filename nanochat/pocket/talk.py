@@ -21,8 +21,7 @@ OUTSIDE_WORDS = {"n": "strangers", "w": "countries", "t": "subjects"}
 
 def topic_exchange(rng, split, world, topic):
     """A random (user message, reply) of a topic with its own section; None if the message is in another split."""
-    lines = world.lines(f"talk {topic}")
-    questions, replies = ([line[2:] for line in lines if line[0] == mark] for mark in "?!")
+    questions, replies = ([line[2:] for line in world.lines(f"talk {topic}") if line[0] == mark] for mark in "?!")
     if topic == "ask story":
         text, a, b, p = story(rng, split, world)
     else:
