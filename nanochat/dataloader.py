@@ -11,7 +11,6 @@ owns a contiguous range of lanes. Reading and tokenizing run ahead of training o
 import bisect
 import collections.abc
 import functools
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -94,7 +93,7 @@ def check_lengths(name, task, tokenizer, max_tokens, use_mask=True, sample=500):
     Measured on `sample` evenly spaced conversations. Raises UserError if none of them has a trained token.
     """
     checked = range(0, len(task), max(1, -(-len(task) // sample)))
-    masks = [tokenizer.render_conversation(task[i], sys.maxsize)[1] for i in checked]
+    masks = [tokenizer.render_conversation(task[i], max_tokens=None)[1] for i in checked]
     cut = sum(len(mask) > max_tokens for mask in masks)
     untrained = sum(use_mask and not any(mask[:max_tokens]) for mask in masks)
     problems = (cut, f"are longer than {max_tokens} tokens and are cut"), (untrained, "have no trained token left")

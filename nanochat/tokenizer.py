@@ -177,7 +177,7 @@ class Tokenizer:
 
     def render_conversation(self, conversation, max_tokens=2048):
         """
-        (ids, mask) of a conversation {"messages": [{"role", "content"}, ...]}, truncated to `max_tokens`.
+        (ids, mask) of a conversation {"messages": [{"role", "content"}, ...]}, truncated to `max_tokens` (None = all).
 
         The mask is 1 for the tokens that the model is trained to generate. A leading system message is prepended to
         the first user message. An assistant's content is a str or a list of parts {"type", "text"} with a type of

@@ -8,16 +8,15 @@ TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary",
 
 def open_parquet(path, column="text", source=None):
     """The ParquetFile at `path` (or in `source`). Raises UserError if `column` is missing or is not text."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    import pyarrow.parquet
 
-    file = pq.ParquetFile(source or path)
+    file = pyarrow.parquet.ParquetFile(source or path)
     schema = file.schema_arrow
     hint = "name the column of the text with --from_files PATH --text_column"
     require(column in schema.names, f"{path} has no column `{column}`, only {', '.join(schema.names)}; {hint}")
     require(schema.names.count(column) == 1, f"{path} has more than one column `{column}`: rename or drop the others")
     kind = schema.field(column).type
-    is_text = str(kind.value_type if pa.types.is_dictionary(kind) else kind) in TEXT_TYPES
+    is_text = str(kind.value_type if pyarrow.types.is_dictionary(kind) else kind) in TEXT_TYPES
     require(is_text, f"{path}: the column `{column}` has the type {kind}, expected text")
     return file
 

@@ -172,9 +172,7 @@ def read_lines(path, size=-1):
 
 def parquet_documents(path, column="text"):
     """Yield one column of a parquet file; None for null."""
-    import pyarrow as pa
-
-    file = pa.BufferReader(_open(path).read()) if _kind(path)[1] else _open(path)
+    file = io.BytesIO(_open(path).read()) if _kind(path)[1] else _open(path)
     for batch in open_parquet(path, column, file).iter_batches(1024, columns=[column]):
         yield from to_strings(batch.column(0), path).to_pylist()
 
