@@ -211,7 +211,7 @@ def pack_best_fit(docs, targets, T):
             _, i = waiting.pop(fits - 1 if fits else 0)
             row.extend(zip(docs[i][:room], targets[i][:room], strict=True))
         rows.append(row + [(row[0][0], -1)] * room)
-    return np.moveaxis(np.array(rows, dtype=np.int32), -1, 0)
+    return tuple(np.moveaxis(np.array(rows, dtype=np.int32), -1, 0))
 
 
 def rank_rows(rows, compute):
@@ -249,11 +249,11 @@ def conversation_batches(task, tokenizer, rows, T, device_batch_size, compute, s
     step by length; a micro-batch has at most device_batch_size x T tokens, see length_buckets(). `states` is the
     `state` of the last Batch before the resume.
     """
-    pad = tokenizer.encode_special("<|assistant_end|>")
+    pad, order = tokenizer.encode_special("<|assistant_end|>"), Source([[i] for i in range(len(task))], seed).order
     used = states["examples"] if states else 0
     while True:
         own = (divmod(used + row, len(task)) for row in rank_rows(rows, compute))
-        examples = [task[_permutation(seed, epoch, len(task))[i]] for epoch, i in own]
+        examples = [task[order(epoch)[i]] for epoch, i in own]
         rendered = sorted((tokenizer.render_conversation(e, T + 1) for e in examples), key=lambda row: len(row[0]))
         buckets = length_buckets([len(ids) for ids, _ in rendered], device_batch_size * T)
         parts = (rendered[bucket.start : bucket.stop] for bucket in buckets)
@@ -289,11 +289,6 @@ def pad_rows(rows, pad=0):
     x = pad_sequence([ids[:-1] for ids, _ in pairs], batch_first=True, padding_value=pad)
     y = pad_sequence([ids.where(mask > 0, -1)[1:] for ids, mask in pairs], batch_first=True, padding_value=-1)
     return x.int(), y
-
-
-@functools.lru_cache(maxsize=2)
-def _permutation(seed, epoch, n):
-    return np.random.default_rng((seed, epoch)).permutation(n).tolist()
 
 
 class Prefetch(collections.abc.Iterator):

@@ -307,7 +307,6 @@ def _lock(folder):
 
     lock = filelock.FileLock(folder / ".lock")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         return lock.acquire(timeout=0)
     except filelock.Timeout:
         print0(f"waiting for another `{COMMAND}` to finish with {folder}")

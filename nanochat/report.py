@@ -25,11 +25,9 @@ from nanochat.cli import make_parser, parse_args, run_script
 from nanochat.common import atomic_path, base_dir, format_duration, is_writer, print0
 
 ROOT = Path(__file__).resolve().parents[1]
-SECTIONS = (
-    *("Tokenizer training", "Tokenizer evaluation", "Base model training", "Base model loss", "Base model evaluation"),
-    *("Chat evaluation base", "Midtraining", "Chat evaluation mid", "Chat SFT", "Chat evaluation sft"),
-    *("Chat RL", "Chat evaluation rl"),
-)
+SECTIONS = ("Tokenizer training", "Tokenizer evaluation", "Base model training", "Base model loss")
+SECTIONS += ("Base model evaluation", "Chat evaluation base", "Midtraining", "Chat evaluation mid", "Chat SFT")
+SECTIONS += ("Chat evaluation sft", "Chat RL", "Chat evaluation rl")
 OPTIONAL_SECTIONS = ("Chat evaluation base", "Chat RL", "Chat evaluation rl")
 # The keys of log()'s `metrics`; the summary reads nothing else.
 #   val_bpb, train_bpb   bits per byte on the validation and on the training split
@@ -196,24 +194,16 @@ def header(gpus, started):
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0  # bytes
     commit = _git("rev-parse", "--short", "HEAD")
     rate = hourly_rate(gpus)
-    sections = {
-        "Git": {
-            "Branch": _git("rev-parse", "--abbrev-ref", "HEAD") or "unknown",
-            "Commit": f"{commit} ({'dirty' if _git('status', '--porcelain') else 'clean'})" if commit else "unknown",
-            "Message": _git("log", "-1", "--format=%s")[:80] or "unknown",
-        },
-        "Hardware": {
-            "Platform": platform.platform(),
-            "CPU": f"{os.cpu_count()} cores, {_cpu_name()}",
-            "Memory": f"{memory / 2**30:.1f} GiB" if memory else "unknown",
-            "GPUs": f"{len(gpus)} x {gpus[0][0]}" if gpus else "none",
-            "GPU memory": f"{sum(size for _, size in gpus) / 2**30:.1f} GiB" if gpus else "none",
-            "CUDA": cuda,
-            "Cost": f"about ${rate:.2f} an hour" if rate else "unknown (no GPU)",
-        },
-        "Software": {"Python": platform.python_version(), "PyTorch": torch_version},
-        "Bloat": bloat(),
-    }
+    git = {"Branch": _git("rev-parse", "--abbrev-ref", "HEAD") or "unknown"}
+    git["Commit"] = f"{commit} ({'dirty' if _git('status', '--porcelain') else 'clean'})" if commit else "unknown"
+    git["Message"] = _git("log", "-1", "--format=%s")[:80] or "unknown"
+    hardware = {"Platform": platform.platform(), "CPU": f"{os.cpu_count()} cores, {_cpu_name()}"}
+    hardware["Memory"] = f"{memory / 2**30:.1f} GiB" if memory else "unknown"
+    hardware["GPUs"] = f"{len(gpus)} x {gpus[0][0]}" if gpus else "none"
+    hardware["GPU memory"] = f"{sum(size for _, size in gpus) / 2**30:.1f} GiB" if gpus else "none"
+    hardware |= {"CUDA": cuda, "Cost": f"about ${rate:.2f} an hour" if rate else "unknown (no GPU)"}
+    software = {"Python": platform.python_version(), "PyTorch": torch_version}
+    sections = {"Git": git, "Hardware": hardware, "Software": software, "Bloat": bloat()}
     text = "".join(f"### {name}\n{_listing(values)}\n\n" for name, values in sections.items())
     return f"# nanochat training report\n\nGenerated: {_timestamp(time.time())}\n\n{text}{started}\n\n---\n"
 

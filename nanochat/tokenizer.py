@@ -29,11 +29,8 @@ SPLIT_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
 SPLIT_PATTERN += r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 
 # Part type of an assistant's message -> (special token before, special token after, loss mask).
-PARTS = {
-    "text": (None, None, 1),
-    "python": ("<|python_start|>", "<|python_end|>", 1),
-    "python_output": ("<|output_start|>", "<|output_end|>", 0),
-}
+PARTS = {"text": (None, None, 1), "python": ("<|python_start|>", "<|python_end|>", 1)}
+PARTS |= {"python_output": ("<|output_start|>", "<|output_end|>", 0)}
 TRAIN_HINT = "train one with `python -m scripts.tok_train`"
 
 

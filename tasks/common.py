@@ -177,8 +177,7 @@ class TaskSequence(TaskMixture):
 
 def user_and_assistant(question, answer, **fields):
     """A conversation with one question and one answer; `fields` are added to it."""
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {"messages": messages, **fields}
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], **fields}
 
 
 def render_mc(question, letters, choices):
