@@ -19,8 +19,7 @@ def orthogonalize(g, steps=5, dtype=torch.bfloat16):
     a, b, c = COEFFICIENTS
     x = g.to(dtype)
     tall = x.size(-2) > x.size(-1)
-    if tall:
-        x = x.mT
+    x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
@@ -79,6 +78,4 @@ class Muon(ShardedOptimizer):
         beta2, size = unit.group["beta2"], max(1, STACK_ELEMENTS // g[0].numel())
         for i in range(0, len(g), size):
             stack = orthogonalize(g[i : i + size], dtype=self.ns_dtype)
-            if beta2:
-                stack = normalize_neurons(stack, unit.state["second_moment"][i : i + size], beta2)
-            yield from stack
+            yield from normalize_neurons(stack, unit.state["second_moment"][i : i + size], beta2) if beta2 else stack

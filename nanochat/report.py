@@ -87,8 +87,8 @@ class Report:
 
     def generate(self):
         """Combine all logged sections into report.md, which also lists the missing ones. Returns its path."""
-        files = (_json_dict(_read_text(path)) for path in sorted(self.folder.glob("*.json")))
-        logged = {f["section"]: f for f in sorted(files, key=lambda f: f.get("time", 0)) if "section" in f}
+        files = [f for f in map(_json_dict, map(_read_text, sorted(self.folder.glob("*.json")))) if "section" in f]
+        logged = {file["section"]: file for file in sorted(files, key=lambda file: file.get("time", 0))}
         names = [*(s for s in SECTIONS if s in logged), *(s for s in logged if s not in SECTIONS)]
         head = _read_text(self.folder / "header.md")
         parts = [head or header(gpu_list(), "Run started: unknown, there was no `report reset`")]

@@ -196,8 +196,7 @@ class Tokenizer:
         the last user message alone is too long, its beginning is cut off.
         """
         system, messages = check_conversation(conversation)
-        if messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
+        messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
         bos, user_start, _, assistant_start = map(self.encode_special, SPECIAL_TOKENS[:4])
         rendered = [self._render_message(message)[0] for message in messages]
 

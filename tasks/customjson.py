@@ -104,8 +104,7 @@ def _message(message, where):
     role = ROLES.get(role.lower(), role.lower()) if isinstance(role, str) else role
     if content and is_parts(content, ["text"]):
         content = "\n\n".join(part["text"] for part in content)  # as in the API
-    if message.get("tool_steps"):
-        content = _tool_parts(content, message["tool_steps"])
+    content = _tool_parts(content, message["tool_steps"]) if message.get("tool_steps") else content
     weight = message.get("weight")
     require(weight in (None, 0, 1), f"{where} has the weight {weight!r}, expected 0 or 1")
     return {"role": role, "content": content} | ({"weight": 0} if weight == 0 else {})

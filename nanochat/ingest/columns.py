@@ -25,8 +25,7 @@ def to_strings(column, path):
     """A pyarrow array of one of TEXT_TYPES as an array of strings. Raises UserError for bytes that are not UTF-8."""
     import pyarrow as pa
 
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
+    column = column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
     try:
         return column if column.type == pa.string() else column.cast(pa.large_string())
     except pa.ArrowInvalid as e:
