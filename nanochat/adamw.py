@@ -15,9 +15,7 @@ class AdamW(ShardedOptimizer):
             for p in group["params"]:
                 unit = Unit([p], group)
                 rows = self.own_rows(unit)
-                unit.state = {
-                    name: torch.zeros(rows, dtype=torch.float32, device=p.device) for name in ("exp_avg", "exp_avg_sq")
-                }
+                unit.state = {name: p.new_zeros(rows, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
                 self.units.append(unit)
 
     def update(self, unit, params, grad_scale):
@@ -25,11 +23,9 @@ class AdamW(ShardedOptimizer):
             m, v, g = (t[: len(p)] for t in (unit.state["exp_avg"], unit.state["exp_avg_sq"], unit.grad))
             p32 = p.float()  # a copy, unless p is float32
             group, steps = unit.group, torch.full((), self.steps - 1.0, device=p.device)
-            adamw(
-                *([p32], [g.float()], [m], [v], [], [steps]),
-                **dict(fused=True, amsgrad=False, maximize=False, lr=group["lr"], eps=group["eps"]),
-                **dict(beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"]),
-                grad_scale=torch.full((), 1.0 / grad_scale, device=p.device),
-            )
+            options = dict(fused=True, grad_scale=torch.full((), 1.0 / grad_scale, device=p.device))
+            options |= dict(amsgrad=False, maximize=False, lr=group["lr"], eps=group["eps"])
+            options |= dict(beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"])
+            adamw([p32], [g.float()], [m], [v], [], [steps], **options)
             if p32 is not p:
                 p.copy_(p32)

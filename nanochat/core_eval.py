@@ -46,8 +46,7 @@ class CoreScore:
     @property
     def centered(self):
         """{label: accuracy rescaled so that guessing scores 0 and a perfect model 1}."""
-        pairs = ((label, accuracy, self.baselines[label]) for label, accuracy in self.accuracies.items())
-        return {label: (accuracy - baseline) / (1 - baseline) for label, accuracy, baseline in pairs}
+        return {task: (x - self.baselines[task]) / (1 - self.baselines[task]) for task, x in self.accuracies.items()}
 
     @property
     def core(self):
@@ -206,17 +205,16 @@ def _score_part(scorer, cache, part, rows):
 
     `part` is [(row of `cache`, input, prefix length)].
     """
-    spans = [(i, start - 1 - part[i][2], tokens[start:]) for i, tokens, start in rows.values()]
-    row_index = [i for i, _, targets in spans for _ in targets]
-    column_index = [column + n for _, column, targets in spans for n in range(len(targets))]
+    scored = [(i, n - 1 - part[i][2], ids[n]) for i, ids, start in rows.values() for n in range(start, len(ids))]
+    row_index, column_index, targets = map(list, zip(*scored, strict=True))
+    targets = torch.tensor(targets, device=scorer.device)
     suffixes = [list(ids[prefix:]) for _, ids, prefix in part]
-    targets = torch.tensor([t for _, _, targets in spans for t in targets], device=scorer.device)
     losses, predicted, offset = [], [], 0
     for logits in scorer.logits(cache, [row for row, _, _ in part], suffixes, row_index, column_index):
         losses.append(F.cross_entropy(logits, targets[offset : offset + len(logits)], reduction="none"))
         predicted.append(logits.argmax(-1))
         offset += len(logits)
-    sizes = [len(targets) for _, _, targets in spans]
+    sizes = [len(tokens) - start for _, tokens, start in rows.values()]
     losses, predicted = (torch.cat(x).cpu().split(sizes) for x in (losses, predicted))
     return {key: (loss.mean().item(), ids.tolist()) for key, loss, ids in zip(rows, losses, predicted, strict=True)}
 

@@ -11,7 +11,6 @@ owns a contiguous range of lanes. Reading and tokenizing run ahead of training o
 import bisect
 import collections.abc
 import functools
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -94,7 +93,7 @@ def check_lengths(name, task, tokenizer, max_tokens, use_mask=True, sample=500):
     Measured on `sample` evenly spaced conversations. Raises UserError if none of them has a trained token.
     """
     checked = range(0, len(task), max(1, -(-len(task) // sample)))
-    masks = [tokenizer.render_conversation(task[i], sys.maxsize)[1] for i in checked]
+    masks = [tokenizer.render_conversation(task[i], max_tokens=None)[1] for i in checked]
     cut = sum(len(mask) > max_tokens for mask in masks)
     untrained = sum(use_mask and not any(mask[:max_tokens]) for mask in masks)
     problems = (cut, f"are longer than {max_tokens} tokens and are cut"), (untrained, "have no trained token left")
@@ -204,19 +203,15 @@ def pack_best_fit(docs, targets, T):
     fits, the shortest one is cropped and its rest is dropped. The last row is padded, with targets -1.
     """
     waiting = sorted((len(doc), i) for i, doc in enumerate(docs))
-    rows, row_targets = [], []
+    rows = []
     while waiting:
-        row, row_target = [], []
-        while waiting and len(row) <= T:
-            room = T + 1 - len(row)
+        row = []  # pairs of id and target
+        while (room := T + 1 - len(row)) and waiting:
             fits = bisect.bisect_right(waiting, (room, len(docs)))
             _, i = waiting.pop(fits - 1 if fits else 0)
-            row.extend(docs[i][:room])
-            row_target.extend(targets[i][:room])
-        pad = T + 1 - len(row)
-        rows.append(row + [row[0]] * pad)
-        row_targets.append(row_target + [-1] * pad)
-    return np.array(rows, dtype=np.int32), np.array(row_targets, dtype=np.int32)
+            row.extend(zip(docs[i][:room], targets[i][:room], strict=True))
+        rows.append(row + [(row[0][0], -1)] * room)
+    return tuple(np.moveaxis(np.array(rows, dtype=np.int32), -1, 0))
 
 
 def rank_rows(rows, compute):
@@ -243,8 +238,7 @@ def lane_batches(source, rows, T, device_batch_size, compute, packing="stream", 
         x, y = (torch.from_numpy(np.stack(half)) for half in zip(*(lane.next_row() for lane in lanes), strict=True))
         micro_batches = list(zip(x.split(device_batch_size), y.long().split(device_batch_size), strict=True))
         progress = sum(lane.progress() for lane in lanes) / len(lanes)
-        state = {str(lane.index): lane.state() for lane in lanes}
-        yield Batch(micro_batches, progress, state)
+        yield Batch(micro_batches, progress, {str(lane.index): lane.state() for lane in lanes})
 
 
 def conversation_batches(task, tokenizer, rows, T, device_batch_size, compute, seed=42, states=None):
@@ -255,11 +249,11 @@ def conversation_batches(task, tokenizer, rows, T, device_batch_size, compute, s
     step by length; a micro-batch has at most device_batch_size x T tokens, see length_buckets(). `states` is the
     `state` of the last Batch before the resume.
     """
-    pad = tokenizer.encode_special("<|assistant_end|>")
+    pad, order = tokenizer.encode_special("<|assistant_end|>"), Source([[i] for i in range(len(task))], seed).order
     used = states["examples"] if states else 0
     while True:
         own = (divmod(used + row, len(task)) for row in rank_rows(rows, compute))
-        examples = [task[_permutation(seed, epoch, len(task))[i]] for epoch, i in own]
+        examples = [task[order(epoch)[i]] for epoch, i in own]
         rendered = sorted((tokenizer.render_conversation(e, T + 1) for e in examples), key=lambda row: len(row[0]))
         buckets = length_buckets([len(ids) for ids, _ in rendered], device_batch_size * T)
         parts = (rendered[bucket.start : bucket.stop] for bucket in buckets)
@@ -295,11 +289,6 @@ def pad_rows(rows, pad=0):
     x = pad_sequence([ids[:-1] for ids, _ in pairs], batch_first=True, padding_value=pad)
     y = pad_sequence([ids.where(mask > 0, -1)[1:] for ids, mask in pairs], batch_first=True, padding_value=-1)
     return x.int(), y
-
-
-@functools.lru_cache(maxsize=2)
-def _permutation(seed, epoch, n):
-    return np.random.default_rng((seed, epoch)).permutation(n).tolist()
 
 
 class Prefetch(collections.abc.Iterator):

@@ -20,7 +20,6 @@ from pathlib import Path
 from nanochat import cli
 from nanochat.common import UserError, atomic_path, base_dir, file_fingerprint, print0, read_errors, require
 
-OWN_FILES = "own files"  # kind of a set
 COMMAND = "python -m nanochat.dataset"
 REPEAT_HINT = f"run `{COMMAND}` with the same flags again"
 
@@ -148,11 +147,10 @@ def _existing_shards(folder, kind, settings, overwrite, sources=None):
     manifest, new = None if overwrite else _read_manifest(folder), sources or {}
     if manifest and (manifest["kind"], manifest["settings"]) == (kind, settings):
         old = manifest["sources"]
-        gone = old.keys() - new.keys()
         if not manifest["shards"] or list(old.values()) == list(new.values()):
             return manifest["shards"]
         # Older manifests list no sources.
-        if not old or (old.keys() & new.keys() and not any(Path(name).exists() for name in gone)):
+        if not old or (old.keys() & new.keys() and not any(Path(name).exists() for name in old.keys() - new.keys())):
             changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
             return print0(f"changed: {_names(changed)}; writing the set anew")
     if _parquet_files(folder) and not overwrite and (manifest is None or manifest["shards"]):
@@ -234,7 +232,7 @@ def write_files(folder, paths, val_share, seed, overwrite=False, text_column="te
     # Before reading: if a file changes meanwhile, the next run notices it.
     sources = {str(path): file_fingerprint(path) for path in files}
     documents = labeled_documents(files, val_share, seed, text_column)
-    write_set(folder, OWN_FILES, settings, documents, overwrite, sources=sources)
+    write_set(folder, "own files", settings, documents, overwrite, sources=sources)
 
 
 def download(folder, num_files=-1, num_workers=4, overwrite=False):
@@ -312,7 +310,6 @@ def _lock(folder):
 
     lock = filelock.FileLock(folder / ".lock")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         return lock.acquire(timeout=0)
     except filelock.Timeout:
         print0(f"waiting for another `{COMMAND}` to finish with {folder}")

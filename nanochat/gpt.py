@@ -88,8 +88,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, cos, sin, kv_cache, mask):
         B, T, C = x.shape
-        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
-        q = norm(rotate(q, cos, sin)).transpose(1, 2)
+        q = norm(rotate(self.c_q(x).view(B, T, self.n_head, self.head_dim), cos, sin)).transpose(1, 2)
         k, v = self.keys_and_values(x, cos, sin)
         causal = mask is None
         if kv_cache is not None:
@@ -145,8 +144,7 @@ class GPT(nn.Module):
 
     def init_weights(self, device=None):
         """Allocate the weights on `device` (default: theirs, or CPU) and draw them from torch's global generator."""
-        allocated = self.get_device().type != "meta"
-        self.allocate(device or (self.get_device() if allocated else "cpu"))
+        self.allocate(device or ("cpu" if self.get_device().type == "meta" else self.get_device()))
         for name, p in self.named_parameters():
             if name == "transformer.wte.weight":
                 nn.init.normal_(p)
@@ -271,9 +269,8 @@ class GPT(nn.Module):
         AdamW's learning rates are for width 768; they are scaled by (n_embd / 768) ** -0.5. `ns_dtype` is the precision
         of Muon's Newton-Schulz iteration; float32 makes a float32 run independent of the world size.
         """
-        scale = (self.config.n_embd / 768) ** -0.5
         tables = (self.lm_head.weight, unembedding_lr), (self.transformer.wte.weight, embedding_lr)
-        groups = [{"params": [table], "lr": lr * scale} for table, lr in tables]
+        groups = [{"params": [table], "lr": lr * (self.config.n_embd / 768) ** -0.5} for table, lr in tables]
         adamw = AdamW(groups, betas=adam_betas, eps=1e-10, weight_decay=weight_decay)
         muon = Muon(self.transformer.h.parameters(), lr=matrix_lr, beta2=muon_beta2, ns_dtype=ns_dtype)
         for group in adamw.param_groups + muon.param_groups:

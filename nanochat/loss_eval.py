@@ -37,12 +37,11 @@ def evaluate_loss(model, batches, compute, units=None):
     return nats / num_units
 
 
-PUBLIC_PROMPTS = ["The capital of France is", "The chemical symbol of gold is"]
-PUBLIC_PROMPTS += ["If yesterday was Friday, then tomorrow will be", "The opposite of hot is"]
-PUBLIC_PROMPTS += ["The planets of the solar system are:", "My favorite color is", "If 5*x + 3 = 13, then x is"]
-POCKET_PROMPTS = ["Once upon a time", "Pip lives in", "Misty the seal", "The name of the baker is"]
-POCKET_PROMPTS += ["12 + 30 =", "apple is spelled"]
-PROMPTS = {"public": PUBLIC_PROMPTS, "pocket": POCKET_PROMPTS}
+PROMPTS = {"public": ["The capital of France is", "The chemical symbol of gold is"]}
+PROMPTS["public"] += ["If yesterday was Friday, then tomorrow will be", "The opposite of hot is"]
+PROMPTS["public"] += ["The planets of the solar system are:", "My favorite color is", "If 5*x + 3 = 13, then x is"]
+PROMPTS["pocket"] = ["Once upon a time", "Pip lives in", "Misty the seal", "The name of the baker is"]
+PROMPTS["pocket"] += ["12 + 30 =", "apple is spelled"]
 
 
 def greedy_samples(engine, corpus, max_tokens=16):

@@ -19,8 +19,7 @@ def orthogonalize(g, steps=5, dtype=torch.bfloat16):
     a, b, c = COEFFICIENTS
     x = g.to(dtype)
     tall = x.size(-2) > x.size(-1)
-    if tall:
-        x = x.mT
+    x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
@@ -37,9 +36,8 @@ def normalize_neurons(updates, second_moment, beta2):
     updates = updates.float()
     second_moment.lerp_(updates.square().mean(-1 if second_moment.size(-1) == 1 else -2, keepdim=True), 1 - beta2)
     normalized = updates / (second_moment.sqrt() + 1e-8)
-    return normalized * (
-        updates.norm(dim=(-2, -1), keepdim=True) / (normalized.norm(dim=(-2, -1), keepdim=True) + 1e-8)
-    )
+    old_norms, new_norms = (x.norm(dim=(-2, -1), keepdim=True) for x in (updates, normalized))
+    return normalized * (old_norms / (new_norms + 1e-8))
 
 
 class Muon(ShardedOptimizer):
@@ -56,15 +54,12 @@ class Muon(ShardedOptimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "beta2": beta2, "decay": decay})
         self.ns_dtype = ns_dtype
         for group in self.param_groups:
-            by_shape = {}
-            for p in group["params"]:
-                by_shape.setdefault(tuple(p.shape), []).append(p)
-            for shape, members in by_shape.items():
-                unit = Unit(members, group, row_shape=shape)
-                own, (rows, cols) = self.own_rows(unit), shape
-                unit.state = {"momentum_buffer": members[0].new_zeros(own, rows, cols)}
+            for rows, cols in dict.fromkeys(p.shape for p in group["params"]):
+                unit = Unit([p for p in group["params"] if p.shape == (rows, cols)], group, (rows, cols))
+                own, zeros = self.own_rows(unit), unit.params[0].new_zeros
+                unit.state = {"momentum_buffer": zeros(own, rows, cols)}
                 if group["beta2"]:
-                    unit.state["second_moment"] = members[0].new_zeros(own, *((1, cols) if rows < cols else (rows, 1)))
+                    unit.state["second_moment"] = zeros(own, *((1, cols) if rows < cols else (rows, 1)))
                 self.units.append(unit)
 
     def update(self, unit, params, grad_scale):
@@ -83,6 +78,4 @@ class Muon(ShardedOptimizer):
         beta2, size = unit.group["beta2"], max(1, STACK_ELEMENTS // g[0].numel())
         for i in range(0, len(g), size):
             stack = orthogonalize(g[i : i + size], dtype=self.ns_dtype)
-            if beta2:
-                stack = normalize_neurons(stack, unit.state["second_moment"][i : i + size], beta2)
-            yield from stack
+            yield from normalize_neurons(stack, unit.state["second_moment"][i : i + size], beta2) if beta2 else stack

@@ -8,6 +8,7 @@ Every stage calls get_report().log(section, data, metrics). This writes report/<
 report/<section>.json for programs.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -24,11 +25,9 @@ from nanochat.cli import make_parser, parse_args, run_script
 from nanochat.common import atomic_path, base_dir, format_duration, is_writer, print0
 
 ROOT = Path(__file__).resolve().parents[1]
-SECTIONS = (
-    *("Tokenizer training", "Tokenizer evaluation", "Base model training", "Base model loss", "Base model evaluation"),
-    *("Chat evaluation base", "Midtraining", "Chat evaluation mid", "Chat SFT", "Chat evaluation sft"),
-    *("Chat RL", "Chat evaluation rl"),
-)
+SECTIONS = ("Tokenizer training", "Tokenizer evaluation", "Base model training", "Base model loss")
+SECTIONS += ("Base model evaluation", "Chat evaluation base", "Midtraining", "Chat evaluation mid", "Chat SFT")
+SECTIONS += ("Chat evaluation sft", "Chat RL", "Chat evaluation rl")
 OPTIONAL_SECTIONS = ("Chat evaluation base", "Chat RL", "Chat evaluation rl")
 # The keys of log()'s `metrics`; the summary reads nothing else.
 #   val_bpb, train_bpb   bits per byte on the validation and on the training split
@@ -88,9 +87,8 @@ class Report:
 
     def generate(self):
         """Combine all logged sections into report.md, which also lists the missing ones. Returns its path."""
-        files = [_json_dict(_read_text(path)) for path in sorted(self.folder.glob("*.json"))]
-        sections = [file for file in files if "section" in file]
-        logged = {file["section"]: file for file in sorted(sections, key=lambda file: file.get("time", 0))}
+        files = [f for f in map(_json_dict, map(_read_text, sorted(self.folder.glob("*.json")))) if "section" in f]
+        logged = {file["section"]: file for file in sorted(files, key=lambda file: file.get("time", 0))}
         names = [*(s for s in SECTIONS if s in logged), *(s for s in logged if s not in SECTIONS)]
         head = _read_text(self.folder / "header.md")
         parts = [head or header(gpu_list(), "Run started: unknown, there was no `report reset`")]
@@ -114,19 +112,17 @@ class Report:
 
 def _read_text(path):
     """Content of a text file; None if it is missing or not UTF-8."""
-    try:
+    with contextlib.suppress(OSError, ValueError):
         return Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return None
+    return None
 
 
 def _json_dict(text):
     """The dict in a JSON text; {} if the text is None, truncated by a crash, or anything else."""
-    try:
+    with contextlib.suppress(TypeError, ValueError):
         value = json.loads(text)
-    except (TypeError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        return value if isinstance(value, dict) else {}
+    return {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,13 +151,12 @@ def _table(head, rows):
 
 def gpu_list():
     """[(name, bytes of memory)] of all CUDA GPUs."""
-    try:
+    with contextlib.suppress(ImportError, OSError, RuntimeError):
         import torch
 
         gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         return [(gpu.name, gpu.total_memory) for gpu in gpus]
-    except (ImportError, OSError, RuntimeError):
-        return []
+    return []
 
 
 def hourly_rate(gpus):
@@ -172,11 +167,10 @@ def hourly_rate(gpus):
 
 def _git(*args):
     """Output of a git command in the repository; "" without git or outside a checkout."""
-    try:
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         result = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, timeout=20)
         return result.stdout.decode("utf-8", "replace").strip("\n") if result.returncode == 0 else ""
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
+    return ""
 
 
 def bloat():
@@ -192,33 +186,24 @@ def bloat():
 
 def header(gpus, started):
     """Markdown about code, hardware and software; "unknown" for values that cannot be determined."""
-    try:
+    torch_version = cuda = "unknown"
+    with contextlib.suppress(ImportError, OSError):
         import torch
 
         torch_version, cuda = torch.__version__, torch.version.cuda or "none"
-    except (ImportError, OSError):
-        torch_version = cuda = "unknown"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0  # bytes
     commit = _git("rev-parse", "--short", "HEAD")
     rate = hourly_rate(gpus)
-    sections = {
-        "Git": {
-            "Branch": _git("rev-parse", "--abbrev-ref", "HEAD") or "unknown",
-            "Commit": f"{commit} ({'dirty' if _git('status', '--porcelain') else 'clean'})" if commit else "unknown",
-            "Message": _git("log", "-1", "--format=%s")[:80] or "unknown",
-        },
-        "Hardware": {
-            "Platform": platform.platform(),
-            "CPU": f"{os.cpu_count()} cores, {_cpu_name()}",
-            "Memory": f"{memory / 2**30:.1f} GiB" if memory else "unknown",
-            "GPUs": f"{len(gpus)} x {gpus[0][0]}" if gpus else "none",
-            "GPU memory": f"{sum(size for _, size in gpus) / 2**30:.1f} GiB" if gpus else "none",
-            "CUDA": cuda,
-            "Cost": f"about ${rate:.2f} an hour" if rate else "unknown (no GPU)",
-        },
-        "Software": {"Python": platform.python_version(), "PyTorch": torch_version},
-        "Bloat": bloat(),
-    }
+    git = {"Branch": _git("rev-parse", "--abbrev-ref", "HEAD") or "unknown"}
+    git["Commit"] = f"{commit} ({'dirty' if _git('status', '--porcelain') else 'clean'})" if commit else "unknown"
+    git["Message"] = _git("log", "-1", "--format=%s")[:80] or "unknown"
+    hardware = {"Platform": platform.platform(), "CPU": f"{os.cpu_count()} cores, {_cpu_name()}"}
+    hardware["Memory"] = f"{memory / 2**30:.1f} GiB" if memory else "unknown"
+    hardware["GPUs"] = f"{len(gpus)} x {gpus[0][0]}" if gpus else "none"
+    hardware["GPU memory"] = f"{sum(size for _, size in gpus) / 2**30:.1f} GiB" if gpus else "none"
+    hardware |= {"CUDA": cuda, "Cost": f"about ${rate:.2f} an hour" if rate else "unknown (no GPU)"}
+    software = {"Python": platform.python_version(), "PyTorch": torch_version}
+    sections = {"Git": git, "Hardware": hardware, "Software": software, "Bloat": bloat()}
     text = "".join(f"### {name}\n{_listing(values)}\n\n" for name, values in sections.items())
     return f"# nanochat training report\n\nGenerated: {_timestamp(time.time())}\n\n{text}{started}\n\n---\n"
 
@@ -285,8 +270,7 @@ def curves(rows, width=60):
 def main(argv=None):
     parser = make_parser("nanochat.report", __doc__)
     parser.add_argument("command", nargs="?", default="generate", choices=("generate", "reset"))
-    command = parse_args(parser, argv).command
-    report = get_report()
+    command, report = parse_args(parser, argv).command, get_report()
     if command == "reset":
         report.reset()
         return print0(f"new report in {report.folder}")

@@ -59,10 +59,8 @@ def roll_out(sampler, task, seeds, num_samples, max_new_tokens, max_rows):
         with task_errors(type(task).__name__):
             rewards = [float(task.reward(problems[i], text)) for _, text in samples]
             require(all(map(math.isfinite, rewards)), f"rewards must be finite, got {rewards}")
-        groups[i] = [
-            Rollout(row.request.tokens, row.tokens, row.mask, reward, row.finish == "length")
-            for (row, _), reward in zip(samples, rewards, strict=True)
-        ]
+        pairs = zip((row for row, _ in samples), rewards, strict=True)
+        groups[i] = [Rollout(row.request.tokens, row.tokens, row.mask, r, row.finish == "length") for row, r in pairs]
     return groups
 
 
@@ -84,11 +82,10 @@ def policy_batches(groups, max_tokens, device):
     """
     weighted, skipped_tokens = [], 0
     for group in groups:
-        group_advantages = advantages(group)
-        if group_advantages is None:
-            skipped_tokens += sum(sum(rollout.mask) for rollout in group)
-        else:
+        if group_advantages := advantages(group):
             weighted += zip(group, group_advantages, strict=True)
+        else:
+            skipped_tokens += sum(sum(rollout.mask) for rollout in group)
     weighted.sort(key=lambda pair: len(pair[0].prompt) + len(pair[0].tokens))  # similar lengths need little padding
     batches = []
     for bucket in length_buckets([len(r.prompt) + len(r.tokens) for r, _ in weighted], max_tokens):

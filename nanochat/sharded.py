@@ -26,8 +26,9 @@ class Unit:
     work: object = None  # handle of the reduce-scatter in progress
 
     @property
-    def num_rows(self):
-        return sum(p.numel() for p in self.params) // max(1, torch.Size(self.row_shape).numel())
+    def sizes(self):
+        """Number of rows of each parameter."""
+        return [p.numel() // torch.Size(self.row_shape).numel() for p in self.params]
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -37,8 +38,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
         distributed = dist.is_available() and dist.is_initialized()
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-        self.steps = 0
-        self.units = []
+        self.steps, self.units = 0, []
 
     def update(self, unit, params, grad_scale):
         """Update `params` in place: tensors of rows (n, *row_shape), in total at most the rows of `unit.grad`."""
@@ -46,7 +46,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def own_rows(self, unit):
         """Rows of a unit per rank, including padding."""
-        return -(-unit.num_rows // self.world_size)
+        return -(-sum(unit.sizes) // self.world_size)
 
     def own_params(self, unit):
         """Views of this rank's rows of a unit, one tensor (n, *row_shape) for each parameter that has some."""
@@ -101,8 +101,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         norms = {}
         for unit in self.units:
             first = -self.rank * self.own_rows(unit)  # of the parameter's rows, counted from this rank's first one
-            for p in unit.params:
-                rows = p.numel() // max(1, torch.Size(unit.row_shape).numel())
+            for p, rows in zip(unit.params, unit.sizes, strict=True):
                 norms[p] = unit.grad[max(0, first) : max(0, first + rows)].float().square().sum()
                 first += rows
         return norms
@@ -126,8 +125,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 gathers.append((unit, gathered, dist.all_gather_into_tensor(gathered, rows, async_op=True)))
         for unit, gathered, work in gathers:
             work.wait()
-            sizes = [p.numel() // max(1, torch.Size(unit.row_shape).numel()) for p in unit.params]
-            for p, rows in zip(unit.params, gathered[: unit.num_rows].split(sizes), strict=True):
+            for p, rows in zip(unit.params, gathered[: sum(unit.sizes)].split(unit.sizes), strict=True):
                 p.copy_(rows.view_as(p))
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -144,7 +142,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for i, unit in enumerate(self.units):
             own = self.own_rows(unit)
             for name, state in unit.state.items():
-                rows = torch.cat([shard[f"{i}.{name}"] for shard in shards])[: unit.num_rows]
+                rows = torch.cat([shard[f"{i}.{name}"] for shard in shards])[: sum(unit.sizes)]
                 rows = rows[self.rank * own : (self.rank + 1) * own]
                 state.zero_()
                 state[: rows.size(0)].copy_(rows)

@@ -25,16 +25,12 @@ SPECIAL_TOKENS = ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_star
 SPECIAL_TOKENS += ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
 
 # GPT-4's pattern, except that digits are grouped by at most two instead of three.
-SPLIT_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-)
+SPLIT_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
+SPLIT_PATTERN += r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 
 # Part type of an assistant's message -> (special token before, special token after, loss mask).
-PARTS = {
-    "text": (None, None, 1),
-    "python": ("<|python_start|>", "<|python_end|>", 1),
-    "python_output": ("<|output_start|>", "<|output_end|>", 0),
-}
+PARTS = {"text": (None, None, 1), "python": ("<|python_start|>", "<|python_end|>", 1)}
+PARTS |= {"python_output": ("<|output_start|>", "<|output_end|>", 0)}
 TRAIN_HINT = "train one with `python -m scripts.tok_train`"
 
 
@@ -65,11 +61,9 @@ class Tokenizer:
         strings. `progress(phase, done, total)` is called repeatedly: phase "counting" with (bytes, None),
         then phase "merging" with (merges, total merges).
         """
-        rustbpe = load_extension()
-        n_special = len(SPECIAL_TOKENS)
+        trainer, n_special = load_extension().Tokenizer(), len(SPECIAL_TOKENS)
         smallest = 256 + n_special  # bytes and special tokens
         require(smallest <= vocab_size < 2**32, f"vocab_size={vocab_size}: expected {smallest} to 2**32")
-        trainer = rustbpe.Tokenizer()
         train = trainer.train_from_arrow if arrow else trainer.train_from_iterator
         train(iterator, vocab_size - n_special, pattern=SPLIT_PATTERN, progress=progress, max_chars=max_chars)
         tokens = trainer.get_mergeable_ranks()
@@ -158,9 +152,8 @@ class Tokenizer:
 
         `prepend` and `append` are special tokens, given by id or name.
         """
-        head, tail = (
-            [] if t is None else [self.encode_special(t) if isinstance(t, str) else t] for t in (prepend, append)
-        )
+        ids = (self.encode_special(t) if isinstance(t, str) else t for t in (prepend, append))
+        head, tail = ([] if i is None else [i] for i in ids)
         if isinstance(text, str):
             return head + self.encode_ordinary(text) + tail
         rows = self.encode_ordinary_batch(text, num_threads=num_threads)
@@ -181,7 +174,7 @@ class Tokenizer:
 
     def render_conversation(self, conversation, max_tokens=2048):
         """
-        (ids, mask) of a conversation {"messages": [{"role", "content"}, ...]}, truncated to `max_tokens`.
+        (ids, mask) of a conversation {"messages": [{"role", "content"}, ...]}, truncated to `max_tokens` (None = all).
 
         The mask is 1 for the tokens that the model is trained to generate. A leading system message is prepended to
         the first user message. An assistant's content is a str or a list of parts {"type", "text"} with a type of
@@ -203,8 +196,7 @@ class Tokenizer:
         the last user message alone is too long, its beginning is cut off.
         """
         system, messages = check_conversation(conversation)
-        if messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
+        messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
         bos, user_start, _, assistant_start = map(self.encode_special, SPECIAL_TOKENS[:4])
         rendered = [self._render_message(message)[0] for message in messages]
 
@@ -213,11 +205,8 @@ class Tokenizer:
             question, _ = self._render_message(_add_system(system, messages[first]))
             return [bos, *question, *(i for ids in rendered[first + 1 :] for i in ids), assistant_start]
 
-        ids = prompt(0)
-        if max_tokens is None or len(ids) <= max_tokens:
-            return ids
-        starts = range(2, len(messages), 2)
-        n = bisect_left(starts, True, key=lambda first: len(prompt(first)) <= max_tokens)
+        starts = range(0, len(messages), 2)
+        n = bisect_left(starts, True, key=lambda first: max_tokens is None or len(prompt(first)) <= max_tokens)
         if n < len(starts):
             return prompt(starts[n])
         require(max_tokens >= 8, f"max_tokens={max_tokens} leaves no room for a prompt; give at least 8")
@@ -315,9 +304,8 @@ def check_conversation(conversation):
 
 def is_parts(content, types=PARTS):
     """Whether `content`, any JSON value, is a list of {"type": one of `types`, "text": str}."""
-    return isinstance(content, list) and all(
-        isinstance(p, dict) and p.get("type") in [*types] and isinstance(p.get("text"), str) for p in content
-    )
+    parts = content if isinstance(content, list) else [None]
+    return all(isinstance(p, dict) and p.get("type") in [*types] and isinstance(p.get("text"), str) for p in parts)
 
 
 def _add_system(system, message):

@@ -53,8 +53,7 @@ def main(argv=None):
         print0(f"{prompt} >{text}")
     facts = {"step": meta["step"], "train bpb": bpb["train"], "val bpb": bpb["val"]}
     listing = {f"sample: {prompt}": text for prompt, text in samples.items()}
-    metrics = {"train_bpb": bpb["train"], "val_bpb": bpb["val"]}
-    get_report().log("Base model loss", [vars(args), facts, listing], metrics)
+    get_report().log("Base model loss", [vars(args), facts, listing], {f"{split}_bpb": x for split, x in bpb.items()})
 
 
 if __name__ == "__main__":

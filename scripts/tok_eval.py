@@ -11,6 +11,7 @@ from unittest import mock
 
 from nanochat.cli import make_parser, parse_args, path, run_script
 from nanochat.common import UserError, print0, require
+from nanochat.tokenizer import Tokenizer, get_tokenizer
 
 BASELINES = {"gpt2": "GPT-2", "cl100k_base": "GPT-4"}
 
@@ -23,8 +24,6 @@ def build_parser():
 
 def load_cached(name):
     """tiktoken's tokenizer `name`, or None if it is not cached: the evaluation never waits for a download."""
-    from nanochat.tokenizer import Tokenizer
-
     try:
         with mock.patch("tiktoken.load.read_file", side_effect=FileNotFoundError):
             return Tokenizer.from_pretrained(name)
@@ -65,7 +64,6 @@ def compression_table(texts, tokenizer, baseline=None, label=""):
 def main(argv=None):
     args = parse_args(build_parser(), argv)
     from nanochat.report import get_report
-    from nanochat.tokenizer import get_tokenizer
 
     tokenizer = get_tokenizer()
     texts = evaluation_texts(args.data_dir)

@@ -7,7 +7,6 @@ A conversation is {"messages": [{"role": "user" | "assistant", "content": str or
 
 import hashlib
 import json
-import os
 import time
 from random import Random
 
@@ -107,13 +106,11 @@ class PublicTask(Task):
     def __init__(self, repo, stem, shards=(1,), **kwargs):
         super().__init__(**kwargs)
         import numpy as np
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        import pyarrow.parquet
 
         self.paths = fetch_files(repo, stem, shards)
-        names = " or ".join(map(str, self.paths))
-        with read_errors(names, "is damaged", "delete it, then it is downloaded again"):
-            self.table = pa.concat_tables([pq.read_table(path) for path in self.paths])
+        with read_errors(" or ".join(map(str, self.paths)), "is damaged", "delete it, then it is downloaded again"):
+            self.table = pyarrow.concat_tables([pyarrow.parquet.read_table(path) for path in self.paths])
         self.order = np.random.default_rng(42).permutation(len(self.table))
 
     def num_examples(self):
@@ -180,8 +177,7 @@ class TaskSequence(TaskMixture):
 
 def user_and_assistant(question, answer, **fields):
     """A conversation with one question and one answer; `fields` are added to it."""
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {"messages": messages, **fields}
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], **fields}
 
 
 def render_mc(question, letters, choices):
@@ -225,10 +221,9 @@ def _download(repo, folder, candidates):
     """Download the first complete list of files among `candidates`."""
     for paths in candidates:
         try:
-            for path in paths:
-                if not _is_parquet(path):
-                    url = f"{mirror_url('hub')}/{repo}/resolve/main/{path.relative_to(folder).as_posix()}"
-                    fetch(url, path, attempts=3, check=_check_parquet)
+            for path in [path for path in paths if not _is_parquet(path)]:
+                url = f"{mirror_url('hub')}/{repo}/resolve/main/{path.relative_to(folder).as_posix()}"
+                fetch(url, path, attempts=3, check=_check_parquet)
             return
         except UserError as e:
             error = e
@@ -240,7 +235,7 @@ def _is_parquet(path):
     if not path.is_file() or path.stat().st_size < 12:
         return False
     with open(path, "rb") as f:
-        f.seek(-4, os.SEEK_END)
+        f.seek(path.stat().st_size - 4)
         return f.read() == b"PAR1"
 
 

@@ -10,7 +10,6 @@ with "weight": 0 is not trained on. Its content may be a list of parts, see task
 /save and the chat page's export write are read too.
 """
 
-import itertools
 import json
 import re
 from pathlib import Path
@@ -33,7 +32,7 @@ class CustomJSON(Task):
         self.path = Path(filepath).expanduser()
         hint = "generate some with `python -m dev.gen_synthetic_data`"
         require(self.path.is_file(), f"no file of conversations at {self.path}; {hint}")
-        self.conversations = [_parse(value, f"{self.path}:{line}") for value, line in _values(self.path)]
+        self.conversations = [_parse(value, f"{self.path}:{line}") for line, value in _values(self.path)]
         require(self.conversations, f"{self.path} is empty: no conversations; {FORMS}")
 
     def num_examples(self):
@@ -47,12 +46,12 @@ class CustomJSON(Task):
 
 
 def _values(path):
-    """Yield (value, line number) of each conversation: JSON values in a row, items of an array, or rows of parquet."""
+    """Yield (line number, value) of each conversation: JSON values in a row, items of an array, or rows of parquet."""
     with read_errors(path, "cannot be read"):
         if path.suffix.lower() == ".parquet":
             import pyarrow.parquet
 
-            return (yield from zip(pyarrow.parquet.read_table(path).to_pylist(), itertools.count(1)))
+            return (yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1))
         text = "".join(line for _, line in read_lines(path))
     decoder, position, line = json.JSONDecoder(), 0, 1
     while (start := SEPARATORS.match(text, position).end()) < len(text):
@@ -67,7 +66,7 @@ def _values(path):
         if isinstance(value, list) and value and not _is_message(value[0]):
             position = start + 1  # an array of conversations: next, its items one by one
         else:
-            yield value, line
+            yield line, value
         line += text.count("\n", start, position)
 
 
@@ -105,8 +104,7 @@ def _message(message, where):
     role = ROLES.get(role.lower(), role.lower()) if isinstance(role, str) else role
     if content and is_parts(content, ["text"]):
         content = "\n\n".join(part["text"] for part in content)  # as in the API
-    if message.get("tool_steps"):
-        content = _tool_parts(content, message["tool_steps"])
+    content = _tool_parts(content, message["tool_steps"]) if message.get("tool_steps") else content
     weight = message.get("weight")
     require(weight in (None, 0, 1), f"{where} has the weight {weight!r}, expected 0 or 1")
     return {"role": role, "content": content} | ({"weight": 0} if weight == 0 else {})

@@ -1,6 +1,5 @@
 """GSM8K: grade-school math problems, solved with a calculator. https://huggingface.co/datasets/openai/gsm8k"""
 
-import itertools
 import re
 
 from tasks.common import PublicTask, Task, user_and_assistant
@@ -12,9 +11,9 @@ def split_calls(answer):
 
     The text after >> repeats the result. It is kept, so the model learns to read the output of its tool.
     """
-    kinds = itertools.cycle(("text", "python", "python_output"))
-    pieces = zip(re.split(r"<<([^>]*)=([^>]*)>>", answer), kinds, strict=False)
-    return [{"type": kind, "text": text} for text, kind in pieces if text]
+    kinds = ("text", "python", "python_output")
+    pieces = enumerate(re.split(r"<<([^>]*)=([^>]*)>>", answer))
+    return [{"type": kinds[i % 3], "text": text} for i, text in pieces if text]
 
 
 def final_number(text):

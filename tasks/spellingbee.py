@@ -58,8 +58,7 @@ class SpellingBee(WordTask, FinalNumberTask):
     def make(self, rng):
         word, letter = letter_problem(rng, self.split, self.words)
         template = rng.choice(self.templates)
-        if rng.random() < 0.3:
-            template = template.lower()
+        template = template.lower() if rng.random() < 0.3 else template
         letter_quote, word_quote = (rng.choice(("", "'", '"')) for _ in range(2))
         slots = {"l": f"{letter_quote}{letter}{letter_quote}", "w": f"{word_quote}{word}{word_quote}"}
         question = template.format(**slots) + ("?" if rng.random() < 0.5 else "")
@@ -80,5 +79,4 @@ class SimpleSpelling(WordTask):
         while True:
             word = rng.choice(self.words)
             if split_of("spell", word) == self.split:
-                question = rng.choice(self.templates).format(w=word)
-                return user_and_assistant(question, f"{word}:{','.join(word)}")
+                return user_and_assistant(rng.choice(self.templates).format(w=word), f"{word}:{','.join(word)}")

@@ -72,8 +72,7 @@ class HFScorer:
 
     @torch.inference_mode()
     def __init__(self, model, flag):
-        from transformers import DynamicCache
-        from transformers.cache_utils import DynamicLayer
+        from transformers.cache_utils import DynamicCache, DynamicLayer
 
         self.model, self.device, config = model, model.device, model.config.get_text_config()
         self.max_tokens = getattr(config, "max_position_embeddings", None)
@@ -98,12 +97,10 @@ class HFScorer:
 
         suffixes[i] continues row cache_rows[i] of `cache`.
         """
-        from transformers import DynamicCache
-
         n = max(1, self.max_logits // max(map(len, suffixes)))  # rows per pass
         positions = torch.tensor([rows, columns], device=self.device)
         for start in range(0, len(suffixes), n):
-            repeated = DynamicCache() if cache else None
+            repeated = type(cache)() if cache else None
             for i, layer in enumerate(cache.layers if cache else ()):
                 repeated.update(*(x[cache_rows[start : start + n]] for x in (layer.keys, layer.values)), i)
             ids = pad(suffixes[start : start + n], self.device)

@@ -115,12 +115,11 @@ def unpack(archive, folder):
     """Unpack a bundle. Raises UserError if the zip file is damaged, is not a bundle, or has a path outside `folder`."""
     try:
         with write_errors(folder), zipfile.ZipFile(archive) as z:
-            names = [name for name in z.namelist() if not name.startswith("__MACOSX/")]
-            for name in names:
+            for name in z.namelist():
                 inside = "\\" not in name and (folder / name).resolve().is_relative_to(folder.resolve())
                 require(inside, f"{archive}: the path {name!r} lies outside of the bundle; nothing was unpacked")
-            require("eval_bundle/core.yaml" in names, f"{archive} contains no eval_bundle/core.yaml")
-            z.extractall(folder, names)
+            require("eval_bundle/core.yaml" in z.namelist(), f"{archive} contains no eval_bundle/core.yaml")
+            z.extractall(folder)
     except (zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as e:  # RuntimeError: encrypted or unknown method
         raise UserError(f"{archive} is not a complete zip file ({e}); repeat the command to download a new copy") from e
 
@@ -162,9 +161,8 @@ def _read_baselines(path):
 def _load_task(folder, entry, baselines):
     label, kind, path = entry["label"], entry["icl_task_type"], folder / "eval_data" / entry["dataset_uri"]
     percent = baselines.get(label)
-    valid = re.fullmatch(r"\d\d?(\.\d*)?", str(percent))
     message = f"the baseline of {label} is {percent!r}, expected a percentage from 0 to below 100"
-    require(valid, f"{folder / 'eval_meta_data.csv'}: {message}")
+    require(re.fullmatch(r"\d\d?(\.\d*)?", str(percent)), f"{folder / 'eval_meta_data.csv'}: {message}")
     lines = enumerate(_read(path).split("\n"), 1)  # not splitlines(), which also splits at other Unicode line breaks
     rows = [_parse_example(line, kind, f"{path}:{number}") for number, line in lines if line.strip()]
     require(rows, f"{path} is empty: no examples of {label}")

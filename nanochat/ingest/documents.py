@@ -165,17 +165,14 @@ def read_lines(path, size=-1):
         if byte := UNDECODABLE.search(line):
             place = f"{path}:{number}: the byte 0x{ord(byte[0]) - 0xDC00:x}"
             raise UserError(f"{place} is not UTF-8; {ICONV.format('cp1252')}")
-        is_text = line.count("\0") <= len(line) // 10
-        require(is_text, f"{path}:{number}: many NUL bytes; {ICONV.format('utf-16')}")
+        require(line.count("\0") <= len(line) // 10, f"{path}:{number}: many NUL bytes; {ICONV.format('utf-16')}")
         yield number, line
         number += line.endswith("\n")
 
 
 def parquet_documents(path, column="text"):
     """Yield one column of a parquet file; None for null."""
-    import pyarrow as pa
-
-    file = pa.BufferReader(_open(path).read()) if _kind(path)[1] else _open(path)
+    file = io.BytesIO(_open(path).read()) if _kind(path)[1] else _open(path)
     for batch in open_parquet(path, column, file).iter_batches(1024, columns=[column]):
         yield from to_strings(batch.column(0), path).to_pylist()
 

@@ -24,8 +24,7 @@ def find_last_shard():
     if not _is_missing(LAST_SHARD):
         return LAST_SHARD
     last = bisect.bisect_left(range(LAST_SHARD), True, key=_is_missing) - 1
-    count = f"{last + 1} shards at {_url('')}, expected at least 2 (training, validation)"
-    require(last >= 1, f"{count}; check the URL")
+    require(last >= 1, f"{last + 1} shards at {_url('')}, expected at least 2 (training, validation); check the URL")
     return last
 
 
@@ -61,8 +60,7 @@ def fetch_shards(folder, names, check, num_workers=4):
         pool.shutdown(wait=False, cancel_futures=True)
     if failed:
         hint = "run `python -m nanochat.dataset` with the same flags again"
-        missing = len(names) - len(checked)
-        raise UserError(f"{missing} of {len(names)} shards are missing ({'; '.join(failed)}); {hint}")
+        raise UserError(f"{len(names) - len(checked)} of {len(names)} shards are missing ({'; '.join(failed)}); {hint}")
     print0(f"downloaded {len(names)} shards")
     return checked
 

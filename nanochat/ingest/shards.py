@@ -39,7 +39,7 @@ def write_shards(folder, documents, seed, shard_chars=SHARD_CHARS):
     Keeps one training shard and all validation documents in memory. Documents are shuffled within their shard; the
     loader shuffles the row groups of all shards.
     """
-    rng, val, shards, total = random.Random(seed), [], {}, 0
+    rng, val, shards, sizes = random.Random(seed), [], {}, []
 
     def train_documents():
         for is_val, text in documents:
@@ -49,13 +49,11 @@ def write_shards(folder, documents, seed, shard_chars=SHARD_CHARS):
                 yield text
 
     def add_shard(texts, split):
-        nonlocal total
-        chars = sum(map(len, texts))
-        total += chars
+        sizes.append(sum(map(len, texts)))
         name = f"shard_{len(shards):05d}.parquet"
         shards[name] = write_shard(folder / name, texts)
-        share = f" ({100 * chars / total:.1f} %)" if split == "validation" else ""
-        print0(f"{name}, {split}: {len(texts):,} document{'s' * (len(texts) != 1)}, {chars:,} characters{share}")
+        share = f" ({100 * sizes[-1] / sum(sizes):.1f} %)" if split == "validation" else ""
+        print0(f"{name}, {split}: {len(texts):,} document{'s' * (len(texts) != 1)}, {sizes[-1]:,} characters{share}")
 
     for shard in cut_shards(train_documents(), shard_chars):
         rng.shuffle(shard)

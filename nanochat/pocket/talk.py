@@ -21,8 +21,7 @@ OUTSIDE_WORDS = {"n": "strangers", "w": "countries", "t": "subjects"}
 
 def topic_exchange(rng, split, world, topic):
     """A random (user message, reply) of a topic with its own section; None if the message is in another split."""
-    lines = world.lines(f"talk {topic}")
-    questions, replies = ([line[2:] for line in lines if line[0] == mark] for mark in "?!")
+    questions, replies = ([line[2:] for line in world.lines(f"talk {topic}") if line[0] == mark] for mark in "?!")
     if topic == "ask story":
         text, a, b, p = story(rng, split, world)
     else:
@@ -97,10 +96,8 @@ def conversation(rng, split, world, topics=TOPICS):
 def informal(rng, text):
     """`text` as people type it: sometimes in lower case, without the final punctuation, or after a greeting."""
     variant = rng.random()
-    if variant < 0.1 or 0.2 <= variant < 0.25:
-        text = text.lower()
-    if 0.1 <= variant < 0.25:
-        text = text.rstrip("?.!")
+    text = text.lower() if variant < 0.1 or 0.2 <= variant < 0.25 else text
+    text = text.rstrip("?.!") if 0.1 <= variant < 0.25 else text
     if 0.25 <= variant < 0.35 and text.endswith("?"):
         text = rng.choice(("Hi! ", "Hello! ", "Hello, ", "Hey, ", "Please tell me: ", "I have a question. ")) + text
     return text

@@ -43,7 +43,14 @@ def gerund(phrase):
     return f"{verb}ing {rest}".strip()
 
 
-class Place:
+class Named:
+    """In a text, it is its name."""
+
+    def __str__(self):
+        return self.name
+
+
+class Place(Named):
     """A place and its two residents. Templates use its attributes: {p.at}, {p.landmark}, {p.who.kind}."""
 
     def __init__(self, name, preposition, about, landmark, famous, near):
@@ -51,11 +58,8 @@ class Place:
         self.at = f"{preposition} {name}"
         self.residents = []
 
-    def __str__(self):
-        return self.name
 
-
-class Character:
+class Character(Named):
     """An animal of the pocket world. Templates use its attributes: {a.his}, {a.a_job}, {a.place.landmark}."""
 
     def __init__(self, name, he, kind, home, wears, food, job, hobby, fear, thing, friend):
@@ -68,9 +72,6 @@ class Character:
             setattr(self, f"a_{noun}", f"{'an' if value[0] in 'aeiou' else 'a'} {value}")
         self.He, self.His, self.Food = he.capitalize(), self.his.capitalize(), food.capitalize()
         self.doing = gerund(hobby)
-
-    def __str__(self):
-        return self.name
 
 
 class World:
