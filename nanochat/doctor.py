@@ -34,19 +34,17 @@ def software():
     yield f"Python {platform.python_version()}", "" if sys.version_info >= (3, 10) else "install Python 3.10 or newer"
     try:
         version = importlib.metadata.version("torch")
+        common.load_extension()
+        yield "rustbpe, the tokenizer's extension", ""
     except importlib.metadata.PackageNotFoundError:
         yield "torch is not installed", ENVIRONMENT_HINT
         return
-    installed, needed = (tuple(map(int, re.findall(r"\d+", v)[:2])) for v in (version, TORCH))
-    yield f"torch {version}", f"install torch {TORCH} or newer: {ENVIRONMENT_HINT}" if installed < needed else ""
-    try:
-        common.load_extension()
-        yield "rustbpe, the tokenizer's extension", ""
     except UserError as e:
         yield str(e).partition(";")[0], ENVIRONMENT_HINT
+    installed, needed = (tuple(map(int, re.findall(r"\d+", v)[:2])) for v in (version, TORCH))
+    yield f"torch {version}", f"install torch {TORCH} or newer: {ENVIRONMENT_HINT}" if installed < needed else ""
     cargo = shutil.which("cargo") or shutil.which("cargo", path=os.path.expanduser("~/.cargo/bin"))
-    remedy = "needed to build rustbpe: dev/setup.sh installs it, or rustup.rs"
-    yield ("Rust", "") if cargo else ("no Rust", remedy)
+    yield "Rust" if cargo else "no Rust", "" if cargo else "dev/setup.sh installs it, to build rustbpe; or rustup.rs"
 
 
 def devices():
@@ -88,8 +86,8 @@ def network():
         try:
             if "://" in url:
                 urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5)
-            elif not os.path.isdir(url):
-                problem = "no such folder"
+            else:
+                os.listdir(url)
         except urllib.error.HTTPError:  # it answers
             pass
         except OSError as e:

@@ -20,7 +20,7 @@ from nanochat import checkpoint_manager as checkpoints
 from nanochat import cluster, ops
 from nanochat.common import UserError, atomic_path, base_dir, print0, print_error, require, set_aside, torchrun_job
 from nanochat.dataloader import Prefetch, eval_batches, lane_batches
-from nanochat.plan import Plan, check_memory, fits
+from nanochat.plan import Plan, check_memory, fits_whole
 from nanochat.tokenizer import check_tokenizer
 from nanochat.tracking import with_progress
 
@@ -227,10 +227,7 @@ class Stage:
             enabled = device != "mps" and tokens * model.estimate_flops() >= COMPILE_FROM_FLOPS
         if not enabled:
             return model
-        mode = "whole" if device == "cuda" and fixed_shape and fits(self.args, model.config, self.compute) else "blocks"
-        if self.plan:
-            self.plan.mode = mode
-        if mode == "whole":
+        if device == "cuda" and fixed_shape and fits_whole(self.args, model.config, self.compute):
             return torch.compile(model, dynamic=False, fullgraph=True)  # a fifth faster than block by block
         if problem := ops.compiler_problem(device):
             print0(f"warning: training without torch.compile(), which is slower: {problem}")

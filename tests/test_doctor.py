@@ -71,10 +71,10 @@ def old_gpu(patch):
 
 
 PROBLEMS = {
-    no_rust: "no Rust; .*dev/setup.sh",
+    no_rust: "no Rust; dev/setup.sh",
     no_disk: "disk: 0.2 GB free in .*; make room, or point NANOCHAT_BASE_DIR",
     no_network: "no data from http://127.0.0.1:9: .*; .*set NANOCHAT_HUB_URL",
-    no_mirror: "no data from /nowhere: no such folder; .*set NANOCHAT_BUCKET_URL",
+    no_mirror: "no data from /nowhere: No such file or directory; .*set NANOCHAT_BUCKET_URL",
     old_torch: "torch 2.4.1.cpu; install torch 2.10 or newer: ",
     old_gpu: "GPU 0: Tesla T4, 15 GiB; without bfloat16",
 }

@@ -88,16 +88,16 @@ def test_plan_for_other_devices_needs_no_data(empty_base, capsys):
     assert planned["time"].startswith("3h") and 60 <= number(r"\$N ", planned["cost"]) <= 100
     base_train.main(["--plan_for=128xH100"])
     networks = read_plan(capsys.readouterr().out)
-    assert "InfiniBand" in networks["link 1"] and "Ethernet" in networks["link 2"]
-    assert "not the right tool" in networks["link 1"]
+    assert "InfiniBand" in networks["exchange"] and "Ethernet" in networks["exchange"]
+    assert "sharding the optimizer is not enough" in networks["exchange"]
     with raises_user_error("--plan_for=8xH10: .* known: b300, "):
         base_train.main(["--plan_for=8xH10"])
 
 
 def test_exact_parts_of_memory():
     """Weights, gradients and optimizer state have the bytes of a real model's and its optimizers'."""
-    config = GPTConfig.from_depth(2, 64, 600)
-    need = plan.memory(config, 256, CPU)
+    args, config = parse_args(base_train.build_parser(), []), GPTConfig.from_depth(2, 64, 600)
+    need = plan.memory(args, config, CPU)
     model = GPT(config)
     model.init_weights("cpu")
     adamw, muon = model.setup_optimizers()
@@ -108,7 +108,7 @@ def test_exact_parts_of_memory():
     assert isinstance(muon, Muon) and need["gradients"] == weights + sum(
         4 * p.numel() for p in model.transformer.h.parameters()
     )
-    assert plan.memory(config, 256, replace(CPU, world_size=8))["optimizer"] == need["optimizer"] / 8
+    assert plan.memory(args, config, replace(CPU, world_size=8))["optimizer"] == need["optimizer"] / 8
 
 
 @pytest.mark.parametrize("gib", [3.0, 0.5, 0.01])
@@ -127,7 +127,9 @@ def test_memory_is_compared_before_the_start(gib, monkeypatch, capsys):
         assert "not even one row fits" in warning
         return
     fitting = int(re.search("--device_batch_size=(\\d+) is the largest", warning)[1])
-    memory = {rows: sum(plan.memory(config, rows * 1024, CPU).values()) / 2**30 for rows in (fitting, 2 * fitting)}
+    memory = {
+        rows: sum(plan.memory(args, config, CPU, rows * 1024).values()) / 2**30 for rows in (fitting, 2 * fitting)
+    }
     assert memory[fitting] <= gib < memory[2 * fitting]
 
 
@@ -145,6 +147,6 @@ def test_memory_estimate_of_a_gpu():
     ids = torch.randint(65536, (16, 2049), device=compute.device)
     for _ in range(2):
         train_step(model, optimizers, [(ids[:, :-1].int(), ids[:, 1:])], compute)
-    need = plan.memory(config, 16 * 2048, compute, "blocks")
+    need = plan.memory(None, config, compute, 16 * 2048)
     expected = sum(need.values()) - need["process"]
     assert torch.cuda.max_memory_allocated() == pytest.approx(expected, rel=0.2)
