@@ -104,9 +104,7 @@ def check_memory(args, config, compute):
     state, total = need["weights"] + need["gradients"] + need["optimizer"], sum(need.values())
     free = f"GiB of memory, {available / 2**30:,.1f} are free"
     problem = f"weights, gradients and optimizer state need {state / 2**30:,.1f} {free}"
-    require(
-        state <= available, f"{problem}; train a smaller model, or on more devices, which share the optimizer state"
-    )
+    require(state <= available, f"{problem}; train a smaller model, or on more devices, which share the last of these")
     if total > available:
         hint = largest_batch(args, need, available, compute.world_size)
         print0(f"warning: this run may need {total / 2**30:,.1f} {free}; {hint}")
@@ -166,10 +164,8 @@ class Plan:
         lines["training"] = f"{steps:,} steps, {tokens:,} tokens, {flops:.4e} FLOPs"
         if args.plan_for:
             count, name = parse_devices(args.plan_for)
-            available, compute = (
-                DEVICES[name][0] * 2**30,
-                Compute(torch.device("cuda"), torch.bfloat16, world_size=count),
-            )
+            available = DEVICES[name][0] * 2**30
+            compute = Compute(torch.device("cuda"), torch.bfloat16, world_size=count)
             lines |= self._elsewhere(count, name, steps, flops / steps)
         else:
             lines |= self._here(log, steps)
@@ -231,6 +227,8 @@ class Plan:
     def _elsewhere(self, count, name, steps, flops):
         """Lines on other devices: time, cost, communication (reduce-scatter of gradients, all-gather of weights)."""
         _, link, price = DEVICES[name]
+        if not flops:
+            return {"time": "unknown, since it depends on the answers: run --plan on such devices"}
         step = flops / (count * tracking.PEAK_FLOPS[name] * MFU)
         exchanged = 2 * sizes(self.config, "cuda")[0] * (count - 1) / count
         links = {f"the links of a host ({link} GB/s)": link} if count <= HOST_DEVICES else NETWORKS
