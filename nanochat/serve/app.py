@@ -19,7 +19,7 @@ from pathlib import Path
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import generate_latest
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -38,7 +38,6 @@ TOO_LARGE = f"the body is larger than {MAX_BODY:,} bytes"
 # Messages for pydantic's error types whose own message speaks of Python.
 CLEARER = dict.fromkeys(("model_attributes_type", "dict_type"), "expected a JSON object")
 CLEARER |= {"list_type": "expected a list", "too_short": "expected at least one element"}
-CLIENT_GONE = Response(status_code=499)  # nobody reads it, but the metrics count it
 ERRORS = {statuses: {"model": ErrorBody} for statuses in ("4XX", "5XX")}
 
 
@@ -92,47 +91,6 @@ class Gate:
                 return ApiError(401, "a valid API key is needed: Authorization: Bearer KEY")
         length = headers.get("content-length", "0")
         return ApiError(413, TOO_LARGE) if length.isdecimal() and int(length) > MAX_BODY else None
-
-
-class EventStream(Response):
-    """
-    Server-sent events from an async generator of JSON values, then [DONE]; a client that disconnects closes it.
-
-    None is a flush marker, not an event: the events before it are sent in one write. A WorkerError before the first
-    event gets an HTTP status of its own, a later one becomes an event.
-    """
-
-    media_type = "text/event-stream"
-
-    def __init__(self, events):
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        del self.headers["content-length"]
-        self.events, self.started = events, False
-
-    async def __call__(self, scope, receive, send):
-        with contextlib.suppress(OSError):  # the client disconnected
-            await while_connected(receive, self._send_events(send))
-        if not self.started:
-            await CLIENT_GONE(scope, receive, send)
-
-    async def _send_events(self, send):
-        data = ""
-        try:
-            async with contextlib.aclosing(self.events):
-                async for event in self.events:
-                    if not self.started:
-                        self.started = True
-                        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                    if event is not None:
-                        data += f"data: {json.dumps(event)}\n\n"
-                    elif data:
-                        await send({"type": "http.response.body", "body": data.encode(), "more_body": True})
-                        data = ""
-        except WorkerError as e:
-            if not self.started:
-                raise
-            data += f"data: {json.dumps(ApiError(500, str(e)).body)}\n\n"
-        await send({"type": "http.response.body", "body": f"{data}data: [DONE]\n\n".encode()})
 
 
 async def while_connected(receive, work):
@@ -194,11 +152,31 @@ async def handle_exception(request, error):
 
 
 async def respond(request, completion):
-    """The response to a chat or text completion."""
-    if completion.body.stream:
-        return EventStream(completion.chunks())
-    answer = await while_connected(request.receive, completion.answer())
-    return CLIENT_GONE if answer is None else JSONResponse(answer)
+    """The response to a chat or text completion. A WorkerError before its first chunk gets a status."""
+    chunks = completion.chunks() if completion.body.stream else None
+    answer = await while_connected(request.receive, anext(chunks) if chunks else completion.answer())
+    if answer is None:
+        return Response(status_code=499)  # nobody reads it, but the metrics count it
+    if not chunks:
+        return JSONResponse(answer)
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(server_sent_events(answer, chunks), media_type="text/event-stream", headers=headers)
+
+
+async def server_sent_events(first, rest):
+    """Yield the text of server-sent events: lists of chunks, `first` and those of `rest`, then [DONE]."""
+    try:
+        async with contextlib.aclosing(rest):
+            yield events(first)
+            async for chunks in rest:
+                yield events(chunks)
+    except WorkerError as e:
+        yield events([ApiError(500, str(e)).body])
+    yield "data: [DONE]\n\n"
+
+
+def events(chunks):
+    return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks)
 
 
 @contextlib.asynccontextmanager

@@ -104,20 +104,16 @@ class Completion:
         return head | {"choices": choices, "usage": usage(self.generations)}
 
     async def chunks(self):
-        """Yield the chunks of a stream. None is a flush marker: the chunks so far should be sent without delay."""
+        """Yield lists of the chunks of a stream, each to be sent without delay."""
         (generation,) = self.generations
         with_usage = self.body.stream_options and self.body.stream_options.include_usage
         head = envelope(self.chunk_object, self.id, self.worker.model.name) | ({"usage": None} if with_usage else {})
         async with contextlib.aclosing(generation.batches()) as batches:
             async for batch in batches:
-                for answer, deltas in batch.items():
-                    is_first = answer.n_tokens == len(deltas)  # there were no tokens before this batch
-                    for choice in self._chunk_choices(answer, deltas, is_first):
-                        yield head | {"choices": [choice]}
-                if any(answer.finish is None for answer in generation.answers):
-                    yield None
+                choices = [choice for answer, deltas in batch.items() for choice in self._chunk_choices(answer, deltas)]
+                yield [head | {"choices": [choice]} for choice in choices]
         if with_usage:
-            yield head | {"choices": [], "usage": usage([generation])}
+            yield [head | {"choices": [], "usage": usage([generation])}]
 
     def _choice(self, answer, finish, logprobs, **content):
         """
@@ -145,8 +141,8 @@ class ChatCompletion(Completion):
     def _content(self, answer):
         return {"message": answer.message()}
 
-    def _chunk_choices(self, answer, deltas, is_first):
-        if is_first:
+    def _chunk_choices(self, answer, deltas):
+        if answer.n_tokens == len(deltas):  # there were no tokens before
             yield self._choice(answer, None, [], delta={"role": "assistant", "content": ""})
         for delta in merged(deltas):
             yield self._choice(answer, None, answer.new_logprobs(), delta=delta)
@@ -183,7 +179,8 @@ class TextCompletion(Completion):
     def _content(self, answer):
         return {"text": answer.text}
 
-    def _chunk_choices(self, answer, deltas, is_first):
+    def _chunk_choices(self, answer, deltas):
+        is_first = answer.n_tokens == len(deltas)  # there were no tokens before, but perhaps an echo
         text = answer.text if is_first else "".join(delta.get("content", "") for delta in deltas)
         if text or answer.finish:
             yield self._choice(answer, answer.finish, answer.new_logprobs(), text=text)
