@@ -8,7 +8,7 @@ import uuid
 from collections import defaultdict
 
 from nanochat.inference.answer import Answer
-from nanochat.serve.schemas import ApiError, envelope
+from nanochat.serve.schemas import check, envelope
 
 
 class Generation:
@@ -83,8 +83,7 @@ class Completion:
     """
 
     def __init__(self, service, body, n_prompts=1):
-        if body.stream_options is not None and not body.stream:
-            raise ApiError(400, "stream_options needs stream=true", param="stream_options")
+        check(body.stream or body.stream_options is None, "stream_options needs stream=true", "stream_options")
         self.service, self.body, self.tokenizer = service, body, service.tokenizer
         self.worker = service.pick_worker((body.n or 1) * n_prompts, body.model)
         self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
@@ -131,15 +130,15 @@ class ChatCompletion(Completion):
     scores_every_token = echo = False
 
     def __init__(self, service, body):
-        if body.top_logprobs and not body.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
+        check(body.logprobs or not body.top_logprobs, "top_logprobs needs logprobs=true", "top_logprobs")
         super().__init__(service, body)
         max_tokens = body.max_completion_tokens or body.max_tokens or service.options.max_tokens
         prompt = service.chat_prompt(body.messages, max_tokens)
         self._set_prompts([(prompt, False)], max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
 
     def _content(self, answer):
-        return {"message": answer.message()}
+        steps = {"tool_steps": answer.steps} if answer.steps else {}
+        return {"message": {"role": "assistant", "content": answer.text} | steps}
 
     def _chunk_choices(self, answer, deltas):
         if answer.n_tokens == len(deltas):  # there were no tokens before
@@ -167,13 +166,11 @@ class TextCompletion(Completion):
         super().__init__(service, body, len(body.prompt))
         self.scores_every_token, self.echo = body.logprobs is not None, body.echo
         max_tokens = 16 if body.max_tokens is None else body.max_tokens
-        if max_tokens == 0 and not body.echo:
-            raise ApiError(400, "max_tokens=0 needs echo=true", param="max_tokens")
+        check(max_tokens or body.echo, "max_tokens=0 needs echo=true", "max_tokens")
         prompts, n = service.text_prompts(body.prompt), body.n or 1
-        if len(prompts) * n > 128:
-            raise ApiError(400, f"{len(prompts)} prompts with {n} answers each are more than 128", param="prompt")
-        if body.stream and (len(prompts) > 1 or max_tokens == 0):
-            raise ApiError(400, "a stream is for the answer to one prompt, of at least one token", param="stream")
+        check(len(prompts) * n <= 128, f"{len(prompts)} prompts with {n} answers each are more than 128", "prompt")
+        message = "a stream is for the answer to one prompt, of at least one token"
+        check(not body.stream or (len(prompts) == 1 and max_tokens), message, "stream")
         self._set_prompts(prompts, max_tokens, body.logprobs)
 
     def _content(self, answer):

@@ -6,13 +6,12 @@ import time
 
 from nanochat.common import UserError
 from nanochat.serve.metrics import Metrics
-from nanochat.serve.schemas import MAX_CHARS, MAX_MESSAGE_CHARS, MAX_MESSAGES, ApiError
+from nanochat.serve.schemas import MAX_CHARS, MAX_MESSAGE_CHARS, MAX_MESSAGES, ApiError, check
 from nanochat.serve.worker import Worker
 from nanochat.tokenizer import get_tokenizer
 
 # Fields that have the same name and meaning in a request's body and in the engine's Request.
-ENGINE_FIELDS = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty"}
-ENGINE_FIELDS |= {"presence_penalty", "seed"}
+ENGINE_FIELDS = {*"temperature top_k top_p min_p repetition_penalty frequency_penalty presence_penalty seed".split()}
 BOS = "<|bos|>"
 
 
@@ -86,8 +85,7 @@ class Service:
         """
         result, bos = [], self.tokenizer.get_bos_token_id()
         for prompt in prompts:
-            if prompt == []:
-                raise ApiError(400, "a prompt has no tokens", param="prompt")
+            check(prompt != [], "a prompt has no tokens", "prompt")
             sent_bos = prompt.startswith(BOS) if isinstance(prompt, str) else prompt[0] == bos
             tokens = self.tokenizer.encode(prompt.removeprefix(BOS)) if isinstance(prompt, str) else prompt[sent_bos:]
             self._check_vocabulary(tokens, "prompt")
