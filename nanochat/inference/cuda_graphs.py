@@ -27,8 +27,7 @@ class StaticStep:
     def __init__(self, model, cache, columns):
         self.model, self.data, self.columns = model, cache.data, columns
         rows, device = cache.data.size(2), cache.data.device
-        self.ids = torch.zeros(rows, dtype=torch.long, device=device)
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self.ids, self.lengths = torch.zeros(2, rows, dtype=torch.long, device=device)
         self.rows = torch.arange(rows, device=device)
         self.positions = torch.arange(columns, device=device)
         # The graph holds the tables' addresses; without this reference the model could replace them by larger ones.

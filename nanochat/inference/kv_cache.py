@@ -144,12 +144,4 @@ class PrefixCache:
 
 def common_prefix_length(a, b):
     """Number of leading tokens that `a` and `b` have in common."""
-    low, high = 0, min(len(a), len(b))
-    a, b = tuple(a[:high]), tuple(b[:high])
-    while low < high:  # bisection: comparing slices is much faster than comparing tokens in a loop
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -26,6 +26,7 @@ class Row:
 
     request: Request
     sample: int  # 0 to num_samples - 1
+    rng: random.Random
     limit: int  # maximum of len(tokens)
     tokens: list[int] = field(default_factory=list)  # generated so far, including the terminal token
     mask: list[int] = field(default_factory=list)  # 1 = sampled, 0 = forced by the calculator
@@ -35,9 +36,6 @@ class Row:
     forced: deque = field(default_factory=deque)  # tokens of the calculator's result still to be emitted
     call: list[int] | None = None  # tokens since <|python_start|>
     detokenizer: Detokenizer | None = None  # finds stop strings
-
-    def __post_init__(self):
-        self.rng = random.Random(f"{self.request.seed},{self.sample}")
 
     @property
     def last_token(self):
@@ -86,7 +84,7 @@ class DecodeLoop:
     together increases throughput and latency.
     """
 
-    def __init__(self, backend, tokenizer, max_rows, prefix_cache=None, gather=1):
+    def __init__(self, backend, tokenizer, max_rows, prefix_cache, gather=1):
         self.backend, self.tokenizer, self.prefix_cache = backend, tokenizer, prefix_cache
         self.max_rows, self.gather = max_rows, gather
         self.terminals = terminal_tokens(tokenizer)
@@ -108,7 +106,7 @@ class DecodeLoop:
         message = f"the prompt has {len(request.tokens):,} tokens; the model's context of {context:,} leaves no room "
         require(room >= 1, message + "for an answer: shorten the prompt")
         limit = min(room, request.max_tokens or room)
-        rows = [Row(request, i, limit) for i in range(request.num_samples)]
+        rows = [Row(request, i, random.Random(f"{request.seed},{i}"), limit) for i in range(request.num_samples)]
         for row in rows if request.stop else ():
             row.detokenizer = Detokenizer(self.tokenizer, request.stop)
         self.waiting.extend(rows[i : i + self.max_rows] for i in range(0, len(rows), self.max_rows))
@@ -162,7 +160,7 @@ class DecodeLoop:
         if len(active) == len(rows):
             return
         for i, row in enumerate(rows):
-            if row.finish and self.prefix_cache:
+            if row.finish:
                 self.prefix_cache.add(row.request.tokens + row.tokens, self.cache, i)
         # Fill each hole with a row from the end, so that few rows move.
         order = [i if not rows[i].finish else active.pop() for i in range(len(active))]
