@@ -55,9 +55,8 @@ class Gate:
         # The server leaves the body of an answer to HEAD out. No redirects: they would not know a proxy's prefix.
         scope = scope | {"method": "GET" if method == "HEAD" else method, "path": path}
         headers = Headers(scope=scope)
-        request_id = headers.get("x-request-id", "")
-        if not re.fullmatch(r"[\w.:-]{1,128}", request_id):
-            request_id = uuid.uuid4().hex
+        sent_id = headers.get("x-request-id", "")
+        request_id = sent_id if re.fullmatch(r"[\w.:-]{1,128}", sent_id) else uuid.uuid4().hex
         size, status = 0, "aborted"
 
         async def receive_limited():
@@ -211,13 +210,12 @@ def create_app(options):
     origins = {"allow_origins": options.cors} if options.cors else {"allow_origin_regex": LOCAL_ORIGINS}
     app.add_middleware(Gate, api_key=options.api_key, metrics=service.metrics)
     app.add_middleware(CORSMiddleware, allow_methods=["GET", "POST"], allow_headers=["*"], **origins)  # the outermost
-    add_completions(app, service)
-    add_status(app, service)
+    add_api(app, service)
     add_page(app)
     return app
 
 
-def add_completions(app, service):
+def add_api(app, service):
     responses = ERRORS | {200: {"content": {"text/event-stream": {}}}}
 
     @app.post("/v1/chat/completions", responses=responses)
@@ -228,8 +226,6 @@ def add_completions(app, service):
     async def completions(body: CompletionRequest, request: Request):
         return await respond(request, TextCompletion(service, body))
 
-
-def add_status(app, service):
     def entry(model):
         entry = {"id": model.name, "object": "model", "created": service.created, "owned_by": "nanochat"}
         return entry | {"context_length": model.context}

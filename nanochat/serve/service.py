@@ -100,8 +100,7 @@ class Service:
         settings = {"temperature": self.options.temperature, "top_k": self.options.top_k}
         settings |= {"seed": random.getrandbits(31)} | body.model_dump(include=ENGINE_FIELDS, exclude_none=True)
         settings |= {"stop": tuple(body.stop or ()), "stop_tokens": frozenset(body.stop_token_ids or ())}
-        settings |= {"max_tokens": max_tokens, "num_samples": body.n or 1}
-        return settings | {"logit_bias": bias or None, "logprobs": logprobs}
+        return settings | dict(max_tokens=max_tokens, num_samples=body.n or 1, logit_bias=bias, logprobs=logprobs)
 
     def _check_vocabulary(self, tokens, param):
         for token in tokens:

@@ -199,7 +199,6 @@ class Worker:
         return sum(self.unfinished.values())
 
     async def start(self):
-        self.loop = asyncio.get_running_loop()
         context = multiprocessing.get_context("spawn")  # a forked child would share the server's sockets
         ours, theirs = socket.socketpair()
         self.process = context.Process(target=run_worker, args=(theirs, self.index, self.options), daemon=True)
@@ -252,7 +251,7 @@ class Worker:
         """
         replies = self.queues[key] = asyncio.Queue()
         self.unfinished[key] = fields["num_samples"]
-        timer = self.loop.call_later(self.options.request_timeout, self._time_out, key)
+        timer = asyncio.get_running_loop().call_later(self.options.request_timeout, self._time_out, key)
         try:
             self._send("submit", key, fields)
             while self.unfinished.get(key) or not replies.empty():
