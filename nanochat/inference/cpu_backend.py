@@ -26,9 +26,8 @@ class CPUBackend(TorchBackend):
             attn, mlp = block.attn, block.mlp
             layers.append([matrix(m) for m in (attn.c_q, attn.c_k, attn.c_v, attn.c_proj, mlp.c_fc, mlp.c_proj)])
         embedding, head = model.transformer.wte.weight.data, matrix(model.lm_head, c.vocab_size)
-        heads = c.n_head, c.n_kv_head, c.head_dim
         self.empty_keys = model.lm_head.weight.new_empty(c.n_kv_head, 0, c.head_dim)
-        self.decoder = rustbpe.Decoder(embedding, layers, head, *heads, NORM_EPS, SOFTCAP)
+        self.decoder = rustbpe.Decoder(embedding, layers, head, c.n_head, c.n_kv_head, c.head_dim, NORM_EPS, SOFTCAP)
 
     @contextlib.contextmanager
     def limit_threads(self):

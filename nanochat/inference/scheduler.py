@@ -128,8 +128,7 @@ class DecodeLoop:
             if not rows:
                 return []
             logits = self.backend.forward([[row.last_token] for row in rows], self.cache)
-            tokens, sampled = self._next_tokens(logits)
-            for row, token, mask in zip(rows, tokens, sampled, strict=True):
+            for row, token, mask in zip(rows, *self._next_tokens(logits), strict=True):
                 self._append(row, token, mask)
             self._remove_finished()
             return rows
@@ -212,17 +211,15 @@ class DecodeLoop:
         tokens = [row.forced.popleft() if row.forced else None for row in rows]
         mask = [int(token is None) for token in tokens]
         groups = defaultdict(list)  # settings -> rows that are sampled in one call
-        for i, row in enumerate(rows):
+        for i, request in enumerate(row.request for row in rows):
             if mask[i]:
-                request = row.request
                 groups[request.temperature, request.top_k, request.top_p, request.min_p].append(i)
-        for (temperature, top_k, top_p, min_p), members in groups.items():
-            group_logits = logits if len(members) == len(rows) else logits[members]
-            if any(rows[i].request.has_penalties for i in members):
-                adjusted = [apply_penalties(logits[i], rows[i].request, rows[i].tokens) for i in members]
-                group_logits = torch.stack(adjusted)
-            drawn = sample(group_logits, temperature, top_k, [rows[i].rng for i in members], top_p, min_p)
-            for i, token in zip(members, drawn, strict=True):
+        for (temperature, top_k, top_p, min_p), group in groups.items():
+            own_logits = logits if len(group) == len(rows) else logits[group]
+            if any(rows[i].request.has_penalties for i in group):
+                own_logits = torch.stack([apply_penalties(logits[i], rows[i].request, rows[i].tokens) for i in group])
+            drawn = sample(own_logits, temperature, top_k, [rows[i].rng for i in group], top_p, min_p)
+            for i, token in zip(group, drawn, strict=True):
                 tokens[i] = token
         for i, row in enumerate(rows):
             if row.request.logprobs is not None:

@@ -66,9 +66,8 @@ class Generation:
         echo, scores = Answer(completion.tokenizer, every_token=completion.scores_every_token), [None] * len(tokens)
         if completion.scores_every_token:
             scores = await completion.worker.score(f"{self.key}-score", tokens, completion.settings["logprobs"])
-        for token, score in zip(tokens[:-1], scores[:-1], strict=True):
-            echo.push(token, score)
-        echo.push(tokens[-1], scores[-1], finish="length")
+        for i, (token, score) in enumerate(zip(tokens, scores, strict=True), 1):
+            echo.push(token, score, finish="length" if i == len(tokens) else None)
         for answer in self.answers:
             # Clients find their own tokens by position, so a <|bos|> that they did not send is left out.
             answer.text, answer.logprobs = echo.text, echo.logprobs[self.added_bos :]
