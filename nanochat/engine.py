@@ -85,7 +85,6 @@ class Engine:
     @torch.inference_mode()
     def score(self, tokens, top):
         """log_probabilities() of each token given the tokens before it; None for the first."""
-        ids = torch.tensor([tokens], device=self.model.get_device())
         with TorchBackend(self.model, self.compute).precision():
-            logits = self.model(ids)[0, :-1]
+            logits = self.model(torch.tensor([tokens], device=self.model.get_device()))[0, :-1]
         return [None, *(log_probabilities(x, token, top) for x, token in zip(logits, tokens[1:], strict=True))]

@@ -57,13 +57,10 @@ class Prefill:
     """Prefill of prompts into the rows of an empty cache, in chunks; prefixes in the prefix cache are copied."""
 
     def __init__(self, backend, prompts, cache, prefix_cache=None):
-        self.backend, self.cache, self.pending = backend, cache, list(prompts)
+        self.backend, self.cache, self.pending = backend, cache, prompts
         cache.lengths = [0] * len(prompts)
-        for row, prompt in enumerate(prompts):
-            n, data = prefix_cache.find(prompt) if prefix_cache else (0, None)
-            if n:
-                cache.restore(row, data[..., :n, :])
-                self.pending[row] = prompt[n:]
+        if prefix_cache:
+            self.pending = [prompt[prefix_cache.restore(prompt, cache, row) :] for row, prompt in enumerate(prompts)]
 
     @property
     def done(self):

@@ -85,8 +85,8 @@ class Gate:
         """The ApiError for a request that the app should not see, else None."""
         if self.api_key is not None and scope["path"] not in PUBLIC_PATHS:
             scheme, _, key = headers.get("authorization", "").partition(" ")
-            same_key = hmac.compare_digest(key.strip().encode(), self.api_key.encode())  # takes constant time
-            if scheme.lower() != "bearer" or not same_key:
+            # The comparison takes constant time.
+            if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self.api_key.encode()):
                 return ApiError(401, "a valid API key is needed: Authorization: Bearer KEY")
         length = headers.get("content-length", "0")
         return ApiError(413, TOO_LARGE) if length.isdecimal() and int(length) > MAX_BODY else None

@@ -176,8 +176,8 @@ class TextCompletion(Completion):
         return {"text": answer.text}
 
     def _chunk_choices(self, answer, deltas):
-        is_first = answer.n_tokens == len(deltas)  # there were no tokens before, but perhaps an echo
-        text = answer.text if is_first else "".join(delta.get("content", "") for delta in deltas)
+        # If there were no tokens before, the text may begin with an echo.
+        text = answer.text if answer.n_tokens == len(deltas) else "".join(delta.get("content", "") for delta in deltas)
         if text or answer.finish:
             yield self._choice(answer, answer.finish, answer.new_logprobs(), text=text)
 
