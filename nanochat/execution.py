@@ -119,9 +119,9 @@ def _execute(code, timeout, memory, layers):
             arguments = [jail_fd, scratch, ",".join(layers), timeout, memory or 0]
             command = [sys.executable, "-I", "-S", "-B", "-X", "utf8", str(JAIL), *map(str, arguments)]
             streams = dict(stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=[jail_fd])
-            environment = {"HOME": scratch, "TMPDIR": scratch, "LANG": "C.UTF-8"}
-            process = subprocess.Popen(command, **streams, env=environment, cwd="/", start_new_session=True)
-            cleanup.enter_context(process)  # closes its pipes
+            options = dict(env={"HOME": scratch, "TMPDIR": scratch, "LANG": "C.UTF-8"}, cwd="/", start_new_session=True)
+            # On exit it closes its pipes.
+            process = cleanup.enter_context(subprocess.Popen(command, **streams, **options))
             cleanup.callback(_stop, process)
         outputs, stop_reason = _collect(process, [result_pipe, process.stdout, process.stderr], deadline)
     result, stdout, stderr = (output[:KEPT_OUTPUT].decode("utf-8", "replace") for output in outputs)

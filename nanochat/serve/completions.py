@@ -166,7 +166,7 @@ class TextCompletion(Completion):
         self.scores_every_token, self.echo = body.logprobs is not None, body.echo
         max_tokens = 16 if body.max_tokens is None else body.max_tokens
         check(max_tokens or body.echo, "max_tokens=0 needs echo=true", "max_tokens")
-        prompts, n = service.text_prompts(body.prompt), body.n or 1
+        prompts, n = list(service.text_prompts(body.prompt)), body.n or 1
         check(len(prompts) * n <= 128, f"{len(prompts)} prompts with {n} answers each are more than 128", "prompt")
         message = "a stream is for the answer to one prompt, of at least one token"
         check(not body.stream or (len(prompts) == 1 and max_tokens), message, "stream")

@@ -79,18 +79,17 @@ class Service:
 
     def text_prompts(self, prompts):
         """
-        (tokens, whether <|bos|> was added) for each of `prompts`, strings or lists of tokens. Raises ApiError.
+        Yield (tokens, whether <|bos|> was added) for each of `prompts`, strings or lists of tokens. Raises ApiError.
 
         The tokens begin with <|bos|>, as every training document does; it is added if the client has not sent it.
         """
-        result, bos = [], self.tokenizer.get_bos_token_id()
+        bos = self.tokenizer.get_bos_token_id()
         for prompt in prompts:
             check(prompt != [], "a prompt has no tokens", "prompt")
             sent_bos = prompt.startswith(BOS) if isinstance(prompt, str) else prompt[0] == bos
             tokens = self.tokenizer.encode(prompt.removeprefix(BOS)) if isinstance(prompt, str) else prompt[sent_bos:]
             self._check_vocabulary(tokens, "prompt")
-            result.append((self._check_length([bos, *tokens], "prompt"), not sent_bos))
-        return result
+            yield self._check_length([bos, *tokens], "prompt"), not sent_bos
 
     def engine_settings(self, body, max_tokens, logprobs):
         """The fields of an engine's Request, except its prompt. Raises ApiError for unknown tokens."""
