@@ -151,7 +151,7 @@ async def handle_exception(request, error):
 
 
 async def respond(request, completion):
-    """The response to a chat or text completion. A WorkerError before its first chunk gets a status."""
+    """The response to a chat or text completion. If a worker fails before the first chunk, raises WorkerError."""
     chunks = completion.chunks() if completion.body.stream else None
     answer = await while_connected(request.receive, anext(chunks) if chunks else completion.answer())
     if answer is None:
