@@ -140,9 +140,8 @@ def choose_letters(engine, problems, batch_size):
         batch = order[start : start + batch_size]
         logits = engine.next_logits([prompts[i] for i in batch]).cpu()
         for row, i in enumerate(batch):
-            letters = [tokenizer.encode(letter) for letter in problems[i]["letters"]]
-            best = logits[row, [ids[0] for ids in letters]].argmax().item()
-            yield i, [problems[i]["letters"][best]]
+            ids = [tokenizer.encode(letter)[0] for letter in problems[i]["letters"]]
+            yield i, [problems[i]["letters"][logits[row, ids].argmax()]]
 
 
 def generate_answers(engine, problems, seeds, num_samples=1, max_new_tokens=512, temperature=0, top_k=50, max_rows=64):

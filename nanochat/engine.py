@@ -38,7 +38,7 @@ class Engine:
         self.model, self.tokenizer, self.compute = model, tokenizer, compute
         self.backend = backend or default_backend(model, compute)
         self.assistant_end, self.terminals = tokenizer.encode_special("<|assistant_end|>"), terminal_tokens(tokenizer)
-        self.prefix_cache = PrefixCache(prefix_tokens) if prefix_tokens else None
+        self.prefix_cache = PrefixCache(prefix_tokens)
 
     def decode_loop(self, max_rows, gather=1):
         """A DecodeLoop on this engine's backend and prefix cache."""
@@ -61,10 +61,8 @@ class Engine:
 
     def generate_batch(self, tokens, num_samples=1, **settings):
         """(sequences, masks) of all samples, prompt included, terminal token excluded; mask 1 = sampled."""
-        loop = self.decode_loop(num_samples)
-        rows = loop.submit(Request(tokens, num_samples=num_samples, **settings))
-        while loop.busy:
-            loop.step()
+        request = Request(tokens, num_samples=num_samples, **settings)
+        rows = sorted(self.generate_many([request], max_rows=num_samples), key=lambda row: row.sample)
         results = [tokens + row.completion for row in rows]
         return results, [[0] * len(tokens) + row.mask[: len(row.completion)] for row in rows]
 
@@ -87,7 +85,6 @@ class Engine:
     @torch.inference_mode()
     def score(self, tokens, top):
         """log_probabilities() of each token given the tokens before it; None for the first."""
-        ids = torch.tensor([tokens], device=self.model.get_device())
         with TorchBackend(self.model, self.compute).precision():
-            logits = self.model(ids)[0, :-1]
+            logits = self.model(torch.tensor([tokens], device=self.model.get_device()))[0, :-1]
         return [None, *(log_probabilities(x, token, top) for x, token in zip(logits, tokens[1:], strict=True))]

@@ -79,11 +79,9 @@ def sandbox_level():
 def check_level(level="strict"):
     """Raises UserError if the sandbox of this machine is below `level`."""
     require(os.name == "posix", "untrusted programs run on Linux and macOS only; leave the task out")
-    require(
-        sandbox_level() in ("strict", level),
-        f"this machine's sandbox has only {', '.join(layers())}; level {level} needs seccomp with namespaces or "
-        "landlock (Linux); leave the task out, or run untrusted programs without isolation: --unsafe_exec",
-    )
+    message = f"this machine's sandbox has only {', '.join(layers())}; level {level} needs seccomp with namespaces or "
+    message += "landlock (Linux); leave the task out, or run untrusted programs without isolation: --unsafe_exec"
+    require(sandbox_level() in ("strict", level), message)
 
 
 def execute_code(code, timeout=5.0, maximum_memory_bytes=256 * 1024 * 1024, level="strict"):
@@ -102,10 +100,8 @@ def execute_many(programs, workers=None, **options):
     """ExecutionResults of `programs`, in order; `workers` run at a time (default: this rank's share of the cores)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with ThreadPoolExecutor(workers or max(1, cores // dist_env()[2])) as pool:
-        try:
-            return list(pool.map(lambda program: execute_code(program, **options), programs))
-        finally:  # after Ctrl-C, start no more programs
-            pool.shutdown(wait=False, cancel_futures=True)
+        # After an error or Ctrl-C, map() cancels the programs that have not started.
+        return list(pool.map(lambda program: execute_code(program, **options), programs))
 
 
 def _execute(code, timeout, memory, layers):
@@ -123,9 +119,9 @@ def _execute(code, timeout, memory, layers):
             arguments = [jail_fd, scratch, ",".join(layers), timeout, memory or 0]
             command = [sys.executable, "-I", "-S", "-B", "-X", "utf8", str(JAIL), *map(str, arguments)]
             streams = dict(stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=[jail_fd])
-            environment = {"HOME": scratch, "TMPDIR": scratch, "LANG": "C.UTF-8"}
-            process = subprocess.Popen(command, **streams, env=environment, cwd="/", start_new_session=True)
-            cleanup.enter_context(process)  # closes its pipes
+            options = dict(env={"HOME": scratch, "TMPDIR": scratch, "LANG": "C.UTF-8"}, cwd="/", start_new_session=True)
+            # On exit it closes its pipes.
+            process = cleanup.enter_context(subprocess.Popen(command, **streams, **options))
             cleanup.callback(_stop, process)
         outputs, stop_reason = _collect(process, [result_pipe, process.stdout, process.stderr], deadline)
     result, stdout, stderr = (output[:KEPT_OUTPUT].decode("utf-8", "replace") for output in outputs)
@@ -146,7 +142,7 @@ def _collect(process, pipes, deadline):
     Returns (bytes of each pipe, reason to stop the process or None if it has ended).
     """
     outputs = [bytearray() for _ in pipes]
-    with selectors.DefaultSelector() as selector:
+    with contextlib.suppress(subprocess.TimeoutExpired), selectors.DefaultSelector() as selector:
         for pipe, output in zip(pipes, outputs, strict=True):
             selector.register(pipe, selectors.EVENT_READ, output)
         while selector.get_map():
@@ -160,7 +156,6 @@ def _collect(process, pipes, deadline):
                 key.data.extend(block)
                 if len(key.data) > MAX_OUTPUT:
                     return outputs, f"more than {MAX_OUTPUT:,} bytes of output"
-    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(max(0, deadline - time.monotonic()))
         return outputs, None
     return outputs, "timeout"

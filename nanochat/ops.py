@@ -93,21 +93,6 @@ def chunk_rows(x, vocab_size):
     return max(1, (CUDA_LOGITS_BYTES if x.is_cuda else CPU_LOGITS_BYTES) // (vocab_size * x.element_size()))
 
 
-def cross_entropy_sum(x, weight, targets, token_weights, vocab_size, softcap, chunk_loss=None):
-    """
-    Weighted sum of the cross entropy of soft-capped logits, in nats, without materializing all logits.
-
-    x (N, C) activations; weight (>= vocab_size, C) the head; targets (N,) ids, -1 = ignored; token_weights (N,) or
-    None = 1; chunk_loss: compiled capped_cross_entropy_().
-    """
-    trained = targets >= 0
-    token_weights = trained.float() if token_weights is None else trained * token_weights
-    if on_cpu(x):  # on a GPU, boolean indexing would wait for the device
-        x, targets, token_weights = x[trained], targets[trained], token_weights[trained]
-    chunk_loss = chunk_loss or capped_cross_entropy_
-    return ChunkedCrossEntropy.apply(x, weight, targets, token_weights, vocab_size, softcap, chunk_loss)
-
-
 def capped_cross_entropy_(logits, targets, token_weights, softcap):
     """
     Weighted sum of the cross entropy of soft-capped `logits` (N, V), in nats. Overwrites `logits` with its gradient.
@@ -126,6 +111,20 @@ def capped_cross_entropy_(logits, targets, token_weights, softcap):
     return nats
 
 
+def cross_entropy_sum(x, weight, targets, token_weights, vocab_size, softcap, chunk_loss=capped_cross_entropy_):
+    """
+    Weighted sum of the cross entropy of soft-capped logits, in nats, without materializing all logits.
+
+    x (N, C) activations; weight (>= vocab_size, C) the head; targets (N,) ids, -1 = ignored; token_weights (N,) or
+    None = 1; chunk_loss: capped_cross_entropy_(), perhaps compiled.
+    """
+    trained = targets >= 0
+    token_weights = trained.float() if token_weights is None else trained * token_weights
+    if on_cpu(x):  # on a GPU, boolean indexing would wait for the device
+        x, targets, token_weights = x[trained], targets[trained], token_weights[trained]
+    return ChunkedCrossEntropy.apply(x, weight, targets, token_weights, vocab_size, softcap, chunk_loss)
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """
     cross_entropy_sum(). The forward pass also computes the gradients, from each chunk's logits.
@@ -135,11 +134,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, token_weights, vocab_size, softcap, chunk_loss):
-        need_x, need_w = ctx.needs_input_grad[:2]
+        needs_grad = any(ctx.needs_input_grad)
         w = weight[:vocab_size].to(x.dtype)
-        grad_x = torch.empty_like(x) if need_x else None
-        grad_w = (torch.empty_like if len(x) else torch.zeros_like)(weight, dtype=torch.float32) if need_w else None
-        if need_w:
+        grad_x = torch.empty_like(x) if needs_grad else None
+        grad_w = (torch.empty_like if len(x) else torch.zeros_like)(weight, dtype=torch.float32) if needs_grad else None
+        if needs_grad:
             grad_w[vocab_size:] = 0
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         rows = chunk_rows(x, vocab_size)
@@ -151,13 +150,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 parts = logits, targets[i : i + rows], token_weights[i : i + rows]
                 for block in zip(*(t.split(block_rows) for t in parts), strict=True):
                     total = total + chunk_loss(*block, softcap)  # compiled by torch 2.11, += gives gradients of 0
-                grad = logits  # overwritten by now
-                if need_x:
-                    torch.mm(grad, w, out=grad_x[i : i + rows])
-                if need_w and x.dtype == torch.float32:
-                    torch.addmm(grad_w[:vocab_size], grad.T, chunk, beta=float(i > 0), out=grad_w[:vocab_size])
-                elif need_w:
-                    product = grad.T @ chunk
+                if needs_grad:  # by now, `logits` is overwritten with its gradient
+                    torch.mm(logits, w, out=grad_x[i : i + rows])
+                if needs_grad and x.dtype == torch.float32:
+                    torch.addmm(grad_w[:vocab_size], logits.T, chunk, beta=float(i > 0), out=grad_w[:vocab_size])
+                elif needs_grad:
+                    product = logits.T @ chunk
                     grad_w[:vocab_size] = product if i == 0 else grad_w[:vocab_size].add_(product)
         ctx.save_for_backward(grad_x, grad_w)
         ctx.weight_dtype = weight.dtype
@@ -167,6 +165,4 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output):
         grad_x, grad_w = ctx.saved_tensors
-        grad_x = None if grad_x is None else grad_x * grad_output
-        grad_w = None if grad_w is None else (grad_w * grad_output).to(ctx.weight_dtype)
-        return grad_x, grad_w, None, None, None, None, None
+        return grad_x * grad_output, (grad_w * grad_output).to(ctx.weight_dtype), None, None, None, None, None

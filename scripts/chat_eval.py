@@ -91,8 +91,7 @@ def main(argv=None):
         except UserError as e:  # without -a (see check_flags), skip HumanEval and evaluate the other tasks
             names.remove("HumanEval")
             print0(f"warning: HumanEval is skipped: {e}", file=sys.stderr)
-    options = dict(seed=args.data_seed, corpus=corpus, level=args.level)
-    tasks = {name: find_task(name).make(**options) for name in names}
+    tasks = {name: find_task(name).make(seed=args.data_seed, corpus=corpus, level=args.level) for name in names}
     flags = "max_problems num_samples max_new_tokens temperature top_k batch_size max_rows seed".split()
     settings = {name: getattr(args, name) for name in flags}
     scores, progress, clear_line = {}, progress_printer("problems"), erase_line()

@@ -114,8 +114,7 @@ def main(argv=None):
         greedy = evaluate_task(eval_task, sampler, **settings)
         settings |= dict(num_samples=args.eval_samples, temperature=1.0, top_k=0, seed=args.seed)
         sampled = evaluate_task(eval_task, sampler, **settings)
-        scores = {"greedy": greedy.accuracy, "pass@1": sampled.accuracy}
-        scores[f"pass@{args.eval_samples}"] = sampled.pass_at(args.eval_samples)
+        scores = {"greedy": greedy.accuracy} | {f"pass@{k}": sampled.pass_at(k) for k in (1, args.eval_samples)}
         text = ", ".join(f"{name} {value:.2%}" for name, value in scores.items())
         log.evaluation(step, f"held out: {text}", **scores)
         example = greedy.records[step % len(greedy.records)]

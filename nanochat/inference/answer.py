@@ -83,7 +83,3 @@ class Answer:
         start = self.n_returned_logprobs
         self.n_returned_logprobs = len(self.logprobs) if self.finish else self._n_before_end()
         return self.logprobs[start : self.n_returned_logprobs]
-
-    def message(self):
-        """The assistant's message in the format of the API."""
-        return {"role": "assistant", "content": self.text} | ({"tool_steps": self.steps} if self.steps else {})

@@ -49,9 +49,8 @@ class TorchBackend:
 
     def forward(self, tokens, cache):
         """Append `tokens`, a list of one token per row, to `cache`; returns the logits (B, V) after them."""
-        ids = torch.tensor(tokens, device=self.model.get_device())
         with self.precision():
-            return self.model(ids, kv_cache=cache)[:, -1]
+            return self.model(torch.tensor(tokens, device=self.model.get_device()), kv_cache=cache)[:, -1]
 
 
 def pad(rows, device):

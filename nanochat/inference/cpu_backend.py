@@ -11,37 +11,32 @@ import contextlib
 import torch
 
 from nanochat.gpt import NORM_EPS, SOFTCAP
-from nanochat.inference.kv_cache import KVCache
+from nanochat.inference.backends import TorchBackend
 
 
-class CPUBackend:
+class CPUBackend(TorchBackend):
     """Runs `model`, a GPT on the CPU. Layers that quantize() rounded are read as int8."""
 
     def __init__(self, model, compute=None):
         import rustbpe
 
-        c, self.model, self.threads = model.config, model, torch.get_num_threads()
-        layers = []
+        super().__init__(model, compute)
+        c, self.threads, layers = model.config, torch.get_num_threads(), []
         for block in model.transformer.h:
             attn, mlp = block.attn, block.mlp
             layers.append([matrix(m) for m in (attn.c_q, attn.c_k, attn.c_v, attn.c_proj, mlp.c_fc, mlp.c_proj)])
         embedding, head = model.transformer.wte.weight.data, matrix(model.lm_head, c.vocab_size)
-        heads = c.n_head, c.n_kv_head, c.head_dim
         self.empty_keys = model.lm_head.weight.new_empty(c.n_kv_head, 0, c.head_dim)
-        self.decoder = rustbpe.Decoder(embedding, layers, head, *heads, NORM_EPS, SOFTCAP)
-
-    def new_cache(self, rows=0):
-        return KVCache(self.model.config.n_layer, rows)
+        self.decoder = rustbpe.Decoder(embedding, layers, head, c.n_head, c.n_kv_head, c.head_dim, NORM_EPS, SOFTCAP)
 
     @contextlib.contextmanager
     def limit_threads(self):
         """Context in which torch runs on one thread: its idle workers would spin on the cores the kernels use next."""
-        before = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             yield
         finally:
-            torch.set_num_threads(before)
+            torch.set_num_threads(self.threads)
 
     def fill(self, tokens, cache):
         """Append `tokens`, one list of any length per row, to `cache`; computes no logits."""

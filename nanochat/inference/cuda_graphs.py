@@ -27,8 +27,7 @@ class StaticStep:
     def __init__(self, model, cache, columns):
         self.model, self.data, self.columns = model, cache.data, columns
         rows, device = cache.data.size(2), cache.data.device
-        self.ids = torch.zeros(rows, dtype=torch.long, device=device)
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self.ids, self.lengths = torch.zeros(2, rows, dtype=torch.long, device=device)
         self.rows = torch.arange(rows, device=device)
         self.positions = torch.arange(columns, device=device)
         # The graph holds the tables' addresses; without this reference the model could replace them by larger ones.
@@ -63,14 +62,8 @@ class StaticStep:
 class CUDAGraphBackend(TorchBackend):
     """Replays decode steps as graphs; prefill, and shapes not yet recorded, run eagerly."""
 
-    def __init__(self, model, compute=None):
-        super().__init__(model, compute)
-        self.enabled = True
-        self._forget_graphs(None)
-
-    def _forget_graphs(self, storage):
-        """Start anew for the cache data `storage`. A memory pool cannot outlive its graphs."""
-        self.storage, self.uses, self.graphs, self.pool = storage, Counter(), {}, None  # uses and graphs by columns
+    enabled = True  # until recording fails
+    storage = None  # cache data that the graphs belong to
 
     def forward(self, tokens, cache):
         """Append `tokens`, a list of one token per row, to `cache`; returns the logits (B, V) after them."""
@@ -86,8 +79,9 @@ class CUDAGraphBackend(TorchBackend):
         needed = cache.max_position(1)
         if not self.enabled or cache.data is None or len(tokens) > cache.data.size(2) or needed > cache.data.size(4):
             return None
-        if self.storage is not cache.data:
-            self._forget_graphs(cache.data)
+        if self.storage is not cache.data:  # start anew; a memory pool cannot outlive its graphs
+            # `uses` and `graphs` are by columns.
+            self.storage, self.uses, self.graphs, self.pool = cache.data, Counter(), {}, None
         columns = min(cache.data.size(4), max(MIN_COLUMNS, 1 << (needed - 1).bit_length()))
         self.uses[columns] += 1
         if self.uses[columns] < EAGER_STEPS:

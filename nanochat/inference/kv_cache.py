@@ -61,13 +61,6 @@ class KVCache:
             self.reserve(len(self.lengths), max(self.lengths) + room, other.data)
             self.data[:, :, first : len(self.lengths), :, :S] = other.data[:, :, rows, :, :S]
 
-    def restore(self, row, data):
-        """Fill the empty row `row` with `data` (n_layer, 2, Hkv, tokens, D)."""
-        n = data.size(-2)
-        self.reserve(len(self.lengths), n, data)
-        self.data[:, :, row, :, :n] = data
-        self.lengths[row] = n
-
     def select(self, rows):
         """Keep only `rows`, in this order; indices may repeat. Rows that keep their index are not copied."""
         moves = [(to, source) for to, source in enumerate(rows) if to != source]
@@ -107,14 +100,17 @@ class PrefixCache:
         self.rows = OrderedDict()  # tuple of tokens -> (n_layer, 2, Hkv, tokens, D), least recently used first
         self.sorted_rows = []  # keys of `rows`, sorted: a neighbor has the longest common prefix
 
-    def find(self, tokens):
-        """(n, data): length of the longest prefix shared with a stored row, and that row's data; (0, None) if none."""
+    def restore(self, tokens, cache, row):
+        """Copy the longest prefix of `tokens` that is stored to the empty row `row` of `cache`; returns its length."""
         candidates = self._neighbors(tuple(tokens))
-        n, best = max(((common_prefix_length(row, tokens), row) for row in candidates), default=(0, None))
+        n, best = max(((common_prefix_length(old, tokens), old) for old in candidates), default=(0, None))
         if n < self.MIN_SHARED:
-            return 0, None
+            return 0
         self.rows.move_to_end(best)
-        return n, self.rows[best]
+        cache.reserve(len(cache.lengths), n, self.rows[best])
+        cache.data[:, :, row, :, :n] = self.rows[best][..., :n, :]
+        cache.lengths[row] = n
+        return n
 
     def add(self, tokens, cache, row):
         """Store a copy of row `row` of `cache`, whose tokens are `tokens`. Evicts rows that are prefixes of it."""
@@ -144,12 +140,4 @@ class PrefixCache:
 
 def common_prefix_length(a, b):
     """Number of leading tokens that `a` and `b` have in common."""
-    low, high = 0, min(len(a), len(b))
-    a, b = tuple(a[:high]), tuple(b[:high])
-    while low < high:  # bisection: comparing slices is much faster than comparing tokens in a loop
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

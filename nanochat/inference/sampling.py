@@ -56,8 +56,8 @@ def apply_penalties(logits, request, generated):
     if request.repetition_penalty != 1:
         ids = torch.tensor(sorted({*request.tokens, *generated}), device=logits.device)
         penalty, values = request.repetition_penalty, logits[ids]
-        values = torch.where(values > 0, values / penalty, values * penalty)
-        logits[ids] = values.clamp(-1e4, 1e4)  # an infinite logit would make every probability NaN
+        # An infinite logit would make every probability NaN.
+        logits[ids] = torch.where(values > 0, values / penalty, values * penalty).clamp(-1e4, 1e4)
     for token, count in Counter(generated).items():
         logits[token] -= count * request.frequency_penalty + request.presence_penalty
     for token, bias in (request.logit_bias or {}).items():

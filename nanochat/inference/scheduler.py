@@ -26,6 +26,7 @@ class Row:
 
     request: Request
     sample: int  # 0 to num_samples - 1
+    rng: random.Random
     limit: int  # maximum of len(tokens)
     tokens: list[int] = field(default_factory=list)  # generated so far, including the terminal token
     mask: list[int] = field(default_factory=list)  # 1 = sampled, 0 = forced by the calculator
@@ -35,9 +36,6 @@ class Row:
     forced: deque = field(default_factory=deque)  # tokens of the calculator's result still to be emitted
     call: list[int] | None = None  # tokens since <|python_start|>
     detokenizer: Detokenizer | None = None  # finds stop strings
-
-    def __post_init__(self):
-        self.rng = random.Random(f"{self.request.seed},{self.sample}")
 
     @property
     def last_token(self):
@@ -59,13 +57,10 @@ class Prefill:
     """Prefill of prompts into the rows of an empty cache, in chunks; prefixes in the prefix cache are copied."""
 
     def __init__(self, backend, prompts, cache, prefix_cache=None):
-        self.backend, self.cache, self.pending = backend, cache, list(prompts)
+        self.backend, self.cache, self.pending = backend, cache, prompts
         cache.lengths = [0] * len(prompts)
-        for row, prompt in enumerate(prompts):
-            n, data = prefix_cache.find(prompt) if prefix_cache else (0, None)
-            if n:
-                cache.restore(row, data[..., :n, :])
-                self.pending[row] = prompt[n:]
+        if prefix_cache:
+            self.pending = [prompt[prefix_cache.restore(prompt, cache, row) :] for row, prompt in enumerate(prompts)]
 
     @property
     def done(self):
@@ -86,7 +81,7 @@ class DecodeLoop:
     together increases throughput and latency.
     """
 
-    def __init__(self, backend, tokenizer, max_rows, prefix_cache=None, gather=1):
+    def __init__(self, backend, tokenizer, max_rows, prefix_cache, gather=1):
         self.backend, self.tokenizer, self.prefix_cache = backend, tokenizer, prefix_cache
         self.max_rows, self.gather = max_rows, gather
         self.terminals = terminal_tokens(tokenizer)
@@ -108,7 +103,7 @@ class DecodeLoop:
         message = f"the prompt has {len(request.tokens):,} tokens; the model's context of {context:,} leaves no room "
         require(room >= 1, message + "for an answer: shorten the prompt")
         limit = min(room, request.max_tokens or room)
-        rows = [Row(request, i, limit) for i in range(request.num_samples)]
+        rows = [Row(request, i, random.Random(f"{request.seed},{i}"), limit) for i in range(request.num_samples)]
         for row in rows if request.stop else ():
             row.detokenizer = Detokenizer(self.tokenizer, request.stop)
         self.waiting.extend(rows[i : i + self.max_rows] for i in range(0, len(rows), self.max_rows))
@@ -130,8 +125,7 @@ class DecodeLoop:
             if not rows:
                 return []
             logits = self.backend.forward([[row.last_token] for row in rows], self.cache)
-            tokens, sampled = self._next_tokens(logits)
-            for row, token, mask in zip(rows, tokens, sampled, strict=True):
+            for row, token, mask in zip(rows, *self._next_tokens(logits), strict=True):
                 self._append(row, token, mask)
             self._remove_finished()
             return rows
@@ -162,7 +156,7 @@ class DecodeLoop:
         if len(active) == len(rows):
             return
         for i, row in enumerate(rows):
-            if row.finish and self.prefix_cache:
+            if row.finish:
                 self.prefix_cache.add(row.request.tokens + row.tokens, self.cache, i)
         # Fill each hole with a row from the end, so that few rows move.
         order = [i if not rows[i].finish else active.pop() for i in range(len(active))]
@@ -214,17 +208,15 @@ class DecodeLoop:
         tokens = [row.forced.popleft() if row.forced else None for row in rows]
         mask = [int(token is None) for token in tokens]
         groups = defaultdict(list)  # settings -> rows that are sampled in one call
-        for i, row in enumerate(rows):
+        for i, request in enumerate(row.request for row in rows):
             if mask[i]:
-                request = row.request
                 groups[request.temperature, request.top_k, request.top_p, request.min_p].append(i)
-        for (temperature, top_k, top_p, min_p), members in groups.items():
-            group_logits = logits if len(members) == len(rows) else logits[members]
-            if any(rows[i].request.has_penalties for i in members):
-                adjusted = [apply_penalties(logits[i], rows[i].request, rows[i].tokens) for i in members]
-                group_logits = torch.stack(adjusted)
-            drawn = sample(group_logits, temperature, top_k, [rows[i].rng for i in members], top_p, min_p)
-            for i, token in zip(members, drawn, strict=True):
+        for (temperature, top_k, top_p, min_p), group in groups.items():
+            own_logits = logits if len(group) == len(rows) else logits[group]
+            if any(rows[i].request.has_penalties for i in group):
+                own_logits = torch.stack([apply_penalties(logits[i], rows[i].request, rows[i].tokens) for i in group])
+            drawn = sample(own_logits, temperature, top_k, [rows[i].rng for i in group], top_p, min_p)
+            for i, token in zip(group, drawn, strict=True):
                 tokens[i] = token
         for i, row in enumerate(rows):
             if row.request.logprobs is not None:

@@ -278,8 +278,7 @@ def restrict_syscalls(syscalls):
         checks = []
         for argument, mask, value, must_equal in conditions.get(name, ()):
             checks += [(load, 0, 0, 16 + 8 * argument), (and_, 0, 0, mask)]  # the lower half, little-endian
-            jump = (equal, 1, 0, value) if must_equal else (equal, 0, 1, value)
-            checks += [jump, (end, 0, 0, enotty if name == "ioctl" else eperm)]
+            checks += [(equal, must_equal, not must_equal, value), (end, 0, 0, enotty if name == "ioctl" else eperm)]
         code += [(equal, 0, len(checks) + 1, number), *checks, (end, 0, 0, allow)]
     # ENOSYS makes libc fall back to older calls. This is needed for clone3, whose flags are in memory where a filter
     # cannot read them, and for calls that are newer than the table.

@@ -19,7 +19,7 @@ from pathlib import Path
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import generate_latest
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -38,7 +38,6 @@ TOO_LARGE = f"the body is larger than {MAX_BODY:,} bytes"
 # Messages for pydantic's error types whose own message speaks of Python.
 CLEARER = dict.fromkeys(("model_attributes_type", "dict_type"), "expected a JSON object")
 CLEARER |= {"list_type": "expected a list", "too_short": "expected at least one element"}
-CLIENT_GONE = Response(status_code=499)  # nobody reads it, but the metrics count it
 ERRORS = {statuses: {"model": ErrorBody} for statuses in ("4XX", "5XX")}
 
 
@@ -56,9 +55,8 @@ class Gate:
         # The server leaves the body of an answer to HEAD out. No redirects: they would not know a proxy's prefix.
         scope = scope | {"method": "GET" if method == "HEAD" else method, "path": path}
         headers = Headers(scope=scope)
-        request_id = headers.get("x-request-id", "")
-        if not re.fullmatch(r"[\w.:-]{1,128}", request_id):
-            request_id = uuid.uuid4().hex
+        sent_id = headers.get("x-request-id", "")
+        request_id = sent_id if re.fullmatch(r"[\w.:-]{1,128}", sent_id) else uuid.uuid4().hex
         size, status = 0, "aborted"
 
         async def receive_limited():
@@ -87,52 +85,11 @@ class Gate:
         """The ApiError for a request that the app should not see, else None."""
         if self.api_key is not None and scope["path"] not in PUBLIC_PATHS:
             scheme, _, key = headers.get("authorization", "").partition(" ")
-            same_key = hmac.compare_digest(key.strip().encode(), self.api_key.encode())  # takes constant time
-            if scheme.lower() != "bearer" or not same_key:
+            # The comparison takes constant time.
+            if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self.api_key.encode()):
                 return ApiError(401, "a valid API key is needed: Authorization: Bearer KEY")
         length = headers.get("content-length", "0")
         return ApiError(413, TOO_LARGE) if length.isdecimal() and int(length) > MAX_BODY else None
-
-
-class EventStream(Response):
-    """
-    Server-sent events from an async generator of JSON values, then [DONE]; a client that disconnects closes it.
-
-    None is a flush marker, not an event: the events before it are sent in one write. A WorkerError before the first
-    event gets an HTTP status of its own, a later one becomes an event.
-    """
-
-    media_type = "text/event-stream"
-
-    def __init__(self, events):
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        del self.headers["content-length"]
-        self.events, self.started = events, False
-
-    async def __call__(self, scope, receive, send):
-        with contextlib.suppress(OSError):  # the client disconnected
-            await while_connected(receive, self._send_events(send))
-        if not self.started:
-            await CLIENT_GONE(scope, receive, send)
-
-    async def _send_events(self, send):
-        data = ""
-        try:
-            async with contextlib.aclosing(self.events):
-                async for event in self.events:
-                    if not self.started:
-                        self.started = True
-                        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                    if event is not None:
-                        data += f"data: {json.dumps(event)}\n\n"
-                    elif data:
-                        await send({"type": "http.response.body", "body": data.encode(), "more_body": True})
-                        data = ""
-        except WorkerError as e:
-            if not self.started:
-                raise
-            data += f"data: {json.dumps(ApiError(500, str(e)).body)}\n\n"
-        await send({"type": "http.response.body", "body": f"{data}data: [DONE]\n\n".encode()})
 
 
 async def while_connected(receive, work):
@@ -194,11 +151,31 @@ async def handle_exception(request, error):
 
 
 async def respond(request, completion):
-    """The response to a chat or text completion."""
-    if completion.body.stream:
-        return EventStream(completion.chunks())
-    answer = await while_connected(request.receive, completion.answer())
-    return CLIENT_GONE if answer is None else JSONResponse(answer)
+    """The response to a chat or text completion. If a worker fails before the first chunk, raises WorkerError."""
+    chunks = completion.chunks() if completion.body.stream else None
+    answer = await while_connected(request.receive, anext(chunks) if chunks else completion.answer())
+    if answer is None:
+        return Response(status_code=499)  # nobody reads it, but the metrics count it
+    if not chunks:
+        return JSONResponse(answer)
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(server_sent_events(answer, chunks), media_type="text/event-stream", headers=headers)
+
+
+async def server_sent_events(first, rest):
+    """Yield the text of server-sent events: lists of chunks, `first` and those of `rest`, then [DONE]."""
+    try:
+        async with contextlib.aclosing(rest):
+            yield events(first)
+            async for chunks in rest:
+                yield events(chunks)
+    except WorkerError as e:
+        yield events([ApiError(500, str(e)).body])
+    yield "data: [DONE]\n\n"
+
+
+def events(chunks):
+    return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks)
 
 
 @contextlib.asynccontextmanager
@@ -233,13 +210,12 @@ def create_app(options):
     origins = {"allow_origins": options.cors} if options.cors else {"allow_origin_regex": LOCAL_ORIGINS}
     app.add_middleware(Gate, api_key=options.api_key, metrics=service.metrics)
     app.add_middleware(CORSMiddleware, allow_methods=["GET", "POST"], allow_headers=["*"], **origins)  # the outermost
-    add_completions(app, service)
-    add_status(app, service)
+    add_api(app, service)
     add_page(app)
     return app
 
 
-def add_completions(app, service):
+def add_api(app, service):
     responses = ERRORS | {200: {"content": {"text/event-stream": {}}}}
 
     @app.post("/v1/chat/completions", responses=responses)
@@ -250,8 +226,6 @@ def add_completions(app, service):
     async def completions(body: CompletionRequest, request: Request):
         return await respond(request, TextCompletion(service, body))
 
-
-def add_status(app, service):
     def entry(model):
         entry = {"id": model.name, "object": "model", "created": service.created, "owned_by": "nanochat"}
         return entry | {"context_length": model.context}

@@ -8,7 +8,7 @@ import uuid
 from collections import defaultdict
 
 from nanochat.inference.answer import Answer
-from nanochat.serve.schemas import ApiError, envelope
+from nanochat.serve.schemas import check, envelope
 
 
 class Generation:
@@ -66,9 +66,8 @@ class Generation:
         echo, scores = Answer(completion.tokenizer, every_token=completion.scores_every_token), [None] * len(tokens)
         if completion.scores_every_token:
             scores = await completion.worker.score(f"{self.key}-score", tokens, completion.settings["logprobs"])
-        for token, score in zip(tokens[:-1], scores[:-1], strict=True):
-            echo.push(token, score)
-        echo.push(tokens[-1], scores[-1], finish="length")
+        for i, (token, score) in enumerate(zip(tokens, scores, strict=True), 1):
+            echo.push(token, score, finish="length" if i == len(tokens) else None)
         for answer in self.answers:
             # Clients find their own tokens by position, so a <|bos|> that they did not send is left out.
             answer.text, answer.logprobs = echo.text, echo.logprobs[self.added_bos :]
@@ -83,8 +82,7 @@ class Completion:
     """
 
     def __init__(self, service, body, n_prompts=1):
-        if body.stream_options is not None and not body.stream:
-            raise ApiError(400, "stream_options needs stream=true", param="stream_options")
+        check(body.stream or body.stream_options is None, "stream_options needs stream=true", "stream_options")
         self.service, self.body, self.tokenizer = service, body, service.tokenizer
         self.worker = service.pick_worker((body.n or 1) * n_prompts, body.model)
         self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
@@ -104,20 +102,16 @@ class Completion:
         return head | {"choices": choices, "usage": usage(self.generations)}
 
     async def chunks(self):
-        """Yield the chunks of a stream. None is a flush marker: the chunks so far should be sent without delay."""
+        """Yield lists of the chunks of a stream, each to be sent without delay."""
         (generation,) = self.generations
         with_usage = self.body.stream_options and self.body.stream_options.include_usage
         head = envelope(self.chunk_object, self.id, self.worker.model.name) | ({"usage": None} if with_usage else {})
         async with contextlib.aclosing(generation.batches()) as batches:
             async for batch in batches:
-                for answer, deltas in batch.items():
-                    is_first = answer.n_tokens == len(deltas)  # there were no tokens before this batch
-                    for choice in self._chunk_choices(answer, deltas, is_first):
-                        yield head | {"choices": [choice]}
-                if any(answer.finish is None for answer in generation.answers):
-                    yield None
+                choices = [choice for answer, deltas in batch.items() for choice in self._chunk_choices(answer, deltas)]
+                yield [head | {"choices": [choice]} for choice in choices]
         if with_usage:
-            yield head | {"choices": [], "usage": usage([generation])}
+            yield [head | {"choices": [], "usage": usage([generation])}]
 
     def _choice(self, answer, finish, logprobs, **content):
         """
@@ -135,18 +129,18 @@ class ChatCompletion(Completion):
     scores_every_token = echo = False
 
     def __init__(self, service, body):
-        if body.top_logprobs and not body.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
+        check(body.logprobs or not body.top_logprobs, "top_logprobs needs logprobs=true", "top_logprobs")
         super().__init__(service, body)
         max_tokens = body.max_completion_tokens or body.max_tokens or service.options.max_tokens
         prompt = service.chat_prompt(body.messages, max_tokens)
         self._set_prompts([(prompt, False)], max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
 
     def _content(self, answer):
-        return {"message": answer.message()}
+        steps = {"tool_steps": answer.steps} if answer.steps else {}
+        return {"message": {"role": "assistant", "content": answer.text} | steps}
 
-    def _chunk_choices(self, answer, deltas, is_first):
-        if is_first:
+    def _chunk_choices(self, answer, deltas):
+        if answer.n_tokens == len(deltas):  # there were no tokens before
             yield self._choice(answer, None, [], delta={"role": "assistant", "content": ""})
         for delta in merged(deltas):
             yield self._choice(answer, None, answer.new_logprobs(), delta=delta)
@@ -171,20 +165,19 @@ class TextCompletion(Completion):
         super().__init__(service, body, len(body.prompt))
         self.scores_every_token, self.echo = body.logprobs is not None, body.echo
         max_tokens = 16 if body.max_tokens is None else body.max_tokens
-        if max_tokens == 0 and not body.echo:
-            raise ApiError(400, "max_tokens=0 needs echo=true", param="max_tokens")
-        prompts, n = service.text_prompts(body.prompt), body.n or 1
-        if len(prompts) * n > 128:
-            raise ApiError(400, f"{len(prompts)} prompts with {n} answers each are more than 128", param="prompt")
-        if body.stream and (len(prompts) > 1 or max_tokens == 0):
-            raise ApiError(400, "a stream is for the answer to one prompt, of at least one token", param="stream")
+        check(max_tokens or body.echo, "max_tokens=0 needs echo=true", "max_tokens")
+        prompts, n = list(service.text_prompts(body.prompt)), body.n or 1
+        check(len(prompts) * n <= 128, f"{len(prompts)} prompts with {n} answers each are more than 128", "prompt")
+        message = "a stream is for the answer to one prompt, of at least one token"
+        check(not body.stream or (len(prompts) == 1 and max_tokens), message, "stream")
         self._set_prompts(prompts, max_tokens, body.logprobs)
 
     def _content(self, answer):
         return {"text": answer.text}
 
-    def _chunk_choices(self, answer, deltas, is_first):
-        text = answer.text if is_first else "".join(delta.get("content", "") for delta in deltas)
+    def _chunk_choices(self, answer, deltas):
+        # If there were no tokens before, the text may begin with an echo.
+        text = answer.text if answer.n_tokens == len(deltas) else "".join(delta.get("content", "") for delta in deltas)
         if text or answer.finish:
             yield self._choice(answer, answer.finish, answer.new_logprobs(), text=text)
 

@@ -155,6 +155,12 @@ class ApiError(Exception):
         self.body = {"error": error | {"param": None, "code": None} | detail}
 
 
+def check(condition, message, param):
+    """Raises ApiError with status 400 unless `condition` holds; `param` is the field that is wrong."""
+    if not condition:
+        raise ApiError(400, message, param=param)
+
+
 def envelope(object, id, model):
     """The first fields of every answer and of every chunk of a stream."""
     return {"id": id, "object": object, "created": int(time.time()), "model": model, "system_fingerprint": "nanochat"}

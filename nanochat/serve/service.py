@@ -6,13 +6,12 @@ import time
 
 from nanochat.common import UserError
 from nanochat.serve.metrics import Metrics
-from nanochat.serve.schemas import MAX_CHARS, MAX_MESSAGE_CHARS, MAX_MESSAGES, ApiError
+from nanochat.serve.schemas import MAX_CHARS, MAX_MESSAGE_CHARS, MAX_MESSAGES, ApiError, check
 from nanochat.serve.worker import Worker
 from nanochat.tokenizer import get_tokenizer
 
 # Fields that have the same name and meaning in a request's body and in the engine's Request.
-ENGINE_FIELDS = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty"}
-ENGINE_FIELDS |= {"presence_penalty", "seed"}
+ENGINE_FIELDS = {*"temperature top_k top_p min_p repetition_penalty frequency_penalty presence_penalty seed".split()}
 BOS = "<|bos|>"
 
 
@@ -80,19 +79,17 @@ class Service:
 
     def text_prompts(self, prompts):
         """
-        (tokens, whether <|bos|> was added) for each of `prompts`, strings or lists of tokens. Raises ApiError.
+        Yield (tokens, whether <|bos|> was added) for each of `prompts`, strings or lists of tokens. Raises ApiError.
 
         The tokens begin with <|bos|>, as every training document does; it is added if the client has not sent it.
         """
-        result, bos = [], self.tokenizer.get_bos_token_id()
+        bos = self.tokenizer.get_bos_token_id()
         for prompt in prompts:
-            if prompt == []:
-                raise ApiError(400, "a prompt has no tokens", param="prompt")
+            check(prompt != [], "a prompt has no tokens", "prompt")
             sent_bos = prompt.startswith(BOS) if isinstance(prompt, str) else prompt[0] == bos
             tokens = self.tokenizer.encode(prompt.removeprefix(BOS)) if isinstance(prompt, str) else prompt[sent_bos:]
             self._check_vocabulary(tokens, "prompt")
-            result.append((self._check_length([bos, *tokens], "prompt"), not sent_bos))
-        return result
+            yield self._check_length([bos, *tokens], "prompt"), not sent_bos
 
     def engine_settings(self, body, max_tokens, logprobs):
         """The fields of an engine's Request, except its prompt. Raises ApiError for unknown tokens."""
@@ -102,8 +99,7 @@ class Service:
         settings = {"temperature": self.options.temperature, "top_k": self.options.top_k}
         settings |= {"seed": random.getrandbits(31)} | body.model_dump(include=ENGINE_FIELDS, exclude_none=True)
         settings |= {"stop": tuple(body.stop or ()), "stop_tokens": frozenset(body.stop_token_ids or ())}
-        settings |= {"max_tokens": max_tokens, "num_samples": body.n or 1}
-        return settings | {"logit_bias": bias or None, "logprobs": logprobs}
+        return settings | dict(max_tokens=max_tokens, num_samples=body.n or 1, logit_bias=bias, logprobs=logprobs)
 
     def _check_vocabulary(self, tokens, param):
         for token in tokens:

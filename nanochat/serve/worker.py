@@ -21,7 +21,6 @@ import queue
 import signal
 import socket
 import struct
-import sys
 import threading
 import time
 import traceback
@@ -122,7 +121,7 @@ class EngineLoop:
             try:
                 rows = self.loop.step()
             except Exception:  # out of memory, for example: fail the requests in the batch, later ones may fit
-                traceback.print_exc(file=sys.stderr)
+                traceback.print_exc()
                 error = WorkerError("the engine failed, see the server's log")
                 self._send({request.key: error for request in self.requests.values()})
                 self._reset()
@@ -175,8 +174,7 @@ class EngineLoop:
             request.events, request.sent_at = [], now
 
     def _send(self, replies):
-        cached_tokens = self.engine.prefix_cache.num_tokens if self.engine.prefix_cache else 0
-        load = Load(len(self.loop.rows), len(self.loop.waiting), cached_tokens)
+        load = Load(len(self.loop.rows), len(self.loop.waiting), self.engine.prefix_cache.num_tokens)
         self.connection.sendall(pack((replies, load)))
 
 
@@ -201,7 +199,6 @@ class Worker:
         return sum(self.unfinished.values())
 
     async def start(self):
-        self.loop = asyncio.get_running_loop()
         context = multiprocessing.get_context("spawn")  # a forked child would share the server's sockets
         ours, theirs = socket.socketpair()
         self.process = context.Process(target=run_worker, args=(theirs, self.index, self.options), daemon=True)
@@ -254,7 +251,7 @@ class Worker:
         """
         replies = self.queues[key] = asyncio.Queue()
         self.unfinished[key] = fields["num_samples"]
-        timer = self.loop.call_later(self.options.request_timeout, self._time_out, key)
+        timer = asyncio.get_running_loop().call_later(self.options.request_timeout, self._time_out, key)
         try:
             self._send("submit", key, fields)
             while self.unfinished.get(key) or not replies.empty():

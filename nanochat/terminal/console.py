@@ -88,15 +88,14 @@ def print_answer(chat, question):
     opening = {"text": "", "python": dim + "[", "python_output": dim + "[= "}
     closing = {"text": "", "python": "]" + reset, "python_output": "]" + reset}
     try:
-        with contextlib.closing(chat.ask(question)) as pieces:
-            for part, text in pieces:
-                if not is_terminal and part != "text":
-                    continue
-                if text and part != last_part:
-                    is_result = (last_part, part) == ("python", "python_output")
-                    print(" = " if is_result else closing[last_part] + opening[part], end="")
-                    last_part = part
-                print(text.translate(CONTROL_CHARACTERS) if is_terminal else text, end="", flush=True)
+        for part, text in chat.ask(question):
+            if not is_terminal and part != "text":
+                continue
+            if text and part != last_part:
+                is_result = (last_part, part) == ("python", "python_output")
+                print(" = " if is_result else closing[last_part] + opening[part], end="")
+                last_part = part
+            print(text.translate(CONTROL_CHARACTERS) if is_terminal else text, end="", flush=True)
     finally:
         print(closing[last_part], flush=True)
 
