@@ -143,6 +143,7 @@ class Plan:
         self._count(micro_batches, progress)
         if self.step_tokens[-1] > self.affordable_tokens:
             part = [t[: max(1, int(self.affordable_tokens / 2 / t.size(1)))] for t in micro_batches[0]]
+            print0(f"a step of {self.step_tokens[-1]:,} tokens takes long here: measuring {part[0].numel():,} of them")
             self.parts.append(part[0].numel())
             micro_batches = [part] * (1 + len(self.parts) % 2)  # two, one, two, one: what does each of them cost?
         self.largest_measured = max([self.largest_measured, *(x.numel() for x, *_ in micro_batches)])
