@@ -2,9 +2,8 @@
 
 import collections
 import json
-import math
-import os
 import re
+import resource
 import shutil
 import statistics
 import sys
@@ -29,8 +28,7 @@ def device_name(compute):
     """Name of this rank's device, such as "NVIDIA H100 80GB HBM3" or "cpu"."""
     import torch
 
-    device = compute.device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return torch.cuda.get_device_name(compute.device) if compute.device.type == "cuda" else compute.device.type
 
 
 def peak_flops(compute):
@@ -38,9 +36,8 @@ def peak_flops(compute):
     import torch
 
     name = device_name(compute).lower()
-    for key, flops in PEAK_FLOPS.items():
-        if key in name:
-            return flops
+    if keys := [key for key in PEAK_FLOPS if key in name]:
+        return PEAK_FLOPS[keys[0]]
     n = 1024 if name == "cpu" else 4096
     a = torch.randn(n, n, device=compute.device, dtype=compute.dtype)
     best, end = float("inf"), time.perf_counter() + 0.5  # the minimum: the loader uses the CPU meanwhile
@@ -157,7 +154,7 @@ class StageLog:
         warned = None
         while not self.closed.wait(1.0):
             started = self.step_started
-            limit = 10 * statistics.median(self.durations or [math.inf])
+            limit = 10 * statistics.median(self.durations or [float("inf")])
             if started and started != warned and time.perf_counter() - started > max(limit, SLOW_SECONDS):
                 warned, ranks = started, "a rank may hang" if self.compute.world_size > 1 else "the machine may be busy"
                 print0(f"step {self.step_count + 1} takes ten times the median step, {limit / 10:,.1f} s: {ranks}")
@@ -197,19 +194,12 @@ class StageLog:
             return
         self.last_printed = time.time()
         total = f"/{self.num_steps:05d}" if self.num_steps else ""
-        print0(
-            f"step {step + 1:05d}{total} ({min(progress, 1):6.1%})",
-            f"loss {self.loss:.4f}",
-            *(f"{name.replace('_', ' ')} {value:.3f}" for name, value in extra.items()),
-            f"grad norm {result.grad_norm:.3f}",
-            f"lr x{lr_mult:.2f}",
-            f"{seconds * 1e3:,.0f} ms ({values['data_ms']:,.0f} for data)",
-            f"{speed:,.0f} tok/s",
-            f"mfu {self.mfu:.1%}",
-            f"{values['memory_mib']:,.0f} MiB",
-            f"{format_duration(self.train_seconds)}, {format_duration(seconds_left)} left",
-            sep=" | ",
-        )
+        line = f"step {step + 1:05d}{total} ({min(progress, 1):6.1%}) | loss {self.loss:.4f}"
+        line += "".join(f" | {name.replace('_', ' ')} {value:.3f}" for name, value in extra.items())
+        line += f" | grad norm {result.grad_norm:.3f} | lr x{lr_mult:.2f}"
+        line += f" | {seconds * 1e3:,.0f} ms ({values['data_ms']:,.0f} for data)"
+        line += f" | {speed:,.0f} tok/s | mfu {self.mfu:.1%} | {values['memory_mib']:,.0f} MiB"
+        print0(f"{line} | {format_duration(self.train_seconds)}, {format_duration(seconds_left)} left")
 
     def report(self, section, args, facts, **metrics):
         """Write the stage's section of the report: flags, `facts`, speed and memory. `metrics`: see Report.log()."""
@@ -276,8 +266,4 @@ def peak_memory_mib(compute):
         import torch
 
         return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return float("nan")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if os.uname().sysname == "Darwin" else 2**10)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
