@@ -22,8 +22,8 @@ from pathlib import Path
 
 writes_files = None  # whether this rank writes files, once cluster.compute_init() has found out
 
-CHECKPOINT_FOLDERS = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints"}
-CHECKPOINT_FOLDERS |= {"rl": "chatrl_checkpoints"}
+# Of the checkpoints of each stage
+FOLDERS = dict(base="base_checkpoints", mid="mid_checkpoints", sft="chatsft_checkpoints", rl="chatrl_checkpoints")
 
 # Public hosts, each replaceable by a mirror: another URL, or a folder on this machine.
 HUB_URL = "https://huggingface.co/datasets"  # <base>/<organisation>/<dataset>/resolve/main/<file>
@@ -93,10 +93,9 @@ def server_api_key():
 
 def has_wandb_login():
     """Whether wandb has an API key."""
-    try:
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
         return bool(os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators("api.wandb.ai"))
-    except (OSError, netrc.NetrcParseError):
-        return False
+    return False
 
 
 def no_color():
