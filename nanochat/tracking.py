@@ -63,7 +63,7 @@ class StageLog:
         self.earlier_seconds = state.get("wall_clock_seconds", 0.0)  # of the runs that this one resumes
         self.smooth_loss, self.train_seconds = state["smooth_loss"], state["train_seconds"]
         self.first_step = self.step_count = state["step_count"]
-        self.timed_steps, self.timed_tokens, self.timed_seconds = 0, 0, 0.0
+        self.timed = collections.Counter()  # number, tokens and seconds of the steps that count in the throughput
         self.last_printed, self.data_seconds, self.step_started = 0.0, 0.0, None
         self.durations, self.closed = collections.deque(maxlen=100), threading.Event()
         self.last_event, self.evaluation_seconds = 0.0, {}  # of each kind of evaluation, the last one
@@ -90,8 +90,7 @@ class StageLog:
 
     def state(self):
         """JSON-serializable state for StageLog(state=...)."""
-        state = {k: getattr(self, k) for k in ("smooth_loss", "step_count", "train_seconds")}
-        return state | {"wall_clock_seconds": self.wall_clock_seconds}
+        return {k: getattr(self, k) for k in ("smooth_loss", "step_count", "train_seconds", "wall_clock_seconds")}
 
     @property
     def wall_clock_seconds(self):
@@ -126,7 +125,7 @@ class StageLog:
 
     @property
     def tokens_per_second(self):
-        return self.timed_tokens / self.timed_seconds if self.timed_seconds else 0.0
+        return self.timed["tokens"] / self.timed["seconds"] if self.timed["seconds"] else 0.0
 
     @property
     def mfu(self):
@@ -174,17 +173,15 @@ class StageLog:
         self.train_seconds += seconds
         own_steps = step - self.first_step  # before this one, in this process
         if own_steps in (1, UNTIMED_STEPS):
-            self.timed_steps, self.timed_tokens, self.timed_seconds = 0, 0, 0.0
-        self.timed_steps += 1
-        self.timed_tokens += tokens
-        self.timed_seconds += seconds
+            self.timed.clear()
+        self.timed.update(steps=1, tokens=tokens, seconds=seconds)
         speed = tokens / seconds
         values = {"loss": result.loss, "grad_norm": result.grad_norm, "lr_mult": lr_mult, "dt_ms": seconds * 1e3}
         values |= {"data_ms": self.data_seconds * 1e3, "memory_mib": peak_memory_mib(self.compute)}
         self.metrics(step, **values, tokens_per_second=speed, **extra)
         progress = (step + 1) / self.num_steps if progress is None else progress
         steps_left = (step + 1) * max(0, 1 / max(progress, 1e-9) - 1)
-        seconds_left = steps_left * self.timed_seconds / self.timed_steps
+        seconds_left = steps_left * self.timed["seconds"] / self.timed["steps"]
         on_cpu = self.compute.device.type == "cpu"
         if own_steps == (1 if on_cpu else UNTIMED_STEPS - 1) and steps_left >= 0.5:  # the first one compiles
             long = on_cpu and seconds_left > LONG_SECONDS
