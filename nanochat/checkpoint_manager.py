@@ -262,8 +262,7 @@ def load_model(source, device, phase="eval", model_tag=None, step=None, quantize
     """
     require(source in FOLDERS, f"source {source!r}: choose one of {', '.join(FOLDERS)}")
     require(phase in ("train", "eval"), f'phase {phase!r}: choose "train" or "eval"')
-    compute = device
-    if not isinstance(compute, Compute):
+    if not isinstance(compute := device, Compute):
         device = torch.device(device)
         compute = Compute(device, common.choose_dtype(common.choose_device(device.type)))
     model_tag = model_tag or find_model_tag(source, compute)
