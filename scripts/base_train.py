@@ -59,15 +59,11 @@ def steps_to_train(args, num_params, flops_per_token):
 
 def main(argv=None):
     args = parse_args(build_parser(), argv)
-    from nanochat import dataset, loss_eval, schedule, train
+    from nanochat import dataset, engine, gpt, loss_eval, plan, schedule, tracking, train
     from nanochat.core_eval import evaluate_core
     from nanochat.dataloader import ShardSource
     from nanochat.dclm.tasks import load_tasks
-    from nanochat.engine import Engine
-    from nanochat.gpt import GPT, GPTConfig
-    from nanochat.plan import Plan
     from nanochat.tokenizer import get_token_bytes, get_tokenizer
-    from nanochat.tracking import StageLog
 
     # Machine
     compute = compute_init(args.device_type, args.dtype, args.seed, args.dist_timeout)
@@ -77,12 +73,12 @@ def main(argv=None):
     elsewhere = args.plan_for and not (base_dir() / "tokenizer").is_dir()  # needs neither a tokenizer nor data
     tokenizer = None if elsewhere else get_tokenizer()
     vocab_size = PLANNED_VOCAB_SIZE if elsewhere else tokenizer.get_vocab_size()
-    config = GPTConfig.from_depth(args.depth, args.max_seq_len, vocab_size)
-    model = GPT(config)
+    config = gpt.GPTConfig.from_depth(args.depth, args.max_seq_len, vocab_size)
+    model = gpt.GPT(config)
     flops_per_token, num_params = model.estimate_flops(), model.num_params()
     num_steps = steps_to_train(args, num_params, flops_per_token)
     if args.plan_for:
-        return Plan(args, compute, config, num_steps).show()
+        return plan.Plan(args, compute, config, num_steps).show()
     token_bytes = get_token_bytes()
     origins = {"tokenizer": tokenizer.fingerprint(), "shards": dataset.fingerprint(args.data_dir)}
     stage = train.Stage("base", args.model_tag or f"d{args.depth}", args, compute, config, num_steps, origins)
@@ -114,7 +110,7 @@ def main(argv=None):
     total_flops, tokens_per_param = total_tokens * flops_per_token, total_tokens / num_params
     print0(f"{num_steps:,} steps of {args.total_batch_size:,} tokens ({rows} rows of {args.max_seq_len:,}): ", end="")
     print0(f"{total_tokens:,} tokens, {tokens_per_param:.1f} per parameter, {total_flops:.2e} FLOPs")
-    log = StageLog("base", args, compute, num_steps, flops_per_token, stage.meta.get("log_state"))
+    log = tracking.StageLog("base", args, compute, num_steps, flops_per_token, stage.meta.get("log_state"))
     results = stage.restored("val_bpb", "min_val_bpb", "core")
 
     # Loop: num_steps + 1 iterations; the last one only saves and evaluates
@@ -127,7 +123,7 @@ def main(argv=None):
             results["core"] = evaluate_core(model, tokenizer, compute, args.core_metric_max_per_task, core_tasks).core
             log.evaluation(step, f"CORE {results['core']:.4f}", core=results["core"])
         if step and train.due(step, args.sample_every, last) and compute.rank == 0:
-            for prompt, text in loss_eval.greedy_samples(Engine(model, tokenizer, compute), corpus).items():
+            for prompt, text in loss_eval.greedy_samples(engine.Engine(model, tokenizer, compute), corpus).items():
                 print0(f"{prompt} >{text}")
         if last:
             break

@@ -35,11 +35,10 @@ def build_parser():
 
 def main(argv=None):
     args = parse_args(build_parser(), argv)
-    from nanochat import chat_eval, loss_eval, schedule, train
+    from nanochat import chat_eval, loss_eval, schedule, tracking, train
     from nanochat.checkpoint_manager import load_model, made_from
     from nanochat.dataloader import Prefetch, check_lengths, conversation_batches
     from nanochat.engine import Engine
-    from nanochat.tracking import StageLog
     from tasks.mixtures import EVAL_TASKS, training_tasks
 
     # Machine, tokenizer and model
@@ -72,7 +71,7 @@ def main(argv=None):
 
     # Horizon
     print0(f"{len(train_task):,} conversations, {num_steps:,} steps of {rows}")
-    log = StageLog("sft", args, compute, num_steps, model.estimate_flops(), stage.meta.get("log_state"))
+    log = tracking.StageLog("sft", args, compute, num_steps, model.estimate_flops(), stage.meta.get("log_state"))
     results = stage.meta.get("results", {})
 
     # Loop: num_steps + 1 iterations; the last one only saves and evaluates

@@ -35,11 +35,10 @@ def build_parser():
 
 def main(argv=None):
     args = parse_args(build_parser(), argv)
-    from nanochat import loss_eval, schedule, train
+    from nanochat import loss_eval, schedule, tracking, train
     from nanochat.checkpoint_manager import load_model, made_from
     from nanochat.dataloader import TaskSource, check_lengths
     from nanochat.tokenizer import get_token_bytes
-    from nanochat.tracking import StageLog
     from tasks.mixtures import training_tasks
 
     # Machine, tokenizer and model; --corpus and --max_seq_len default to those of the base run
@@ -77,7 +76,7 @@ def main(argv=None):
 
     # Horizon: one epoch, unless --num_iterations is given
     print0(f"{len(train_task):,} conversations for training, {len(val_task):,} for validation")
-    log = StageLog("mid", args, compute, num_steps, model.estimate_flops(), stage.meta.get("log_state"))
+    log = tracking.StageLog("mid", args, compute, num_steps, model.estimate_flops(), stage.meta.get("log_state"))
     results = stage.restored("val_bpb", "min_val_bpb", "progress")
 
     # Loop: the last iteration only saves and evaluates
