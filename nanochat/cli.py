@@ -157,8 +157,7 @@ def parse_args(parser, argv=None):
     """
     argv = sys.argv[1:] if argv is None else argv
     argv = argv[argv[:1] == ["--"] :]  # torchrun's separator, which some versions of Python leave in place
-    name = re.compile(r"(?<=^--)\w[\w-]*")
-    args = parser.parse_args([name.sub(lambda m: m[0].replace("-", "_"), a) for a in argv])
+    args = parser.parse_args([re.sub(r"(?<=^--)\w[\w-]*", lambda m: m[0].replace("-", "_"), a) for a in argv])
     for flag, value in RECIPES.get(getattr(args, "recipe", None), {}).items():
         if getattr(args, flag, value) is None:
             setattr(args, flag, value)
