@@ -23,11 +23,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanochat import cluster, common
-from nanochat.common import Compute, UserError, base_dir, print0, require
+from nanochat.common import FOLDERS, Compute, UserError, base_dir, print0, require
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import check_tokenizer, get_tokenizer
 
-FOLDERS = common.CHECKPOINT_FOLDERS
 SCRIPTS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}
 
 
@@ -37,10 +36,8 @@ def checkpoint_dir(source, model_tag):
 
 def step_dirs(folder):
     """{step: path} of the complete checkpoints in `folder`."""
-    if not folder.is_dir():
-        return {}
-    names = {p: re.fullmatch(r"step_(\d+)", p.name) for p in folder.iterdir()}
-    return {int(m[1]): p for p, m in names.items() if m and p.is_dir()}
+    paths = {path.name.removeprefix("step_"): path for path in folder.glob("step_*")}
+    return {int(step): path for step, path in paths.items() if step.isdecimal() and path.is_dir()}
 
 
 def lock(folder):
@@ -48,14 +45,12 @@ def lock(folder):
     import filelock
 
     path = base_dir() / f".{folder.parent.name}.{folder.name}.lock"
-    with common.write_errors(path):
-        lock = filelock.FileLock(path, timeout=0, is_singleton=True)
+    lock = filelock.FileLock(path, timeout=0, is_singleton=True)
+    with common.write_errors(path), contextlib.suppress(NotImplementedError):  # a file system without locks
         try:
             lock.acquire()
         except filelock.Timeout:
             raise UserError(f"another process is training {folder}; wait, or choose another --model_tag") from None
-        except NotImplementedError:  # a file system without locks
-            pass
     return lock
 
 
@@ -223,8 +218,7 @@ def _share_checkpoint(folder, step, compute):
 
 def _model_folders(root):
     """Folders of a stage's models that have checkpoints, sorted by name; without those that were set aside."""
-    folders = [path for path in root.iterdir() if step_dirs(path)] if root.is_dir() else []
-    return sorted(path for path in folders if not re.search(r"\.old\d+$", path.name))
+    return sorted(path for path in root.glob("*") if step_dirs(path) and not re.search(r"\.old\d+$", path.name))
 
 
 def find_model_tag(source, compute=None):
@@ -268,8 +262,7 @@ def load_model(source, device, phase="eval", model_tag=None, step=None, quantize
     """
     require(source in FOLDERS, f"source {source!r}: choose one of {', '.join(FOLDERS)}")
     require(phase in ("train", "eval"), f'phase {phase!r}: choose "train" or "eval"')
-    compute = device
-    if not isinstance(compute, Compute):
+    if not isinstance(compute := device, Compute):
         device = torch.device(device)
         compute = Compute(device, common.choose_dtype(common.choose_device(device.type)))
     model_tag = model_tag or find_model_tag(source, compute)

@@ -36,15 +36,14 @@ def make_parser(module, doc):
 
 def add_machine_flags(parser, dtype="bfloat16 where the hardware has it"):
     """Flags --device_type and --dtype. `dtype`: its default, in words."""
-    add = parser.add_argument
-    add("--device_type", default="", help="cuda, mps or cpu (default: the first that is available)")
-    add("-d", "--dtype", default="", help=f"float32 or bfloat16 (default: {dtype})")
+    parser.add_argument("--device_type", default="", help="cuda, mps or cpu (default: the first that is available)")
+    parser.add_argument("-d", "--dtype", default="", help=f"float32 or bfloat16 (default: {dtype})")
 
 
 def add_model_flags(parser, source=None):
     """Flag --source and those of add_checkpoint_flags(). Default `source`: None = required, "" = choose_source()."""
     default = {None: "", "": " (default: sft, else rl, else mid)"}.get(source, f" (default {source})")
-    text, stages = f"stage of the model{default}", list(common.CHECKPOINT_FOLDERS)
+    text, stages = f"stage of the model{default}", list(common.FOLDERS)
     parser.add_argument("-i", "--source", choices=stages, default=source, required=source is None, help=text)
     add_checkpoint_flags(parser)
 
@@ -53,7 +52,7 @@ def choose_source(args, stages):
     """Set an empty args.source to the first of `stages` with checkpoints (of --model_tag), and print it if not sft."""
     if not args.source:
         steps = f"{args.model_tag or '*'}/step_*/meta.json"
-        found = (stage for stage in stages if any((common.base_dir() / common.CHECKPOINT_FOLDERS[stage]).glob(steps)))
+        found = (stage for stage in stages if any((common.base_dir() / common.FOLDERS[stage]).glob(steps)))
         args.source = next(found, stages[0])
         if args.source != "sft":
             common.print0(f"there is no sft model: using the {args.source} model (-i {args.source})", file=sys.stderr)
@@ -92,9 +91,11 @@ def add_run_flags(parser, device_batch_size, save_every=-1, recipe="reference"):
     add("--keep", type=int, default=0, help="number of newest checkpoints to keep; 0 = all")
 
 
-def add_conversation_flags(parser):
-    """Flags of the task mixture and the user's own conversations; see training_tasks() in tasks/mixtures.py."""
+def add_source_flags(parser, checkpoint):
+    """Flags of mid_train and chat_sft: `checkpoint` (in words) to start from, task mixture, own conversations."""
     add, corpora = parser.add_argument, ("", "public", "pocket")
+    add("--model_tag", help=f"folder name of {checkpoint} (default: the deepest)")
+    add("--step", type=int, help=f"step of {checkpoint} (default: the newest)")
     add("--corpus", "--data", default="", choices=corpora, help="task mixture; empty = the checkpoint's corpus")
     own = "your conversations, see tasks/customjson.py; :3 = three times per epoch; may be repeated"
     add("--conversations", action="append", metavar="FILE[:WEIGHT]", help=own)
@@ -156,8 +157,7 @@ def parse_args(parser, argv=None):
     """
     argv = sys.argv[1:] if argv is None else argv
     argv = argv[argv[:1] == ["--"] :]  # torchrun's separator, which some versions of Python leave in place
-    name = re.compile(r"(?<=^--)\w[\w-]*")
-    args = parser.parse_args([name.sub(lambda m: m[0].replace("-", "_"), a) for a in argv])
+    args = parser.parse_args([re.sub(r"(?<=^--)\w[\w-]*", lambda m: m[0].replace("-", "_"), a) for a in argv])
     for flag, value in RECIPES.get(getattr(args, "recipe", None), {}).items():
         if getattr(args, flag, value) is None:
             setattr(args, flag, value)

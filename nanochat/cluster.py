@@ -11,7 +11,6 @@ import json
 import os
 import re
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -61,15 +60,12 @@ def compute_init(device_type="", dtype="", seed=42, dist_timeout=10.0):
 
 def compute_cleanup():
     """Leave the process group: free tensors, wait at a barrier, destroy the group. Other orders may abort."""
-    if "torch" not in sys.modules:
-        return
-    import torch.distributed as dist
+    if _monitor:
+        import torch.distributed as dist
 
-    if dist.is_available() and dist.is_initialized():
         gc.collect()  # gloo on torch 2.15 may abort at exit while tensors of a collective are alive
         dist.barrier()
-        if _monitor:
-            _monitor.stopped.set()
+        _monitor.stopped.set()
         dist.destroy_process_group()
 
 

@@ -22,13 +22,13 @@ from pathlib import Path
 
 writes_files = None  # whether this rank writes files, once cluster.compute_init() has found out
 
-CHECKPOINT_FOLDERS = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints"}
-CHECKPOINT_FOLDERS |= {"rl": "chatrl_checkpoints"}
+# Of the checkpoints of each stage
+FOLDERS = dict(base="base_checkpoints", mid="mid_checkpoints", sft="chatsft_checkpoints", rl="chatrl_checkpoints")
 
 # Public hosts, each replaceable by a mirror: another URL, or a folder on this machine.
-HUB_URL = "https://huggingface.co/datasets"  # <base>/<organisation>/<dataset>/resolve/main/<file>
-BUCKET_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com"  # <base>/<file>
-GITHUB_URL = "https://raw.githubusercontent.com"  # <base>/<owner>/<repository>/refs/heads/<branch>/<file>
+HOSTS = {"hub": "https://huggingface.co/datasets"}  # <base>/<organisation>/<dataset>/resolve/main/<file>
+HOSTS |= {"bucket": "https://karpathy-public.s3.us-west-2.amazonaws.com"}  # <base>/<file>
+HOSTS |= {"github": "https://raw.githubusercontent.com"}  # <base>/<owner>/<repository>/refs/heads/<branch>/<file>
 ENVIRONMENT_HINT = "`bash -c '. dev/setup.sh; set_up'` makes or updates .venv, `source .venv/bin/activate` uses it"
 
 
@@ -76,9 +76,8 @@ get_base_dir = base_dir  # the reference's name
 
 
 def mirror_url(host):
-    """The base URL (or folder) of `host`: "hub", "bucket" or "github"; NANOCHAT_<HOST>_URL replaces it."""
-    default = {"hub": HUB_URL, "bucket": BUCKET_URL, "github": GITHUB_URL}[host]
-    return os.path.expanduser(os.environ.get(f"NANOCHAT_{host.upper()}_URL") or default).rstrip("/")
+    """The base URL (or folder) of `host`, a key of HOSTS; NANOCHAT_<HOST>_URL replaces it."""
+    return os.path.expanduser(os.environ.get(f"NANOCHAT_{host.upper()}_URL") or HOSTS[host]).rstrip("/")
 
 
 def api_key():
@@ -93,10 +92,9 @@ def server_api_key():
 
 def has_wandb_login():
     """Whether wandb has an API key."""
-    try:
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
         return bool(os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators("api.wandb.ai"))
-    except (OSError, netrc.NetrcParseError):
-        return False
+    return False
 
 
 def no_color():
@@ -337,7 +335,7 @@ def write_jsonl(path, records):
         draft.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
 
 
-def fetch(url, path, attempts=5, timeout=30, progress=None, check=None):
+def fetch(url, path, attempts=5, timeout=30, progress=None, check=lambda draft: None):
     """
     Download `url` (http, https, or a local path) to `path`, atomically.
 
@@ -380,21 +378,19 @@ def repeat(attempt, url, attempts=5):
 
 def _fetch_part(url, part, timeout, progress, chunk=1 << 20):
     """One attempt of fetch(): append the missing bytes to `part`. Raises OSError if the connection ends early."""
-    import urllib.error
     import urllib.request
 
     received = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={received}-"} if received else {})
     try:
         response = urllib.request.urlopen(request, timeout=timeout)
-    except urllib.error.HTTPError as e:
-        if e.code != 416:
+    except OSError as e:
+        if getattr(e, "code", None) != 416:
             raise
         part.unlink()  # the file on the host has changed
         raise OSError("no such range of bytes") from e
     with response:
-        if response.status != 206:  # the host ignored the range and sends the whole file
-            received = 0
+        received = received if response.status == 206 else 0  # the host ignored the range: it sends the whole file
         length = response.headers.get("Content-Length")
         total = received + int(length) if length else None
         with write_errors(part), open(part, "ab" if received else "wb") as f:
@@ -418,8 +414,7 @@ def _check_fetched(url, draft, check):
     kind = next((kinds[start] for start in kinds if head.startswith(start)), None if head else "an empty file")
     try:
         require(not kind, f"the answer is {kind}")
-        if check:
-            check(draft)
+        check(draft)
     except UserError as e:
         draft.unlink()
         problem = str(e).replace(str(draft), "the file")

@@ -2,9 +2,8 @@
 
 import collections
 import json
-import math
-import os
 import re
+import resource
 import shutil
 import statistics
 import sys
@@ -29,8 +28,7 @@ def device_name(compute):
     """Name of this rank's device, such as "NVIDIA H100 80GB HBM3" or "cpu"."""
     import torch
 
-    device = compute.device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return torch.cuda.get_device_name(compute.device) if compute.device.type == "cuda" else compute.device.type
 
 
 def peak_flops(compute):
@@ -38,9 +36,8 @@ def peak_flops(compute):
     import torch
 
     name = device_name(compute).lower()
-    for key, flops in PEAK_FLOPS.items():
-        if key in name:
-            return flops
+    if keys := [key for key in PEAK_FLOPS if key in name]:
+        return PEAK_FLOPS[keys[0]]
     n = 1024 if name == "cpu" else 4096
     a = torch.randn(n, n, device=compute.device, dtype=compute.dtype)
     best, end = float("inf"), time.perf_counter() + 0.5  # the minimum: the loader uses the CPU meanwhile
@@ -66,7 +63,7 @@ class StageLog:
         self.earlier_seconds = state.get("wall_clock_seconds", 0.0)  # of the runs that this one resumes
         self.smooth_loss, self.train_seconds = state["smooth_loss"], state["train_seconds"]
         self.first_step = self.step_count = state["step_count"]
-        self.timed_steps, self.timed_tokens, self.timed_seconds = 0, 0, 0.0
+        self.timed = collections.Counter()  # number, tokens and seconds of the steps that count in the throughput
         self.last_printed, self.data_seconds, self.step_started = 0.0, 0.0, None
         self.durations, self.closed = collections.deque(maxlen=100), threading.Event()
         self.last_event, self.evaluation_seconds = 0.0, {}  # of each kind of evaluation, the last one
@@ -93,8 +90,7 @@ class StageLog:
 
     def state(self):
         """JSON-serializable state for StageLog(state=...)."""
-        state = {k: getattr(self, k) for k in ("smooth_loss", "step_count", "train_seconds")}
-        return state | {"wall_clock_seconds": self.wall_clock_seconds}
+        return {k: getattr(self, k) for k in ("smooth_loss", "step_count", "train_seconds", "wall_clock_seconds")}
 
     @property
     def wall_clock_seconds(self):
@@ -129,7 +125,7 @@ class StageLog:
 
     @property
     def tokens_per_second(self):
-        return self.timed_tokens / self.timed_seconds if self.timed_seconds else 0.0
+        return self.timed["tokens"] / self.timed["seconds"] if self.timed["seconds"] else 0.0
 
     @property
     def mfu(self):
@@ -157,7 +153,7 @@ class StageLog:
         warned = None
         while not self.closed.wait(1.0):
             started = self.step_started
-            limit = 10 * statistics.median(self.durations or [math.inf])
+            limit = 10 * statistics.median(self.durations or [float("inf")])
             if started and started != warned and time.perf_counter() - started > max(limit, SLOW_SECONDS):
                 warned, ranks = started, "a rank may hang" if self.compute.world_size > 1 else "the machine may be busy"
                 print0(f"step {self.step_count + 1} takes ten times the median step, {limit / 10:,.1f} s: {ranks}")
@@ -177,17 +173,15 @@ class StageLog:
         self.train_seconds += seconds
         own_steps = step - self.first_step  # before this one, in this process
         if own_steps in (1, UNTIMED_STEPS):
-            self.timed_steps, self.timed_tokens, self.timed_seconds = 0, 0, 0.0
-        self.timed_steps += 1
-        self.timed_tokens += tokens
-        self.timed_seconds += seconds
+            self.timed.clear()
+        self.timed.update(steps=1, tokens=tokens, seconds=seconds)
         speed = tokens / seconds
         values = {"loss": result.loss, "grad_norm": result.grad_norm, "lr_mult": lr_mult, "dt_ms": seconds * 1e3}
         values |= {"data_ms": self.data_seconds * 1e3, "memory_mib": peak_memory_mib(self.compute)}
         self.metrics(step, **values, tokens_per_second=speed, **extra)
         progress = (step + 1) / self.num_steps if progress is None else progress
         steps_left = (step + 1) * max(0, 1 / max(progress, 1e-9) - 1)
-        seconds_left = steps_left * self.timed_seconds / self.timed_steps
+        seconds_left = steps_left * self.timed["seconds"] / self.timed["steps"]
         on_cpu = self.compute.device.type == "cpu"
         if own_steps == (1 if on_cpu else UNTIMED_STEPS - 1) and steps_left >= 0.5:  # the first one compiles
             long = on_cpu and seconds_left > LONG_SECONDS
@@ -197,19 +191,12 @@ class StageLog:
             return
         self.last_printed = time.time()
         total = f"/{self.num_steps:05d}" if self.num_steps else ""
-        print0(
-            f"step {step + 1:05d}{total} ({min(progress, 1):6.1%})",
-            f"loss {self.loss:.4f}",
-            *(f"{name.replace('_', ' ')} {value:.3f}" for name, value in extra.items()),
-            f"grad norm {result.grad_norm:.3f}",
-            f"lr x{lr_mult:.2f}",
-            f"{seconds * 1e3:,.0f} ms ({values['data_ms']:,.0f} for data)",
-            f"{speed:,.0f} tok/s",
-            f"mfu {self.mfu:.1%}",
-            f"{values['memory_mib']:,.0f} MiB",
-            f"{format_duration(self.train_seconds)}, {format_duration(seconds_left)} left",
-            sep=" | ",
-        )
+        line = f"step {step + 1:05d}{total} ({min(progress, 1):6.1%}) | loss {self.loss:.4f}"
+        line += "".join(f" | {name.replace('_', ' ')} {value:.3f}" for name, value in extra.items())
+        line += f" | grad norm {result.grad_norm:.3f} | lr x{lr_mult:.2f}"
+        line += f" | {seconds * 1e3:,.0f} ms ({values['data_ms']:,.0f} for data)"
+        line += f" | {speed:,.0f} tok/s | mfu {self.mfu:.1%} | {values['memory_mib']:,.0f} MiB"
+        print0(f"{line} | {format_duration(self.train_seconds)}, {format_duration(seconds_left)} left")
 
     def report(self, section, args, facts, **metrics):
         """Write the stage's section of the report: flags, `facts`, speed and memory. `metrics`: see Report.log()."""
@@ -276,8 +263,4 @@ def peak_memory_mib(compute):
         import torch
 
         return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return float("nan")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if os.uname().sysname == "Darwin" else 2**10)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -88,20 +88,15 @@ def main(argv=None):
     print0(f"CORE{limit}: {score.core:.4f}")
     if compute.writes:
         csv_path = base_dir() / "base_eval" / f"{name}.csv"
-        write_csv(csv_path, score)
+        rows = [[label, f"{x:.6f}", f"{score.centered[label]:.6f}"] for label, x in score.accuracies.items()]
+        table = [["Task", "Accuracy", "Centered"], *rows, ["CORE", "", f"{score.core:.6f}"]]
+        with atomic_path(csv_path) as draft, open(draft, "w", encoding="utf-8", newline="") as f:
+            csv.writer(f, lineterminator="\n").writerows(table)
         print0(f"written to {csv_path}")
     facts = {"Model": name, "CORE metric": score.core, **score.centered}
     # The report sums the wall clock times of a training run; scoring a Hugging Face model is not part of it.
     clock = {"wall_clock_seconds": time.time() - started} if args.hf_path is None else {}
     get_report().log(section, [vars(args), facts, clock], {"core": score.core, **clock})
-
-
-def write_csv(path, score):
-    """Write the columns Task, Accuracy and Centered; the last row is CORE."""
-    rows = [[label, f"{x:.6f}", f"{score.centered[label]:.6f}"] for label, x in score.accuracies.items()]
-    table = [["Task", "Accuracy", "Centered"], *rows, ["CORE", "", f"{score.core:.6f}"]]
-    with atomic_path(path) as draft, open(draft, "w", encoding="utf-8", newline="") as f:
-        csv.writer(f, lineterminator="\n").writerows(table)
 
 
 if __name__ == "__main__":

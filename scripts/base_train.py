@@ -7,7 +7,7 @@ Pretrain the base model on raw documents.
 Reads tokenizer/ and base_data/. Writes base_checkpoints/d<depth>/ and report/metrics/base.jsonl.
 """
 
-import functools
+from functools import cache
 
 from nanochat.cli import FLAG, add_run_flags, decay_rate, make_parser, non_negative, parse_args, path, run_script, share
 from nanochat.cluster import compute_init
@@ -57,49 +57,31 @@ def steps_to_train(args, num_params, flops_per_token):
     raise UserError("no horizon: give --num_iterations, --target_flops or --target_param_data_ratio above 0")
 
 
-def load_core_tasks(args, corpus):
-    """The tasks of CORE, None if it will not be evaluated. Loaded before training, to report missing data early."""
-    if args.core_metric_every <= 0 or corpus != "public":
-        return None
-    from nanochat.dclm.tasks import load_tasks
-
-    try:
-        return load_tasks()
-    except UserError as e:
-        raise UserError(f"{e}; or leave CORE out with --core_metric_every=-1") from e
-
-
 def main(argv=None):
     args = parse_args(build_parser(), argv)
+    from nanochat import dataset, engine, gpt, loss_eval, plan, schedule, tracking, train
     from nanochat.core_eval import evaluate_core
     from nanochat.dataloader import ShardSource
-    from nanochat.dataset import corpus_name, fingerprint, row_groups
-    from nanochat.engine import Engine
-    from nanochat.gpt import GPT, GPTConfig
-    from nanochat.loss_eval import evaluate_bpb, greedy_samples
-    from nanochat.plan import Plan
-    from nanochat.schedule import lr_multiplier, muon_decay, muon_momentum, set_schedule
+    from nanochat.dclm.tasks import load_tasks
     from nanochat.tokenizer import get_token_bytes, get_tokenizer
-    from nanochat.tracking import StageLog
-    from nanochat.train import Stage, due, rows_per_step
 
     # Machine
     compute = compute_init(args.device_type, args.dtype, args.seed, args.dist_timeout)
-    rows = rows_per_step(args, compute.world_size)
+    rows = train.rows_per_step(args, compute.world_size)
 
     # Tokenizer and model
     elsewhere = args.plan_for and not (base_dir() / "tokenizer").is_dir()  # needs neither a tokenizer nor data
     tokenizer = None if elsewhere else get_tokenizer()
     vocab_size = PLANNED_VOCAB_SIZE if elsewhere else tokenizer.get_vocab_size()
-    config = GPTConfig.from_depth(args.depth, args.max_seq_len, vocab_size)
-    model = GPT(config)
+    config = gpt.GPTConfig.from_depth(args.depth, args.max_seq_len, vocab_size)
+    model = gpt.GPT(config)
     flops_per_token, num_params = model.estimate_flops(), model.num_params()
     num_steps = steps_to_train(args, num_params, flops_per_token)
     if args.plan_for:
-        return Plan(args, compute, config, num_steps).show()
+        return plan.Plan(args, compute, config, num_steps).show()
     token_bytes = get_token_bytes()
-    origins = {"tokenizer": tokenizer.fingerprint(), "shards": fingerprint(args.data_dir)}
-    stage = Stage("base", args.model_tag or f"d{args.depth}", args, compute, config, num_steps, origins)
+    origins = {"tokenizer": tokenizer.fingerprint(), "shards": dataset.fingerprint(args.data_dir)}
+    stage = train.Stage("base", args.model_tag or f"d{args.depth}", args, compute, config, num_steps, origins)
     if stage.finished:
         return
     model.init_weights(compute.device)
@@ -113,39 +95,43 @@ def main(argv=None):
     compiled = stage.compile(model, total_tokens, fixed_shape=True)
 
     # Data
-    corpus = corpus_name(args.data_dir)
-    source = ShardSource(row_groups("train", args.data_dir), tokenizer, rows, args.seed)
-    loader = stage.training_loader(source, rows)
-    val_source = functools.partial(ShardSource, row_groups("val", args.data_dir), tokenizer, rows)
-    val_batches = functools.cache(lambda: stage.validation_batches(val_source()))  # read at the first validation
-    core_tasks = load_core_tasks(args, corpus)
+    corpus = dataset.corpus_name(args.data_dir)
+    train_groups, val_groups = (dataset.row_groups(split, args.data_dir) for split in ("train", "val"))
+    loader = stage.training_loader(ShardSource(train_groups, tokenizer, rows, args.seed), rows)
+    val_batches = cache(lambda: stage.validation_batches(ShardSource(val_groups, tokenizer, rows)))  # read when needed
+    core_tasks = None
+    if args.core_metric_every > 0 and corpus == "public":
+        try:
+            core_tasks = load_tasks()  # before training, to report missing data early
+        except UserError as e:
+            raise UserError(f"{e}; or leave CORE out with --core_metric_every=-1") from e
 
     # Horizon
     total_flops, tokens_per_param = total_tokens * flops_per_token, total_tokens / num_params
     print0(f"{num_steps:,} steps of {args.total_batch_size:,} tokens ({rows} rows of {args.max_seq_len:,}): ", end="")
     print0(f"{total_tokens:,} tokens, {tokens_per_param:.1f} per parameter, {total_flops:.2e} FLOPs")
-    log = StageLog("base", args, compute, num_steps, flops_per_token, stage.meta.get("log_state"))
+    log = tracking.StageLog("base", args, compute, num_steps, flops_per_token, stage.meta.get("log_state"))
     results = stage.restored("val_bpb", "min_val_bpb", "core")
 
     # Loop: num_steps + 1 iterations; the last one only saves and evaluates
     for step in range(stage.first_step, num_steps + 1):
         last = step == num_steps
         stage.checkpoint(step, last, model, optimizers, loader, log, {"corpus": corpus, **results})
-        if due(step, args.eval_every, last):
-            log.validation(step, evaluate_bpb(compiled, val_batches(), token_bytes, compute), results)
-        if step and core_tasks and due(step, args.core_metric_every, last):
+        if train.due(step, args.eval_every, last):
+            log.validation(step, loss_eval.evaluate_bpb(compiled, val_batches(), token_bytes, compute), results)
+        if step and core_tasks and train.due(step, args.core_metric_every, last):
             results["core"] = evaluate_core(model, tokenizer, compute, args.core_metric_max_per_task, core_tasks).core
             log.evaluation(step, f"CORE {results['core']:.4f}", core=results["core"])
-        if step and due(step, args.sample_every, last) and compute.rank == 0:
-            for prompt, text in greedy_samples(Engine(model, tokenizer, compute), corpus).items():
+        if step and train.due(step, args.sample_every, last) and compute.rank == 0:
+            for prompt, text in loss_eval.greedy_samples(engine.Engine(model, tokenizer, compute), corpus).items():
                 print0(f"{prompt} >{text}")
         if last:
             break
         batch = log.next_batch(loader)
         ratios = args.warmup_ratio, args.warmdown_ratio, args.final_lr_frac
-        lr_mult = lr_multiplier(step / num_steps, *ratios, per_step=1 / num_steps)
-        momentum = muon_momentum(step, lr_mult=lr_mult, final=args.final_momentum)
-        set_schedule(optimizers, lr_mult, momentum, muon_decay(step, num_steps, args.matrix_decay))
+        lr_mult = schedule.lr_multiplier(step / num_steps, *ratios, per_step=1 / num_steps)
+        momentum = schedule.muon_momentum(step, lr_mult=lr_mult, final=args.final_momentum)
+        schedule.set_schedule(optimizers, lr_mult, momentum, schedule.muon_decay(step, num_steps, args.matrix_decay))
         result = stage.train_step(compiled, optimizers, batch.micro_batches, grad_clip=args.grad_clip)
         log.end_step(step, result, args.total_batch_size, lr_mult)
     stage.close(loader, log, **results)

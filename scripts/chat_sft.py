@@ -9,7 +9,7 @@ Reads a mid (or base) checkpoint, the tokenizer and a task mixture. Writes chats
 
 from itertools import islice
 
-from nanochat.cli import add_conversation_flags, add_run_flags, make_parser, non_negative, parse_args, run_script
+from nanochat.cli import add_run_flags, add_source_flags, make_parser, non_negative, parse_args, run_script
 from nanochat.cluster import compute_init
 from nanochat.common import print0, require
 
@@ -19,11 +19,9 @@ INLINE_TASKS = {"public": ("MMLU", "ARC-Easy"), "pocket": ("PocketFacts",)}  # q
 def build_parser():
     parser = make_parser("scripts.chat_sft", __doc__)
     add_run_flags(parser, device_batch_size=4)
-    add_conversation_flags(parser)
     add = parser.add_argument
     add("--source", default="mid", choices=("mid", "base"), help="stage of the checkpoint to start from")
-    add("--model_tag", help="folder name of that checkpoint (default: the deepest)")
-    add("--step", type=int, help="step of that checkpoint (default: the newest)")
+    add_source_flags(parser, "that checkpoint")
     add("--target_examples_per_step", type=int, default=32, help="conversations per step, over all devices")
     add("--num_epochs", type=int, default=1, help="passes over the mixture")
     add("--num_iterations", type=int, default=-1, help="optimizer steps; -1 = from --num_epochs")
@@ -37,14 +35,10 @@ def build_parser():
 
 def main(argv=None):
     args = parse_args(build_parser(), argv)
-    from nanochat.chat_eval import evaluate_task
+    from nanochat import chat_eval, loss_eval, schedule, tracking, train
     from nanochat.checkpoint_manager import load_model, made_from
     from nanochat.dataloader import Prefetch, check_lengths, conversation_batches
     from nanochat.engine import Engine
-    from nanochat.loss_eval import evaluate_loss
-    from nanochat.schedule import lr_multiplier, set_schedule
-    from nanochat.tracking import StageLog
-    from nanochat.train import TOKENS_PER_CONVERSATION, Stage, due, epoch_steps
     from tasks.mixtures import EVAL_TASKS, training_tasks
 
     # Machine, tokenizer and model
@@ -56,15 +50,15 @@ def main(argv=None):
     model, tokenizer, source_meta = load_model(args.source, compute, "train", args.model_tag, args.step)
     args.corpus = args.corpus or source_meta["corpus"]
     train_task, val_task = training_tasks("sft", args.corpus, args.conversations, args.conversations_only)
-    num_steps = epoch_steps(args, train_task, rows)
+    num_steps = train.epoch_steps(args, train_task, rows)
     origins = made_from(source_meta, tokenizer, train_task)
-    stage = Stage("sft", source_meta["model_tag"], args, compute, model.config, num_steps, origins)
+    stage = train.Stage("sft", source_meta["model_tag"], args, compute, model.config, num_steps, origins)
     if stage.finished:
         return
 
     # Optimizers; restores weights and optimizer state when resuming
     optimizers = stage.setup_optimizers(model)
-    model = stage.compile(model, num_steps * rows * TOKENS_PER_CONVERSATION)
+    model = stage.compile(model, num_steps * rows * train.TOKENS_PER_CONVERSATION)
 
     # Data
     context = model.config.sequence_len
@@ -77,7 +71,7 @@ def main(argv=None):
 
     # Horizon
     print0(f"{len(train_task):,} conversations, {num_steps:,} steps of {rows}")
-    log = StageLog("sft", args, compute, num_steps, model.estimate_flops(), stage.meta.get("log_state"))
+    log = tracking.StageLog("sft", args, compute, num_steps, model.estimate_flops(), stage.meta.get("log_state"))
     results = stage.meta.get("results", {})
 
     # Loop: num_steps + 1 iterations; the last one only saves and evaluates
@@ -85,22 +79,22 @@ def main(argv=None):
         last = step == num_steps
         state = {"corpus": args.corpus, "results": results}
         stage.checkpoint(step, last, model, [] if last else optimizers, loader, log, state)
-        if due(step, args.eval_every, last):
+        if train.due(step, args.eval_every, last):
             val_batches = conversation_batches(val_task, tokenizer, per_pass, context, rank_rows, compute)
             pairs = [pair for batch in islice(val_batches, val_steps) for pair in batch.micro_batches]
-            results["val_loss"] = evaluate_loss(model, pairs, compute)
+            results["val_loss"] = loss_eval.evaluate_loss(model, pairs, compute)
             log.evaluation(step, f"validation loss {results['val_loss']:.4f}", val_loss=results["val_loss"])
-        if due(step, args.eval_metrics_every, last):
-            engine, limit = Engine(model, tokenizer, compute), args.eval_metrics_max_problems
+        if train.due(step, args.eval_metrics_every, last):
+            engine = Engine(model, tokenizer, compute)
+            settings = dict(max_problems=args.eval_metrics_max_problems, batch_size=2 * rank_rows)
             for name in () if args.conversations_only else INLINE_TASKS[args.corpus]:
-                score = evaluate_task(EVAL_TASKS[name].make(), engine, max_problems=limit, batch_size=2 * rank_rows)
-                results[name] = score.accuracy
-                log.evaluation(step, f"{name} {score.accuracy:.2%}", **{name: score.accuracy})
+                results[name] = chat_eval.evaluate_task(EVAL_TASKS[name].make(), engine, **settings).accuracy
+                log.evaluation(step, f"{name} {results[name]:.2%}", **{name: results[name]})
         if last:
             break
         batch = log.next_batch(loader)
-        lr_mult = args.init_lr_frac * lr_multiplier(step / num_steps, warmdown_ratio=1.0)
-        set_schedule(optimizers, lr_mult)
+        lr_mult = args.init_lr_frac * schedule.lr_multiplier(step / num_steps, warmdown_ratio=1.0)
+        schedule.set_schedule(optimizers, lr_mult)
         result = stage.train_step(model, optimizers, batch.micro_batches)
         log.end_step(step, result, sum(x.numel() for x, _ in batch.micro_batches), lr_mult)
     stage.close(loader, log, results=results)

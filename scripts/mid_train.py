@@ -10,7 +10,7 @@ Reads a base checkpoint, the tokenizer and a task mixture. Writes mid_checkpoint
 from dataclasses import replace
 from functools import cache
 
-from nanochat.cli import FLAG, add_conversation_flags, add_run_flags, make_parser, non_negative, parse_args, run_script
+from nanochat.cli import FLAG, add_run_flags, add_source_flags, make_parser, non_negative, parse_args, run_script
 from nanochat.cluster import compute_init
 from nanochat.common import print0
 
@@ -18,10 +18,8 @@ from nanochat.common import print0
 def build_parser():
     parser = make_parser("scripts.mid_train", __doc__)
     add_run_flags(parser, device_batch_size=32)
-    add_conversation_flags(parser)
+    add_source_flags(parser, "the base checkpoint")
     add = parser.add_argument
-    add("--model_tag", help="folder name of the base checkpoint (default: the deepest)")
-    add("--step", type=int, help="step of the base checkpoint (default: the newest)")
     add("--num_iterations", type=int, default=-1, help="optimizer steps; -1 = one epoch of the mixture")
     add("--max_seq_len", type=int, default=-1, help="context in tokens; -1 = the base model's; more extends it")
     add("--total_batch_size", type=int, default=524288, help="tokens per step, over all devices")
@@ -37,13 +35,10 @@ def build_parser():
 
 def main(argv=None):
     args = parse_args(build_parser(), argv)
+    from nanochat import loss_eval, schedule, tracking, train
     from nanochat.checkpoint_manager import load_model, made_from
     from nanochat.dataloader import TaskSource, check_lengths
-    from nanochat.loss_eval import evaluate_bpb
-    from nanochat.schedule import lr_multiplier, muon_momentum, set_schedule
     from nanochat.tokenizer import get_token_bytes
-    from nanochat.tracking import StageLog
-    from nanochat.train import TOKENS_PER_CONVERSATION, Stage, due, rows_per_step
     from tasks.mixtures import training_tasks
 
     # Machine, tokenizer and model; --corpus and --max_seq_len default to those of the base run
@@ -55,10 +50,10 @@ def main(argv=None):
     if args.max_seq_len > base_context:  # rotary embeddings have no weights, so the model can learn longer contexts
         model.config = replace(model.config, sequence_len=args.max_seq_len)
         print0(f"the context grows from {base_context:,} to {args.max_seq_len:,} tokens, --max_seq_len")
-    rows = rows_per_step(args, compute.world_size)
+    rows = train.rows_per_step(args, compute.world_size)
     train_task, val_task = training_tasks("mid", args.corpus, args.conversations, args.conversations_only)
     origins = made_from(base_meta, tokenizer, train_task)
-    stage = Stage("mid", base_meta["model_tag"], args, compute, model.config, args.num_iterations, origins)
+    stage = train.Stage("mid", base_meta["model_tag"], args, compute, model.config, args.num_iterations, origins)
     if stage.finished:
         return
     model.grad_checkpoint = args.grad_checkpoint
@@ -67,24 +62,21 @@ def main(argv=None):
         print0(f"warning: --device_batch_size={args.device_batch_size}, in pretraining it was {base_batch_size}")
 
     # Optimizers; restores weights and optimizer state when resuming
-    optimizers, epoch_tokens = stage.setup_optimizers(model), len(train_task) * TOKENS_PER_CONVERSATION
-    tokens = args.num_iterations * args.total_batch_size if args.num_iterations > 0 else epoch_tokens
+    optimizers, num_steps = stage.setup_optimizers(model), max(0, args.num_iterations)
+    tokens = num_steps * args.total_batch_size or len(train_task) * train.TOKENS_PER_CONVERSATION
     compiled = stage.compile(model, tokens, fixed_shape=True)
 
     # Data; validation batches are read at the first validation
     rendering = dict(max_tokens=args.max_seq_len, use_mask=args.train_on == "assistant")
     check_lengths("training", train_task, tokenizer, **rendering)
     check_lengths("validation", val_task, tokenizer, **rendering)
-    rendering["lanes"] = rows
-    train_source = TaskSource(train_task, tokenizer, seed=args.seed, **rendering)
-    loader = stage.training_loader(train_source, rows)
-    val_batches = cache(lambda: stage.validation_batches(TaskSource(val_task, tokenizer, **rendering)))
+    loader = stage.training_loader(TaskSource(train_task, tokenizer, seed=args.seed, lanes=rows, **rendering), rows)
+    val_batches = cache(lambda: stage.validation_batches(TaskSource(val_task, tokenizer, lanes=rows, **rendering)))
     token_bytes = get_token_bytes()
 
     # Horizon: one epoch, unless --num_iterations is given
     print0(f"{len(train_task):,} conversations for training, {len(val_task):,} for validation")
-    num_steps, flops = max(0, args.num_iterations), model.estimate_flops()
-    log = StageLog("mid", args, compute, num_steps, flops, stage.meta.get("log_state"))
+    log = tracking.StageLog("mid", args, compute, num_steps, model.estimate_flops(), stage.meta.get("log_state"))
     results = stage.restored("val_bpb", "min_val_bpb", "progress")
 
     # Loop: the last iteration only saves and evaluates
@@ -93,13 +85,13 @@ def main(argv=None):
         last = step >= num_steps if num_steps else progress >= 1
         state = {"corpus": args.corpus, "progress": progress, **results}
         stage.checkpoint(step, last, model, optimizers, loader, log, state)
-        if due(step, args.eval_every, last):
-            log.validation(step, evaluate_bpb(compiled, val_batches(), token_bytes, compute), results)
+        if train.due(step, args.eval_every, last):
+            log.validation(step, loss_eval.evaluate_bpb(compiled, val_batches(), token_bytes, compute), results)
         if last:
             break
         batch = log.next_batch(loader)
-        lr_mult = args.init_lr_frac * lr_multiplier(progress)
-        set_schedule(optimizers, lr_mult, muon_momentum(step))
+        lr_mult = args.init_lr_frac * schedule.lr_multiplier(progress)
+        schedule.set_schedule(optimizers, lr_mult, schedule.muon_momentum(step))
         result = stage.train_step(compiled, optimizers, batch.micro_batches, progress=batch.progress)
         step += 1
         progress = step / num_steps if num_steps else result.progress
