@@ -127,7 +127,7 @@ class Plan:
         self.step_tokens, self.parts, self.progress = [], [], 0.0
         self.largest = self.largest_measured = 0  # tokens of a micro-batch
         self.affordable_tokens = SECONDS * tracking.peak_flops(compute) / 2 / self.model.estimate_flops()
-        args.run, args.sample_every = "dummy", -1
+        args.run, args.sample_every, args.plan = "dummy", -1, True
         for every, size, unit in [*EVALUATIONS.values(), INLINE_TASK]:
             if getattr(args, every, -1) > 0 and hasattr(args, size):
                 setattr(args, every, 2)
@@ -194,7 +194,7 @@ class Plan:
         if hasattr(args, "total_batch_size") and steps > 0:
             return steps, steps * args.total_batch_size
         if not loader:  # RL: answers yet to be sampled
-            return steps, steps * log.timed_tokens // max(1, log.timed_steps)
+            return steps, steps * log.timed["tokens"] // max(1, log.timed["steps"])
         show = tracking.progress_printer("steps")
         while len(self.step_tokens) < steps if steps > 0 else self.progress < 1:
             batch = next(loader)

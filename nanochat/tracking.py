@@ -3,7 +3,6 @@
 import collections
 import json
 import re
-import resource
 import shutil
 import statistics
 import sys
@@ -70,7 +69,7 @@ class StageLog:
         threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
         self.peak = peak_flops(compute) * compute.world_size
         self.file = self.wandb = None
-        if compute.writes and not (args.plan or args.plan_for):
+        if compute.writes and not args.plan:
             self.file = self._open(base_dir() / "report" / "metrics" / f"{source}.jsonl")
         if compute.rank == 0 and args.run != "dummy":
             import wandb
@@ -263,4 +262,6 @@ def peak_memory_mib(compute):
         import torch
 
         return torch.cuda.max_memory_allocated() / 2**20
+    import resource  # not on Windows
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -194,7 +194,7 @@ def stage_log(empty_base, monkeypatch):
     monkeypatch.setattr(tracking, "peak_flops", lambda compute: 1.0)
 
     def stage_log(num_steps, *seconds, state=None, **flags):
-        args = SimpleNamespace(run="dummy", **flags)
+        args = SimpleNamespace(run="dummy", plan=False, **flags)
         log = tracking.StageLog("base", args, CPU, num_steps, 1.0, state)
         for step_seconds in seconds:
             clock = iter([0.0, step_seconds])
