@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
 # Rehearses a tier on the CPU, in minutes: every stage that its script declares, with small numbers.
 #
-#     bash dev/rehearse.sh [speedrun | run1000 | single | laptop | pocket | runcpu] [--mirror=PATH]
+#     bash dev/rehearse.sh [speedrun | run1000 | single | laptop | pocket | runcpu] [--mirror=PATH] [--stages=N]
 #
 # The multi-GPU tiers run with 8 processes (PROCESSES=2 for fewer). Data come from a local server: of --mirror, a folder
 # laid out like the public hosts, else of generated files of the same schemas. Each training stage is killed (kill -9)
-# after its first checkpoint, and continues. All outputs are in REHEARSAL_DIR (a new temporary folder, kept if it fails).
+# after its first checkpoint, and continues. --stages: the first N only. All outputs are in REHEARSAL_DIR (a new temporary
+# folder, kept if it fails).
 
 set -euo pipefail
-tier=speedrun mirror=""
+tier=speedrun mirror="" stages=""
 for argument; do
     case $argument in
     speedrun | run1000 | single | laptop | pocket | runcpu) tier=$argument ;;
     --mirror=*) mirror=$(cd "${argument#--mirror=}" && pwd) ;;
+    --stages=[1-9]*) stages=${argument#--stages=} ;;
     *) echo "error: unknown argument $argument, see the top of $0" >&2 && exit 2 ;;
     esac
 done
@@ -80,6 +82,9 @@ killed_once() {
 }
 
 kills=0
+if [[ -n $stages ]]; then
+    TITLES=("${TITLES[@]:0:stages}") COMMANDS=("${COMMANDS[@]:0:stages}")
+fi
 for i in "${!COMMANDS[@]}"; do
     for module in "${!OVERRIDES[@]}"; do
         [[ ${COMMANDS[i]} == *"-m $module "* ]] || continue
@@ -96,7 +101,7 @@ for i in "${!COMMANDS[@]}"; do
     fi
 done
 run_stages
-! grep "^Not run" "$NANOCHAT_BASE_DIR/report/report.md"
+[[ -n $stages ]] || ! grep "^Not run" "$NANOCHAT_BASE_DIR/report/report.md"
 echo "rehearsal of $tier: ${#COMMANDS[@]} stages passed, $kills of them killed and continued, in" \
     "$(duration $((SECONDS - started)))"
 [[ -n ${REHEARSAL_DIR:-} ]] || rm -rf "$work"
