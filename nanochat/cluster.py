@@ -47,6 +47,7 @@ def compute_init(device_type="", dtype="", seed=42, dist_timeout=10.0):
     if world_size > 1:
         backend, gpu = ("nccl", device) if on_gpu else ("gloo", None)
         timeout = datetime.timedelta(minutes=dist_timeout)
+        common.choose_interface()
         address, is_master = common.store_address()
         store, start = join_store(address, is_master, rank, world_size, timeout)
         settings = dict(store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=gpu)

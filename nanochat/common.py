@@ -186,6 +186,18 @@ def store_address():
     return (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), is_master
 
 
+def choose_interface():
+    """Let gloo use the network interface towards rank 0's host; by default it takes that of this host's name."""
+    import psutil
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s, contextlib.suppress(OSError):
+        s.connect(store_address()[0])  # sends nothing
+        own = s.getsockname()[0]  # a host's name often has a loopback address
+        for name, addresses in psutil.net_if_addrs().items():
+            if own in (address.address for address in addresses):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
 def is_rank0():
     return dist_env()[0] == 0
 
