@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import json
 import math
 import os
 import signal
@@ -18,7 +17,7 @@ import torch.distributed as dist
 
 from nanochat import checkpoint_manager as checkpoints
 from nanochat import cluster, ops
-from nanochat.common import UserError, atomic_path, base_dir, print0, print_error, require, set_aside, torchrun_job
+from nanochat.common import UserError, base_dir, print0, print_error, require, set_aside, torchrun_job, write_jsonl
 from nanochat.dataloader import Prefetch, eval_batches, lane_batches
 from nanochat.plan import Plan, check_memory, fits_whole
 from nanochat.tokenizer import check_tokenizer
@@ -154,7 +153,7 @@ class Stage:
             is_beyond = not self.finished and 0 < num_steps < self.first_step
             require(not is_beyond, f"{self.path} is beyond the {num_steps} steps of this run; raise --num_iterations")
             print0(f"{self.path}: " + ("finished already" if self.finished else "resuming from here"))
-        self.saved_step, self.step, self.save, self.log = self.first_step, None, None, None
+        self.saved_step, self.step, self.save, self.log, self.positions = self.first_step, 0, None, None, {}
         self.first_signal = None  # time of arrival
         # Held by the main thread while the weights differ from what self.save would save: from a step's update to the
         # next call of checkpoint(). A thread that stops the run holds it while it saves.
@@ -272,14 +271,14 @@ class Stage:
         sq_norms = {p: norm for optimizer in optimizers for p, norm in optimizer.grad_sq_norms().items()}
         totals = self.compute.all_reduce(torch.stack(list(sq_norms.values()))).sqrt().tolist()
         grad_norms = dict(zip(sq_norms, totals, strict=True))
-        names = {name.removeprefix("_orig_mod."): p for name, p in model.named_parameters()}
-        norms = {name: {"weight": float(p.detach().norm()), "gradient": grad_norms[p]} for name, p in names.items()}
         positions = {lane: at for part in self.compute.all_gather(self.positions) for lane, at in part.items()}
-        facts = {"problem": problem, "step": self.step + 1, "data_before_the_batch": positions, "norms": norms}
-        path = base_dir() / "report" / f"diverged-{self.folder.parent.name}.json"
+        lines = [{"problem": problem, "step": self.step + 1, "data_before_the_batch": positions}]
+        for name, p in model.named_parameters():
+            norms = {"weight_norm": float(p.detach().norm()), "gradient_norm": grad_norms[p]}
+            lines.append({"parameter": name.removeprefix("_orig_mod."), **norms})
+        path = base_dir() / "report" / f"diverged-{self.folder.parent.name}.jsonl"
         if self.compute.writes:
-            with atomic_path(path) as draft:
-                draft.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            write_jsonl(path, lines)
         return path
 
     def checkpoint(self, step, last, model, optimizers, loader, log, state):

@@ -96,7 +96,8 @@ def main(argv=None):
         lr_mult = args.init_lr_frac * schedule.lr_multiplier(step / num_steps, warmdown_ratio=1.0)
         schedule.set_schedule(optimizers, lr_mult)
         result = stage.train_step(model, optimizers, batch.micro_batches)
-        log.end_step(step, result, sum(x.numel() for x, _ in batch.micro_batches), lr_mult)
+        tokens = sum(x.numel() for x, _ in batch.micro_batches) * compute.world_size  # about the same on all ranks
+        log.end_step(step, result, tokens, lr_mult)
     stage.close(loader, log, results=results)
 
     # Report

@@ -1,6 +1,7 @@
 """All stages on a tiny model, as a user runs them: from text to chat, killed and resumed, on one and two processes."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from helpers import (
     logged_metrics,
     python_command,
     raises_user_error,
+    read_jsonl,
     run_python,
     wait_until,
 )
@@ -22,7 +24,7 @@ from helpers import (
 from nanochat import ops, tracking
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.ingest.shards import write_shard
 from tasks.common import user_and_assistant
 
@@ -74,6 +76,19 @@ def test_from_text_to_chat(base, run_main, capsys):
     assert "## Midtraining" in report
     for name in ("mid", "sft"):
         assert list(losses(base, name)) == [0, 1, 2]
+
+
+def test_a_run_that_diverges_stops_and_describes_itself(base, run_main):
+    with raises_user_error(r"the run diverged: the loss is .* in step \d+ \(.*/diverged-base_checkpoints.jsonl has"):
+        train(run_main, "--num_iterations=20", "--matrix_lr=1e30", "--embedding_lr=1e30")
+    facts, *norms = read_jsonl(base / "report" / "diverged-base_checkpoints.jsonl")
+    assert facts["step"] == len(losses(base)) + 1
+    assert len(facts["data_before_the_batch"]) == 8  # lanes
+    assert [row["parameter"] for row in norms] == [
+        name for name, _ in GPT(GPTConfig.from_depth(1, 32, 600)).named_parameters()
+    ]
+    assert not all(math.isfinite(row["gradient_norm"]) for row in norms)
+    assert not (base / "base_checkpoints").exists()
 
 
 @pytest.mark.slow
