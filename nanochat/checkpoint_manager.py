@@ -4,12 +4,14 @@ Checkpoints: written atomically, verified when read, resumable on any number of 
     <base dir>/base_checkpoints/d20/step_021400/   model.safetensors  optim_rank0.pt ...  meta.json
                                                    (likewise mid_checkpoints, chatsft_checkpoints, chatrl_checkpoints)
 
-A checkpoint is written to step_XXXXXX.tmp, synced and renamed. meta.json holds the state that resumes the run, and
-size and sha256 of the other files. Reading verifies them and falls back, with a warning, to the newest intact step.
+A checkpoint is written to step_XXXXXX.tmp, synced and renamed. meta.json holds the state that resumes the run, size
+and sha256 of the other files, and the sha256 of its own content. Reading verifies them and falls back, with a warning,
+to the newest intact step.
 """
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import pickle
@@ -92,7 +94,7 @@ def save_checkpoint(folder, step, model, optimizers, meta, compute, keep=0):
                 cluster.exchange_files(draft, compute.writers)
             made_by = {"world_size": compute.world_size, "torch_version": torch.__version__}
             meta = {"step": step, "model_config": asdict(model.config), **made_by, **meta, "files": files}
-            (draft / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+            (draft / "meta.json").write_text(_with_digest(meta), encoding="utf-8")
             _publish(draft, final)
             for old in sorted(step_dirs(folder))[:-keep] if keep > 0 else ():
                 shutil.rmtree(folder / f"step_{old:06d}")
@@ -138,7 +140,14 @@ def update_meta(path, compute, **values):
     if compute.writes:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         with common.atomic_path(path / "meta.json") as draft:
-            draft.write_text(json.dumps(meta | values, indent=1) + "\n", encoding="utf-8")
+            draft.write_text(_with_digest(meta | values), encoding="utf-8")
+
+
+def _with_digest(meta):
+    """Text of meta.json: `meta` and the digest of the rest, which every later write replaces."""
+    meta = {name: value for name, value in meta.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps(meta).encode()).hexdigest()
+    return json.dumps(meta | {"sha256": digest}, indent=1) + "\n"
 
 
 def _read_meta(path):
@@ -150,6 +159,8 @@ def _read_meta(path):
         raise UserError(f"{path} has no meta.json") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path / 'meta.json'} is damaged") from None
+    edited = "sha256" in meta and meta["sha256"] not in _with_digest(meta)
+    require(not edited, f"{path / 'meta.json'} is damaged; if you have edited it, delete its sha256")
     for name, expected in files.items():
         require((path / name).is_file(), f"{path / name} is missing")
         same_size = (path / name).stat().st_size == expected["bytes"]  # else the sha256 need not be computed

@@ -5,6 +5,7 @@ import importlib
 import itertools
 import json
 import os
+import random
 import re
 import resource
 import shutil
@@ -85,6 +86,22 @@ def test_damaged_checkpoint_is_skipped_with_a_warning(base, capsys, name, damage
     assert "step_000002" in capsys.readouterr().err
     with pytest.raises(UserError, match="step_000002"):  # an explicit step has no fallback
         cm.find_checkpoint(folder, step=2)
+
+
+def test_every_flipped_bit_of_meta_json_is_noticed(base, capsys):
+    folder = cm.checkpoint_dir("base", "d1")
+    for step in (1, 2):
+        save(folder, step)
+    path = folder / "step_000002" / "meta.json"
+    data = path.read_bytes()
+    rng = random.Random(0)
+    for _ in range(200):
+        i = rng.randrange(len(data))
+        if data[i : i + 1].isspace() or 0 <= i - data.rindex(b'"sha256"') < 8:  # whose loss changes no content
+            continue
+        path.write_bytes(data[:i] + bytes([data[i] ^ 1 << rng.randrange(8)]) + data[i + 1 :])
+        assert cm.find_checkpoint(folder)[0].name == "step_000001", path.read_bytes()[i - 40 : i + 40]
+    assert "if you have edited it, delete its sha256" in capsys.readouterr().err
 
 
 @contextlib.contextmanager
@@ -247,6 +264,7 @@ def edit_meta(name, edit):
     """Calls `edit` with the content of meta.json of the newest checkpoint of stage `name`."""
     path = cm.find_checkpoint(cm.checkpoint_dir(name, "d1"))[0] / "meta.json"
     meta = json.loads(path.read_text(encoding="utf-8"))
+    del meta["sha256"]  # it is of the old content
     edit(meta)
     path.write_text(json.dumps(meta), encoding="utf-8")
 
