@@ -192,7 +192,7 @@ async def lifespan(app):
             app.state.stop()
 
     for worker in service.workers:
-        await worker.start()
+        worker.start()
     announcement = asyncio.create_task(announce())
     gc.freeze()  # collecting all that is loaded by now would block the event loop for tens of milliseconds
     yield
