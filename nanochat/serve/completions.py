@@ -193,10 +193,8 @@ class TextCompletion(Completion):
     def _token_text(self, token):
         """The text of a token; its bytes as "bytes:\\xf0\\x9f" if they are no complete characters."""
         data = self.tokenizer.decode_bytes([token])
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+        text = data.decode("utf-8", "replace")
+        return text if text.encode() == data else "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def usage(generations):
