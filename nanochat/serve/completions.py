@@ -42,7 +42,7 @@ class Generation:
                 now, deltas = time.perf_counter(), defaultdict(list)
                 if not last_time:
                     metrics.first_token.observe(now - start)
-                    self.n_cached = batch[0].cached
+                    *_, self.n_cached = batch[0]
                     metrics.cached_tokens.inc(self.n_cached)
                 for sample, token, logprobs, finish, _ in batch:
                     answer = self.answers[sample]

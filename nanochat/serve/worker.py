@@ -5,7 +5,11 @@ Server and worker exchange messages over a pipe of multiprocessing:
 
     to the worker     ("submit", key, fields of an engine's Request), ("cancel", key), ("score", key, tokens, top)
     to the server     first a ModelInfo, or a WorkerError if loading failed; then ({key: reply}, Load), where a reply
-                      is a list of TokenEvents, the result of a score, or a WorkerError
+                      is a list of events, the result of a score, or a WorkerError
+
+An event is a generated token, a tuple (sample, token, logprobs, finish, cached). `sample`: 0 to num_samples - 1 of the
+request. `logprobs`: see log_probabilities() in nanochat/inference/sampling.py, or None. `finish`: "stop" or "length" if
+this is the sample's last token, else None. `cached`: prompt tokens taken from the prefix cache.
 
 `key` identifies a request. run_worker() is the process, Worker is its handle in the server. `options` are the parsed
 flags of scripts/chat_web.py.
@@ -34,10 +38,6 @@ SEND_INTERVAL = 0.001  # seconds
 ModelInfo = namedtuple("ModelInfo", "name context device")
 # The load on a worker's engine: rows in the batch, groups of rows that wait for a place, tokens in the prefix cache.
 Load = namedtuple("Load", "rows waiting cached_tokens", defaults=(0, 0, 0))
-# One generated token. `sample`: 0 to num_samples - 1 of the request. `logprobs`: see log_probabilities() in
-# nanochat/inference/sampling.py, or None. `finish`: "stop" or "length" if this is the sample's last token, else None.
-# `cached`: prompt tokens taken from the prefix cache.
-TokenEvent = namedtuple("TokenEvent", "sample token logprobs finish cached")
 
 
 class WorkerError(Exception):
@@ -149,7 +149,6 @@ class EngineLoop:
         for row in rows:
             request = requests.pop(row) if row.finish else requests[row]
             logprobs = row.logprobs[-1] if row.logprobs else None
-            # The fields of a TokenEvent: a plain tuple is pickled ten times faster. Worker._read() converts it.
             request.events.append((row.sample, row.tokens[-1], logprobs, row.finish, row.cached))
             if row.finish or now - request.sent_at >= interval:
                 due[request.key] = request
@@ -215,8 +214,7 @@ class Worker:
             for key in replies.keys() & self.queues.keys():
                 reply = replies[key]
                 if key in self.unfinished and isinstance(reply, list):
-                    reply = [TokenEvent._make(event) for event in reply]
-                    self.unfinished[key] -= sum(event.finish is not None for event in reply)
+                    self.unfinished[key] -= sum(finish is not None for *_, finish, _ in reply)
                 self.queues[key].put_nowait(reply)
         except (WorkerError, EOFError, OSError) as e:
             asyncio.get_running_loop().remove_reader(self.connection.fileno())
@@ -228,7 +226,7 @@ class Worker:
 
     async def generate(self, key, **fields):
         """
-        Yield lists of TokenEvents as they arrive, until all samples are finished. Raises WorkerError.
+        Yield lists of events as they arrive, until all samples are finished. Raises WorkerError.
 
         `fields` are those of an engine's Request. Closing the generator early cancels the request.
         """
