@@ -249,8 +249,8 @@ class Worker:
             self.queues[key].put_nowait(RequestTimeout("the answer took too long"))
 
     def _cancel(self, key):
-        if self.unfinished.pop(key, 0):
-            self._write("cancel", key)
+        if self.unfinished.pop(key, 0) and self.state == "ready":
+            self._send("cancel", key)
 
     async def score(self, key, tokens, top):
         """Log-probabilities of a prompt's tokens, see Engine.score(). Raises WorkerError."""
@@ -264,9 +264,6 @@ class Worker:
     def _send(self, *message):
         if self.state != "ready":
             raise WorkerError(self.error or "the model is loading")
-        self._write(*message)
-
-    def _write(self, *message):
         with contextlib.suppress(OSError):  # the process has ended; _read() says so to all requests
             self.connection.send(message)
 
