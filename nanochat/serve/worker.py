@@ -20,6 +20,7 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import pickle
 import queue
 import signal
 import threading
@@ -162,7 +163,8 @@ class EngineLoop:
 
     def _send(self, replies):
         load = Load(len(self.loop.rows), len(self.loop.waiting), self.engine.prefix_cache.num_tokens)
-        self.connection.send((replies, load))
+        # As send() does, but with the faster of Python's picklers: there are thousands of these messages a second.
+        self.connection.send_bytes(pickle.dumps((replies, load)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
