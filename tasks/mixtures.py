@@ -161,8 +161,10 @@ def find_task(name):
         require(isinstance(task, type) and issubclass(task, Task), f"{class_name} is no subclass of tasks.common.Task")
 
     def make(split="test", **_):
-        """An instance. The constructor gets `split` if it has that parameter."""
+        """An instance. The constructor gets `split` if it has that parameter, or requires another."""
+        parameters = inspect.signature(task).parameters
+        required = any(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters.values())
         with task_errors(name):
-            return task(split=split) if "split" in inspect.signature(task).parameters else task()
+            return task(split=split) if "split" in parameters else task(split) if required else task()
 
     return EvalTask(make, "own", trainable=True)
