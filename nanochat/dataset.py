@@ -19,7 +19,6 @@ from pathlib import Path
 
 from nanochat import cli
 from nanochat.common import UserError, atomic_path, base_dir, file_fingerprint, print0, read_errors, require
-from nanochat.ingest.columns import open_parquet, to_strings
 
 COMMAND = "python -m nanochat.dataset"
 REPEAT_HINT = f"run `{COMMAND}` with the same flags again"
@@ -79,6 +78,8 @@ def row_groups(split, data_dir=None):
 
 def read_column(path, index):
     """Documents of row group `index`: a pyarrow.ChunkedArray of strings. Raises UserError if the file is damaged."""
+    from nanochat.ingest.columns import to_strings
+
     with _damage_as_user_error(path):
         return to_strings(_open(path).read_row_group(index, columns=["text"]).column(0), path)
 
@@ -97,6 +98,8 @@ def parquets_iter_batched(split, start=0, step=1, data_dir=None):
 
 def _open(path):
     """The ParquetFile at `path`. Raises UserError if the file is truncated or has no column `text` of strings."""
+    from nanochat.ingest.columns import open_parquet
+
     with _damage_as_user_error(path):
         return open_parquet(path)
 
