@@ -17,7 +17,6 @@ verdict does not depend on how examples are batched, nor on the number of proces
 import itertools
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -78,10 +77,6 @@ def _evaluate(task, scorer, tokenizer, compute, max_examples, pass_tokens, progr
     examples, records = task.examples(max_examples), []
     # Sorted by question: without few-shot examples, questions about the same story then share a prefix.
     own = sorted(range(compute.rank, len(examples), compute.world_size), key=lambda i: task.question(examples[i]))
-
-    def show_progress(start, size, share):
-        progress(task.label, start + int(share * size), len(own))
-
     for start in range(0, len(own), WINDOW):
         prompts = {i: task.prompts(examples, i) for i in own[start : start + WINDOW]}
         ids = iter(tokenizer.encode(list(itertools.chain(*prompts.values())), tokenizer.get_bos_token_id()))
@@ -89,7 +84,7 @@ def _evaluate(task, scorer, tokenizer, compute, max_examples, pass_tokens, progr
         for i, texts in prompts.items():
             for option, row in enumerate(scored_rows(task.kind, [next(ids) for _ in texts])):
                 rows[i, option] = crop(*row, scorer.max_tokens)
-        results = score(scorer, rows, pass_tokens, partial(show_progress, start, len(prompts)))
+        results = score(scorer, rows, pass_tokens)
         for i, keys in itertools.groupby(rows, key=lambda key: key[0]):
             options = [results[key] for key in keys]
             if task.kind == "language_modeling":
@@ -97,6 +92,7 @@ def _evaluate(task, scorer, tokenizer, compute, max_examples, pass_tokens, progr
             else:
                 verdict = _judge_choice(options, examples[i]["gold"])
             records.append({"index": i, **verdict})
+        progress(task.label, len(records), len(own))
     return records
 
 
@@ -135,11 +131,11 @@ def _judge_continuation(tokens, start, result, tokenizer):
 # Scoring rows of tokens
 
 
-def score(scorer, rows, pass_tokens, progress=lambda share: None):
+def score(scorer, rows, pass_tokens):
     """
     {key: (mean loss in nats, greedy predictions)} of the scored tokens of `rows`, {key: (tokens, start)}.
 
-    The keys keep their order; without scored tokens the loss is NaN. `progress(share)` is called after each pass.
+    The keys keep their order; without scored tokens the loss is NaN.
     """
     # A row's input is all but its last token. Rows with equal inputs, such as one-token options, are computed once.
     keys_by_input = {}
@@ -150,7 +146,7 @@ def score(scorer, rows, pass_tokens, progress=lambda share: None):
     first_scored = {ids: min(rows[key][1] for key in keys) - 1 for ids, keys in keys_by_input.items()}
     groups = prefix_groups(first_scored) if scorer.shares_prefixes else [(0, [ids]) for ids in first_scored]
     groups.sort(key=lambda group: group[0], reverse=True)
-    results, done = {}, 0
+    results = {}
     for batch in _batches(groups, lambda group: group[0], pass_tokens, scorer.equal_prefixes):
         cache = scorer.prefill([members[0][:prefix] for prefix, members in batch])
         inputs = [(row, ids, prefix) for row, (prefix, members) in enumerate(batch) for ids in members]
@@ -159,8 +155,6 @@ def score(scorer, rows, pass_tokens, progress=lambda share: None):
         for part in _batches(inputs, lambda item, n=longest_prefix: n + len(item[1]) - item[2], 2 * pass_tokens):
             targets = {key: (i, *rows[key]) for i, (_, ids, _) in enumerate(part) for key in keys_by_input[ids]}
             results |= _score_part(scorer, cache, part, targets)
-            done += len(part)
-            progress(done / len(keys_by_input))
     return {key: results.get(key, (math.nan, [])) for key in rows}
 
 

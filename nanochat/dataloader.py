@@ -136,8 +136,7 @@ class Lane:
 
     def next_row(self):
         """(inputs, targets), each (T,) int32."""
-        rows = {"stream": self._stream_row, "shuffle": self._shuffled_row, "bos": self._packed_row}
-        ids, targets = rows[self.packing]()
+        ids, targets = getattr(self, f"_{self.packing}_row")()
         return ids[:-1], targets[1:]
 
     def state(self):
@@ -156,13 +155,14 @@ class Lane:
         if self.block == len(self.blocks(self.epoch)):
             self.epoch, self.block = self.epoch + 1, 0
 
-    def _packed_row(self):
+    def _bos_row(self):
+        """The next row of pack_best_fit()."""
         while self.used == len(self.data()[0]):
             self._next_block()
         self.used += 1
         return [rows[self.used - 1] for rows in self.data()]
 
-    def _shuffled_row(self):
+    def _shuffle_row(self):
         """The next row of the shuffled buffer; an empty one is filled, at most to the end of the epoch."""
         if not self._buffer:
             start = self._buffer_start = [self.epoch, self.block, self.used]

@@ -162,13 +162,12 @@ def _collect(process, pipes, deadline):
 
 
 def _stop(process):
-    """Let the supervisor (see jail.py) kill and reap the program if it still runs, then reap the supervisor."""
+    """Let the supervisor (see jail.py) kill and reap the program if it still runs; Popen then reaps the supervisor."""
     process.terminate()
     try:
         process.wait(5)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def _delete_folder(folder):

@@ -145,8 +145,9 @@ def _listing(values):
     return "\n".join(f"- {key}: {_format_value(value)}" for key, value in values.items())
 
 
-def _table(head, rows):
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]) + "\n"
+def table(head, rows):
+    """A markdown table: the names of its columns, and rows of as many texts."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
 def gpu_list():
@@ -237,10 +238,10 @@ def summary(logged, names, start):
     rows = [[name, *(f"{row[c]:.4f}" if c in row else "-" for c in COLUMNS)] for name, row in known.items() if row]
     times = {name: seconds for name in names if (seconds := get(name, "wall_clock_seconds")) is not None}
     text = f"## Summary\n\n{_listing(bloat())}\n\n"
-    text += _table(["Metric", *COLUMNS], rows) if rows else "No metrics yet.\n"
+    text += table(["Metric", *COLUMNS], rows) + "\n" if rows else "No metrics yet.\n"
     if times:
         clock = [[name, format_duration(seconds)] for name, seconds in [*times.items(), ("Sum", sum(times.values()))]]
-        text += "\n" + _table(["Stage", "Wall clock"], clock)
+        text += "\n" + table(["Stage", "Wall clock"], clock) + "\n"
     ends = [file["time"] for name, file in logged.items() if name not in ("Chat RL", "Chat evaluation rl")]
     if start.get("started") and ends:
         seconds = max(0, max(ends) - start["started"])

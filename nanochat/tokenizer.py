@@ -181,12 +181,12 @@ class Tokenizer:
         PARTS. Raises UserError for a malformed conversation.
         """
         system, messages = check_conversation(conversation)
-        ids, mask = [self.get_bos_token_id()], [0]
-        for message in [_add_system(system, messages[0]), *messages[1:]]:
-            message_ids, message_mask = self._render_message(message)
-            ids += message_ids
-            mask += message_mask
-        return ids[:max_tokens], mask[:max_tokens]
+        if system:
+            messages = [messages[0] | {"content": f"{system}\n\n{messages[0]['content']}"}, *messages[1:]]
+        pairs = [(self.get_bos_token_id(), 0)]
+        for message in messages:
+            pairs += self._render_message(message)
+        return [i for i, _ in pairs[:max_tokens]], [in_loss for _, in_loss in pairs[:max_tokens]]
 
     def render_for_completion(self, conversation, max_tokens=None):
         """
@@ -195,22 +195,22 @@ class Tokenizer:
         If the prompt is longer than `max_tokens`, whole turns are dropped, oldest first; the system message is kept. If
         the last user message alone is too long, its beginning is cut off.
         """
-        system, messages = check_conversation(conversation)
+        _, messages = check_conversation(conversation)
+        system = conversation["messages"][: -len(messages)]
         messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        bos, user_start, _, assistant_start = map(self.encode_special, SPECIAL_TOKENS[:4])
-        rendered = [self._render_message(message)[0] for message in messages]
+        user_start, _, assistant_start = map(self.encode_special, SPECIAL_TOKENS[1:4])
 
         def prompt(first):
             """The prompt that starts with the user message messages[first]."""
-            question, _ = self._render_message(_add_system(system, messages[first]))
-            return [bos, *question, *(i for ids in rendered[first + 1 :] for i in ids), assistant_start]
+            ids, _ = self.render_conversation({"messages": [*system, *messages[first:]]}, max_tokens=None)
+            return [*ids, assistant_start]
 
         starts = range(0, len(messages), 2)
         n = bisect_left(starts, True, key=lambda first: max_tokens is None or len(prompt(first)) <= max_tokens)
         if n < len(starts):
             return prompt(starts[n])
         require(max_tokens >= 8, f"max_tokens={max_tokens} leaves no room for a prompt; give at least 8")
-        _, *question, _ = prompt(len(messages) - 1)
+        bos, *question, _ = prompt(len(messages) - 1)
         return [bos, user_start, *question[3 - max_tokens :], assistant_start]
 
     def visualize_tokenization(self, ids, mask):
@@ -218,19 +218,16 @@ class Tokenizer:
         return "|".join(f"\033[{32 if m else 31}m{self.id_to_token(t)}\033[0m" for t, m in zip(ids, mask, strict=True))
 
     def _render_message(self, message):
-        """(ids, mask) of one message."""
+        """[(id, mask)] of one message."""
         content = message["content"]
         if message["role"] == "user":
-            ids = self.encode(content, "<|user_start|>", "<|user_end|>")
-            return ids, [0] * len(ids)
-        ids, mask = [self.encode_special("<|assistant_start|>")], [0]
+            return [(i, 0) for i in self.encode(content, "<|user_start|>", "<|user_end|>")]
+        pairs = [(self.encode_special("<|assistant_start|>"), 0)]
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             before, after, in_loss = PARTS[part["type"]]
-            part_ids = self.encode(part["text"], before, after)
-            ids += part_ids
-            mask += [in_loss] * len(part_ids)
-        ids, mask = [*ids, self.encode_special("<|assistant_end|>")], [*mask, 1]
-        return ids, [0] * len(ids) if message.get("weight") == 0 else mask
+            pairs += [(i, in_loss) for i in self.encode(part["text"], before, after)]
+        pairs.append((self.encode_special("<|assistant_end|>"), 1))
+        return [(i, 0) for i, _ in pairs] if message.get("weight") == 0 else pairs
 
 
 RustBPETokenizer = Tokenizer  # former name, for older scripts
@@ -306,8 +303,3 @@ def is_parts(content, types=PARTS):
     """Whether `content`, any JSON value, is a list of {"type": one of `types`, "text": str}."""
     parts = content if isinstance(content, list) else [None]
     return all(isinstance(p, dict) and p.get("type") in [*types] and isinstance(p.get("text"), str) for p in parts)
-
-
-def _add_system(system, message):
-    """The user message with the system text and a blank line before its own text."""
-    return message | {"content": f"{system}\n\n{message['content']}"} if system else message

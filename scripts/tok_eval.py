@@ -10,7 +10,8 @@ from pathlib import Path
 from unittest import mock
 
 from nanochat.cli import make_parser, parse_args, path, run_script
-from nanochat.common import UserError, print0, require
+from nanochat.common import print0
+from nanochat.report import get_report, table
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 
 BASELINES = {"gpt2": "GPT-2", "cl100k_base": "GPT-4"}
@@ -38,33 +39,26 @@ def evaluation_texts(data_dir=None):
     files = sorted(Path(__file__).with_name("tok_eval_texts").glob("*.txt"))
     texts = {file.stem: file.read_text(encoding="utf-8").strip() for file in files}
     for split in ("train", "val"):
-        try:
-            texts[split] = "\n".join(next(iter(parquets_iter_batched(split, data_dir=data_dir))))
-        except UserError as e:
-            require(not data_dir, str(e))  # the user asked for these shards
-            print0(f"skipping the {split} split: {e}")
+        texts[split] = "\n".join(next(parquets_iter_batched(split, data_dir=data_dir)))
     return {name: text for name, text in texts.items() if text}
 
 
 def compression_table(texts, tokenizer, baseline=None, label=""):
     """Markdown table of bytes per token; with a `baseline` tokenizer also its numbers and the share of tokens saved."""
-    header = f"Text | Bytes | {label} tokens | {label} bytes/token | Our tokens | Our bytes/token | Tokens saved"
-    lines = [f"| {header if baseline else 'Text | Bytes | Tokens | Bytes/token'} |"]
-    lines.append("|---" * (lines[0].count("|") - 1) + "|")
+    rows = []
     for name, text in texts.items():
         n_bytes, n = len(text.encode()), len(tokenizer.encode(text))
-        cells = [f"{n:,}", f"{n_bytes / n:.2f}"]
+        row = {"Text": name, "Bytes": f"{n_bytes:,}", "Our tokens": f"{n:,}", "Our bytes/token": f"{n_bytes / n:.2f}"}
         if baseline:
-            n_baseline = len(baseline.encode(text))
-            cells = [f"{n_baseline:,}", f"{n_bytes / n_baseline:.2f}", *cells, f"{(n_baseline - n) / n_baseline:+.1%}"]
-        lines.append(f"| {' | '.join([name, f'{n_bytes:,}', *cells])} |")
-    return "\n".join(lines)
+            m = len(baseline.encode(text))
+            row |= {f"{label} tokens": f"{m:,}", f"{label} bytes/token": f"{n_bytes / m:.2f}"}
+            row["Tokens saved"] = f"{(m - n) / m:+.1%}"
+        rows.append(row)
+    return table(rows[0], [row.values() for row in rows])
 
 
 def main(argv=None):
     args = parse_args(build_parser(), argv)
-    from nanochat.report import get_report
-
     tokenizer = get_tokenizer()
     texts = evaluation_texts(args.data_dir)
     sections = [compression_table(texts, tokenizer)]

@@ -232,11 +232,7 @@ def _download(repo, folder, candidates):
 
 def _is_parquet(path):
     """Whether `path` is a complete parquet file, which ends with its magic number."""
-    if not path.is_file() or path.stat().st_size < 12:
-        return False
-    with open(path, "rb") as f:
-        f.seek(path.stat().st_size - 4)
-        return f.read() == b"PAR1"
+    return path.is_file() and path.read_bytes().endswith(b"PAR1")  # it will be read whole anyway
 
 
 def _check_parquet(path):

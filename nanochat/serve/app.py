@@ -21,7 +21,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import generate_latest
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
 from nanochat.serve.completions import ChatCompletion, TextCompletion
@@ -54,7 +53,7 @@ class Gate:
         path = f"/v1{path}" if path in WITHOUT_VERSION else path
         # The server leaves the body of an answer to HEAD out. No redirects: they would not know a proxy's prefix.
         scope = scope | {"method": "GET" if method == "HEAD" else method, "path": path}
-        headers = Headers(scope=scope)
+        headers = Request(scope).headers
         sent_id = headers.get("x-request-id", "")
         request_id = sent_id if re.fullmatch(r"[\w.:-]{1,128}", sent_id) else uuid.uuid4().hex
         size, status = 0, "aborted"
@@ -192,7 +191,7 @@ async def lifespan(app):
             app.state.stop()
 
     for worker in service.workers:
-        await worker.start()
+        worker.start()
     announcement = asyncio.create_task(announce())
     gc.freeze()  # collecting all that is loaded by now would block the event loop for tens of milliseconds
     yield

@@ -42,7 +42,7 @@ class Generation:
                 now, deltas = time.perf_counter(), defaultdict(list)
                 if not last_time:
                     metrics.first_token.observe(now - start)
-                    self.n_cached = batch[0].cached
+                    *_, self.n_cached = batch[0]
                     metrics.cached_tokens.inc(self.n_cached)
                 for sample, token, logprobs, finish, _ in batch:
                     answer = self.answers[sample]
@@ -193,10 +193,8 @@ class TextCompletion(Completion):
     def _token_text(self, token):
         """The text of a token; its bytes as "bytes:\\xf0\\x9f" if they are no complete characters."""
         data = self.tokenizer.decode_bytes([token])
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+        text = data.decode("utf-8", "replace")
+        return text if text.encode() == data else "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def usage(generations):

@@ -155,10 +155,10 @@ class ApiError(Exception):
         self.body = {"error": error | {"param": None, "code": None} | detail}
 
 
-def check(condition, message, param):
+def check(condition, message, param, **detail):
     """Raises ApiError with status 400 unless `condition` holds; `param` is the field that is wrong."""
     if not condition:
-        raise ApiError(400, message, param=param)
+        raise ApiError(400, message, param=param, **detail)
 
 
 def envelope(object, id, model):

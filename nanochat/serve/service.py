@@ -64,10 +64,10 @@ class Service:
         messages = [{"role": m.role.replace("developer", "system"), "content": m.content} for m in messages]
         context, last, truncate = self.model.context, messages[-1], self.options.overflow == "truncate"
         sizes = [len(m["content"]) for m in messages]
-        if not truncate and (len(sizes) > MAX_MESSAGES or max(sizes) > MAX_MESSAGE_CHARS or sum(sizes) > MAX_CHARS):
-            limits = f"{MAX_MESSAGES} messages, {MAX_MESSAGE_CHARS:,} characters in each and {MAX_CHARS:,} in all"
-            detail = {"param": "messages", "code": "context_length_exceeded"}
-            raise ApiError(400, f"the conversation is longer than {limits}; leave out its oldest turns", **detail)
+        fits = len(sizes) <= MAX_MESSAGES and max(sizes) <= MAX_MESSAGE_CHARS and sum(sizes) <= MAX_CHARS
+        limits = f"{MAX_MESSAGES} messages, {MAX_MESSAGE_CHARS:,} characters in each and {MAX_CHARS:,} in all"
+        message = f"the conversation is longer than {limits}; leave out its oldest turns"
+        check(fits or truncate, message, "messages", code="context_length_exceeded")
         # The answer continues a last message of the assistant.
         continued = self.tokenizer.encode(last["content"]) if last["role"] == "assistant" else []
         room = max(8, context - min(max_tokens, context // 2) - len(continued)) if truncate else None
@@ -110,10 +110,9 @@ class Service:
     def _check_length(self, tokens, param):
         """`tokens`, if they leave room for an answer. Raises ApiError."""
         n, context = len(tokens), self.model.context
-        if n >= context:
-            # Clients look for the first words.
-            message = f"This model's maximum context length is {context:,} tokens, which must hold the answer too. "
-            message += f"The prompt has {n:,} tokens; shorten it"
-            detail = {"type": "exceed_context_size_error", "code": "context_length_exceeded"}
-            raise ApiError(400, message, param=param, n_prompt_tokens=n, n_ctx=context, **detail)
+        # Clients look for the first words.
+        message = f"This model's maximum context length is {context:,} tokens, which must hold the answer too. "
+        message += f"The prompt has {n:,} tokens; shorten it"
+        detail = {"type": "exceed_context_size_error", "code": "context_length_exceeded"}
+        check(n < context, message, param, n_prompt_tokens=n, n_ctx=context, **detail)
         return tokens

@@ -1,11 +1,15 @@
 """
 Worker processes. Each one owns an engine, so the event loop of the HTTP server never computes.
 
-Server and worker exchange pickled messages over a socket, each preceded by its size in bytes:
+Server and worker exchange messages over a pipe of multiprocessing:
 
     to the worker     ("submit", key, fields of an engine's Request), ("cancel", key), ("score", key, tokens, top)
     to the server     first a ModelInfo, or a WorkerError if loading failed; then ({key: reply}, Load), where a reply
-                      is a list of TokenEvents, the result of a score, or a WorkerError
+                      is a list of events, the result of a score, or a WorkerError
+
+An event is a generated token, a tuple (sample, token, logprobs, finish, cached). `sample`: 0 to num_samples - 1 of the
+request. `logprobs`: see log_probabilities() in nanochat/inference/sampling.py, or None. `finish`: "stop" or "length" if
+this is the sample's last token, else None. `cached`: prompt tokens taken from the prefix cache.
 
 `key` identifies a request. run_worker() is the process, Worker is its handle in the server. `options` are the parsed
 flags of scripts/chat_web.py.
@@ -19,8 +23,6 @@ import os
 import pickle
 import queue
 import signal
-import socket
-import struct
 import threading
 import time
 import traceback
@@ -30,7 +32,6 @@ from types import SimpleNamespace
 from nanochat.cluster import compute_init
 from nanochat.common import UserError
 
-SIZE = struct.Struct("!I")
 # The shortest time between two messages about one request, per row in the batch. Events that arrive sooner are
 # coalesced: the server has to write every message to a client, and would otherwise fall behind the engine.
 SEND_INTERVAL = 0.001  # seconds
@@ -38,10 +39,6 @@ SEND_INTERVAL = 0.001  # seconds
 ModelInfo = namedtuple("ModelInfo", "name context device")
 # The load on a worker's engine: rows in the batch, groups of rows that wait for a place, tokens in the prefix cache.
 Load = namedtuple("Load", "rows waiting cached_tokens", defaults=(0, 0, 0))
-# One generated token. `sample`: 0 to num_samples - 1 of the request. `logprobs`: see log_probabilities() in
-# nanochat/inference/sampling.py, or None. `finish`: "stop" or "length" if this is the sample's last token, else None.
-# `cached`: prompt tokens taken from the prefix cache.
-TokenEvent = namedtuple("TokenEvent", "sample token logprobs finish cached")
 
 
 class WorkerError(Exception):
@@ -52,18 +49,12 @@ class RequestTimeout(WorkerError):
     """The answer took longer than --request_timeout."""
 
 
-def pack(message):
-    """The bytes of a message, preceded by their number."""
-    data = pickle.dumps(message)
-    return SIZE.pack(len(data)) + data
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The worker process
 
 
 def run_worker(connection, index, options):
-    """Load the model, then decode until the server closes the socket."""
+    """Load the model, then decode until the server closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the server stops us
     os.environ |= {"LOCAL_RANK": str(index), "RANK": str(index)}  # select the GPU; only worker 0 prints warnings
     inbox = queue.SimpleQueue()
@@ -72,19 +63,17 @@ def run_worker(connection, index, options):
         try:
             engine, model_info = _load(options)
         except UserError as e:
-            return connection.sendall(pack(WorkerError(str(e))))
-        connection.sendall(pack(model_info))
+            return connection.send(WorkerError(str(e)))
+        connection.send(model_info)
         gc.freeze()  # keeps the garbage collector from traversing the loaded model again and again
         EngineLoop(connection, inbox, engine, options.max_rows).run()
 
 
 def _receive(connection, inbox):
-    """Move messages from the socket to `inbox`, which the engine polls without a system call; None marks the end."""
-    # All errors mean that the server has ended, possibly in the middle of a message.
-    with contextlib.suppress(OSError, EOFError, pickle.UnpicklingError, struct.error):
-        file = connection.makefile("rb")
-        while size := file.read(SIZE.size):
-            inbox.put(pickle.loads(file.read(*SIZE.unpack(size))))
+    """Move messages from the pipe to `inbox`, which the engine polls without a system call; None marks the end."""
+    with contextlib.suppress(OSError, EOFError):  # the server has ended, possibly in the middle of a message
+        while True:
+            inbox.put(connection.recv())
     inbox.put(None)
 
 
@@ -161,7 +150,6 @@ class EngineLoop:
         for row in rows:
             request = requests.pop(row) if row.finish else requests[row]
             logprobs = row.logprobs[-1] if row.logprobs else None
-            # The fields of a TokenEvent: a plain tuple is pickled ten times faster. Worker._read() converts it.
             request.events.append((row.sample, row.tokens[-1], logprobs, row.finish, row.cached))
             if row.finish or now - request.sent_at >= interval:
                 due[request.key] = request
@@ -175,7 +163,8 @@ class EngineLoop:
 
     def _send(self, replies):
         load = Load(len(self.loop.rows), len(self.loop.waiting), self.engine.prefix_cache.num_tokens)
-        self.connection.sendall(pack((replies, load)))
+        # As send() does, but with the faster of Python's picklers: there are thousands of these messages a second.
+        self.connection.send_bytes(pickle.dumps((replies, load)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,17 +187,16 @@ class Worker:
         """Number of unfinished answers. One that a client does not read is finished when it has been generated."""
         return sum(self.unfinished.values())
 
-    async def start(self):
+    def start(self):
         context = multiprocessing.get_context("spawn")  # a forked child would share the server's sockets
-        ours, theirs = socket.socketpair()
+        self.connection, theirs = context.Pipe()
         self.process = context.Process(target=run_worker, args=(theirs, self.index, self.options), daemon=True)
         self.process.start()
         theirs.close()
-        reader, self.writer = await asyncio.open_connection(sock=ours)
-        self.reading = asyncio.create_task(self._read(reader))
+        asyncio.get_running_loop().add_reader(self.connection.fileno(), self._read)
 
     def stop(self):
-        self.reading.cancel()
+        asyncio.get_running_loop().remove_reader(self.connection.fileno())
         self.process.kill()
         self.process.join()
 
@@ -217,26 +205,21 @@ class Worker:
         stats = {"gpu_id": self.index, "device": self.model and self.model.device, "state": self.state}
         return stats | {"in_flight": self.in_flight} | self.load._asdict()
 
-    async def _read(self, reader):
-        """Give each reply to the request that waits for it, until the process ends."""
-
-        async def receive():
-            (size,) = SIZE.unpack(await reader.readexactly(SIZE.size))
-            return pickle.loads(await reader.readexactly(size))
-
+    def _read(self):
+        """Give each reply in the next message to the request that waits for it."""
         try:
-            self.model = checked(await receive())
-            self.state = "ready"
-            self.loaded.set()
-            while True:
-                replies, self.load = await receive()
-                for key in replies.keys() & self.queues.keys():
-                    reply = replies[key]
-                    if key in self.unfinished and isinstance(reply, list):
-                        reply = [TokenEvent._make(event) for event in reply]
-                        self.unfinished[key] -= sum(event.finish is not None for event in reply)
-                    self.queues[key].put_nowait(reply)
-        except (WorkerError, asyncio.IncompleteReadError, OSError) as e:
+            message = checked(self.connection.recv())
+            if self.state == "loading":
+                self.model, self.state = message, "ready"
+                return self.loaded.set()
+            replies, self.load = message
+            for key in replies.keys() & self.queues.keys():
+                reply = replies[key]
+                if key in self.unfinished and isinstance(reply, list):
+                    self.unfinished[key] -= sum(finish is not None for *_, finish, _ in reply)
+                self.queues[key].put_nowait(reply)
+        except (WorkerError, EOFError, OSError) as e:
+            asyncio.get_running_loop().remove_reader(self.connection.fileno())
             self.error = str(e) if isinstance(e, WorkerError) else "the engine's process has ended"
             self.state, self.load = "dead", Load()
             self.loaded.set()
@@ -245,7 +228,7 @@ class Worker:
 
     async def generate(self, key, **fields):
         """
-        Yield lists of TokenEvents as they arrive, until all samples are finished. Raises WorkerError.
+        Yield lists of events as they arrive, until all samples are finished. Raises WorkerError.
 
         `fields` are those of an engine's Request. Closing the generator early cancels the request.
         """
@@ -268,8 +251,8 @@ class Worker:
             self.queues[key].put_nowait(RequestTimeout("the answer took too long"))
 
     def _cancel(self, key):
-        if self.unfinished.pop(key, 0):
-            self.writer.write(pack(("cancel", key)))
+        if self.unfinished.pop(key, 0) and self.state == "ready":
+            self._send("cancel", key)
 
     async def score(self, key, tokens, top):
         """Log-probabilities of a prompt's tokens, see Engine.score(). Raises WorkerError."""
@@ -283,7 +266,8 @@ class Worker:
     def _send(self, *message):
         if self.state != "ready":
             raise WorkerError(self.error or "the model is loading")
-        self.writer.write(pack(message))
+        with contextlib.suppress(OSError):  # the process has ended; _read() says so to all requests
+            self.connection.send(message)
 
 
 def checked(reply):
