@@ -23,7 +23,7 @@ from pathlib import Path
 from random import Random
 
 from nanochat.cli import make_parser, parse_args, path, run_script
-from nanochat.common import UserError, api_key, atomic_path, base_dir
+from nanochat.common import UserError, atomic_path, base_dir
 from nanochat.pocket.talk import informal
 from nanochat.pocket.world import fill
 from nanochat.tokenizer import check_conversation
@@ -107,7 +107,9 @@ def by_model(persona, rng, args):
     openers = [fill(rng, rng.choice(rng.choice([OPENERS, *(t["ask"] for t in TOPICS)]))) for _ in range(5)]
     prompt = REQUEST.format(persona=json.dumps(persona, ensure_ascii=False), openers=json.dumps(openers))
     body = {"model": args.model, "messages": [{"role": "user", "content": prompt}], "temperature": args.temperature}
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key()}"} if api_key() else {})
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get("OPENAI_API_KEY"):  # a local server needs none
+        headers["Authorization"] = f"Bearer {key}"
     url = args.endpoint.rstrip("/") + "/chat/completions"
     for _ in range(args.attempts):
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)

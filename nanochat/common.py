@@ -80,11 +80,6 @@ def mirror_url(host):
     return os.path.expanduser(os.environ.get(f"NANOCHAT_{host.upper()}_URL") or HOSTS[host]).rstrip("/")
 
 
-def api_key():
-    """API key for generating synthetic data; "" if unset (a local server needs none)."""
-    return os.environ.get("OPENAI_API_KEY", "")
-
-
 def server_api_key():
     """Default of chat_web --api_key; None = no authentication."""
     return os.environ.get("NANOCHAT_API_KEY") or None
