@@ -194,38 +194,34 @@ def find_checkpoint(folder, step=None, compute=None):
             print0(f"warning: {'; '.join(problems)}; using step {s} instead", file=sys.stderr)
         return steps[s], meta
     require(not problems, f"no intact checkpoint in {folder}: {'; '.join(problems)}; copy or train it again")
-    models = [path.name for path in _model_folders(folder.parent)]
-    hint = f"; there are checkpoints of {', '.join(models)}" if models else ""
-    raise UserError(f"no checkpoint in {folder}{hint}")
+    models = ", ".join(path.name for path in _model_folders(folder.parent))
+    raise UserError(f"no checkpoint in {folder}{models and '; there are checkpoints of ' + models}")
 
 
 def _share_checkpoint(folder, step, compute):
     """The step that all hosts use: `step`, or the newest intact one. Hosts that lack it get a copy. Collective."""
     own = None
-    if compute.writes:
-        with contextlib.suppress(UserError):
-            own = find_checkpoint(folder, step)[1]
-    found = compute.all_gather((compute.writes, own and (own["step"], own.get("run"))))
-    found = [checkpoint for of_writer, checkpoint in found if of_writer]
+    with contextlib.suppress(UserError):
+        own = find_checkpoint(folder, step)[1]
+    found = compute.all_gather(own and (own["step"], own.get("run")))
     intact = sorted(filter(None, found))
     if not intact:
         return step
     different_runs = f"the hosts' checkpoints in {folder} are of different runs; rename the folder where it is outdated"
     require(len({run for _, run in intact}) == 1, different_runs)
-    newest = intact[-1]
-    path = folder / f"step_{newest[0]:06d}"
-    draft = path.with_name(f"{path.name}.tmp")
-    if set(found) != {newest}:
+    step = intact[-1][0]
+    final, draft = folder / f"step_{step:06d}", folder / f"step_{step:06d}.tmp"
+    if set(found) != {intact[-1]}:
         with _on_all_ranks(compute, draft):
-            if own and own["step"] == newest[0]:
-                cluster.exchange_files(path, compute.writers)
+            if compute.writes and own and own["step"] == step:
+                cluster.exchange_files(final, compute.writers)
             elif compute.writes:
                 shutil.rmtree(draft, ignore_errors=True)
                 draft.mkdir(parents=True)
                 cluster.exchange_files(draft, compute.writers)
-                _publish(draft, path)
-        print0(f"{path}: copied to the hosts that lacked it")
-    return newest[0]
+                _publish(draft, final)
+        print0(f"{final}: copied to the hosts that lacked it")
+    return step
 
 
 def _model_folders(root):
@@ -301,8 +297,8 @@ def load_model(source, device, phase="eval", model_tag=None, step=None, quantize
 
         require(compute.device.type == "cpu", f"--quantize={quantize} works on CPUs only; leave it out")
         to_int8(model)
-    corpus = meta.get("corpus", meta.get("data", "public"))  # "data" before version 0.3
-    return model, tokenizer, meta | {"model_tag": model_tag, "corpus": corpus}
+    # The corpus was "data" before version 0.3.
+    return model, tokenizer, meta | {"model_tag": model_tag, "corpus": meta.get("corpus", meta.get("data", "public"))}
 
 
 def made_from(source_meta, tokenizer, task):

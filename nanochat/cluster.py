@@ -18,7 +18,6 @@ import uuid
 from nanochat import common
 
 BEAT_SECONDS = 2.0  # between two signs of life of a rank
-CHUNK_BYTES = 64 * 2**20
 
 _monitor = None  # of this process, while it is in a process group
 
@@ -48,12 +47,11 @@ def compute_init(device_type="", dtype="", seed=42, dist_timeout=10.0):
         backend, gpu = ("nccl", device) if on_gpu else ("gloo", None)
         timeout = datetime.timedelta(minutes=dist_timeout)
         common.choose_interface()
-        address, is_master = common.store_address()
-        store, start = join_store(address, is_master, rank, world_size, timeout)
+        store, start = join_store(*common.store_address(), rank, world_size, timeout)
         settings = dict(store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=gpu)
         torch.distributed.init_process_group(backend, **settings)
         global _monitor
-        _monitor = Monitor(address, start, rank, local_rank, world_size, timeout.total_seconds())
+        _monitor = Monitor(store, start, rank, local_rank, world_size, timeout.total_seconds())
         common.writes_files, writers = find_writers(rank)
     dtype = common.choose_dtype(device_type, dtype)
     return common.Compute(device, dtype, rank, local_rank, world_size, writers=writers)
@@ -150,7 +148,7 @@ def _broadcast_file(path, source, group):
 
     file = attempt(lambda: open(path, "rb" if sends else "wb"))
     while part[0]:  # an empty part ends the file
-        part = [sends and attempt(lambda: file.read(CHUNK_BYTES)) or b""]
+        part = [sends and attempt(lambda: file.read(64 * 2**20)) or b""]
         dist.broadcast_object_list(part, source, group=group)
         if not sends:
             attempt(lambda part=part: file.write(part[0]))
@@ -171,17 +169,13 @@ class Monitor(threading.Thread):
     rank of each host reads the counts.
     """
 
-    def __init__(self, address, start, rank, local_rank, world_size, timeout):
-        import torch.distributed as dist
-
+    def __init__(self, store, start_number, rank, local_rank, world_size, timeout):
         super().__init__(daemon=True, name="monitor")
         self.rank, self.world_size, self.timeout, self.watches = rank, world_size, timeout, local_rank == 0
-        self.host, self.rank0_host, self.stopped = socket.gethostname(), address[0], threading.Event()
-        seconds = datetime.timedelta(seconds=10 * BEAT_SECONDS)
-        # A connection of its own: others wait in it.
-        self.store = dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=seconds)
-        self.start_number, self.prefix = start, f"nanochat/{start}"
-        self.store.set(f"{self.prefix}/host/{rank}", self.host)
+        self.start_number, self.host, self.stopped = start_number, socket.gethostname(), threading.Event()
+        self.store = store.clone()  # a connection of its own: others wait in theirs
+        self.store.set_timeout(datetime.timedelta(seconds=10 * BEAT_SECONDS))
+        self.store.set(f"host/{rank}", self.host)
         self.start()
 
     def get(self, key):
@@ -193,19 +187,20 @@ class Monitor(threading.Thread):
         while not self.stopped.wait(BEAT_SECONDS):
             now = time.monotonic()
             try:
-                self.store.add(f"{self.prefix}/count/{self.rank}", 1)
-                if failure := self.get(f"{self.prefix}/failure"):
+                self.store.add(f"count/{self.rank}", 1)
+                if failure := self.get("failure"):
                     self.end(**json.loads(failure))
                 for rank in range(self.world_size) if self.watches else ():
-                    if counts.get(rank) != (count := self.store.add(f"{self.prefix}/count/{rank}", 0)):
+                    if counts.get(rank) != (count := self.store.add(f"count/{rank}", 0)):
                         counts[rank], changed[rank] = count, now
                 contact = now
             except RuntimeError:  # the store's host is gone, or slow
                 if now - contact > self.timeout:
-                    self.end(f"no contact with {self.rank0_host}, the host of rank 0, for {self.timeout:.0f} s")
+                    (host, _), _ = common.store_address()
+                    self.end(f"no contact with {host}, the host of rank 0, for {self.timeout:.0f} s")
                 continue
             if silent := [rank for rank, time_of_change in changed.items() if now - time_of_change > self.timeout]:
-                names = ", ".join(f"{rank} ({self.get(f'{self.prefix}/host/{rank}')})" for rank in silent)
+                names = ", ".join(f"{rank} ({self.get(f'host/{rank}')})" for rank in silent)
                 self.end(f"no sign of life from rank {names} for {self.timeout:.0f} s")
 
     def end(self, message, host=None):
@@ -222,13 +217,13 @@ def announce(message):
     if _monitor:
         text = {"message": f"rank {_monitor.rank} on {_monitor.host} failed: {message}", "host": _monitor.host}
         with contextlib.suppress(RuntimeError):
-            _monitor.store.compare_set(f"{_monitor.prefix}/failure", "", json.dumps(text))
+            _monitor.store.compare_set("failure", "", json.dumps(text))
 
 
 def has_failed():
     """Whether a rank has announced its failure."""
     try:
-        return bool(_monitor and _monitor.get(f"{_monitor.prefix}/failure"))
+        return bool(_monitor and _monitor.get("failure"))
     except RuntimeError:
         return True  # the store is gone
 

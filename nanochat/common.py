@@ -17,7 +17,7 @@ import shutil
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 writes_files = None  # whether this rank writes files, once cluster.compute_init() has found out
@@ -125,11 +125,7 @@ class Compute:
     world_size: int = 1
     group: object = None  # process group of the collectives; None = the default one
     writers: object = None  # process group of the writers (see cluster.py) if there are several, else None
-
-    @property
-    def writes(self):
-        """is_writer() of this rank."""
-        return is_writer()
+    writes: bool = field(default_factory=lambda: is_writer())  # whether this rank is a writer
 
     def autocast(self):
         """Autocast context for `dtype`; a no-op for float32."""

@@ -20,10 +20,9 @@ import urllib.request
 
 from nanochat import cluster, common
 from nanochat.cli import make_parser, parse_args, run_script
-from nanochat.common import ENVIRONMENT_HINT, UserError
+from nanochat.common import ENVIRONMENT_HINT, UserError, require
 
 TORCH = "2.10"  # as in pyproject.toml
-PROBE_BYTES = 64 * 2**20
 
 
 # The checks: each yields (finding, remedy), the latter "" if there is no problem.
@@ -32,13 +31,10 @@ PROBE_BYTES = 64 * 2**20
 def software():
     """Python, torch, the extension, Rust."""
     yield f"Python {platform.python_version()}", "" if sys.version_info >= (3, 10) else "install Python 3.10 or newer"
+    version = importlib.metadata.version("torch")  # run_script() has a message for a missing package
     try:
-        version = importlib.metadata.version("torch")
         common.load_extension()
         yield "rustbpe, the tokenizer's extension", ""
-    except importlib.metadata.PackageNotFoundError:
-        yield "torch is not installed", ENVIRONMENT_HINT
-        return
     except UserError as e:
         yield str(e).partition(";")[0], ENVIRONMENT_HINT
     installed, needed = (tuple(map(int, re.findall(r"\d+", v)[:2])) for v in (version, TORCH))
@@ -88,10 +84,9 @@ def network():
                 urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5)
             else:
                 os.listdir(url)
-        except urllib.error.HTTPError:  # it answers
-            pass
         except OSError as e:
-            problem = getattr(e, "reason", None) or e.strerror or e
+            if not isinstance(e, urllib.error.HTTPError):  # which is an answer
+                problem = getattr(e, "reason", None) or e.strerror or e
         remedy = f"connect to the network, or set NANOCHAT_{host.upper()}_URL to a mirror; the pocket tier needs none"
         yield (f"no data from {url}: {problem}", remedy) if problem else (f"data from {url}", "")
     yield "wandb: " + ("logged in" if common.has_wandb_login() else "no login; only --run needs it (wandb login)"), ""
@@ -107,13 +102,13 @@ def links():
     hosts = dict(compute.all_gather((socket.gethostname(), shutil.disk_usage(common.base_dir()).free / 1e9)))
     for host, free in hosts.items():
         yield f"{host}: {free:,.1f} GB free", f"below 10 GB; make room on {host}" if free < 10 else ""
-    probe = torch.zeros(PROBE_BYTES // 4, device=compute.device)
+    probe = torch.zeros(2**24, device=compute.device)
     for _ in range(2):  # the first one connects
         compute.synchronize()
         start = time.perf_counter()
         compute.all_reduce(probe)
         compute.synchronize()
-    speed = 2 * PROBE_BYTES * (compute.world_size - 1) / compute.world_size / (time.perf_counter() - start) / 1e9
+    speed = 2 * probe.nbytes * (compute.world_size - 1) / compute.world_size / (time.perf_counter() - start) / 1e9
     yield f"{compute.world_size} processes on {len(hosts)} hosts exchange {speed:,.1f} GB/s each", ""
 
 
@@ -124,8 +119,7 @@ def main(argv=None):
         for finding, remedy in check():
             common.print0(f"problem  {finding}; {remedy}" if remedy else f"ok       {finding}")
             problems += bool(remedy)
-    if problems:
-        raise UserError(f"{problems} problem{'s' * (problems > 1)}, see above")
+    require(not problems, f"{problems} problem{'s' * (problems > 1)}, see above")
 
 
 if __name__ == "__main__":

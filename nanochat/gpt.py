@@ -90,10 +90,9 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         q = norm(rotate(self.c_q(x).view(B, T, self.n_head, self.head_dim), cos, sin)).transpose(1, 2)
         k, v = self.keys_and_values(x, cos, sin)
-        causal = mask is None
+        causal = mask is None and (kv_cache is None or T > 1)
         if kv_cache is not None:
             cached = kv_cache.insert(self.layer, k, v)
-            causal = causal and T > 1
             if not causal:
                 k, v = cached
                 q = q.to(k.dtype)

@@ -137,9 +137,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         needs_grad = any(ctx.needs_input_grad)
         w = weight[:vocab_size].to(x.dtype)
         grad_x = torch.empty_like(x) if needs_grad else None
-        grad_w = (torch.empty_like if len(x) else torch.zeros_like)(weight, dtype=torch.float32) if needs_grad else None
-        if needs_grad:
-            grad_w[vocab_size:] = 0
+        grad_w = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         rows = chunk_rows(x, vocab_size)
         block_rows = rows if x.is_cuda else max(1, CPU_BLOCK_ELEMENTS // vocab_size)
@@ -153,10 +151,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 if needs_grad:  # by now, `logits` is overwritten with its gradient
                     torch.mm(logits, w, out=grad_x[i : i + rows])
                 if needs_grad and x.dtype == torch.float32:
-                    torch.addmm(grad_w[:vocab_size], logits.T, chunk, beta=float(i > 0), out=grad_w[:vocab_size])
+                    grad_w[:vocab_size].addmm_(logits.T, chunk)
                 elif needs_grad:
-                    product = logits.T @ chunk
-                    grad_w[:vocab_size] = product if i == 0 else grad_w[:vocab_size].add_(product)
+                    grad_w[:vocab_size] += logits.T @ chunk
         ctx.save_for_backward(grad_x, grad_w)
         ctx.weight_dtype = weight.dtype
         return total

@@ -30,7 +30,6 @@ MFU = 0.45  # assumed of other devices; an H100 reached 0.47 at depth 12, an H20
 
 # Values per token, layer and unit of width that a forward pass keeps for the backward pass; measured, see dev/LOG.md.
 SAVED_VALUES = {"cpu": 40, "cuda": 19, "whole model compiled": 28}  # on a CPU without compilation, with it 32
-PROCESS_BYTES = {"cpu": 0.75 * 2**30, "cuda": 2**30}  # without a model
 
 # Name of an evaluation in the log -> (flag of its period, flag of its size, tokens per unit of that size, roughly).
 EVALUATIONS = {"val_bpb": ("eval_every", "eval_tokens", 1), "val_loss": ("eval_every", "eval_steps", 1000)}
@@ -69,7 +68,7 @@ def memory(args, config, compute, tokens=None, whole=False):
         "optimizer": (8 * tables + 4 * matrices) / compute.world_size,
         "activations": tokens * values * size,
         "loss head": min(chunk, tokens * config.vocab_size * size) + 6 * tables,
-        "process": PROCESS_BYTES.get(device, 0),
+        "process": 0.75 * 2**30 if device == "cpu" else 2**30,  # without a model
     }
 
 
@@ -82,16 +81,10 @@ def capacity(compute):
     return psutil.virtual_memory().available / common.dist_env()[3]
 
 
-def fits_whole(args, config, compute):
-    """Whether the memory suffices for a model that is compiled as a whole."""
-    return sum(memory(args, config, compute, whole=True).values()) <= capacity(compute)
-
-
 def largest_batch(args, need, available, world_size):
     """The largest --device_batch_size that fits, in words. `need`: memory() of the flag's value."""
-    rows_per_step = getattr(args, "target_examples_per_step", 0)  # 0: any number divides it
-    if hasattr(args, "total_batch_size"):
-        rows_per_step = args.total_batch_size // args.max_seq_len
+    total, T = getattr(args, "total_batch_size", 0), getattr(args, "max_seq_len", 1)
+    rows_per_step = getattr(args, "target_examples_per_step", total // T)  # 0 in RL: any number divides it
     free = available - sum(need.values()) + need["activations"]
     most = min(1024, int(free / need["activations"] * args.device_batch_size))
     rows = next((n for n in range(most, 0, -1) if rows_per_step % (n * world_size) == 0), None)
@@ -124,8 +117,8 @@ class Plan:
     def __init__(self, args, compute, config, num_steps):
         self.wanted, self.args, self.config, self.num_steps = argparse.Namespace(**vars(args)), args, config, num_steps
         self.compute, self.available, self.model = compute, capacity(compute), GPT(config)
-        self.step_tokens, self.parts, self.progress = [], [], 0.0
-        self.largest = self.largest_measured = 0  # tokens of a micro-batch
+        # largest: tokens of a micro-batch
+        self.step_tokens, self.parts, self.progress, self.largest, self.largest_measured = [], [], 0.0, 0, 0
         self.affordable_tokens = SECONDS * tracking.peak_flops(compute) / 2 / self.model.estimate_flops()
         args.run, args.sample_every, args.plan = "dummy", -1, True
         for every, size, unit in [*EVALUATIONS.values(), INLINE_TASK]:
@@ -173,15 +166,14 @@ class Plan:
         need = memory(args, config, compute, self.largest)
         if not args.plan_for:  # the measured peak is exact
             measured = memory(args, config, compute, self.largest_measured)
-            total = tracking.peak_memory_mib(compute) * 2**20 + need["activations"] - measured["activations"]
-            need["process"] += total - sum(need.values())
+            need["process"] += tracking.peak_memory_mib(compute) * 2**20 - sum(measured.values())
         parts = ", ".join(f"{name} {size / 2**30:,.2f}" for name, size in need.items())
         lines["memory"] = f"{sum(need.values()) / 2**30:,.2f} of {available / 2**30:,.1f} GiB ({parts})"
         lines["batch"] = largest_batch(args, need, available, compute.world_size)
         weights, tables, matrices = sizes(config, compute.device.type)
-        checkpoints = 1 + (steps - 1) // args.save_every if args.save_every > 0 else 1
-        checkpoint = f"{(weights + 8 * tables + 4 * matrices) / 1e9:,.2f} GB"
-        lines["disk"] = f"{min(checkpoints, args.keep or checkpoints)} checkpoints of {checkpoint}"
+        saves = 1 + (steps - 1) // args.save_every if args.save_every > 0 else 1
+        size = (weights + 8 * tables + 4 * matrices) / 1e9
+        lines["disk"] = f"{min(saves, args.keep or saves)} checkpoints of {size:,.2f} GB"
         if hasattr(args, "data_dir"):
             shards = math.ceil(tokens * CHARACTERS_PER_TOKEN / CHARACTERS_PER_SHARD)
             lines["disk"] += f", {shards:,} shards of the public corpus ({shards * BYTES_PER_SHARD / 1e9:,.1f} GB)"
@@ -219,11 +211,9 @@ class Plan:
             period, scale = getattr(args, every), getattr(args, size) / getattr(self.args, size)
             evaluations += scale * seconds * (steps // period + (steps % period > 0) + (name != "core"))
         start = max(0.0, log.wall_clock_seconds - n * step - 2 * sum(log.evaluation_seconds.values()))
-        total, *parts = map(format_duration, (training + evaluations + start, training, evaluations, start))
-        return {
-            "device": f"{self.compute.world_size} x {tracking.device_name(self.compute)}",
-            "time": "{}: training {}, evaluations {}, start {}".format(total, *parts),
-        }
+        times = map(format_duration, (training + evaluations + start, training, evaluations, start))
+        device = f"{self.compute.world_size} x {tracking.device_name(self.compute)}"
+        return {"device": device, "time": "{}: training {}, evaluations {}, start {}".format(*times)}
 
     def _elsewhere(self, count, name, steps, flops):
         """Lines on other devices: time, cost, communication (reduce-scatter of gradients, all-gather of weights)."""

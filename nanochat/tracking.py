@@ -16,9 +16,6 @@ from nanochat.report import get_report
 PEAK_FLOPS = {"b300": 2250e12, "b200": 2250e12, "h200": 989e12, "h100 nvl": 835e12, "h100 pcie": 756e12}
 PEAK_FLOPS |= {"h100": 989e12, "a100": 312e12, "4090": 165e12, "3090": 71e12}
 UNTIMED_STEPS = 10  # the first steps do not count in the throughput: compilation, cold caches
-PRINT_SECONDS = 2.0  # minimum time between progress lines
-SLOW_SECONDS = 10.0  # a shorter step is not reported as slow
-LONG_SECONDS = 12 * 3600  # a longer run on a CPU is probably a mistake
 # The flags that set how long a run takes; a stage has some of them.
 LENGTH_FLAGS = "depth", "num_iterations", "total_batch_size", "max_seq_len", "examples_per_step", "num_samples"
 
@@ -148,18 +145,18 @@ class StageLog:
         return batch
 
     def _watch(self):
-        """Thread: say so when a step takes ten times the median."""
+        """Thread: say so when a step takes ten times the median, and more than 10 s."""
         warned = None
         while not self.closed.wait(1.0):
             started = self.step_started
             limit = 10 * statistics.median(self.durations or [float("inf")])
-            if started and started != warned and time.perf_counter() - started > max(limit, SLOW_SECONDS):
+            if started and started != warned and time.perf_counter() - started > max(limit, 10.0):
                 warned, ranks = started, "a rank may hang" if self.compute.world_size > 1 else "the machine may be busy"
                 print0(f"step {self.step_count + 1} takes ten times the median step, {limit / 10:,.1f} s: {ranks}")
 
     def end_step(self, step, result, tokens, lr_mult, progress=None, **extra):
         """
-        Log optimizer step `step`, counted from 0, on `tokens` tokens; prints every few seconds.
+        Log optimizer step `step`, counted from 0, on `tokens` tokens; prints at most every two seconds.
 
         The step is timed since start_step(). `progress` is the completed share of the stage, needed if num_steps is
         unknown. `extra` numbers are logged and printed too.
@@ -183,10 +180,10 @@ class StageLog:
         seconds_left = steps_left * self.timed["seconds"] / self.timed["steps"]
         on_cpu = self.compute.device.type == "cpu"
         if own_steps == (1 if on_cpu else UNTIMED_STEPS - 1) and steps_left >= 0.5:  # the first one compiles
-            long = on_cpu and seconds_left > LONG_SECONDS
+            long = on_cpu and seconds_left > 12 * 3600  # probably a mistake
             hint = f"; to shorten it, lower {', '.join(self.length_flags)}" if long else ""
             print0(f"about {format_duration(seconds_left)} for {steps_left:,.0f} more steps, plus evaluations{hint}")
-        if time.time() - self.last_printed < PRINT_SECONDS and progress < 1:
+        if time.time() - self.last_printed < 2.0 and progress < 1:
             return
         self.last_printed = time.time()
         total = f"/{self.num_steps:05d}" if self.num_steps else ""

@@ -19,7 +19,7 @@ from nanochat import checkpoint_manager as checkpoints
 from nanochat import cluster, ops
 from nanochat.common import UserError, base_dir, print0, print_error, require, set_aside, torchrun_job, write_jsonl
 from nanochat.dataloader import Prefetch, eval_batches, lane_batches
-from nanochat.plan import Plan, check_memory, fits_whole
+from nanochat.plan import Plan, capacity, check_memory, memory
 from nanochat.tokenizer import check_tokenizer
 from nanochat.tracking import with_progress
 
@@ -109,7 +109,6 @@ def train_step(
 
 STOP_SIGNALS = signal.SIGINT, signal.SIGTERM
 
-COMPILE_FROM_FLOPS = 1e13  # shorter runs are not compiled; about a minute on two CPU cores
 TOKENS_PER_CONVERSATION = 256  # a rough mean, to estimate the length of a run
 
 # A run can be resumed only with the same values of these flags.
@@ -135,9 +134,8 @@ class Stage:
 
     def __init__(self, source, model_tag, args, compute, config, num_steps, made_from):
         self.folder, self.args, self.compute = checkpoints.checkpoint_dir(source, model_tag), args, compute
-        self.made_from = made_from
+        self.made_from, self.path, self.meta = made_from, None, {}
         self._check_hosts()
-        self.path, self.meta = None, {}
         self.plan = Plan(args, compute, config, num_steps) if args.plan or args.plan_for else None
         if not self.plan:
             self.folder_lock = checkpoints.lock(self.folder) if compute.writes else None
@@ -193,11 +191,9 @@ class Stage:
 
     def _check_origins(self, saved):
         """Raises UserError if the checkpoint was made from something else, or does not say from what."""
-        if not saved:
-            hint = "add --resume_unverified if they are the same, else run without --resume to start anew"
-            require(self.args.resume_unverified, f"{self.path} does not record its tokenizer and data; {hint}")
-            return
-        for name, (difference, remedy) in ORIGINS.items():
+        hint = "add --resume_unverified if they are the same, else run without --resume to start anew"
+        require(saved or self.args.resume_unverified, f"{self.path} does not record its tokenizer and data; {hint}")
+        for name, (difference, remedy) in ORIGINS.items() if saved else ():
             old, new = saved.get(name), self.made_from.get(name)
             problem = f"it was made from {difference} ({str(old)[:12]}, now {str(new)[:12]})"
             hint = f"run without --resume to start anew, or {remedy}"
@@ -223,10 +219,11 @@ class Stage:
         """
         device, enabled = self.compute.device.type, self.args.compile
         if enabled is None:
-            enabled = device != "mps" and tokens * model.estimate_flops() >= COMPILE_FROM_FLOPS
+            enabled = device != "mps" and tokens * model.estimate_flops() >= 1e13  # about a minute on two CPU cores
         if not enabled:
             return model
-        if device == "cuda" and fixed_shape and fits_whole(self.args, model.config, self.compute):
+        whole = sum(memory(self.args, model.config, self.compute, whole=True).values())
+        if device == "cuda" and fixed_shape and whole <= capacity(self.compute):
             return torch.compile(model, dynamic=False, fullgraph=True)  # a fifth faster than block by block
         if problem := ops.compiler_problem(device):
             print0(f"warning: training without torch.compile(), which is slower: {problem}")
@@ -245,10 +242,6 @@ class Stage:
         """This rank's list of (inputs, targets): --eval_tokens tokens of `source`, over all ranks."""
         rows, T = self.args.device_batch_size * self.compute.world_size, self.args.max_seq_len
         return eval_batches(source, rows, T, max(1, self.args.eval_tokens // (rows * T)), self.compute)
-
-    def restored(self, *names):
-        """{name: its value in the checkpoint's meta.json}; the values are None in a fresh run."""
-        return {name: self.meta.get(name) for name in names}
 
     def train_step(self, model, optimizers, micro_batches, **settings):
         """Call train_step(). A stop signal that any rank has received stops all ranks."""
@@ -281,7 +274,7 @@ class Stage:
             write_jsonl(path, lines)
         return path
 
-    def checkpoint(self, step, last, model, optimizers, loader, log, state):
+    def checkpoint(self, step, last, model, optimizers, loader, log, **state):
         """
         Save a checkpoint if one is due after `step` steps, and remember how to, in case a signal stops the next step.
 
@@ -334,14 +327,13 @@ class Stage:
     def _catch_signals(self):
         """From now on, SIGINT and SIGTERM stop the run."""
         # The main thread may be in a collective, so the threads of the ranks need a process group of their own.
-        group = dist.new_group(backend="gloo") if self.compute.world_size > 1 else None
+        compute = replace(self.compute, group=dist.new_group(backend="gloo") if self.compute.world_size > 1 else None)
         receiver, self.wakeup = socket.socketpair()
         self.wakeup.setblocking(False)
         signal.set_wakeup_fd(self.wakeup.fileno())
         for signum in STOP_SIGNALS:
             signal.signal(signum, lambda *_: None)  # the number of the signal goes to the socket
-        arguments = receiver, replace(self.compute, group=group)
-        threading.Thread(target=self._watch, args=arguments, daemon=True, name="signals").start()
+        threading.Thread(target=self._watch, args=(receiver, compute), daemon=True, name="signals").start()
 
     def _watch(self, receiver, compute):
         """Thread: stop the run at the first signal; at a second one, exit at once."""

@@ -13,8 +13,6 @@ from nanochat.cli import FLAG, add_run_flags, decay_rate, make_parser, non_negat
 from nanochat.cluster import compute_init
 from nanochat.common import UserError, base_dir, print0
 
-PLANNED_VOCAB_SIZE = 65536  # of --plan_for, if there is no tokenizer yet: tok_train's default
-
 
 def build_parser():
     parser = make_parser("scripts.base_train", __doc__)
@@ -72,7 +70,7 @@ def main(argv=None):
     # Tokenizer and model
     elsewhere = args.plan_for and not (base_dir() / "tokenizer").is_dir()  # needs neither a tokenizer nor data
     tokenizer = None if elsewhere else get_tokenizer()
-    vocab_size = PLANNED_VOCAB_SIZE if elsewhere else tokenizer.get_vocab_size()
+    vocab_size = 65536 if elsewhere else tokenizer.get_vocab_size()  # tok_train's default
     config = gpt.GPTConfig.from_depth(args.depth, args.max_seq_len, vocab_size)
     model = gpt.GPT(config)
     flops_per_token, num_params = model.estimate_flops(), model.num_params()
@@ -111,12 +109,12 @@ def main(argv=None):
     print0(f"{num_steps:,} steps of {args.total_batch_size:,} tokens ({rows} rows of {args.max_seq_len:,}): ", end="")
     print0(f"{total_tokens:,} tokens, {tokens_per_param:.1f} per parameter, {total_flops:.2e} FLOPs")
     log = tracking.StageLog("base", args, compute, num_steps, flops_per_token, stage.meta.get("log_state"))
-    results = stage.restored("val_bpb", "min_val_bpb", "core")
+    results = {name: stage.meta.get(name) for name in ("val_bpb", "min_val_bpb", "core")}
 
     # Loop: num_steps + 1 iterations; the last one only saves and evaluates
     for step in range(stage.first_step, num_steps + 1):
         last = step == num_steps
-        stage.checkpoint(step, last, model, optimizers, loader, log, {"corpus": corpus, **results})
+        stage.checkpoint(step, last, model, optimizers, loader, log, corpus=corpus, **results)
         if train.due(step, args.eval_every, last):
             log.validation(step, loss_eval.evaluate_bpb(compiled, val_batches(), token_bytes, compute), results)
         if step and core_tasks and train.due(step, args.core_metric_every, last):

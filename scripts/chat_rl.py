@@ -40,8 +40,7 @@ def build_parser():
 
 def check_flags(args):
     """Raises UserError for numbers out of range, and for sampling settings that the loss does not support."""
-    positive = ("device_batch_size", "examples_per_step", "max_new_tokens", "max_rows", "eval_examples", "eval_samples")
-    for name in positive:
+    for name in "device_batch_size examples_per_step max_new_tokens max_rows eval_examples eval_samples".split():
         require(getattr(args, name) >= 1, f"--{name}={getattr(args, name)}: expected at least 1")
     need = "need at least 2 answers, to compare their rewards"
     require(args.num_samples >= 2, f"--num_samples={args.num_samples}: {need}")
@@ -101,8 +100,7 @@ def main(argv=None):
     # Optimizers; restores weights and optimizer state when resuming
     optimizers = stage.setup_optimizers(model)
     max_tokens = args.device_batch_size * model.config.sequence_len  # of a micro-batch
-    answers = num_steps * args.examples_per_step * args.num_samples
-    model = stage.compile(model, answers * TOKENS_PER_CONVERSATION)
+    model = stage.compile(model, num_steps * args.examples_per_step * args.num_samples * TOKENS_PER_CONVERSATION)
     sampler = make_sampler(model, tokenizer, compute)
     print0(f"{args.task}: {len(train_task):,} problems, {num_steps:,} steps of {args.examples_per_step}")
     log = StageLog("rl", args, compute, num_steps, model.estimate_flops(), stage.meta.get("log_state"))
@@ -126,8 +124,7 @@ def main(argv=None):
     for step in range(stage.first_step, num_steps + 1):
         last = step == num_steps
         sync(sampler, model)
-        state = {"corpus": corpus, "results": results}
-        stage.checkpoint(step, last, model, [] if last else optimizers, None, log, state)
+        stage.checkpoint(step, last, model, [] if last else optimizers, None, log, corpus=corpus, results=results)
         if due(step, args.eval_every, last):
             evaluate(step)
         if last:

@@ -48,8 +48,8 @@ def main(argv=None):
     multiple = f"a multiple of {per_pass} ({rank_rows} rows x {ranks} ranks)"
     require(min(rows, rank_rows) >= 1 and rows % per_pass == 0, f"--target_examples_per_step={rows} is not {multiple}")
     model, tokenizer, source_meta = load_model(args.source, compute, "train", args.model_tag, args.step)
-    args.corpus = args.corpus or source_meta["corpus"]
-    train_task, val_task = training_tasks("sft", args.corpus, args.conversations, args.conversations_only)
+    corpus = args.corpus = args.corpus or source_meta["corpus"]
+    train_task, val_task = training_tasks("sft", corpus, args.conversations, args.conversations_only)
     num_steps = train.epoch_steps(args, train_task, rows)
     origins = made_from(source_meta, tokenizer, train_task)
     stage = train.Stage("sft", source_meta["model_tag"], args, compute, model.config, num_steps, origins)
@@ -77,8 +77,7 @@ def main(argv=None):
     # Loop: num_steps + 1 iterations; the last one only saves and evaluates
     for step in range(stage.first_step, num_steps + 1):
         last = step == num_steps
-        state = {"corpus": args.corpus, "results": results}
-        stage.checkpoint(step, last, model, [] if last else optimizers, loader, log, state)
+        stage.checkpoint(step, last, model, [] if last else optimizers, loader, log, corpus=corpus, results=results)
         if train.due(step, args.eval_every, last):
             val_batches = conversation_batches(val_task, tokenizer, per_pass, context, rank_rows, compute)
             pairs = [pair for batch in islice(val_batches, val_steps) for pair in batch.micro_batches]
@@ -87,7 +86,7 @@ def main(argv=None):
         if train.due(step, args.eval_metrics_every, last):
             engine = Engine(model, tokenizer, compute)
             settings = dict(max_problems=args.eval_metrics_max_problems, batch_size=2 * rank_rows)
-            for name in () if args.conversations_only else INLINE_TASKS[args.corpus]:
+            for name in () if args.conversations_only else INLINE_TASKS[corpus]:
                 results[name] = chat_eval.evaluate_task(EVAL_TASKS[name].make(), engine, **settings).accuracy
                 log.evaluation(step, f"{name} {results[name]:.2%}", **{name: results[name]})
         if last:
@@ -96,8 +95,7 @@ def main(argv=None):
         lr_mult = args.init_lr_frac * schedule.lr_multiplier(step / num_steps, warmdown_ratio=1.0)
         schedule.set_schedule(optimizers, lr_mult)
         result = stage.train_step(model, optimizers, batch.micro_batches)
-        tokens = sum(x.numel() for x, _ in batch.micro_batches) * compute.world_size  # about the same on all ranks
-        log.end_step(step, result, tokens, lr_mult)
+        log.end_step(step, result, sum(x.numel() for x, _ in batch.micro_batches) * compute.world_size, lr_mult)
     stage.close(loader, log, results=results)
 
     # Report

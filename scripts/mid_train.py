@@ -77,14 +77,13 @@ def main(argv=None):
     # Horizon: one epoch, unless --num_iterations is given
     print0(f"{len(train_task):,} conversations for training, {len(val_task):,} for validation")
     log = tracking.StageLog("mid", args, compute, num_steps, model.estimate_flops(), stage.meta.get("log_state"))
-    results = stage.restored("val_bpb", "min_val_bpb", "progress")
+    results = {name: stage.meta.get(name) for name in ("val_bpb", "min_val_bpb")}
 
     # Loop: the last iteration only saves and evaluates
-    step, progress = stage.first_step, results.pop("progress") or 0.0
+    step, progress = stage.first_step, stage.meta.get("progress", 0.0)
     while True:
         last = step >= num_steps if num_steps else progress >= 1
-        state = {"corpus": args.corpus, "progress": progress, **results}
-        stage.checkpoint(step, last, model, optimizers, loader, log, state)
+        stage.checkpoint(step, last, model, optimizers, loader, log, corpus=args.corpus, progress=progress, **results)
         if train.due(step, args.eval_every, last):
             log.validation(step, loss_eval.evaluate_bpb(compiled, val_batches(), token_bytes, compute), results)
         if last:

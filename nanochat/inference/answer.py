@@ -39,9 +39,7 @@ class Answer:
         if finish:
             text += detokenizer.flush()[1]
         self.pieces.append((part, text))
-        delta = {}
-        if self.open_step or token == self.python_start:
-            delta = self._update_step(token, part, text)
+        delta = self._update_step(token, part, text) if self.open_step or token == self.python_start else {}
         if text and part == "text":
             delta["content"] = text
             self.text += text

@@ -13,7 +13,6 @@ import torch
 
 from nanochat.inference.backends import TorchBackend
 
-MIN_COLUMNS = 128
 EAGER_STEPS = 8  # steps of one shape before its graph is recorded, which costs about ten steps
 
 
@@ -82,7 +81,7 @@ class CUDAGraphBackend(TorchBackend):
         if self.storage is not cache.data:  # start anew; a memory pool cannot outlive its graphs
             # `uses` and `graphs` are by columns.
             self.storage, self.uses, self.graphs, self.pool = cache.data, Counter(), {}, None
-        columns = min(cache.data.size(4), max(MIN_COLUMNS, 1 << (needed - 1).bit_length()))
+        columns = min(cache.data.size(4), max(128, 1 << (needed - 1).bit_length()))
         self.uses[columns] += 1
         if self.uses[columns] < EAGER_STEPS:
             return None

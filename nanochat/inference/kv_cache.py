@@ -5,8 +5,6 @@ from collections import OrderedDict
 
 import torch
 
-SPARE_COLUMNS = 64  # extra columns in a new or grown cache, for the tokens after a prompt
-
 
 class KVCache:
     """
@@ -28,8 +26,7 @@ class KVCache:
 
     def begin(self, T):
         """Positions (B, T) of the next T tokens, and the attention mask: bool (B or 1, 1, T, S), or None if trivial."""
-        lengths = torch.tensor(self.lengths, device=self.device)
-        self.positions = lengths[:, None] + torch.arange(T, device=self.device)
+        self.positions = torch.tensor(self.lengths, device=self.device)[:, None] + torch.arange(T, device=self.device)
         self.rows = torch.arange(len(self.lengths), device=self.device)[:, None]
         self.uniform, S = len(set(self.lengths)) == 1, self.max_position(T)
         if self.uniform and (T == 1 or S == T):  # attend to all columns, or causally to the new ones
@@ -78,7 +75,8 @@ class KVCache:
         if rows <= old_rows and columns <= old_columns:
             return
         rows = old_rows if rows <= old_rows else max(rows, 2 * old_rows)
-        columns = old_columns if columns <= old_columns else max(columns + SPARE_COLUMNS, 2 * old_columns)
+        # 64 spare columns for the tokens after a prompt
+        columns = old_columns if columns <= old_columns else max(columns + 64, 2 * old_columns)
         shape = (self.n_layer, 2, rows, like.size(-3), columns, like.size(-1))
         grown = torch.zeros(shape, dtype=like.dtype, device=self.device)  # not empty(): a masked NaN would still spread
         if self.data is not None:
