@@ -13,7 +13,11 @@ tier=speedrun mirror="" stages=""
 for argument; do
     case $argument in
     speedrun | run1000 | single | laptop | pocket | runcpu) tier=$argument ;;
-    --mirror=*) mirror=$(cd "${argument#--mirror=}" && pwd) ;;
+    --mirror=*)
+        mirror=${argument#--mirror=}
+        [[ -d $mirror ]] || { echo "error: no folder $mirror" >&2 && exit 2; }
+        mirror=$(cd "$mirror" && pwd)
+        ;;
     --stages=[1-9]*) stages=${argument#--stages=} ;;
     *) echo "error: unknown argument $argument, see the top of $0" >&2 && exit 2 ;;
     esac
