@@ -13,17 +13,17 @@ gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
 ((gpus)) || { echo "error: nvidia-smi finds no GPU here" >&2 && exit 2; }
 out=${OUT:-$(mktemp -d)}
 mkdir -p "$out"
-export NANOCHAT_BASE_DIR=$out/base OMP_NUM_THREADS=4 PYTHONPATH=.
+export NANOCHAT_BASE_DIR=$out/base NANOCHAT_BUCKET_URL=$out/mirror/karpathy-public OMP_NUM_THREADS=4 PYTHONPATH=.
 processes=1 failed=0
 while ((2 * processes <= gpus && processes < 8)); do processes=$((2 * processes)); done
 train="--depth=4 --max_seq_len=512 --device_batch_size=4 --total_batch_size=$((8 * 4 * 512)) --eval_tokens=65536
     --num_iterations=40 --eval_every=-1 --sample_every=-1 --core_metric_every=-1 --save_every=20 --compile=1"
 
-# check <title> <seconds> <command...>: runs the command, prints its last lines.
+# check <title> <seconds> <command...>: runs the command, prints its figures or its last lines.
 check() {
     local title=$1 limit=$2 started=$SECONDS log
     log="$out/$(tr -c 'a-z0-9\n' _ <<<"${title,,}").log"
-    if timeout "$limit" "${@:3}" >"$log" 2>&1; then
+    if timeout "$limit" bash -c '"$@"' check "${@:3}" >"$log" 2>&1; then
         echo "ok      $title ($((SECONDS - started)) s)"
         grep '^  ' "$log" || true # what a check wants on the page is indented
     else
@@ -36,7 +36,8 @@ check() {
 launch() { python -m dev.launch --standalone --nproc_per_node="$processes" "$@"; }
 
 data() {
-    python -m nanochat.dataset --pocket --chars=2000000 && python -m scripts.tok_train --vocab_size=4096
+    python -m nanochat.dataset --pocket --chars=2000000 && python -m scripts.tok_train --vocab_size=4096 &&
+        python -m dev.make_mirror "$out/mirror"
 }
 
 # The checkpoint of 40 steps equals the one of 20 steps, a kill -9, and 20 more.
@@ -54,21 +55,24 @@ resume() {
 
 later_stages() {
     local rows=$((4 * processes))
-    launch -m scripts.mid_train -- --model_tag=whole --num_iterations=4 --device_batch_size=4 \
-        --total_batch_size=$((rows * 512)) --eval_tokens=$((rows * 512)) &&
+    launch -m scripts.base_eval -- -g whole --max_per_task=8 &&
+        launch -m scripts.mid_train -- --model_tag=whole --num_iterations=4 --device_batch_size=4 \
+            --total_batch_size=$((rows * 512)) --eval_tokens=$((rows * 512)) &&
         launch -m scripts.chat_sft -- --num_iterations=4 --target_examples_per_step=$((2 * rows)) --eval_steps=2 \
             --eval_metrics_max_problems=16 &&
         launch -m scripts.chat_rl -- --num_iterations=2 --eval_examples=16 --max_new_tokens=32 &&
         launch -m scripts.chat_eval -- -i rl -x 16 --max_new_tokens=32
 }
 
-echo "$(nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader | sort | uniq -c)"
+export -f launch data resume later_stages
+export out processes train
+nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader | sort | uniq -c
 python -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda)'
-check "tests for GPUs" 120 python -m pytest -q -m gpu tests
-check "data" 60 data
-check "$processes processes (NCCL), compiled: kill -9 and resume, the same bits" 150 resume
-check "later stages" 120 later_stages
-check "training step at depth 12" 120 python -m dev.bench.bench_gpu step
-check "CUDA graphs against eager decoding" 90 python -m dev.bench.bench_gpu decode
+check "tests for GPUs" 90 python -m pytest -q -m gpu tests
+check "data" 40 data
+check "$processes processes (NCCL), compiled: kill -9 and resume, the same bits" 110 resume
+check "CORE, midtraining, SFT, RL, chat evaluation" 110 later_stages
+check "training step at depth 12" 80 python -m dev.bench.bench_gpu step
+check "CUDA graphs against eager decoding" 50 python -m dev.bench.bench_gpu decode
 echo "done in $SECONDS s; all outputs are in $out"
 exit $failed
