@@ -29,7 +29,7 @@ LINK_EFFICIENCY = 0.7  # of collectives
 MFU = 0.45  # assumed of other devices; an H100 reached 0.47 at depth 12, an H200 0.52 at depth 20
 
 # Values per token, layer and unit of width that a forward pass keeps for the backward pass; measured, see dev/LOG.md.
-SAVED_VALUES = {"cpu": 40, "cuda": 19, "whole model compiled": 28}  # on a CPU without compilation, with it 32
+SAVED_VALUES = {"cpu": 40, "cuda": 19, "whole model compiled": 28}  # CPU: eager; 32 if compiled
 
 # Name of an evaluation in the log -> (flag of its period, flag of its size, tokens per unit of that size, roughly).
 EVALUATIONS = {"val_bpb": ("eval_every", "eval_tokens", 1), "val_loss": ("eval_every", "eval_steps", 1000)}
@@ -51,7 +51,7 @@ def memory(args, config, compute, tokens=None, whole=False):
     """
     {what for: bytes} of a rank at the peak of a training step. Weights, gradients and optimizer state are exact.
 
-    `tokens`: of a micro-batch, by default the most possible. `whole`: the model is compiled as a whole.
+    `tokens`: of a micro-batch, by default the largest possible number. `whole`: the model is compiled as a whole.
     """
     device, size = compute.device.type, compute.dtype.itemsize
     tokens = tokens or args.device_batch_size * config.sequence_len
@@ -73,7 +73,7 @@ def memory(args, config, compute, tokens=None, whole=False):
 
 
 def capacity(compute):
-    """Bytes of memory that this process can have."""
+    """Bytes of memory available to this process."""
     import psutil
 
     if compute.device.type == "cuda":
@@ -97,7 +97,7 @@ def check_memory(args, config, compute):
     state, total = need["weights"] + need["gradients"] + need["optimizer"], sum(need.values())
     free = f"GiB of memory, {available / 2**30:,.1f} are free"
     problem = f"weights, gradients and optimizer state need {state / 2**30:,.1f} {free}"
-    require(state <= available, f"{problem}; train a smaller model, or on more devices, which share the last of these")
+    require(state <= available, f"{problem}; train a smaller model, or use more devices to share the optimizer")
     if total > available:
         hint = largest_batch(args, need, available, compute.world_size)
         print0(f"warning: this run may need {total / 2**30:,.1f} {free}; {hint}")
@@ -117,7 +117,7 @@ class Plan:
     def __init__(self, args, compute, config, num_steps):
         self.wanted, self.args, self.config, self.num_steps = argparse.Namespace(**vars(args)), args, config, num_steps
         self.compute, self.available, self.model = compute, capacity(compute), GPT(config)
-        # largest: tokens of a micro-batch
+        # largest, largest_measured: tokens of the largest micro-batch
         self.step_tokens, self.parts, self.progress, self.largest, self.largest_measured = [], [], 0.0, 0, 0
         self.affordable_tokens = SECONDS * tracking.peak_flops(compute) / 2 / self.model.estimate_flops()
         args.run, args.sample_every, args.plan = "dummy", -1, True

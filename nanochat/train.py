@@ -220,7 +220,7 @@ class Stage:
         device, enabled = self.compute.device.type, self.args.compile
         if enabled is None:
             enabled = device != "mps" and tokens * model.estimate_flops() >= 1e13  # about a minute on two CPU cores
-        if not enabled:
+        if not enabled or self.args.plan_for:  # which runs nothing
             return model
         whole = sum(memory(self.args, model.config, self.compute, whole=True).values())
         if device == "cuda" and fixed_shape and whole <= capacity(self.compute):
