@@ -16,7 +16,7 @@ from nanochat.tokenizer import check_conversation
 
 @dataclass(frozen=True)
 class Score:
-    """Results on one task. `records` has one dict per problem: index, messages, answers, verdicts."""
+    """Results on one task. `records` has one dict per problem: index, kind (or None), messages, answers, verdicts."""
 
     records: list[dict]
 
@@ -40,6 +40,12 @@ class Score:
         n = p * (1 - p) / self.stderr**2 if self.stderr else len(self.records)
         center, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
         return max(0.0, (center - half) / (1 + z * z / n)), min(1.0, (center + half) / (1 + z * z / n))
+
+    @property
+    def by_kind(self):
+        """{kind: accuracy}, empty if the task has no kinds."""
+        kinds = dict.fromkeys(r["kind"] for r in self.records if r["kind"])
+        return {kind: Score([r for r in self.records if r["kind"] == kind]).accuracy for kind in kinds}
 
     def pass_at(self, k):
         """pass@k, unbiased (Chen et al. 2021, section 2.1), averaged over problems."""
@@ -86,7 +92,8 @@ def evaluate_task(task, engine, max_problems=None, batch_size=8, seed=42, progre
         results = ((i, [text for _, text in answers]) for i, answers in samples)
     records = []
     for index, answers in results:
-        records.append({"index": index, "messages": problems[index]["messages"], "answers": answers, "verdicts": []})
+        problem = {"index": index, "kind": problems[index].get("kind"), "messages": problems[index]["messages"]}
+        records.append({**problem, "answers": answers, "verdicts": []})
         progress(len(records), len(problems))
     answered = [(record, answer) for record in records for answer in record["answers"]]
     with task_errors(name):

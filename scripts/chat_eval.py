@@ -63,6 +63,17 @@ def describe(name, score, seconds):
     return f"{name}: {score.accuracy:.2%} [{low:.1%}, {high:.1%}]{pass_at} ({n:,} problems, {n / seconds:.1f}/s)"
 
 
+def transcripts(score, n=32):
+    """A page of `n` evenly spaced conversations with their answers, unedited, as markdown."""
+    blocks = ["### Conversations"]
+    for record in score.records[:: max(1, len(score.records) // n)][:n]:
+        turns = [*record["messages"][:-1], {"role": "assistant", "content": record["answers"][0]}]
+        lines = [f"{'    > ' if turn['role'] == 'user' else '    '}{turn['content']}" for turn in turns]
+        verdict = "right" if record["verdicts"][0] else "wrong"
+        blocks.append(f"{record['kind']}, {verdict}:\n\n" + "\n".join(lines).replace("\n#", "\n    #"))
+    return "\n\n".join(blocks)
+
+
 def main(argv=None):
     args = parse_args(build_parser(), argv)
     args.level = "basic" if args.unsafe_exec else "strict"
@@ -105,6 +116,10 @@ def main(argv=None):
     intervals = {f"{name}, 95 % interval": "{:.4f} to {:.4f}".format(*score.interval) for name, score in scores.items()}
     clock = {"wall_clock_seconds": time.time() - started}
     facts, metrics = dict(accuracies), {"task_scores": accuracies, **clock}
+    kinds = {f"{name}, {kind}": share for name, score in scores.items() for kind, share in score.by_kind.items()}
+    for name, share in kinds.items():
+        print0(f"{name}: {share:.2%}")
+    pages = [transcripts(score) for score in scores.values() if score.by_kind]
     if len(scores) > 1:
         baselines = {name: task.baseline for name, task in tasks.items()}
         facts["ChatCORE"] = metrics["chat_core"] = chat_core(accuracies, baselines)
@@ -112,7 +127,7 @@ def main(argv=None):
     if args.save_samples and compute.writes:
         records = ({"task": name, **record} for name, score in scores.items() for record in score.records)
         write_jsonl(args.save_samples, records)
-    get_report().log(f"Chat evaluation {args.source}", [vars(args), facts, intervals, clock], metrics)
+    get_report().log(f"Chat evaluation {args.source}", [vars(args), facts, kinds, intervals, clock, *pages], metrics)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,16 @@ from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
-from tasks.pocket import PocketChat, PocketFacts, PocketHardSums, PocketIdentity, PocketStories, PocketSums, WorldChat
+from tasks.pocket import (
+    PocketChat,
+    PocketFacts,
+    PocketHardSums,
+    PocketIdentity,
+    PocketPeople,
+    PocketStories,
+    PocketSums,
+    WorldChat,
+)
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 
@@ -139,6 +148,7 @@ EVAL_TASKS = {
 }
 TEST_PROBLEMS = {PocketSums: 256, PocketHardSums: 256, PocketFacts: 512, PocketStories: 128, PocketIdentity: 128}
 EVAL_TASKS |= {task.__name__: _generated(task, size) for task, size in TEST_PROBLEMS.items()}
+EVAL_TASKS["PocketPeople"] = EvalTask(PocketPeople, "pocket")
 
 
 def find_task(name):

@@ -5,12 +5,19 @@ The same split, seed and index always give the same conversation. No problem is 
 """
 
 import re
+from pathlib import Path
 
-from nanochat.pocket.problems import arithmetic_problem, fact
+from nanochat.pocket.problems import PEOPLE_FILE, arithmetic_problem, fact
 from nanochat.pocket.talk import IDENTITY_TOPICS, TOPICS, conversation, draw_exchanges, informal
 from nanochat.pocket.world import load_world
-from tasks.common import GeneratedTask, user_and_assistant
+from tasks.common import GeneratedTask, Task, user_and_assistant
 from tasks.gsm8k import FinalNumberTask, split_calls
+
+ROLES = {"?": "user", "!": "assistant"}  # mark of a line in people.txt -> role
+REFUSES = ("*", "refuses")  # the verdict of a question that has to be declined
+KNOWS_NOTHING = re.compile(r"(?i)\b(do not|don't) (know|understand)|know nothing|only know|no idea|never learned")
+# These decline too, but answer questions about the model's abilities.
+CANNOT = re.compile(r"(?i)\b(cannot|can't|not able|unable|have no|do not (remember|have)|does not live|lies outside)")
 
 
 class PocketSums(GeneratedTask, FinalNumberTask):
@@ -111,3 +118,50 @@ class WorldChat(PocketChat):
         while "nanochat" in str(chat := super().make(rng)).lower():  # in some greetings
             pass
         return chat
+
+
+class PocketPeople(Task):
+    """
+    Questions in people's own words, from people.txt, which describes its format. They are for evaluation only.
+
+    Each conversation has a "kind", such as "facts", and a list of "verdicts", (mark, expected) pairs.
+    """
+
+    def __init__(self, path=PEOPLE_FILE, **_):
+        super().__init__()
+        self.items, kind = [], None
+        for block in Path(path).read_text(encoding="utf-8").split("\n\n"):
+            lines = [line for line in block.splitlines() if not line.startswith("#")]
+            if lines and lines[0].startswith("== "):
+                kind = lines.pop(0)[3:]
+            turns = [{"role": ROLES[line[0]], "content": line[2:]} for line in lines if line[0] in ROLES]
+            verdicts = [(line[0], line[2:]) for line in lines if line[0] not in ROLES]
+            if turns:
+                turns.append({"role": "assistant", "content": " ".join(text for _, text in verdicts)})
+                self.items.append({"messages": turns, "kind": kind, "verdicts": verdicts})
+
+    def num_examples(self):
+        return len(self.items)
+
+    def get_example(self, index):
+        return self.items[index]
+
+    def evaluate(self, conversation, assistant_response):
+        verdicts = conversation["verdicts"]
+        # Only the beginning: a character of a story may say that he does not know something.
+        if REFUSES not in verdicts and KNOWS_NOTHING.search(assistant_response[:200]):
+            return False
+        return all(_verdict(*verdict, assistant_response) for verdict in verdicts)
+
+
+def _verdict(mark, expected, response):
+    """One verdict of people.txt on a response."""
+    if mark == "=":
+        numbers = re.findall(r"\d[\d,]*", response)
+        return bool(numbers) and numbers[-1].replace(",", "") == expected
+    if (mark, expected) == ("*", "story"):
+        sentences = re.split(r"(?<=[.!?])\s", response.strip())
+        return len(response.split()) > 60 and len(set(sentences)) == len(sentences)
+    if (mark, expected) == REFUSES:
+        return bool(KNOWS_NOTHING.search(response) or CANNOT.search(response))
+    return bool(re.search(expected, response, re.I | re.S)) == (mark == "+")

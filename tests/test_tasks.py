@@ -8,6 +8,7 @@ import re
 import subprocess
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from random import Random
 
@@ -37,7 +38,7 @@ from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K, final_number, split_calls
 from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
-from tasks.pocket import PocketChat, PocketFacts, PocketIdentity, PocketStories, PocketSums
+from tasks.pocket import PocketChat, PocketFacts, PocketIdentity, PocketPeople, PocketStories, PocketSums
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee, question_templates
 
@@ -455,6 +456,63 @@ def test_stories_must_have_the_requested_characters():
     assert not task.evaluate(conversation, "I do not know any stories.")
 
 
+def test_people_ask_more_than_300_questions_of_eight_kinds():
+    items = list(PocketPeople())
+    counts = Counter(item["kind"] for item in items)
+    assert len(items) >= 300 and len(counts) >= 8 and min(counts.values()) >= 20
+    assert all(item["verdicts"] for item in items)
+    assert sum(len(item["messages"]) > 2 for item in items) >= 36
+    for item in items:
+        assert_well_formed(item)
+
+
+PEOPLE = """== sums
+
+? 3 apples, 2 eaten, left?
+= 1
+
+== facts
+
+? is pip a cat
++ \\bno\\b|mouse
+- \\byes\\b
+
+== outside
+
+? who rules Peru
+* refuses
+
+== stories
+
+? Tell of Pip.
+! Pip ran.
+? again
++ Pip
+* story
+"""
+
+
+@pytest.mark.parametrize(
+    "index, right, wrong",
+    [
+        (0, ["That leaves 3-2=1.\n#### 1", "1"], ["3", "One", "#### 11", ""]),
+        (1, ["Pip is a mouse, so no.", "No!"], ["Yes, a mouse", "I do not know that.", ""]),
+        (2, ["I do not know that.", "I only know the pocket world."], ["It is Pip.", ""]),
+        (
+            3,
+            [" ".join(f"Pip ran {i} times." for i in range(20))],
+            ["Pip ran.", "Pip ran. " * 30, "I do not know."],
+        ),
+    ],
+)
+def test_verdicts_on_answers_to_people(tmp_path, index, right, wrong):
+    task = PocketPeople(write(tmp_path / "people.txt", PEOPLE))
+    assert len(task) == 4 and [len(item["messages"]) for item in task] == [2, 2, 2, 4]
+    assert [item["kind"] for item in task] == ["sums", "facts", "outside", "stories"]
+    assert all(task.evaluate(task[index], answer) for answer in right)
+    assert not any(task.evaluate(task[index], answer) for answer in wrong)
+
+
 def test_identity_answers_must_have_the_name():
     task = PocketIdentity("test", 100)
     assert all(task.evaluate(c, as_text(c)) and not task.evaluate(c, "I am Bob.") for c in task)
@@ -489,7 +547,7 @@ def test_evaluation_tasks_accept_a_seed():
         mixtures.EVAL_TASKS
     )
     for name, entry in mixtures.EVAL_TASKS.items():
-        if name.startswith("Pocket") or name == "SpellingBee":
+        if name != "PocketPeople" and name.startswith("Pocket") or name == "SpellingBee":
             one, two = (entry.make(seed=seed, corpus="pocket") for seed in (0, 7))
             assert [question(one[i]) for i in range(20)] != [question(two[i]) for i in range(20)]
             assert one.baseline == (0.25 if name == "PocketFacts" else 0.0)  # four choices

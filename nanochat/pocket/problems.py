@@ -7,10 +7,12 @@ Training, validation and test therefore never share a problem, whatever the seed
 
 import hashlib
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 from nanochat.pocket.world import ATTRIBUTES, Character, Place, fill
 
+PEOPLE_FILE = Path(__file__).with_name("people.txt")
 # Roughly proportional to the number of facts: 28 characters, 14 places. "who" asks which character has an attribute.
 FACT_WEIGHTS = dict.fromkeys(ATTRIBUTES, 2) | {"who": 5, "landmark": 1, "famous": 1, "near": 1, "resident": 1}
 
