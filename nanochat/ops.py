@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 QUERY_BLOCK = 256  # queries per block of CausalAttention
+CPU_LOSS_ROWS = 256  # rows of the loss on a CPU: a multiple, so that shapes repeat
 CPU_LOGITS_BYTES, CUDA_LOGITS_BYTES = 1 << 28, 1 << 30  # size of a chunk of logits: matrix products need many rows,
 CPU_BLOCK_ELEMENTS = 1 << 21  # elementwise operations on a CPU few, whose intermediate results fit its cache
 
@@ -120,8 +121,11 @@ def cross_entropy_sum(x, weight, targets, token_weights, vocab_size, softcap, ch
     """
     trained = targets >= 0
     token_weights = trained.float() if token_weights is None else trained * token_weights
-    if on_cpu(x):  # on a GPU, boolean indexing would wait for the device
-        x, targets, token_weights = x[trained], targets[trained], token_weights[trained]
+    if on_cpu(x):  # on a GPU, the number of trained tokens would have to be waited for
+        # Trained tokens first, then others up to a multiple of CPU_LOSS_ROWS: matrix products compile for every shape.
+        num_rows = -(-int(trained.sum()) // CPU_LOSS_ROWS) * CPU_LOSS_ROWS
+        rows = trained.logical_not().argsort(stable=True)[:num_rows]
+        x, targets, token_weights = x[rows], targets[rows], token_weights[rows]
     return ChunkedCrossEntropy.apply(x, weight, targets, token_weights, vocab_size, softcap, chunk_loss)
 
 

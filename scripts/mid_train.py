@@ -10,7 +10,7 @@ Reads a base checkpoint, the tokenizer and a task mixture. Writes mid_checkpoint
 from dataclasses import replace
 from functools import cache
 
-from nanochat.cli import FLAG, add_run_flags, add_source_flags, make_parser, non_negative, parse_args, run_script
+from nanochat.cli import FLAG, add_run_flags, add_source_flags, make_parser, non_negative, parse_args, run_script, share
 from nanochat.cluster import compute_init
 from nanochat.common import print0
 
@@ -26,6 +26,7 @@ def build_parser():
     add("--packing", default="stream", choices=("stream", "bos"), help="bos = rows start at conversations")
     add("--train_on", default="all", choices=("all", "assistant"), help="tokens to train on")
     add("--init_lr_frac", type=non_negative, default=1.0, help="initial learning rates, as a multiple of the flags")
+    add("--warmdown_ratio", type=share, help="learning rate decay, as a share of the steps")
     add("--eval_every", type=int, default=150, help="steps between validations; -1 = never")
     add("--eval_tokens", type=int, default=20 * 524288, help="tokens per validation")
     add("--grad_checkpoint", **FLAG, help="save memory, a third slower")
@@ -89,7 +90,7 @@ def main(argv=None):
         if last:
             break
         batch = log.next_batch(loader)
-        lr_mult = args.init_lr_frac * schedule.lr_multiplier(progress)
+        lr_mult = args.init_lr_frac * schedule.lr_multiplier(progress, warmdown_ratio=args.warmdown_ratio)
         schedule.set_schedule(optimizers, lr_mult, schedule.muon_momentum(step))
         result = stage.train_step(compiled, optimizers, batch.micro_batches, progress=batch.progress)
         step += 1

@@ -142,9 +142,9 @@ class GeneratedTask(Task):
         return self.make(Random(f"{type(self).__name__} {self.split} {self.seed} {index}"))
 
     def origin(self):
-        from nanochat.pocket.world import WORLD_FILE
+        from nanochat.pocket.world import FILES
 
-        return [self.split, self.size, self.seed, WORLD_FILE.read_text(encoding="utf-8")]
+        return [self.split, self.size, self.seed, *(file.read_text(encoding="utf-8") for file in FILES)]
 
 
 class TaskMixture(Task):

@@ -26,16 +26,16 @@ from tasks.pocket import (
     WorldChat,
 )
 from tasks.smoltalk import SmolTalk
-from tasks.spellingbee import SimpleSpelling, SpellingBee
+from tasks.spellingbee import PocketLetters, SimpleSpelling, SpellingBee
 
 RL_PROBLEMS = 1600  # training problems of a generated task in reinforcement learning
 
-# Rows in midtraining and in SFT; in total about 2.7 and 0.6 million tokens with the pocket tier's tokenizer. Tokens per
-# row, in this order: 120, 300, 65, 55, 40, 125, 25.
-POCKET_ROWS = {PocketChat: {"mid": 4200, "sft": 1300}, PocketStories: {"mid": 1800, "sft": 300}}
-POCKET_ROWS |= {PocketFacts: {"mid": 13000, "sft": 5000}, PocketSums: {"mid": 7000, "sft": 1500}}
-POCKET_ROWS |= {PocketIdentity: {"mid": 1500, "sft": 700}, SpellingBee: {"mid": 5500, "sft": 800}}
-POCKET_ROWS |= {SimpleSpelling: {"mid": 2000, "sft": 200}}
+# Rows in midtraining and in SFT; in total about 8 and 0.2 million tokens with the pocket tier's tokenizer. Tokens per
+# row, in this order: 120, 320, 65, 75, 45, 125, 65.
+POCKET_ROWS = {PocketChat: {"mid": 30000, "sft": 800}, PocketStories: {"mid": 1500, "sft": 60}}
+POCKET_ROWS |= {PocketFacts: {"mid": 18000, "sft": 500}, PocketSums: {"mid": 24000, "sft": 500}}
+POCKET_ROWS |= {PocketIdentity: {"mid": 2000, "sft": 60}, SpellingBee: {"mid": 4000, "sft": 100}}
+POCKET_ROWS |= {PocketLetters: {"mid": 5000, "sft": 100}}
 
 
 def identity_conversations(public=True):
@@ -147,6 +147,7 @@ EVAL_TASKS = {
     "SpellingBee": _generated(SpellingBee, 256, corpus="both"),
 }
 TEST_PROBLEMS = {PocketSums: 256, PocketHardSums: 256, PocketFacts: 512, PocketStories: 128, PocketIdentity: 128}
+TEST_PROBLEMS |= {PocketLetters: 256}
 EVAL_TASKS |= {task.__name__: _generated(task, size) for task, size in TEST_PROBLEMS.items()}
 EVAL_TASKS["PocketPeople"] = EvalTask(PocketPeople, "pocket")
 

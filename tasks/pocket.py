@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from nanochat.pocket.problems import PEOPLE_FILE, arithmetic_problem, fact
-from nanochat.pocket.talk import IDENTITY_TOPICS, TOPICS, conversation, draw_exchanges, informal
+from nanochat.pocket.talk import TOPICS, conversation, draw_exchanges
 from nanochat.pocket.world import load_world
 from tasks.common import GeneratedTask, Task, user_and_assistant
 from tasks.gsm8k import FinalNumberTask, split_calls
@@ -59,8 +59,9 @@ class PocketIdentity(GeneratedTask):
     """ "Who are you?" in many wordings. A reply is correct if it contains the model's name."""
 
     def make(self, rng):
-        ((question, reply),) = draw_exchanges(rng, self.split, load_world(), {"name": 2, "what": 1, "hello name": 1})
-        return user_and_assistant(informal(rng, question), reply)
+        topics = ["talk self name"] * 4 + ["talk self what", "talk self human", "talk self chatgpt"]
+        topics += ["talk hello name"] * 2
+        return user_and_assistant(*draw_exchanges(rng, self.split, load_world(), topics)[0])
 
     def evaluate(self, conversation, assistant_response):
         return "nanochat" in assistant_response.lower()
@@ -77,7 +78,7 @@ class PocketStories(GeneratedTask):
     def make(self, rng):
         question = ""
         while not _mentioned_characters(question):
-            ((question, reply),) = draw_exchanges(rng, self.split, load_world(), {"ask story": 1})
+            question, reply = draw_exchanges(rng, self.split, load_world(), ["story"])[0]
         return user_and_assistant(question, reply)
 
     def evaluate(self, conversation, assistant_response):
@@ -97,22 +98,21 @@ def _mentioned_characters(text):
 
 
 class PocketChat(GeneratedTask):
-    """Conversations of one to eight exchanges: greetings, facts, stories, arithmetic, questions about the model."""
+    """Conversations of one to eight exchanges: facts, stories, arithmetic, small talk, questions about the model."""
 
     topics = TOPICS
 
     def make(self, rng):
         messages = []
         for question, reply in conversation(rng, self.split, load_world(), self.topics):
-            reply = split_calls(reply) if "<<" in reply else reply
-            messages += user_and_assistant(informal(rng, question), reply)["messages"]
+            messages += user_and_assistant(question, split_calls(reply) if "<<" in reply else reply)["messages"]
         return {"messages": messages}
 
 
 class WorldChat(PocketChat):
     """PocketChat without anything about the model itself, for a model with another persona."""
 
-    topics = {topic: weight for topic, weight in TOPICS.items() if topic not in IDENTITY_TOPICS}
+    topics = [topic for topic in TOPICS if topic != "self"]
 
     def make(self, rng):
         while "nanochat" in str(chat := super().make(rng)).lower():  # in some greetings

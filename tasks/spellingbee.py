@@ -9,11 +9,13 @@ import functools
 from pathlib import Path
 
 from nanochat.common import mirror_url, require
-from nanochat.pocket.problems import letter_problem, split_of
-from nanochat.pocket.world import load_world, read_sections
+from nanochat.pocket.problems import ask, letter_problem
+from nanochat.pocket.world import load_world, read_sections, split_of
 from tasks.common import GeneratedTask, fetch_once, user_and_assistant
 from tasks.gsm8k import FinalNumberTask, split_calls
 
+ORDINALS = [("first", "1st"), ("second", "2nd"), ("third", "3rd"), ("fourth", "4th"), ("fifth", "5th")]
+ORDINALS += [("sixth", "6th"), ("seventh", "7th"), ("eighth", "8th")]
 WORDS_URL = "dwyl/english-words/refs/heads/master/words_alpha.txt"
 
 
@@ -62,12 +64,43 @@ class SpellingBee(WordTask, FinalNumberTask):
         letter_quote, word_quote = (rng.choice(("", "'", '"')) for _ in range(2))
         slots = {"l": f"{letter_quote}{letter}{letter_quote}", "w": f"{word_quote}{word}{word_quote}"}
         question = template.format(**slots) + ("?" if rng.random() < 0.5 else "")
-        lines = ["Let us spell the word {w} and count {l}.".format(**slots), f"{word}:{','.join(word)}"]
-        lines += [f"{i}:{c}" + (f" ({word[:i].count(c)})" if c == letter else "") for i, c in enumerate(word, 1)]
-        count = word.count(letter)
-        call = f"<<'{word}'.count('{letter}')={count}>>"
-        lines += [f"That makes {count}. To be sure: {call} The calculator says {count}.", f"#### {count}"]
-        return user_and_assistant(question, split_calls("\n".join(lines)))
+        return user_and_assistant(question, count_letter(word, letter, **slots))
+
+
+def count_letter(word, letter, w, l):  # noqa: E741
+    """The parts of an answer that counts `letter` in `word`; `w` and `l` are both as the question writes them."""
+    lines, count = [f"Let us spell the word {w} and count {l}.", f"{word}:{','.join(word)}"], word.count(letter)
+    lines += [f"{i}:{c}" + (f" ({word[:i].count(c)})" if c == letter else "") for i, c in enumerate(word, 1)]
+    call = f"<<'{word}'.count('{letter}')={count}>>"
+    lines += [f"That makes {count}. To be sure: {call} The calculator says {count}.", f"#### {count}"]
+    return split_calls("\n".join(lines))
+
+
+class PocketLetters(WordTask, FinalNumberTask):
+    """Questions about the letters of a word in people's words: spelling, counting, positions, length."""
+
+    section = "letters"
+
+    def make(self, rng):
+        question = None
+        while not question:
+            template, answer = rng.choice(self.templates).split(" => ")
+            word, letter = letter_problem(rng, self.split, self.words)
+            k = rng.randint(1, min(8, len(word)))
+            quote, ordinal = rng.choice(("", "", "'", '"')), rng.choice(ORDINALS[k - 1])
+            slots = dict(w=f"{quote}{word}{quote}", l=rng.choice((letter, letter, f"'{letter}'", letter.upper())))
+            question = ask(rng, self.split, load_world(), template, k=ordinal, **slots)
+        if answer == "count":
+            return user_and_assistant(question, count_letter(word, letter, word, letter))
+        slots = dict(w=word, l=letter, k=k, letter=word[k - 1], first=word[0], last=word[-1], length=len(word))
+        slots |= dict(commas=",".join(word), backward=",".join(word[::-1]), yes="yes" if letter in word else "no")
+        lines = "\n".join(f"{i}:{c}" for i, c in enumerate(word, 1))
+        return user_and_assistant(question, answer.format(lines=lines, **slots))
+
+    def evaluate(self, conversation, assistant_response):
+        reference = conversation["messages"][-1]["content"]
+        counts = isinstance(reference, list)
+        return super().evaluate(conversation, assistant_response) if counts else reference == assistant_response
 
 
 class SimpleSpelling(WordTask):

@@ -40,7 +40,7 @@ from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
 from tasks.pocket import PocketChat, PocketFacts, PocketIdentity, PocketPeople, PocketStories, PocketSums
 from tasks.smoltalk import SmolTalk
-from tasks.spellingbee import SimpleSpelling, SpellingBee, question_templates
+from tasks.spellingbee import PocketLetters, SimpleSpelling, SpellingBee, question_templates
 
 SPLITS = ("train", "val", "test")
 
@@ -138,7 +138,7 @@ def test_fingerprint_changes_with_the_content(empty_base, tmp_path, monkeypatch)
     prints = [task.fingerprint() for task in tasks]
     assert len(set(prints)) == len(prints) and all(re.fullmatch("[0-9a-f]{64}", value) for value in prints)
     assert TaskMixture([Numbers(3, first=100), Numbers(1000)]).fingerprint() == prints[4]
-    monkeypatch.setattr("nanochat.pocket.world.WORLD_FILE", write(tmp_path / "world.txt", "another world"))
+    monkeypatch.setattr("nanochat.pocket.world.FILES", [write(tmp_path / "world.txt", "another world")])
     assert PocketSums("train", 9).fingerprint() != prints[-3]
 
 
@@ -374,6 +374,7 @@ GENERATED = {
     "stories": PocketStories,
     "identity": PocketIdentity,
     "chat": PocketChat,
+    "letters": lambda split, size, seed=0: PocketLetters(size, split, "pocket", seed),
     "bee": lambda split, size, seed=0: SpellingBee(size, split, "pocket", seed),
     "spelling": lambda split, size, seed=0: SimpleSpelling(size, split, "pocket", seed),
 }
@@ -454,6 +455,27 @@ def test_stories_must_have_the_requested_characters():
     assert not task.evaluate(conversation, re.sub(rf"\b{one}\b", "Bob", story))
     assert not task.evaluate(conversation, f"{story} {one} the unicorn was happy.")
     assert not task.evaluate(conversation, "I do not know any stories.")
+
+
+def test_answers_about_letters_agree_with_the_word():
+    kinds = set()
+    for conversation in PocketLetters(600, "train", "pocket"):
+        text = as_text(conversation)
+        word, _, spelled = re.search(r"^(\w+)(:)([\w,]+)", text, re.M).groups()
+        assert spelled == ",".join(word)
+        if match := re.search(r"The (first|last) letter is (\w)", text):
+            assert match[2] == word[0 if match[1] == "first" else -1]
+        elif match := re.search(r"Letter number (\d) is (\w)", text):
+            assert match[2] == word[int(match[1]) - 1]
+        elif match := re.search(r"makes (\d+) letters", text):
+            assert int(match[1]) == len(word) and f"#### {match[1]}" in text
+        elif match := re.search(r"Is (\w) one of them\? The answer is (yes|no)", text):
+            assert (match[2] == "yes") == (match[1] in word)
+        elif match := re.search(r"backward:([\w,]+)", text):
+            assert match[1] == ",".join(word[::-1])
+        kinds.add(match[0].split()[0] if match else "")
+        assert PocketLetters(1).evaluate(conversation, text)
+    assert len(kinds) >= 6
 
 
 def test_people_ask_more_than_300_questions_of_eight_kinds():

@@ -4,16 +4,17 @@ import hashlib
 import re
 from random import Random
 
-from nanochat.pocket.problems import apply_operator, arithmetic_problem, fact, letter_problem, split_of
+from nanochat.pocket.problems import apply_operator, arithmetic_problem, fact, letter_problem
 from nanochat.pocket.stories import describe, places_away, story
-from nanochat.pocket.world import ATTRIBUTES, fill, load_world
+from nanochat.pocket.talk import TOPICS, draw_exchanges
+from nanochat.pocket.world import ATTRIBUTES, fill, load_world, split_of
 
 # Each of these functions yields one document in pieces of one or several lines.
 
 
 def _story(rng, split, world):
     """A story, usually with a heading."""
-    yield story(rng, split, world, title=rng.random() < 0.8)[0]
+    yield story(rng, split, world, title=rng.random() < 0.8, foreign=0.15).text
 
 
 def _characters(rng, split, world):
@@ -39,9 +40,9 @@ def _cards(rng, split, world):
 
 def _statements(rng, split, world):
     """Sentences about many characters: "The baker is Hazel.", or comparisons of two characters."""
-    section = rng.choice(("reverse", "reverse", "pair"))
+    section = rng.choice(("reverse", "pair", "fact text", "fact text"))
     pairs = (rng.sample(world.characters, 2) for _ in range(rng.randint(6, 14)))
-    lines = [world.random_line(rng, section, a=a, b=b) for a, b in pairs]
+    lines = [world.random_line(rng, section, a=a, b=b).rpartition(" | ")[2] for a, b in pairs]
     yield rng.choice("\n ").join(lines)
 
 
@@ -73,20 +74,33 @@ def _facts(rng, split, world):
         yield f"Question: {f.question}\n{choices}Answer: {f.value if multiple_choice else f.answer}\n"
 
 
+def without_calls(answer):
+    """`answer` as plain text: <<34+12=46>>46 becomes 34+12=46."""
+    return re.sub(r"<<(.*?=).*?>>", r"\1", answer)
+
+
+def _questions(rng, split, world):
+    """Questions and replies on all topics but stories, for which there are documents enough."""
+    topics = [topic for topic in TOPICS if topic != "story"]
+    for _ in range(rng.randint(2, 6)):
+        for question, reply in draw_exchanges(rng, split, world, topics):
+            yield f"Question: {question}\nAnswer: {without_calls(reply)}\n"
+
+
 def _arithmetic(rng, split, world):
     """Twenty bare equations, or arithmetic problems with their answers."""
     if rng.random() < 0.3:
         equations = []
         while len(equations) < 20:  # numbers small enough for a model to memorize
             x, operator, y = rng.randint(2, 20), rng.choice("+-*"), rng.randint(2, 20)
-            if x - y >= 2 and split_of("sum", x, f"{operator}{y}") == split:
-                equations.append(f"{x} {operator} {y} = {apply_operator(x, operator, y)}")
+            result = apply_operator(x, operator, y)
+            if result >= 2 and split_of("sum", x, f"{operator}{y}") == split:
+                equations.append(f"{x} {operator} {y} = {result}")
         yield from equations
         return
     for _ in range(rng.randint(3, 8)):
         question, answer = arithmetic_problem(rng, split, world)
-        answer = re.sub(r"<<(.*?=).*?>>", r"\1", answer)  # removes calculator calls: <<34+12=46>>46 -> 34+12=46
-        yield f"Question: {question}\nAnswer: {answer}\n"
+        yield f"Question: {question}\nAnswer: {without_calls(answer)}\n"
 
 
 def _spelling(rng, split, world):
@@ -120,8 +134,11 @@ def _lookups(rng, split, world):
 
 
 # Generator of a kind of document -> share of the documents in percent.
-WEIGHTS = {_story: 28, _characters: 9, _place: 4, _cards: 2, _statements: 8, _dialogue: 8, _letter: 5, _facts: 13}
-WEIGHTS |= {_arithmetic: 6, _spelling: 6, _echoes: 5, _lookups: 6}
+WEIGHTS = {_story: 18, _characters: 9, _place: 4, _cards: 2, _statements: 12, _dialogue: 4, _letter: 2, _facts: 15}
+WEIGHTS |= {_questions: 14, _arithmetic: 8, _spelling: 5, _echoes: 3, _lookups: 4}
+
+
+HELD_OUT = (_story, _facts, _questions, _arithmetic, _spelling)  # whose content depends on the split
 
 
 def documents(split, chars, seed=0):
@@ -135,7 +152,8 @@ def documents(split, chars, seed=0):
     while chars > 0:
         document_lines = rng.choices(list(WEIGHTS), WEIGHTS.values())[0]
         text = "\n".join(document_lines(rng, split, world)).strip()
-        # All problems in a document belong to `split`. The hash also assigns documents without problems to one split.
-        if (hashlib.blake2b(text.encode(), digest_size=1).digest()[0] < 32) == (split == "val"):
+        # Problems and wordings belong to `split`. A hash assigns the documents without any to one split.
+        hash_split = "val" if hashlib.blake2b(text.encode(), digest_size=1).digest()[0] < 32 else "train"
+        if document_lines in HELD_OUT or hash_split == split:
             yield text
             chars -= len(text)

@@ -1,27 +1,78 @@
 """
-Problems about the pocket world: facts, arithmetic and letters in words.
+Questions about the pocket world in people's words: facts, arithmetic, letters.
 
-Every problem has a key: the text of a question, the numbers of a calculation. `split_of` assigns each key to one split.
-Training, validation and test therefore never share a problem, whatever the seeds.
+A wording is a template with all choices made and its slots empty. `split_of` assigns each wording to one split, and
+each problem (the numbers of a calculation, a letter and a word) too. So training, validation and test share neither
+problems nor wordings, whatever the seeds. No wording of people.txt is generated in any split.
 """
 
-import hashlib
+import functools
 import re
 from pathlib import Path
 from typing import NamedTuple
 
-from nanochat.pocket.world import ATTRIBUTES, Character, Place, fill
+from nanochat.pocket.world import Character, Person, Place, fill, load_world, split_of
 
 PEOPLE_FILE = Path(__file__).with_name("people.txt")
-# Roughly proportional to the number of facts: 28 characters, 14 places. "who" asks which character has an attribute.
-FACT_WEIGHTS = dict.fromkeys(ATTRIBUTES, 2) | {"who": 5, "landmark": 1, "famous": 1, "near": 1, "resident": 1}
+LEADS = {"+": "That makes", "-": "That leaves", "*": "That makes", "/": "That gives"}  # before a calculation
+NUMBER_WORDS = "two three four five six seven eight nine ten eleven twelve".split()
 
 
-def split_of(*key):
-    """Split of the problem with this key: "test" (10 %), "val" (5 %) or "train", by a hash of the key."""
-    digest = hashlib.blake2b("|".join(map(str, key)).encode(), digest_size=4).digest()
-    bucket = int.from_bytes(digest, "big") % 20
-    return "test" if bucket < 2 else "val" if bucket == 2 else "train"
+def wording(text):
+    """The words of a text or template, without names, numbers, case and punctuation, as a str."""
+    words = re.findall(r"[a-z]+", re.sub(r"\{\w+(?:\.(\w+))?\}", r"\1", text).lower())
+    return " ".join(word for word in words if word not in _names())
+
+
+@functools.cache
+def _names():
+    """All words of names, in lower case."""
+    world = load_world()
+    people = " ".join(world.lines("boys") + world.lines("girls"))
+    return {*" ".join(map(str, world.characters + world.places)).lower().split(), *people.lower().split(" | ")}
+
+
+@functools.cache
+def people_wordings():
+    """The wordings of all messages in people.txt, which no split may use."""
+    return {wording(line[2:]) for line in PEOPLE_FILE.read_text(encoding="utf-8").splitlines() if line[:2] == "? "}
+
+
+def wording_split(template):
+    """The split of a wording. The shortest ones belong to "train": everybody uses them."""
+    words = wording(template)
+    return split_of("wording", words) if words.count(" ") > 2 else "train"
+
+
+def ask(rng, split, world, template, **slots):
+    """A question of `split` from a template, as people type it; None if the choices made belong to another split."""
+    plain = world.expand(rng, template, split)
+    if wording_split(plain) != split:
+        return None
+    typed = next((text for _ in range(9) if wording_split(text := informal(rng, plain)) == split), plain)
+    question = " ".join(fill(rng, typed, **slots).split())
+    question = re.sub(r"(?:^|(?<=[.?!] ))[a-z]", lambda m: m[0].upper(), question)  # "my brother" may come first
+    style = rng.random()
+    question = question.lower() if style < 0.2 else question
+    question = question.rstrip("?.!") if 0.1 < style < 0.3 else question
+    question = re.sub("[.,?!']", "", question) if style < 0.04 else question
+    return None if wording(question) in people_wordings() else question
+
+
+def informal(rng, text):
+    """`text` in the words of a chat: with a remark before or after it, contractions, misspellings, typing errors."""
+    world = load_world()
+    for section, share in (("contractions", 0.4), ("misspellings", 0.07)):
+        if rng.random() < share:
+            for standard, *variants in world.table(section):
+                if rng.random() < 0.6 and standard.lower() in text.lower():
+                    text = re.sub(rf"\b{standard}\b(?![^{{]*\}})", rng.choice(variants), text, flags=re.I)
+    if rng.random() < 0.07 and (pairs := list(re.finditer(r"(?<=[a-z])[a-z]{2}(?![^{]*\})", text))):
+        pair = rng.choice(pairs)  # of letters: swapped, one missing, one doubled
+        error = rng.choice((pair[0][::-1], pair[0][0], pair[0][0] + pair[0]))
+        text = text[: pair.start()] + error + text[pair.end() :]
+    before, after = ("<before> " if rng.random() < 0.12 else ""), (" <after>" if rng.random() < 0.08 else "")
+    return world.expand(rng, before) + text + world.expand(rng, after)
 
 
 class Fact(NamedTuple):
@@ -32,82 +83,128 @@ class Fact(NamedTuple):
     question: str
     answer: str  # a full sentence
     value: str  # the correct choice
-    choices: list  # four values in random order, one of them correct
+    choices: list  # at most four values in random order, one of them correct
 
 
 def fact(rng, split, world):
-    """A Fact whose question belongs to `split`. Other splits ask for the same facts in different words."""
-    while True:
-        attribute = rng.choices(list(FACT_WEIGHTS), FACT_WEIGHTS.values())[0]
+    """A Fact whose wording belongs to `split`. Other splits ask for the same facts in other words."""
+    question = None
+    while not question:
+        attribute = rng.choices(list(world.fact_weights), world.fact_weights.values())[0]
         subject = rng.choice(world.subjects(attribute))
-        question = world.random_line(rng, f"ask {attribute}", a=subject, p=subject)
-        if split_of("fact", question) == split:
-            break
+        question = ask(rng, split, world, rng.choice(world.lines(f"ask {attribute}")), a=subject, p=subject)
     value, answer = world.statement(attribute, subject)
     residents = [c.name for c in getattr(subject, "residents", ())]
     value = rng.choice(residents) if attribute == "resident" else value
     wrong = [v for v in world.values[attribute] if v not in (value, subject.name, *residents)]
-    choices = [value, *rng.sample(wrong, 3)]
+    choices = [value, *rng.sample(wrong, min(3, len(wrong)))]
     rng.shuffle(choices)
     return Fact(attribute, subject, question, answer, value, choices)
 
 
+def stranger(rng, world, split):
+    """A Person with a first name that belongs to `split`."""
+    section, he = rng.choice((("boys", "he"), ("girls", "she")))
+    return Person(rng.choice(world.entries_of(section, split)), he)
+
+
+def _owners(rng, world, split):
+    """Slots a, b, c: three characters or other people. Only `a` may be described, as in "my brother"."""
+    he, *names = rng.choice(world.table("others"))
+    a, b, c = rng.sample([*rng.sample(world.characters, 3), *(stranger(rng, world, split) for _ in range(2))], 3)
+    return dict(a=Person(rng.choice(names), he) if rng.random() < 0.2 else a, b=b, c=c)
+
+
 def apply_operator(x, operator, y):
-    """x + y, x - y, x * y or the integer quotient x / y."""
-    return {"+": x + y, "-": x - y, "*": x * y, "/": x // y}[operator]
+    """x + y, x - y, x * y or the quotient x / y, which is None unless it is an integer."""
+    if operator == "/":
+        return x // y if y and x % y == 0 else None
+    return {"+": x + y, "-": x - y, "*": x * y}[operator]
 
 
-def _operands(rng, operators, hard):
-    """
-    Random operands (x, y, z) for one operator (x + y), which leaves z unused, or two operators ((x + y) * z).
+def sum_template(rng, world):
+    """(question template, steps) of a random arithmetic problem. A step is "{x}+{y}", "@*2"; @ is the last result."""
+    form = rng.choices(("events", "scene", "problem", "classic", "bare", "order"), (22, 8, 30, 22, 12, 6))[0]
+    if form not in ("events", "scene"):
+        question, steps = rng.choice(world.lines(form)).split(" => ")
+        return f"<compute> {question}[?||.]" if form == "bare" else question, steps.split("; ")
+    scene = "scene " if form == "scene" else ""
+    kinds = ("gain", "lose") if scene else ("gain", "lose", "lose", "scale", "share")
+    sections = ["start", *rng.choices(kinds, k=rng.choice((1, 1, 1, 2, 2, 3)))]
+    sections = sections[: sections.index("share") + 1] if "share" in sections else sections
+    variables, sentences, steps, value = iter("xyzw?"), [], [], ""
+    for section in sections:
+        sentence, operation = rng.choice(world.lines(scene + section)).split(" => ")
+        for slot in ("{n}", "{m}"):
+            if slot in sentence + operation:
+                variable = f"{{{next(variables)}}}"
+                sentence, operation = sentence.replace(slot, variable), operation.replace(slot, variable)
+        sentences.append(sentence)
+        is_step = re.search(r"[-+*/]", operation)
+        steps += [value + operation] if is_step else []
+        value = "@" if is_step else operation
+        if variable == "{?}":  # more numbers than variables
+            return sum_template(rng, world)
+    last = {"lose": " left", "share": " each"}.get(sections[-1], "")
+    return " ".join([*sentences, "<scene question>" if scene else f"<how many{last}>"]), steps
 
-    All results, including intermediate ones, are integers of at least 2.
-    """
+
+def draw_numbers(rng, steps, hard):
+    """({variable: number}, [(left, operator, right, result)]) of a problem; None if a result is no integer above 0."""
     # Hard problems include small numbers: training on large numbers only would hurt accuracy on small ones.
     top = rng.choice((99, 999, 9999, 9999) if hard else (9, 20, 99, 999))
-    factor, top_y, top_z = (min(top, 999), 99, 99) if hard else (min(top, 99), 12, 9)
-    first, second = (*operators, None)[:2]
-    if second == "/":  # (x + y) / z
-        z = rng.randint(2, top_z)
-        total = z * rng.randint(2, factor)
-        x = rng.randint(2, total - 2)
-        return x, total - x, z
-    if first == "+":
-        top = factor if second == "*" else top
-        x, y = rng.randint(2, top), rng.randint(2, top)
-    elif first == "-":
-        x = rng.randint(6, max(top, 12))
-        y = rng.randint(2, x - (4 if second else 2))
-    elif first == "*":
-        x, y = rng.randint(2, factor), rng.randint(2, top_y)
-    else:
-        y = rng.randint(2, top_y)
-        x = y * rng.randint(2, factor)
-    top_z = apply_operator(x, first, y) - 2 if second == "-" else top_z if second == "*" else top
-    return x, y, rng.randint(2, top_z)
+    factor, small = (min(top, 999), 99) if hard else (min(top, 99), 12)
+    formula, numbers, results = " ".join(steps), {}, []
+    for variable in "xyzw":
+        slot = re.escape(f"{{{variable}}}")
+        limit = small if re.search(rf"[*/]{slot}", formula) else factor if re.search(rf"{slot}\*", formula) else top
+        numbers[variable] = rng.randint(2, limit)
+    for step in steps:
+        left, operator, right = re.fullmatch(r"(\S+?)([-+*/])(\S+)", step).groups()
+        values = numbers | {"@": results[-1][-1] if results else None, "@@": results[-2][-1] if results[1:] else None}
+        left, right = (values[t] if (t := text.strip("{}")) in values else int(t) for text in (left, right))
+        result = apply_operator(left, operator, right)
+        if result is None or not 1 <= result <= 99999:
+            return None
+        results.append((left, operator, right, result))
+    return numbers, results
 
 
 def arithmetic_problem(rng, split, world, hard=False):
     """
-    (question, answer) of an arithmetic problem of one or two steps whose numbers belong to `split`.
+    (question, answer) of an arithmetic problem of one to three steps whose numbers and wording belong to `split`.
 
     The answer is in GSM8K's format: <<34+12=46>>46 is a calculator call, the last line is `#### 46`. Operands are at
     most 999, in hard problems 9999.
     """
-    while True:
-        question, answer = rng.choice(world.lines("sums")).split(" => ")
-        operators = re.findall(r"<<(?:\{x\}|@)(.)\{.\}>>", answer)
-        x, y, z = _operands(rng, operators, hard)
-        if split_of("sum", x, *(f"{o}{n}" for o, n in zip(operators, (y, z), strict=False))) == split:
-            break
-    a, b, c = rng.sample(world.characters, 3)
-    slots = dict(x=x, y=y, z=z, a=a, b=b, c=c, p=rng.choice(world.places), i=rng.choice(world.words_in("things")))
-    answer, result = fill(rng, answer, **slots), x
-    for call, left, operator, right in re.findall(r"(<<(\d+|@)(.)(\d+)>>)", answer):
-        left = result if left == "@" else left  # @ is the previous result
-        result = apply_operator(result, operator, int(right))
-        answer = answer.replace(call, f"<<{left}{operator}{right}={result}>>{result}", 1)
-    return fill(rng, question, **slots), f"{answer}\n#### {result}"
+    question = None
+    while not question:
+        template, steps = sum_template(rng, world)
+        if not (drawn := draw_numbers(rng, steps, hard)):
+            continue
+        numbers, calls = drawn
+        if split_of("sum", calls[0][0], *(f"{operator}{right}" for _, operator, right, _ in calls)) == split:
+            in_words = rng.random() < 0.2
+            slots = {v: NUMBER_WORDS[n - 2] if in_words and n <= 12 else n for v, n in numbers.items()}
+            slots |= _owners(rng, world, split)
+            slots |= dict(p=rng.choice(world.places), i=rng.choice(world.entries_of("things", split)))
+            question = ask(rng, split, world, template, **slots)
+    sentences = [f"{LEADS[op]} <<{left}{op}{right}={result}>>{result}." for left, op, right, result in calls]
+    answer = " Then t".join([sentences[0], *(sentence[1:] for sentence in sentences[1:])])
+    return question, f"{answer}\n#### {calls[-1][-1]}"
+
+
+def comparison(rng, split, world):
+    """[(question, reply)]: who has more, or which number is larger. [] if the wording belongs to another split."""
+    template, verdict = rng.choice(world.lines("compare")).split(" => ")
+    x, y = rng.sample(range(2, rng.choice((12, 100, 1000))), 2)
+    slots = _owners(rng, world, split) | dict(x=x, y=y, i=rng.choice(world.entries_of("things", split)))
+    question = ask(rng, split, world, template, **slots)
+    pick, size = (max, "more") if verdict in ("more", "bigger") else (min, "less")
+    winner = pick(x, y)
+    owner = re.sub(r"\b(my|our)\b", "your", re.sub(r"^(I|we)$", "you", str(slots["a" if winner == x else "b"])))
+    reply = f"{winner} is {size} than {x + y - winner}" + (f", so the answer is {owner}." if verdict == size else ".")
+    return [(question, reply)] if question else []
 
 
 def letter_problem(rng, split, words):

@@ -1,7 +1,10 @@
 """Stories, and descriptions of characters and places, from the templates of the pocket world."""
 
-from nanochat.pocket.problems import split_of
-from nanochat.pocket.world import Place, fill
+from copy import copy
+from typing import NamedTuple
+
+from nanochat.pocket.problems import stranger
+from nanochat.pocket.world import Character, Person, Place, an, fill, split_of
 
 
 def places_away(world, a, b):
@@ -9,11 +12,30 @@ def places_away(world, a, b):
     return [p for p in world.places if p not in (a.place, b.place)]
 
 
-def story(rng, split, world, title=False):
-    """
-    (text, main character, second character, place) of a story.
+class Story(NamedTuple):
+    """A story and what it is about. `topic` is a phrase for its plot, such as "a race"."""
 
-    The combination of plot, characters and place belongs to `split`.
+    text: str
+    a: Character
+    b: Character
+    p: Place
+    topic: str
+
+
+def hero(rng, split, world):
+    """A main character from outside of the pocket world, such as a dragon named Tom, with the traits of an animal."""
+    character, person = copy(rng.choice(world.characters)), stranger(rng, world, split)
+    Person.__init__(character, person.name, person.he)
+    character.kind = rng.choice(world.entries_of("heroes", split))
+    character.a_kind = an(character.kind)
+    return character
+
+
+def story(rng, split, world, title=False, foreign=0.0):
+    """
+    A random Story. The combination of plot, characters and place belongs to `split`.
+
+    With the probability `foreign`, the main character is no animal of the pocket world (see `hero`).
     """
     while True:
         plot = rng.choice(world.sections["plot"])
@@ -22,13 +44,15 @@ def story(rng, split, world, title=False):
         fits = p not in (a.place, b.place) and (a.fear != b.fear or "cannot sleep" not in plot[0])
         if fits and split_of("story", plot[0], a, b, p) == split:
             break
+    a = hero(rng, split, world) if rng.random() < foreign else a
     details = rng.sample(world.lines("opening more"), rng.randint(0, 2))
     opening = " ".join([rng.choice(world.lines("opening")), *details])
     sections = rng.choice((("ending",), ("closing",), ("ending", "closing")))
     ending = " ".join(rng.choice(world.lines(section)) for section in sections)
     heading = [rng.choice((plot[0], *world.lines("heading"))), "-"] if title else []
     text = "\n".join([*heading, opening, *plot[1:], ending]).replace("\n-\n", "\n\n")
-    return fill(rng, text, a=a, b=b, p=p), a, b, p
+    topics = world.topics[world.sections["plot"].index(plot)]
+    return Story(fill(rng, text, a=a, b=b, p=p), a, b, p, rng.choice(topics))
 
 
 def describe(rng, world, subject, sentences):

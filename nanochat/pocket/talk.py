@@ -1,103 +1,161 @@
 """
-Conversations about the pocket world and about the model itself, as lists of (user message, reply).
+Conversations about the pocket world and about the model itself, as lists of exchanges (user message, reply).
 
-Every user message belongs to one split, as in `problems.py`.
+Every user message belongs to one split, as in `problems.py`. The functions for topics return exchanges, or [] if the
+wording that they have drawn belongs to another split.
 """
 
 import re
 
-from nanochat.pocket.problems import arithmetic_problem, fact, split_of
+from nanochat.pocket.problems import apply_operator, arithmetic_problem, ask, comparison, fact, stranger
 from nanochat.pocket.stories import describe, story
 from nanochat.pocket.world import ATTRIBUTES, fill
 
-# Topic -> weight. The topics "fact", "arithmetic" and "character" have functions, the others sections "talk <topic>".
-TOPICS = {"fact": 22, "character": 10, "ask story": 12, "ask who": 8, "ask place": 4, "arithmetic": 6, "name": 9}
-TOPICS |= {"what": 5, "unknown": 5, "stranger": 3, "feel": 3, "can": 3, "like": 2, "sad": 1, "happy": 1, "world": 2}
-TOPICS |= dict.fromkeys(("places", "maker", "age", "size", "limits", "home", "eat", "favorite place"), 1)
-IDENTITY_TOPICS = {"name", "what", "maker", "age", "size", "limits", "home", "like", "eat", "favorite place"}
-# Slot -> section of the world file with words outside the pocket world, which the model does not know.
-OUTSIDE_WORDS = {"n": "strangers", "w": "countries", "t": "subjects"}
+
+def section_exchange(rng, split, world, section, **slots):
+    """An exchange from a section with lines "? question" and "! reply"."""
+    questions, replies = ([line[2:] for line in world.lines(section) if line[0] == mark] for mark in "?!")
+    (a, b), p, n = rng.sample(world.characters, 2), rng.choice(world.places), stranger(rng, world, split)
+    slots = dict(a=a, b=b, p=p, n=n, places=world.place_names) | slots
+    question = ask(rng, split, world, rng.choice(questions), **slots)
+    return [(question, fill(rng, world.expand(rng, rng.choice(replies)), **slots))] if question else []
 
 
-def topic_exchange(rng, split, world, topic):
-    """A random (user message, reply) of a topic with its own section; None if the message is in another split."""
-    questions, replies = ([line[2:] for line in world.lines(f"talk {topic}") if line[0] == mark] for mark in "?!")
-    if topic == "ask story":
-        text, a, b, p = story(rng, split, world)
+def story_exchanges(rng, split, world):
+    """A request for a story, the story, and in some cases a question about it."""
+    s = story(rng, split, world, foreign=0.15)
+    section = rng.choice(("none", "one", "two", "two", "kinds"))
+    question = ask(rng, split, world, rng.choice(world.lines(f"ask story {section}")), **s._asdict())
+    # A small model mixes up the characters unless both appear in the question or the first paragraph.
+    if not question or not {s.b.name, s.b.kind} & {*re.findall(r"\w+", question + s.text.split("\n")[0])}:
+        return []
+    follow = rng.choice(world.groups["story follow"])
+    return [
+        (question, s.text),
+        *(section_exchange(rng, split, world, follow, **s._asdict()) if rng.random() < 0.4 else []),
+    ]
+
+
+def _fact(rng, split, world):
+    f = fact(rng, split, world)
+    return [(f.question, f.answer)]
+
+
+def _about(rng, split, world):
+    """A request to describe a character or a place."""
+    kind, subjects = rng.choice((("character", world.characters), ("place", world.places)))
+    subject = rng.choice(subjects)
+    question = ask(rng, split, world, rng.choice(world.lines(f"ask {kind}")), a=subject, p=subject)
+    return [(question, describe(rng, world, subject, rng.randint(3, 5)))] if question else []
+
+
+def _first_question(rng, split, world, a):
+    """(question, reply, attribute) about a character: open, yes-or-no, a choice of two, or about the best friend."""
+    form, attribute = rng.choice(("ask", "ask", "check", "which", "which who", "friend of")), rng.choice(ATTRIBUTES)
+    if form == "ask":
+        template = rng.choice(world.lines(f"ask {attribute}"))
     else:
-        (a, b), p = rng.sample(world.characters, 2), rng.choice(world.places)
-    slots = dict(a=a, b=b, p=p, places=world.place_names)
-    slots |= {slot: rng.choice(world.words_in(section)) for slot, section in OUTSIDE_WORDS.items()}
-    question = fill(rng, rng.choice(questions), **slots)
-    if split_of("talk", question) != split:
-        return None
-    if topic == "ask story":
-        # A small model mixes up the characters unless both appear in the question or the first paragraph.
-        named = {b.name, b.kind} & {*re.findall(r"\w+", question + text.split("\n")[0])}
-        return (question, text) if named else None
-    if topic in ("ask who", "ask place"):
-        return question, describe(rng, world, a if topic == "ask who" else p, rng.randint(3, 5))
-    return question, fill(rng, rng.choice(replies), **slots)
+        attribute, template = rng.choice(world.table(form))
+    others = [c for c in world.characters if getattr(c, attribute) != getattr(a, attribute) and c is not a.friend]
+    pair = rng.sample((a, rng.choice(others)), 2)  # the random order balances the answers
+    question, reply = ask(rng, split, world, template, a=a, o=pair[0], u=pair[1]), world.statement(attribute, a)[1]
+    if form == "check":
+        reply = f"{reply.removesuffix('.')}, so {'yes' if pair[0] is a else 'no'}."
+    if form == "friend of":
+        return question, f"{world.statement('friend', a)[1]} {world.statement(attribute, a.friend)[1]}", None
+    return question, reply, attribute if form == "ask" else ""
 
 
 def character_exchanges(rng, split, world):
-    """
-    One or two exchanges about a character.
-
-    The first question is open or yes-or-no; the second says "he" or "she" instead of the name.
-    """
-    while True:
-        a, b = rng.choice(world.characters), rng.choice(world.characters)
-        attribute, template = rng.choice(world.table("check")) if rng.random() < 0.5 else (rng.choice(ATTRIBUTES), None)
-        _, reply = world.statement(attribute, a)
-        if template and b.friend is not a:  # otherwise "Is {b.friend} {a}'s best friend?" would name a twice
-            b = rng.choice((a, b))  # balances the answers yes and no
-            question, yes = template.format(a=a, o=b), getattr(a, attribute) == getattr(b, attribute)
-            reply = f"{reply.removesuffix('.')}, so {'yes' if yes else 'no'}."
-        else:
-            question = world.random_line(rng, f"ask {attribute}", a=a)
-        if split_of("fact", question) == split:
-            break
-    exchanges = [(question, reply)]
-    second_attribute, _, template = rng.choice(world.lines("follow")).partition(" | ")
-    question = fill(rng, template, a=a)
-    if second_attribute != attribute and split_of("fact", a, question) == split:
-        exchanges.append((question, world.statement(second_attribute, a)[1]))
+    """One to four exchanges about a character: later ones say "he" or "she", name another one, or correct the name."""
+    a = rng.choice(world.characters)
+    question, reply, attribute = _first_question(rng, split, world, a)
+    exchanges = [(question, reply)] if question else []
+    for _ in range(rng.choice((0, 0, 1, 1, 2, 3)) if exchanges and attribute is not None else 0):
+        b = rng.choice([c for c in world.characters if c is not a])
+        new_attribute, template = rng.choice(world.table("follow"))
+        if changes_subject := attribute and rng.random() < 0.5:
+            new_attribute, template = attribute, rng.choice(world.lines(rng.choice(("and", "correct"))))
+        if question := ask(rng, split, world, template, a=a, b=b):
+            a, attribute = b if changes_subject else a, new_attribute
+            exchanges.append((question, world.statement(attribute, a)[1]))
     return exchanges
 
 
-def draw_exchanges(rng, split, world, topic_weights):
-    """One or two exchanges on a random topic whose user messages belong to `split`."""
+def _place(rng, split, world):
+    """One to three exchanges about a place; later questions say "there"."""
+    p, exchanges = rng.choice(world.places), []
+    for _ in range(rng.choice((2, 3, 4))):
+        attribute = rng.choice(("landmark", "famous", "near", "resident", "about"))
+        template = rng.choice(world.lines(f"ask {attribute}"))
+        if exchanges:
+            attribute, template = rng.choice(world.table("follow place"))
+        if question := ask(rng, split, world, template, p=p):
+            exchanges.append((question, world.statement(attribute, p)[1]))
+    return exchanges
+
+
+def _sum(rng, split, world):
+    """A sum, and in some cases one or two more steps with its result."""
+    exchanges = [arithmetic_problem(rng, split, world)]
+    for _ in range(rng.choice((0, 0, 1, 2))):
+        left = int(exchanges[-1][1].rpartition(" ")[2])
+        template, step = rng.choice(world.lines("sum turns")).split(" => ")
+        n = rng.randint(2, rng.choice((9, 20, 99)) if step[0] in "+-" else 9)
+        operator, right = step[0], int(step[1:].replace("{n}", str(n)))
+        result = apply_operator(left, operator, right)
+        if result and result > 0 and (question := ask(rng, split, world, template, n=n)):
+            exchanges.append((question, f"That is <<{left}{operator}{right}={result}>>{result}.\n#### {result}"))
+    return exchanges
+
+
+def _section_of(group):
+    """The function of a topic that stands for all sections "talk ..." of a group."""
+
+    def exchange(rng, split, world):
+        return section_exchange(rng, split, world, rng.choice(world.groups[group]))
+
+    return exchange
+
+
+# Topic -> (weight, function). A topic may also be the name of a section.
+TOPICS = {
+    "fact": (24, _fact),
+    "character": (22, character_exchanges),
+    "place": (3, _place),
+    "story": (4, story_exchanges),
+}
+TOPICS |= {"about": (4, _about), "sum": (8, _sum), "comparison": (3, comparison)}
+TOPICS |= {group: (weight, _section_of(group)) for group, weight in (("self", 14), ("unknown", 12), ("chat", 18))}
+
+
+def draw_exchanges(rng, split, world, topics=TOPICS):
+    """Exchanges on a random topic of `topics`: keys of TOPICS, or names of sections."""
+    weights = [TOPICS[topic][0] if topic in TOPICS else 1 for topic in topics]
     while True:
-        topic = rng.choices(list(topic_weights), topic_weights.values())[0]
-        if topic == "fact":
-            f = fact(rng, split, world)
-            return [(f.question, f.answer)]
-        if topic == "arithmetic":
-            return [arithmetic_problem(rng, split, world)]
-        if topic == "character":
-            return character_exchanges(rng, split, world)
-        if exchange := topic_exchange(rng, split, world, topic):
-            return [exchange]
+        topic = rng.choices(list(topics), weights)[0]
+        if topic in TOPICS:
+            exchanges = TOPICS[topic][1](rng, split, world)
+        else:
+            exchanges = section_exchange(rng, split, world, topic)
+        if exchanges:
+            return exchanges
 
 
 def conversation(rng, split, world, topics=TOPICS):
     """One to eight exchanges (user message, reply). Replies may contain calculator calls in GSM8K's format."""
-    exchanges = draw_exchanges(rng, split, world, {"hello": 2, "hello name": 1}) if rng.random() < 0.25 else []
-    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+    exchanges, n, form = [], stranger(rng, world, split), rng.random()
+    if form < 0.12 and "self" in topics:
+        exchanges += section_exchange(rng, split, world, "name told", n=n)
+    elif form > 0.9:
+        exchanges += draw_exchanges(rng, split, world, ("talk hello", "talk hello name"))
+    told = exchanges and form < 0.12
+    for _ in range(rng.choice((1, 1, 1, 1, 2, 3))):
         exchanges += draw_exchanges(rng, split, world, topics)
         if len(exchanges[-1][1]) > 500:  # characters: a story, and two stories exceed a context of 512 tokens
             break
-    if rng.random() < 0.2:
-        exchanges += draw_exchanges(rng, split, world, {"thanks": 2, "bye": 1})
+    if told or rng.random() < 0.02:
+        exchanges += section_exchange(rng, split, world, "name asked" if told else "name unknown", n=n)
+    elif rng.random() < 0.1:
+        exchanges += draw_exchanges(rng, split, world, ("talk thanks", "talk bye"))
     return exchanges
-
-
-def informal(rng, text):
-    """`text` as people type it: sometimes in lower case, without the final punctuation, or after a greeting."""
-    variant = rng.random()
-    text = text.lower() if variant < 0.1 or 0.2 <= variant < 0.25 else text
-    text = text.rstrip("?.!") if 0.1 <= variant < 0.25 else text
-    if 0.25 <= variant < 0.35 and text.endswith("?"):
-        text = rng.choice(("Hi! ", "Hello! ", "Hello, ", "Hey, ", "Please tell me: ", "I have a question. ")) + text
-    return text

@@ -1,17 +1,33 @@
 """
-The characters, places and text templates of the pocket world, read from `pocket_world.txt`.
+The characters, places and text templates of the pocket world, read from two text files.
 
-In a template, [a|b] is a random choice, and {a.he} is a slot: an attribute of a Character or Place.
+In a template, [a|b] is a random choice, which may be nested, <section> is a random entry of a section, and {a.he} is a
+slot: an attribute of a Character, Person or Place.
 """
 
 import functools
+import hashlib
 import re
 from pathlib import Path
 
 from nanochat.common import UserError, require
 
 WORLD_FILE = Path(__file__).with_name("pocket_world.txt")
+FILES = WORLD_FILE, Path(__file__).with_name("pocket_talk.txt")  # the world; what people say, and the replies
 ATTRIBUTES = ("kind", "home", "color", "food", "job", "hobby", "fear", "thing", "friend")  # of a character
+# he -> him, his, and the verb forms has, does, is
+FORMS = {"he": "him his has does is", "she": "her her has does is", "they": "them their have do are"}
+FORMS |= {"I": "me my have do am", "we": "us our have do are"}
+
+
+def _digest(text):
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big")
+
+
+def split_of(*key):
+    """Split of the problem or wording with this key: "test" (10 %), "val" (5 %) or "train", by a hash of the key."""
+    bucket = _digest("|".join(map(str, key))) % 20
+    return "test" if bucket < 2 else "val" if bucket == 2 else "train"
 
 
 def read_sections(text):
@@ -28,12 +44,30 @@ def read_sections(text):
     return sections
 
 
+def _files():
+    """The names of both files, for error messages."""
+    return " or ".join(map(str, FILES))
+
+
+def choose(rng, template):
+    """`template` with one random alternative of each [a|b]."""
+    while "[" in template:  # innermost choices first
+        template, n = re.subn(r"\[([^\[\]]*)\]", lambda m: rng.choice(m[1].split("|")), template)
+        require(n, f"{_files()}: brackets do not match in {template!r}")
+    return template
+
+
 def fill(rng, template, **slots):
-    """`template` with one random alternative of each [a|b] and its slots filled. Raises UserError for another slot."""
+    """`template` with its choices made (see `choose`) and slots filled. Raises UserError for another slot."""
     try:
-        return re.sub(r"\[([^\[\]]*)\]", lambda m: rng.choice(m[1].split("|")), template).format_map(slots)
+        return choose(rng, template).format_map(slots)
     except (AttributeError, LookupError, ValueError) as e:
-        raise UserError(f"{WORLD_FILE}: wrong slot in a template: {e}, in {template!r}") from e
+        raise UserError(f"{_files()}: wrong slot in a template: {e}, in {template!r}") from e
+
+
+def an(noun):
+    """`noun` with its indefinite article."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def gerund(phrase):
@@ -50,6 +84,16 @@ class Named:
         return self.name
 
 
+class Person(Named):
+    """Somebody outside of the pocket world, by name or as in "my brother". Templates use {a.his}, {a.has}, {a.does}."""
+
+    def __init__(self, name, he):
+        self.name, self.he = name, he
+        for form, word in zip(("him", "his", "has", "does", "is"), FORMS[he].split(), strict=True):
+            setattr(self, form, word)
+        self.He, self.His = he.capitalize(), self.his.capitalize()
+
+
 class Place(Named):
     """A place and its two residents. Templates use its attributes: {p.at}, {p.landmark}, {p.who.kind}."""
 
@@ -59,18 +103,19 @@ class Place(Named):
         self.residents = []
 
 
-class Character(Named):
+class Character(Person):
     """An animal of the pocket world. Templates use its attributes: {a.his}, {a.a_job}, {a.place.landmark}."""
 
     def __init__(self, name, he, kind, home, wears, food, job, hobby, fear, thing, friend):
-        self.name, self.he, self.kind, self.home, self.wears, self.food = name, he, kind, home, wears, food
-        self.job, self.hobby, self.fear, self.thing, self.friend = job, hobby, fear, thing, friend
-        self.him, self.his = {"he": ("him", "his"), "she": ("her", "her")}[he]
+        if he not in ("he", "she"):
+            raise ValueError(he)
+        super().__init__(name, he)
+        self.kind, self.home, self.wears, self.food, self.job = kind, home, wears, food, job
+        self.hobby, self.fear, self.thing, self.friend = hobby, fear, thing, friend
         self.color, self.garment = wears.split()
         for noun in ("kind", "wears", "garment", "job", "thing"):
-            value = getattr(self, noun)
-            setattr(self, f"a_{noun}", f"{'an' if value[0] in 'aeiou' else 'a'} {value}")
-        self.He, self.His, self.Food = he.capitalize(), self.his.capitalize(), food.capitalize()
+            setattr(self, f"a_{noun}", an(getattr(self, noun)))
+        self.Food = food.capitalize()
         self.doing = gerund(hobby)
 
 
@@ -83,7 +128,13 @@ class World:
     """
 
     def __init__(self, text):
-        self.sections = read_sections(text)
+        self.sections, self.entry_cache = read_sections(text), {}
+        self.groups = {}  # "self", "unknown" or "chat" -> sections "talk ..."; "story follow" -> its sections
+        for section in self.sections:
+            kind, group, *_ = [*section.split(), ""]
+            if kind == "talk" or section.startswith("story follow"):
+                name = section[:12] if kind == "story" else group if group in ("self", "unknown") else "chat"
+                self.groups.setdefault(name, []).append(section)
         places, characters = self.entries("places", Place), self.entries("characters", Character)
         try:
             for place in places.values():
@@ -98,8 +149,14 @@ class World:
             place.who, place.who2 = place.residents[:2]
         self.places, self.characters = list(places.values()), list(characters.values())
         *most, last = places
+        self.topics = [topics for _, *topics in self.table("story topics")]  # of each plot
         self.place_names = f"{', '.join(most)} and {last}"
-        self.statements = {attribute: templates for attribute, *templates in self.table("say")}
+        for c in characters.values():  # answers of several names
+            c.neighbor = next(other for other in c.place.residents if other is not c)
+            *names, last = (other.name for other in characters.values() if other.fear == c.fear)
+            c.afraid = f"{', '.join(names)} and {last} are" if names else f"Only {last} is"
+        self.statements = {attribute: templates for attribute, *templates, _ in self.table("say")}
+        self.fact_weights = {attribute: float(weight) for attribute, *_, weight in self.table("say")}
         # attribute -> all its values, sorted: the choices of a question
         self.values = {a: sorted({self.statement(a, s)[0] for s in self.subjects(a)}) for a in self.statements}
         self.values["resident"] = sorted(characters)
@@ -122,15 +179,36 @@ class World:
 
     def table(self, section):
         """The rows of a section, each a list of cells."""
-        return [[cell.strip() for cell in line.split("|")] for line in self.lines(section)]
+        return [[cell.strip() for cell in line.split(" | ")] for line in self.lines(section)]
 
     def words_in(self, section):
         """The words of a section, in the order of the file."""
         return " ".join(self.lines(section)).split()
 
-    def random_line(self, rng, section, **slots):
+    def entries_of(self, section, split):
+        """
+        The lines of a section, or the words between " | " if it is a list of words.
+
+        Each word belongs to one split, so that validation and test use verbs and names that training lacks.
+        """
+        if (section, split) not in self.entry_cache:
+            lines = self.lines(section)
+            words = sorted({word.strip() for line in lines for word in line.split(" | ")}, key=_digest)
+            start, stop = len(words) // 10 + 1, len(words) // 10 + len(words) // 20 + 2
+            parts = {"test": words[:start], "val": words[start:stop], "train": words[stop:]}
+            self.entry_cache[section, split] = parts[split] if len(words) > len(lines) else lines
+        return self.entry_cache[section, split]
+
+    def expand(self, rng, template, split="train"):
+        """`template` with all choices made: a random entry for each <section>, an alternative for each [a|b]."""
+        while reference := re.search(r"<([^<>]+)>", template):
+            entry = rng.choice(self.entries_of(reference[1], split))
+            template = template[: reference.start()] + entry + template[reference.end() :]
+        return choose(rng, template)
+
+    def random_line(self, rng, section, split="train", **slots):
         """A random template of a section, filled (see `fill`)."""
-        return fill(rng, rng.choice(self.lines(section)), **slots)
+        return fill(rng, self.expand(rng, rng.choice(self.lines(section)), split), **slots)
 
     def subjects(self, attribute):
         """The characters or places that have `attribute`."""
@@ -143,8 +221,8 @@ class World:
 
 @functools.cache
 def load_world():
-    """The World of `pocket_world.txt`. Raises UserError if an edit has made the file wrong."""
+    """The World of both files. Raises UserError if an edit has made one wrong."""
     try:
-        return World(WORLD_FILE.read_text(encoding="utf-8"))
+        return World("\n".join(file.read_text(encoding="utf-8") for file in FILES))
     except (AttributeError, LookupError, ValueError) as e:
-        raise UserError(f"{WORLD_FILE}: {e}") from e
+        raise UserError(f"{_files()}: {e}") from e
