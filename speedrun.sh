@@ -24,16 +24,16 @@ pocket() {
     export GLIBC_TUNABLES=glibc.malloc.hugetlb=1
     tag=d4
     stage "report: machine and time" 5 report/header.md "" python -m nanochat.report reset
-    stage "corpus: pocket world" 10 base_data $world python -m nanochat.dataset --pocket --chars=16000000
+    stage "corpus: pocket world" 10 base_data $world python -m nanochat.dataset --pocket --chars=14000000
     # With a small vocabulary, words consist of a few common tokens, which the model soon learns to copy.
     stage "tokenizer" 10 tokenizer base_data python -m scripts.tok_train --vocab_size=1024
     stage "tokenizer evaluation" 5 report/tokenizer-evaluation.md "tokenizer base_data" python -m scripts.tok_eval
-    stage "base pretraining" 170 base_checkpoints/d4 "tokenizer base_data" python -m scripts.base_train "$run" \
-        --resume=1 --recipe=tuned --depth=4 $size --total_batch_size=8192 --num_iterations=450 --eval_every=150 \
+    stage "base pretraining" 190 base_checkpoints/d4 "tokenizer base_data" python -m scripts.base_train "$run" \
+        --resume=1 --recipe=tuned --depth=4 $size --total_batch_size=8192 --num_iterations=400 --eval_every=200 \
         --core_metric_every=-1 --sample_every=-1
     stage "base loss" 10 report/base-model-loss.md "base_checkpoints/d4 tokenizer base_data" \
         python -m scripts.base_loss -g d4 --device_batch_size=32 --split_tokens=131072
-    stage "midtraining" 410 mid_checkpoints/d4 "base_checkpoints/d4 tokenizer $mixture" \
+    stage "midtraining" 390 mid_checkpoints/d4 "base_checkpoints/d4 tokenizer $mixture" \
         python -m scripts.mid_train "$run" --resume=1 --model_tag=d4 $size --total_batch_size=4096 --packing=bos \
         --train_on=assistant --eval_every=500 --recipe=tuned --warmdown_ratio=1 --init_lr_frac=0.6
     stage "midtraining evaluation" 15 report/chat-evaluation-mid.md "mid_checkpoints/d4 tokenizer $world" \
@@ -43,8 +43,8 @@ pocket() {
         --eval_steps=32 --eval_metrics_every=-1 --save_every=50 --keep=2
     stage "SFT evaluation" 20 report/chat-evaluation-sft.md "chatsft_checkpoints/d4 tokenizer $world" \
         python -m scripts.chat_eval -i sft -g d4 -a "$tasks|PocketHardSums" --max_new_tokens=320
-    stage "reinforcement learning" 90 chatrl_checkpoints/d4 "chatsft_checkpoints/d4 tokenizer $world" \
-        python -m scripts.chat_rl "$run" --resume=1 --model_tag=d4 --num_iterations=40 --eval_every=20 \
+    stage "reinforcement learning" 80 chatrl_checkpoints/d4 "chatsft_checkpoints/d4 tokenizer $world" \
+        python -m scripts.chat_rl "$run" --resume=1 --model_tag=d4 --num_iterations=30 --eval_every=30 \
         --eval_examples=128 --save_every=20 --keep=2
     stage "RL evaluation" 20 report/chat-evaluation-rl.md "chatrl_checkpoints/d4 tokenizer $world" \
         python -m scripts.chat_eval -i rl -g d4 -a "$tasks|PocketHardSums" --max_new_tokens=320

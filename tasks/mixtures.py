@@ -9,32 +9,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nanochat.common import base_dir, mirror_url, print0, require, task_errors
+from tasks import pocket
 from tasks.arc import ARC
 from tasks.common import Task, TaskMixture, fetch_once
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
-from tasks.pocket import (
-    PocketChat,
-    PocketFacts,
-    PocketHardSums,
-    PocketIdentity,
-    PocketPeople,
-    PocketStories,
-    PocketSums,
-    WorldChat,
-)
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import PocketLetters, SimpleSpelling, SpellingBee
 
 RL_PROBLEMS = 1600  # training problems of a generated task in reinforcement learning
 
-# Rows in midtraining and in SFT; in total about 8 and 0.2 million tokens with the pocket tier's tokenizer. Tokens per
+# Rows in midtraining and in SFT; in total about 7 and 0.2 million tokens with the pocket tier's tokenizer. Tokens per
 # row, in this order: 120, 320, 65, 75, 45, 125, 65.
-POCKET_ROWS = {PocketChat: {"mid": 30000, "sft": 800}, PocketStories: {"mid": 1500, "sft": 60}}
-POCKET_ROWS |= {PocketFacts: {"mid": 18000, "sft": 500}, PocketSums: {"mid": 24000, "sft": 500}}
-POCKET_ROWS |= {PocketIdentity: {"mid": 2000, "sft": 60}, SpellingBee: {"mid": 4000, "sft": 100}}
+POCKET_ROWS = {pocket.PocketChat: {"mid": 26000, "sft": 800}, pocket.PocketStories: {"mid": 1400, "sft": 60}}
+POCKET_ROWS |= {pocket.PocketFacts: {"mid": 14000, "sft": 500}, pocket.PocketSums: {"mid": 22000, "sft": 500}}
+POCKET_ROWS |= {pocket.PocketIdentity: {"mid": 3000, "sft": 60}, SpellingBee: {"mid": 3500, "sft": 100}}
 POCKET_ROWS |= {PocketLetters: {"mid": 5000, "sft": 100}}
 
 
@@ -62,7 +53,7 @@ def pocket_mixture(stage, split, seed, divisor=1):
     sizes = {task: rows[stage] // divisor for task, rows in POCKET_ROWS.items()}
     persona = identity_conversations(public=False)
     if persona:
-        sizes[WorldChat], rows = sizes.pop(PocketChat), 2 * sizes.pop(PocketIdentity)
+        sizes[pocket.WorldChat], rows = sizes.pop(pocket.PocketChat), 2 * sizes.pop(pocket.PocketIdentity)
     tasks = [task(split=split, size=size, seed=seed, corpus="pocket") for task, size in sizes.items()]
     if persona and split == "train":
         print0(f"{persona.path}: {len(persona):,} conversations replace those about nanochat")
@@ -146,10 +137,10 @@ EVAL_TASKS = {
     "HumanEval": EvalTask(lambda level="strict", **_: HumanEval(level), "public"),
     "SpellingBee": _generated(SpellingBee, 256, corpus="both"),
 }
-TEST_PROBLEMS = {PocketSums: 256, PocketHardSums: 256, PocketFacts: 512, PocketStories: 128, PocketIdentity: 128}
-TEST_PROBLEMS |= {PocketLetters: 256}
+TEST_PROBLEMS = {pocket.PocketSums: 256, pocket.PocketHardSums: 256, pocket.PocketFacts: 512, PocketLetters: 256}
+TEST_PROBLEMS |= {pocket.PocketStories: 128, pocket.PocketIdentity: 128}
 EVAL_TASKS |= {task.__name__: _generated(task, size) for task, size in TEST_PROBLEMS.items()}
-EVAL_TASKS["PocketPeople"] = EvalTask(PocketPeople, "pocket")
+EVAL_TASKS["PocketPeople"] = EvalTask(pocket.PocketPeople, "pocket")
 
 
 def find_task(name):

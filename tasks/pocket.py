@@ -59,7 +59,7 @@ class PocketIdentity(GeneratedTask):
     """ "Who are you?" in many wordings. A reply is correct if it contains the model's name."""
 
     def make(self, rng):
-        topics = ["talk self name"] * 4 + ["talk self what", "talk self human", "talk self chatgpt"]
+        topics = ["self name"] * 4 + ["self what", "self human", "self chatgpt"]
         topics += ["talk hello name"] * 2
         return user_and_assistant(*draw_exchanges(rng, self.split, load_world(), topics)[0])
 

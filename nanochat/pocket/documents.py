@@ -4,7 +4,7 @@ import hashlib
 import re
 from random import Random
 
-from nanochat.pocket.problems import apply_operator, arithmetic_problem, fact, letter_problem
+from nanochat.pocket.problems import apply_operator, fact, letter_problem
 from nanochat.pocket.stories import describe, places_away, story
 from nanochat.pocket.talk import TOPICS, draw_exchanges
 from nanochat.pocket.world import ATTRIBUTES, fill, load_world, split_of
@@ -65,42 +65,37 @@ def _letter(rng, split, world):
     yield world.random_line(rng, "letter", a=a, b=b, p=rng.choice(places_away(world, a, b)))
 
 
+def _questions(rng, split, world, topics=tuple(topic for topic in TOPICS if topic != "story")):
+    """Questions and replies, as plain text without calculator calls: <<34+12=46>>46 becomes 34+12=46."""
+    for _ in range(rng.randint(2, 7)):
+        for question, reply in draw_exchanges(rng, split, world, topics):
+            reply = re.sub(r"<<(.*?=).*?>>", r"\1", reply)
+            yield f"Question: {question}\nAnswer: {reply}\n"
+
+
 def _facts(rng, split, world):
     """Questions and answers, with choices in half of the documents."""
-    multiple_choice = rng.random() < 0.5
+    if rng.random() < 0.5:
+        yield from _questions(rng, split, world, ["fact"])
+        return
     for _ in range(rng.randint(3, 8)):
         f = fact(rng, split, world)
-        choices = "".join(f"- {choice}\n" for choice in f.choices) if multiple_choice else ""
-        yield f"Question: {f.question}\n{choices}Answer: {f.value if multiple_choice else f.answer}\n"
-
-
-def without_calls(answer):
-    """`answer` as plain text: <<34+12=46>>46 becomes 34+12=46."""
-    return re.sub(r"<<(.*?=).*?>>", r"\1", answer)
-
-
-def _questions(rng, split, world):
-    """Questions and replies on all topics but stories, for which there are documents enough."""
-    topics = [topic for topic in TOPICS if topic != "story"]
-    for _ in range(rng.randint(2, 6)):
-        for question, reply in draw_exchanges(rng, split, world, topics):
-            yield f"Question: {question}\nAnswer: {without_calls(reply)}\n"
+        choices = "".join(f"- {choice}\n" for choice in f.choices)
+        yield f"Question: {f.question}\n{choices}Answer: {f.value}\n"
 
 
 def _arithmetic(rng, split, world):
     """Twenty bare equations, or arithmetic problems with their answers."""
-    if rng.random() < 0.3:
-        equations = []
-        while len(equations) < 20:  # numbers small enough for a model to memorize
-            x, operator, y = rng.randint(2, 20), rng.choice("+-*"), rng.randint(2, 20)
-            result = apply_operator(x, operator, y)
-            if result >= 2 and split_of("sum", x, f"{operator}{y}") == split:
-                equations.append(f"{x} {operator} {y} = {result}")
-        yield from equations
+    if rng.random() < 0.7:
+        yield from _questions(rng, split, world, ["sum"])
         return
-    for _ in range(rng.randint(3, 8)):
-        question, answer = arithmetic_problem(rng, split, world)
-        yield f"Question: {question}\nAnswer: {without_calls(answer)}\n"
+    equations = []
+    while len(equations) < 20:  # numbers small enough for a model to memorize
+        x, operator, y = rng.randint(2, 20), rng.choice("+-*"), rng.randint(2, 20)
+        result = apply_operator(x, operator, y)
+        if result >= 2 and split_of("sum", x, f"{operator}{y}") == split:
+            equations.append(f"{x} {operator} {y} = {result}")
+    yield from equations
 
 
 def _spelling(rng, split, world):

@@ -170,6 +170,11 @@ def draw_numbers(rng, steps, hard):
     return numbers, results
 
 
+def _sum_split(calls):
+    """The split of a calculation, by its numbers."""
+    return split_of("sum", calls[0][0], *(f"{operator}{right}" for _, operator, right, _ in calls))
+
+
 def arithmetic_problem(rng, split, world, hard=False):
     """
     (question, answer) of an arithmetic problem of one to three steps whose numbers and wording belong to `split`.
@@ -180,10 +185,10 @@ def arithmetic_problem(rng, split, world, hard=False):
     question = None
     while not question:
         template, steps = sum_template(rng, world)
-        if not (drawn := draw_numbers(rng, steps, hard)):
-            continue
-        numbers, calls = drawn
-        if split_of("sum", calls[0][0], *(f"{operator}{right}" for _, operator, right, _ in calls)) == split:
+        template = world.expand(rng, template, split)
+        draws = (draw_numbers(rng, steps, hard) for _ in range(500 if wording_split(template) == split else 0))
+        if drawn := next((d for d in draws if d and _sum_split(d[1]) == split), None):
+            numbers, calls = drawn
             in_words = rng.random() < 0.2
             slots = {v: NUMBER_WORDS[n - 2] if in_words and n <= 12 else n for v, n in numbers.items()}
             slots |= _owners(rng, world, split)

@@ -6,6 +6,7 @@ wording that they have drawn belongs to another split.
 """
 
 import re
+from functools import partial
 
 from nanochat.pocket.problems import apply_operator, arithmetic_problem, ask, comparison, fact, stranger
 from nanochat.pocket.stories import describe, story
@@ -29,7 +30,7 @@ def story_exchanges(rng, split, world):
     # A small model mixes up the characters unless both appear in the question or the first paragraph.
     if not question or not {s.b.name, s.b.kind} & {*re.findall(r"\w+", question + s.text.split("\n")[0])}:
         return []
-    follow = rng.choice(world.groups["story follow"])
+    follow = rng.choice(world.groups["told"])
     return [
         (question, s.text),
         *(section_exchange(rng, split, world, follow, **s._asdict()) if rng.random() < 0.4 else []),
@@ -109,37 +110,21 @@ def _sum(rng, split, world):
     return exchanges
 
 
-def _section_of(group):
-    """The function of a topic that stands for all sections "talk ..." of a group."""
-
-    def exchange(rng, split, world):
-        return section_exchange(rng, split, world, rng.choice(world.groups[group]))
-
-    return exchange
-
-
-# Topic -> (weight, function). A topic may also be the name of a section.
-TOPICS = {
-    "fact": (24, _fact),
-    "character": (22, character_exchanges),
-    "place": (3, _place),
-    "story": (4, story_exchanges),
-}
-TOPICS |= {"about": (4, _about), "sum": (8, _sum), "comparison": (3, comparison)}
-TOPICS |= {group: (weight, _section_of(group)) for group, weight in (("self", 14), ("unknown", 12), ("chat", 18))}
+# Topic -> (weight, function). Without a function, it stands for the sections whose names begin with it.
+TOPICS = {"fact": (24, _fact), "character": (22, character_exchanges), "place": (3, _place), "about": (4, _about)}
+TOPICS |= {"sum": (8, _sum), "comparison": (3, comparison), "story": (4, story_exchanges)}
+TOPICS |= {"self": (14, None), "unknown": (12, None), "talk": (18, None)}
 
 
 def draw_exchanges(rng, split, world, topics=TOPICS):
     """Exchanges on a random topic of `topics`: keys of TOPICS, or names of sections."""
-    weights = [TOPICS[topic][0] if topic in TOPICS else 1 for topic in topics]
-    while True:
-        topic = rng.choices(list(topics), weights)[0]
-        if topic in TOPICS:
-            exchanges = TOPICS[topic][1](rng, split, world)
-        else:
-            exchanges = section_exchange(rng, split, world, topic)
-        if exchanges:
-            return exchanges
+    exchanges = []
+    while not exchanges:
+        topic = rng.choices(list(topics), [TOPICS.get(topic, (1, None))[0] for topic in topics])[0]
+        weight, function = TOPICS.get(topic, (1, None))
+        section = rng.choice(world.groups.get(topic, [topic]))
+        exchanges = (function or partial(section_exchange, section=section))(rng, split, world)
+    return exchanges
 
 
 def conversation(rng, split, world, topics=TOPICS):

@@ -129,12 +129,9 @@ class World:
 
     def __init__(self, text):
         self.sections, self.entry_cache = read_sections(text), {}
-        self.groups = {}  # "self", "unknown" or "chat" -> sections "talk ..."; "story follow" -> its sections
+        self.groups = {}  # first word of their names -> sections
         for section in self.sections:
-            kind, group, *_ = [*section.split(), ""]
-            if kind == "talk" or section.startswith("story follow"):
-                name = section[:12] if kind == "story" else group if group in ("self", "unknown") else "chat"
-                self.groups.setdefault(name, []).append(section)
+            self.groups.setdefault(section.split()[0], []).append(section)
         places, characters = self.entries("places", Place), self.entries("characters", Character)
         try:
             for place in places.values():
