@@ -53,15 +53,14 @@ def task_errors(name):
 
 
 @contextlib.contextmanager
-def read_errors(path, problem, hint=None):
+def read_errors(path, problem, hint=""):
     """Context manager that raises errors of reading `path` as UserError "<path> <problem> (<error>)[; <hint>]"."""
     try:
         yield
     except UserError:
         raise
     except (OSError, ValueError) as e:  # pyarrow's errors are ValueErrors
-        message = f"{path} {problem} ({str(e).splitlines()[0].rstrip('.')})"
-        raise UserError(f"{message}; {hint}" if hint else message) from e
+        raise UserError(f"{path} {problem} ({str(e).splitlines()[0].rstrip('.')}){hint and '; ' + hint}") from e
 
 
 def base_dir():
@@ -247,12 +246,10 @@ def choose_dtype(device_type, dtype=""):
     require(dtype in ("", "float32", "bfloat16"), f"--dtype={dtype}: choose float32 or bfloat16")
     if dtype:
         return getattr(torch, dtype)
-    if device_type == "cuda":
-        native = torch.cuda.get_device_capability() >= (8, 0)
-    else:  # Zen 5 (AVX512-BF16), 2026-11: bfloat16 matmuls are 4 times as fast as float32
-        capabilities = torch.cpu.get_capabilities() if device_type == "cpu" else {}
-        native = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
-    return torch.bfloat16 if native else torch.float32
+    native = device_type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+    # Zen 5 (AVX512-BF16), 2026-11: bfloat16 matmuls are 4 times as fast as float32
+    features = torch.cpu.get_capabilities() if device_type == "cpu" else {}
+    return torch.bfloat16 if native or features.get("avx512_bf16") or features.get("amx_bf16") else torch.float32
 
 
 def set_library_defaults():
@@ -358,9 +355,8 @@ def fetch(url, path, attempts=5, timeout=30, progress=None, check=lambda draft: 
         _fetch_part(url, part, timeout, progress)
         _check_fetched(url, part, check)
         os.replace(part, path)
-        return path
 
-    return repeat(attempt, url, attempts)
+    repeat(attempt, url, attempts)
 
 
 def repeat(attempt, url, attempts=5):

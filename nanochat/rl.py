@@ -98,6 +98,5 @@ def policy_batches(groups, max_tokens, device):
 
 def mean_over_ranks(values, compute):
     """Mean of the numbers `values` of all ranks."""
-    totals = torch.tensor([sum(values), len(values)], dtype=torch.float32, device=compute.device)
-    total, count = compute.all_reduce(totals)
+    total, count = compute.all_reduce(torch.tensor([float(sum(values)), len(values)], device=compute.device))
     return (total / count).item()

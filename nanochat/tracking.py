@@ -115,8 +115,7 @@ class StageLog:
 
     def validation(self, step, bpb, results):
         """Log and print the validation loss in bits per byte; updates val_bpb and min_val_bpb in the dict `results`."""
-        results["val_bpb"] = bpb
-        results["min_val_bpb"] = min(bpb, results["min_val_bpb"] or bpb)
+        results.update(val_bpb=bpb, min_val_bpb=min(bpb, results["min_val_bpb"] or bpb))
         self.evaluation(step, f"validation bpb {bpb:.4f}", val_bpb=bpb)
 
     @property

@@ -286,8 +286,7 @@ class Stage:
         if step == self.first_step:  # later, train_step() has acquired it
             self.lock.acquire()
         state = copy.deepcopy({"finished": last, **state, "log_state": log.state()})
-        self.positions = loader.state if loader else {}  # of this rank's lanes
-        self.step, self.log = step, log
+        self.step, self.log, self.positions = step, log, loader.state if loader else {}  # of this rank's lanes
         self.save = functools.partial(self._save, step, model, optimizers, self.positions, state)
         if last or due(step, self.args.save_every):
             self.save(self.compute)
@@ -300,9 +299,8 @@ class Stage:
         gathered = compute.all_gather((positions, state))
         if self.path is None and compute.writes and checkpoints.step_dirs(self.folder):
             set_aside(self.folder, "an earlier run")
-        meta = {"user_config": vars(self.args), "made_from": self.made_from, **gathered[0][1]}
-        meta |= {"run": self.run, "job": self.job}
-        meta["loader_state"] = {lane: position for part, _ in gathered for lane, position in part.items()}
+        meta = {"user_config": vars(self.args), "made_from": self.made_from, "run": self.run, "job": self.job}
+        meta |= gathered[0][1] | {"loader_state": {lane: at for part, _ in gathered for lane, at in part.items()}}
         self.path = checkpoints.save_checkpoint(self.folder, step, model, optimizers, meta, compute, self.args.keep)
         self.saved_step = step
 

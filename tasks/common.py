@@ -35,7 +35,8 @@ class Task:
     """
     A data set of conversations, or its slice start:stop:step.
 
-    Subclasses implement num_examples() and get_example(index); for evaluation also `eval_type` and evaluate().
+    Subclasses implement num_examples() and get_example(index), of the data set before slicing; for evaluation also
+    `eval_type` and evaluate().
     """
 
     eval_type = "generative"  # or "categorical": the answer is one of the conversation's "letters"
@@ -45,14 +46,6 @@ class Task:
     def __init__(self, start=0, stop=None, step=1):
         assert start >= 0 and step >= 1 and (stop is None or stop >= start), (start, stop, step)
         self.start, self.stop, self.step = start, stop, step
-
-    def num_examples(self):
-        """Size of the data set before slicing."""
-        raise NotImplementedError
-
-    def get_example(self, index):
-        """The conversation at `index` of the data set before slicing."""
-        raise NotImplementedError
 
     def _indices(self):
         return range(self.num_examples())[self.start : self.stop : self.step]

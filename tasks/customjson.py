@@ -78,9 +78,8 @@ def _is_message(value):
 def _parse(value, where):
     """The conversation in a JSON value, in our form; `where` is "file:line"."""
     try:
-        messages, system = value, None
-        if isinstance(value, dict):
-            messages, system = value.get("messages", value.get("conversations")), value.get("system")
+        fields = value if isinstance(value, dict) else {"messages": value}
+        messages, system = fields.get("messages", fields.get("conversations")), fields.get("system")
         if not isinstance(messages, list) or not messages:  # repr() of every conversation would take long
             got = f"an object with the fields {', '.join(value)[:80]}" if isinstance(value, dict) else repr(value)[:80]
             raise UserError(f"expected at least two messages, got {got}; {FORMS}")

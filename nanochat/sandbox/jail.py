@@ -282,8 +282,7 @@ def restrict_syscalls(syscalls):
         code += [(equal, 0, len(checks) + 1, number), *checks, (end, 0, 0, allow)]
     # ENOSYS makes libc fall back to older calls. This is needed for clone3, whose flags are in memory where a filter
     # cannot read them, and for calls that are newer than the table.
-    code += [(equal, 0, 1, CLONE3), (end, 0, 0, enosys)]
-    code += [(greater, 0, 1, 452), (end, 0, 0, enosys), (end, 0, 0, eperm)]
+    code += [(equal, 0, 1, CLONE3), (end, 0, 0, enosys), (greater, 0, 1, 452), (end, 0, 0, enosys), (end, 0, 0, eperm)]
     filters = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in code))
     call("prctl", PR_SET_SECCOMP, 2, struct.pack("HxxxxxxQ", len(code), ctypes.addressof(filters)))
 
