@@ -24,7 +24,7 @@ from random import Random
 
 from nanochat.cli import make_parser, parse_args, path, run_script
 from nanochat.common import UserError, atomic_path, base_dir
-from nanochat.pocket.talk import informal
+from nanochat.pocket.problems import careless, informal
 from nanochat.pocket.world import fill
 from nanochat.tokenizer import check_conversation
 
@@ -97,7 +97,7 @@ def by_template(persona, rng):
     exchanges += [(THANKS, WELCOMES)] if rng.random() < 0.3 else []
     messages = []
     for questions, answers in exchanges:
-        messages.append({"role": "user", "content": informal(rng, fill(rng, rng.choice(questions)))})
+        messages.append({"role": "user", "content": careless(rng, informal(rng, fill(rng, rng.choice(questions))))})
         messages.append({"role": "assistant", "content": fill(rng, rng.choice(answers), **slots)})
     return messages
 

@@ -76,10 +76,11 @@ class PocketStories(GeneratedTask):
     """
 
     def make(self, rng):
-        question = ""
-        while not _mentioned_characters(question):
+        while True:
             question, reply = draw_exchanges(rng, self.split, load_world(), ["story"])[0]
-        return user_and_assistant(question, reply)
+            problem = user_and_assistant(question, reply)
+            if _mentioned_characters(question) and self.evaluate(problem, reply):  # no heroes from outside
+                return problem
 
     def evaluate(self, conversation, assistant_response):
         requested = _mentioned_characters(conversation["messages"][0]["content"])

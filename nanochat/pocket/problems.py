@@ -52,11 +52,16 @@ def ask(rng, split, world, template, **slots):
     typed = next((text for _ in range(9) if wording_split(text := informal(rng, plain)) == split), plain)
     question = " ".join(fill(rng, typed, **slots).split())
     question = re.sub(r"(?:^|(?<=[.?!] ))[a-z]", lambda m: m[0].upper(), question)  # "my brother" may come first
-    style = rng.random()
-    question = question.lower() if style < 0.2 else question
-    question = question.rstrip("?.!") if 0.1 < style < 0.3 else question
-    question = re.sub("[.,?!']", "", question) if style < 0.04 else question
+    question = careless(rng, question)
     return None if wording(question) in people_wordings() else question
+
+
+def careless(rng, text):
+    """`text`, sometimes in lower case or without punctuation."""
+    style = rng.random()
+    text = text.lower() if style < 0.2 else text
+    text = text.rstrip("?.!") if 0.1 < style < 0.3 else text
+    return re.sub("[.,?!']", "", text) if style < 0.04 else text
 
 
 def informal(rng, text):
