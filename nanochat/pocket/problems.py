@@ -60,8 +60,8 @@ def careless(rng, text):
     """`text`, sometimes in lower case or without punctuation."""
     style = rng.random()
     text = text.lower() if style < 0.2 else text
-    text = text.rstrip("?.!") if 0.1 < style < 0.3 else text
-    return re.sub("[.,?!']", "", text) if style < 0.04 else text
+    text = text.rstrip("?.! ") if 0.1 < style < 0.3 else text
+    return re.sub("[.,?!']", "", text).strip() if style < 0.04 else text
 
 
 def informal(rng, text):
