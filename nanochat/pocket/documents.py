@@ -129,8 +129,8 @@ def _lookups(rng, split, world):
 
 
 # Generator of a kind of document -> share of the documents in percent.
-WEIGHTS = {_story: 18, _characters: 9, _place: 4, _cards: 2, _statements: 12, _dialogue: 4, _letter: 2, _facts: 15}
-WEIGHTS |= {_questions: 14, _arithmetic: 8, _spelling: 5, _echoes: 3, _lookups: 4}
+WEIGHTS = {_story: 16, _characters: 8, _place: 4, _cards: 2, _statements: 11, _dialogue: 4, _letter: 2, _facts: 15}
+WEIGHTS |= {_questions: 13, _arithmetic: 8, _spelling: 5, _echoes: 5, _lookups: 7}
 
 
 HELD_OUT = (_story, _facts, _questions, _arithmetic, _spelling)  # whose content depends on the split
