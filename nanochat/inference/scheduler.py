@@ -134,9 +134,8 @@ class DecodeLoop:
         """Add a row's next token; sets `finish` if it ends the row, and runs the calculator on <|python_end|>."""
         row.tokens.append(token)
         row.mask.append(sampled)
-        if sampled and (token in self.terminals or token in row.request.stop_tokens):
-            row.finish = "stop"
-        elif row.detokenizer and row.detokenizer.push(token) and row.detokenizer.stopped:
+        is_terminal = sampled and (token in self.terminals or token in row.request.stop_tokens)
+        if is_terminal or (row.detokenizer and row.detokenizer.push(token) and row.detokenizer.stopped):
             row.finish = "stop"
         elif len(row.tokens) >= row.limit:
             row.finish = "length"
