@@ -38,10 +38,6 @@ class Row:
     detokenizer: Detokenizer | None = None  # finds stop strings
 
     @property
-    def last_token(self):
-        return self.tokens[-1] if self.tokens else self.request.tokens[-1]
-
-    @property
     def completion(self):
         """The generated tokens without the terminal token."""
         stop_string = self.detokenizer and self.detokenizer.stopped
@@ -124,7 +120,7 @@ class DecodeLoop:
             rows = self.rows
             if not rows:
                 return []
-            logits = self.backend.forward([[row.last_token] for row in rows], self.cache)
+            logits = self.backend.forward([row.tokens[-1:] or row.request.tokens[-1:] for row in rows], self.cache)
             for row, token, mask in zip(rows, *self._next_tokens(logits), strict=True):
                 self._append(row, token, mask)
             self._remove_finished()
