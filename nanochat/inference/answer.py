@@ -20,14 +20,13 @@ class Answer:
         self.tokenizer, self.index, self.stop_tokens, self.every_token = tokenizer, index, stop_tokens, every_token
         self.detokenizer = Detokenizer(tokenizer, stop)
         self.python_start, self.python_end = map(tokenizer.encode_special, ("<|python_start|>", "<|python_end|>"))
-        self.text, self.pieces, self.steps, self.logprobs = "", [], [], []
+        self.text, self.pieces, self.steps, self.logprobs, self.finish = "", [], [], [], None
         self.open_step = None  # tool step whose expression or result is incomplete
         self.n_returned_logprobs = 0  # entries that new_logprobs() has returned
-        self.n_tokens, self.finish = 0, None
 
     def push(self, token, logprobs=None, finish=None):
         """Add a token; returns the delta, a dict with new text as "content" and completed steps as "tool_steps"."""
-        self.n_tokens, self.finish = self.n_tokens + 1, finish
+        self.finish = finish
         detokenizer, is_stop_token = self.detokenizer, finish == "stop" and token in self.stop_tokens
         held_back, in_character = detokenizer.held_back, detokenizer.utf8_decoder.getstate()[0] != b""
         part, text = (detokenizer.part, "") if is_stop_token else detokenizer.push(token)

@@ -38,21 +38,18 @@ class CPUBackend(TorchBackend):
         finally:
             torch.set_num_threads(self.threads)
 
-    def fill(self, tokens, cache):
-        """Append `tokens`, one list of any length per row, to `cache`; computes no logits."""
-        self._run(tokens, cache, None)
-
-    def forward(self, tokens, cache):
-        """Append `tokens`, a list of one token per row, to `cache`; returns the logits (B, V) after them."""
-        logits = torch.empty(len(tokens), self.model.config.vocab_size)
-        self._run(tokens, cache, logits)
-        return logits
-
-    def _run(self, tokens, cache, logits):
+    def fill(self, tokens, cache, logits=None):
+        """Append `tokens`, one list of any length per row, to `cache`; writes `logits` (B, V) if given."""
         lengths = [held + len(new) for held, new in zip(cache.lengths, tokens, strict=True)]
         cache.reserve(len(tokens), max(lengths), self.empty_keys)
         self.decoder.forward(tokens, cache.lengths, cache.data, *self.model.rotary(max(lengths)), logits, self.threads)
         cache.lengths = lengths
+
+    def forward(self, tokens, cache):
+        """Append `tokens`, a list of one token per row, to `cache`; returns the logits (B, V) after them."""
+        logits = torch.empty(len(tokens), self.model.config.vocab_size)
+        self.fill(tokens, cache, logits)
+        return logits
 
 
 def matrix(linear, rows=None):

@@ -59,5 +59,4 @@ class Detokenizer:
 def visible_text(tokenizer, tokens):
     """The text of an answer without the calculator's calls and results."""
     detokenizer = Detokenizer(tokenizer)
-    pieces = [*map(detokenizer.push, tokens), detokenizer.flush()]
-    return "".join(text for part, text in pieces if part == "text")
+    return "".join(text for part, text in [*map(detokenizer.push, tokens), detokenizer.flush()] if part == "text")

@@ -38,10 +38,6 @@ class Row:
     detokenizer: Detokenizer | None = None  # finds stop strings
 
     @property
-    def last_token(self):
-        return self.tokens[-1] if self.tokens else self.request.tokens[-1]
-
-    @property
     def completion(self):
         """The generated tokens without the terminal token."""
         stop_string = self.detokenizer and self.detokenizer.stopped
@@ -124,7 +120,7 @@ class DecodeLoop:
             rows = self.rows
             if not rows:
                 return []
-            logits = self.backend.forward([[row.last_token] for row in rows], self.cache)
+            logits = self.backend.forward([row.tokens[-1:] or row.request.tokens[-1:] for row in rows], self.cache)
             for row, token, mask in zip(rows, *self._next_tokens(logits), strict=True):
                 self._append(row, token, mask)
             self._remove_finished()
@@ -134,9 +130,8 @@ class DecodeLoop:
         """Add a row's next token; sets `finish` if it ends the row, and runs the calculator on <|python_end|>."""
         row.tokens.append(token)
         row.mask.append(sampled)
-        if sampled and (token in self.terminals or token in row.request.stop_tokens):
-            row.finish = "stop"
-        elif row.detokenizer and row.detokenizer.push(token) and row.detokenizer.stopped:
+        is_terminal = sampled and (token in self.terminals or token in row.request.stop_tokens)
+        if is_terminal or (row.detokenizer and row.detokenizer.push(token) and row.detokenizer.stopped):
             row.finish = "stop"
         elif len(row.tokens) >= row.limit:
             row.finish = "length"

@@ -264,10 +264,8 @@ def add_page(app):
         (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
         return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
-    policy = (
-        f"default-src 'none'; script-src {digest('script')}; style-src {digest('style')}; img-src 'self' data:; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
+    policy = f"default-src 'none'; script-src {digest('script')}; style-src {digest('style')}; img-src 'self' data:; "
+    policy += "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
     @app.get("/", include_in_schema=False)

@@ -8,7 +8,7 @@ import uuid
 from collections import defaultdict
 
 from nanochat.inference.answer import Answer
-from nanochat.serve.schemas import check, envelope
+from nanochat.serve.schemas import check
 
 
 class Generation:
@@ -98,20 +98,23 @@ class Completion:
         answers = [answer for generation in self.generations for answer in generation.answers]
         choices = [self._choice(a, a.finish or "length", a.logprobs, **self._content(a)) for a in answers]
         choices = [choice | {"index": i} for i, choice in enumerate(choices)]
-        head = envelope(self.object, self.id, self.worker.model.name)
-        return head | {"choices": choices, "usage": usage(self.generations)}
+        return self._envelope(self.object) | {"choices": choices, "usage": usage(self.generations)}
 
     async def chunks(self):
         """Yield lists of the chunks of a stream, each to be sent without delay."""
         (generation,) = self.generations
         with_usage = self.body.stream_options and self.body.stream_options.include_usage
-        head = envelope(self.chunk_object, self.id, self.worker.model.name) | ({"usage": None} if with_usage else {})
+        head = self._envelope(self.chunk_object) | ({"usage": None} if with_usage else {})
         async with contextlib.aclosing(generation.batches()) as batches:
             async for batch in batches:
-                choices = [choice for answer, deltas in batch.items() for choice in self._chunk_choices(answer, deltas)]
-                yield [head | {"choices": [choice]} for choice in choices]
+                yield [head | {"choices": [c]} for a, new in batch.items() for c in self._chunk_choices(a, new)]
         if with_usage:
             yield [head | {"choices": [], "usage": usage([generation])}]
+
+    def _envelope(self, object):
+        """The first fields of the answer, and of every chunk of a stream."""
+        fields = {"id": self.id, "object": object, "created": int(time.time()), "model": self.worker.model.name}
+        return fields | {"system_fingerprint": "nanochat"}
 
     def _choice(self, answer, finish, logprobs, **content):
         """
@@ -140,7 +143,7 @@ class ChatCompletion(Completion):
         return {"message": {"role": "assistant", "content": answer.text} | steps}
 
     def _chunk_choices(self, answer, deltas):
-        if answer.n_tokens == len(deltas):  # there were no tokens before
+        if len(answer.pieces) == len(deltas):  # there were no tokens before
             yield self._choice(answer, None, [], delta={"role": "assistant", "content": ""})
         for delta in merged(deltas):
             yield self._choice(answer, None, answer.new_logprobs(), delta=delta)
@@ -177,7 +180,7 @@ class TextCompletion(Completion):
 
     def _chunk_choices(self, answer, deltas):
         # If there were no tokens before, the text may begin with an echo.
-        text = answer.text if answer.n_tokens == len(deltas) else "".join(delta.get("content", "") for delta in deltas)
+        text = answer.text if len(answer.pieces) == len(deltas) else "".join(new.get("content", "") for new in deltas)
         if text or answer.finish:
             yield self._choice(answer, answer.finish, answer.new_logprobs(), text=text)
 
@@ -200,10 +203,9 @@ class TextCompletion(Completion):
 def usage(generations):
     """The token counts of a response. A prompt with several answers counts once."""
     n_prompt = sum(len(generation.tokens) for generation in generations)
-    n_cached = sum(generation.n_cached for generation in generations)
-    n_completion = sum(answer.n_tokens for generation in generations for answer in generation.answers)
+    n_completion = sum(len(answer.pieces) for generation in generations for answer in generation.answers)
     counts = {"prompt_tokens": n_prompt, "completion_tokens": n_completion, "total_tokens": n_prompt + n_completion}
-    return counts | {"prompt_tokens_details": {"cached_tokens": n_cached}}
+    return counts | {"prompt_tokens_details": {"cached_tokens": sum(generation.n_cached for generation in generations)}}
 
 
 def merged(deltas):

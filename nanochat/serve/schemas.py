@@ -1,7 +1,6 @@
 """The JSON of OpenAI's API: request bodies with their limits, errors, and the parts of answers."""
 
 import json
-import time
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -39,9 +38,8 @@ def message_text(content):
     if not isinstance(content, list):
         return content
     for i, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        message = f"part {i} has the type {str(kind)[:40]!r}; only parts of the type 'text' are supported"
-        require(kind == "text", message)
+        kind = str(part.get("type") if isinstance(part, dict) else type(part).__name__)
+        require(kind == "text", f"part {i} has the type {kind[:40]!r}; only parts of the type 'text' are supported")
         require(isinstance(part.get("text"), str), f"part {i} has no string 'text'")
     return "\n\n".join(part["text"] for part in content)
 
@@ -82,9 +80,8 @@ class Message(Schema):
     @classmethod
     def fill_content(cls, message):
         """An assistant's content may be null, as the official clients send it."""
-        if isinstance(message, dict) and message.get("role") == "assistant" and message.get("content") is None:
-            message = message | {"content": ""}
-        return message
+        is_null = isinstance(message, dict) and message.get("role") == "assistant" and message.get("content") is None
+        return message | {"content": ""} if is_null else message
 
 
 class StreamOptions(Schema):
@@ -155,12 +152,7 @@ class ApiError(Exception):
         self.body = {"error": error | {"param": None, "code": None} | detail}
 
 
-def check(condition, message, param, **detail):
-    """Raises ApiError with status 400 unless `condition` holds; `param` is the field that is wrong."""
+def check(condition, message, param, status=400, **detail):
+    """Raises ApiError unless `condition` holds; `param` is the field that is wrong."""
     if not condition:
-        raise ApiError(400, message, param=param, **detail)
-
-
-def envelope(object, id, model):
-    """The first fields of every answer and of every chunk of a stream."""
-    return {"id": id, "object": object, "created": int(time.time()), "model": model, "system_fingerprint": "nanochat"}
+        raise ApiError(status, message, param=param, **detail)

@@ -32,8 +32,7 @@ class Service:
     @property
     def status(self):
         """State of the server: "ok" if at least one worker is ready, else "loading" or "dead"."""
-        loading = any(worker.state == "loading" for worker in self.workers)
-        return "ok" if self.ready_workers else "loading" if loading else "dead"
+        return "ok" if self.ready_workers else "loading" if any(w.state == "loading" for w in self.workers) else "dead"
 
     @property
     def free_workers(self):
@@ -53,10 +52,8 @@ class Service:
         worker = min(self.ready_workers, key=lambda w: w.in_flight)
         if worker.in_flight and worker.in_flight + n_answers > self.options.max_rows + self.options.max_queue:
             raise ApiError(429, "too many requests are waiting; try again later")
-        name = worker.model.name
-        if model_name not in (None, name):
-            message = f"no model {model_name[:100]!r} here, only {name}"
-            raise ApiError(404, message, param="model", code="model_not_found")
+        message = f"no model {str(model_name)[:100]!r} here, only {worker.model.name}"
+        check(model_name in (None, worker.model.name), message, "model", status=404, code="model_not_found")
         return worker
 
     def chat_prompt(self, messages, max_tokens):

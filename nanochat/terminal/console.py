@@ -88,9 +88,7 @@ def print_answer(chat, question):
     opening = {"text": "", "python": dim + "[", "python_output": dim + "[= "}
     closing = {"text": "", "python": "]" + reset, "python_output": "]" + reset}
     try:
-        for part, text in chat.ask(question):
-            if not is_terminal and part != "text":
-                continue
+        for part, text in (piece for piece in chat.ask(question) if is_terminal or piece[0] == "text"):
             if text and part != last_part:
                 is_result = (last_part, part) == ("python", "python_output")
                 print(" = " if is_result else closing[last_part] + opening[part], end="")

@@ -47,7 +47,7 @@ class Chat:
         while not row.finish:
             loop.step()
             first_token_seconds = first_token_seconds or time.perf_counter() - start
-            answer.push(row.last_token, finish=row.finish)
+            answer.push(row.tokens[-1], finish=row.finish)
             yield answer.pieces[-1]
         seconds, n_tokens = time.perf_counter() - start, len(row.completion)
         self.usage = {"prompt_tokens": len(request.tokens), "completion_tokens": n_tokens}
