@@ -132,9 +132,7 @@ def main(argv=None):
         lr_mult = args.init_lr_frac * lr_multiplier(step / num_steps, warmdown_ratio=1.0)
         set_schedule(optimizers, lr_mult)
         result = stage.train_step(model, optimizers, batches, skipped_tokens=skipped_tokens)
-        rollouts = [rollout for group in groups for rollout in group]
-        results["reward"] = mean_over_ranks([r.reward for r in rollouts], compute)
-        cut_off = mean_over_ranks([r.cut_off for r in rollouts], compute)
+        results["reward"], cut_off = mean_over_ranks(groups, compute)
         log.end_step(step, result, result.tokens, lr_mult, reward=results["reward"], cut_off=cut_off)
     stage.close(None, log, results=results)
 
