@@ -193,11 +193,10 @@ class StageLog:
 
     def report(self, section, args, facts, **metrics):
         """Write the stage's section of the report: flags, `facts`, speed and memory. `metrics`: see Report.log()."""
-        precision, memory = str(self.compute.dtype).removeprefix("torch."), peak_memory_mib(self.compute)
-        facts |= {"World size": self.compute.world_size, "Precision": precision, "Training loss": self.loss}
-        facts |= {"MFU": f"{self.mfu:.2%}", "Tokens per second": self.tokens_per_second}
+        memory, wall_clock = peak_memory_mib(self.compute), {"wall_clock_seconds": self.wall_clock_seconds}
+        facts |= {"World size": self.compute.world_size, "Precision": str(self.compute.dtype).removeprefix("torch.")}
+        facts |= {"Training loss": self.loss, "MFU": f"{self.mfu:.2%}", "Tokens per second": self.tokens_per_second}
         facts |= {"Training time": f"{self.train_seconds / 60:.2f} minutes", "Peak memory": f"{memory:,.0f} MiB"}
-        wall_clock = {"wall_clock_seconds": self.wall_clock_seconds}
         get_report().log(section, [vars(args), facts | wall_clock], metrics | wall_clock)
 
     def close(self):
