@@ -350,13 +350,9 @@ def fetch(url, path, attempts=5, timeout=30, progress=None, check=lambda draft: 
         require(Path(url).is_file(), f"no file at {url}")
         url = Path(url).absolute().as_uri()
     part = path.with_name(path.name + ".part")
-
-    def attempt():
-        _fetch_part(url, part, timeout, progress)
-        _check_fetched(url, part, check)
-        os.replace(part, path)
-
-    repeat(attempt, url, attempts)
+    repeat(lambda: _fetch_part(url, part, timeout, progress), url, attempts)
+    _check_fetched(url, part, check)
+    os.replace(part, path)
 
 
 def repeat(attempt, url, attempts=5):

@@ -96,7 +96,8 @@ def policy_batches(groups, max_tokens, device):
     return batches, skipped_tokens
 
 
-def mean_over_ranks(values, compute):
-    """Mean of the numbers `values` of all ranks."""
-    total, count = compute.all_reduce(torch.tensor([float(sum(values)), len(values)], device=compute.device))
-    return (total / count).item()
+def mean_over_ranks(groups, compute):
+    """(mean reward, share of the answers that were cut off) of the rollouts of all ranks."""
+    rows = [(rollout.reward, float(rollout.cut_off), 1.0) for group in groups for rollout in group]
+    totals = compute.all_reduce(torch.tensor(rows, device=compute.device).view(-1, 3).sum(0))
+    return (totals[:2] / totals[2]).tolist()

@@ -65,9 +65,8 @@ class StageLog:
         self.last_event, self.evaluation_seconds = 0.0, {}  # of each kind of evaluation, the last one
         threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
         self.peak = peak_flops(compute) * compute.world_size
-        self.file = self.wandb = None
-        if compute.writes and not args.plan:
-            self.file = self._open(base_dir() / "report" / "metrics" / f"{source}.jsonl")
+        path, self.wandb = base_dir() / "report" / "metrics" / f"{source}.jsonl", None
+        self.file = self._open(path) if compute.writes and not args.plan else None
         if compute.rank == 0 and args.run != "dummy":
             import wandb
 
@@ -170,10 +169,10 @@ class StageLog:
         if own_steps in (1, UNTIMED_STEPS):
             self.timed.clear()
         self.timed.update(steps=1, tokens=tokens, seconds=seconds)
-        speed = tokens / seconds
-        values = {"loss": result.loss, "grad_norm": result.grad_norm, "lr_mult": lr_mult, "dt_ms": seconds * 1e3}
-        values |= {"data_ms": self.data_seconds * 1e3, "memory_mib": peak_memory_mib(self.compute)}
-        self.metrics(step, **values, tokens_per_second=speed, **extra)
+        dt_ms, data_ms = seconds * 1e3, self.data_seconds * 1e3
+        values = {"loss": result.loss, "grad_norm": result.grad_norm, "lr_mult": lr_mult, "dt_ms": dt_ms}
+        values |= {"data_ms": data_ms, "memory_mib": peak_memory_mib(self.compute)}
+        self.metrics(step, **values, tokens_per_second=tokens / seconds, **extra)
         progress = (step + 1) / self.num_steps if progress is None else progress
         steps_left = (step + 1) * max(0, 1 / max(progress, 1e-9) - 1)
         seconds_left = steps_left * self.timed["seconds"] / self.timed["steps"]
@@ -188,18 +187,16 @@ class StageLog:
         total = f"/{self.num_steps:05d}" if self.num_steps else ""
         line = f"step {step + 1:05d}{total} ({min(progress, 1):6.1%}) | loss {self.loss:.4f}"
         line += "".join(f" | {name.replace('_', ' ')} {value:.3f}" for name, value in extra.items())
-        line += f" | grad norm {result.grad_norm:.3f} | lr x{lr_mult:.2f}"
-        line += f" | {seconds * 1e3:,.0f} ms ({values['data_ms']:,.0f} for data)"
-        line += f" | {speed:,.0f} tok/s | mfu {self.mfu:.1%} | {values['memory_mib']:,.0f} MiB"
+        line += f" | grad norm {result.grad_norm:.3f} | lr x{lr_mult:.2f} | {dt_ms:,.0f} ms ({data_ms:,.0f} for data)"
+        line += f" | {tokens / seconds:,.0f} tok/s | mfu {self.mfu:.1%} | {values['memory_mib']:,.0f} MiB"
         print0(f"{line} | {format_duration(self.train_seconds)}, {format_duration(seconds_left)} left")
 
     def report(self, section, args, facts, **metrics):
         """Write the stage's section of the report: flags, `facts`, speed and memory. `metrics`: see Report.log()."""
-        precision, memory = str(self.compute.dtype).removeprefix("torch."), peak_memory_mib(self.compute)
-        facts |= {"World size": self.compute.world_size, "Precision": precision, "Training loss": self.loss}
-        facts |= {"MFU": f"{self.mfu:.2%}", "Tokens per second": self.tokens_per_second}
+        memory, wall_clock = peak_memory_mib(self.compute), {"wall_clock_seconds": self.wall_clock_seconds}
+        facts |= {"World size": self.compute.world_size, "Precision": str(self.compute.dtype).removeprefix("torch.")}
+        facts |= {"Training loss": self.loss, "MFU": f"{self.mfu:.2%}", "Tokens per second": self.tokens_per_second}
         facts |= {"Training time": f"{self.train_seconds / 60:.2f} minutes", "Peak memory": f"{memory:,.0f} MiB"}
-        wall_clock = {"wall_clock_seconds": self.wall_clock_seconds}
         get_report().log(section, [vars(args), facts | wall_clock], metrics | wall_clock)
 
     def close(self):

@@ -29,20 +29,14 @@ def build_parser():
     return p
 
 
-def check_flags(args):
-    """Raises UserError for a number out of range, flags that exclude each other, or a missing folder."""
-    n, pass_tokens = args.max_per_task, args.pass_tokens
-    require(n >= 1 or n == -1, f"--max_per_task={n}: expected at least 1, or -1 for all")
+def main(argv=None):
+    args = parse_args(build_parser(), argv)
+    limit, pass_tokens, started = args.max_per_task, args.pass_tokens, time.time()
+    require(limit >= 1 or limit == -1, f"--max_per_task={limit}: expected at least 1, or -1 for all")
     require(pass_tokens is None or pass_tokens >= 1, f"--pass_tokens={pass_tokens}: expected at least 1")
     conflict = args.hf_path is not None and (args.model_tag or args.step is not None or args.quantize)
     require(not conflict, "give either --hf_path or --model_tag, --step and --quantize, not both")
     check_file("--save_samples", args.save_samples)
-
-
-def main(argv=None):
-    args = parse_args(build_parser(), argv)
-    check_flags(args)
-    started = time.time()
     from nanochat.checkpoint_manager import load_model
     from nanochat.core_eval import CoreScore, evaluate_core
     from nanochat.dclm.hf_models import load_hf
@@ -69,7 +63,7 @@ def main(argv=None):
     records, clear_line = {}, erase_line()
     for task in tasks:
         t0 = time.perf_counter()
-        score = evaluate_core(model, tokenizer, compute, args.max_per_task, [task], show_examples, args.pass_tokens)
+        score = evaluate_core(model, tokenizer, compute, limit, [task], show_examples, pass_tokens)
         seconds, n = time.perf_counter() - t0, len(score.records[task.label])
         accuracy, centered = score.accuracies[task.label], score.centered[task.label]
         results = f"accuracy {accuracy:.4f}, centered {centered:.4f} ({n:,} examples, {n / seconds:.1f}/s)"
@@ -79,13 +73,13 @@ def main(argv=None):
 
     # Results
     if args.save_samples and compute.writes:
-        examples = [example for task in tasks for example in task.examples(args.max_per_task)]
+        examples = [example for task in tasks for example in task.examples(limit)]
         lines = [{"task": label, **record} for label in records for record in records[label]]
         write_jsonl(args.save_samples, (a | {"example": b} for a, b in zip(lines, examples, strict=True)))
     if labels:
         return print0(f"mean centered accuracy of these {len(tasks)} tasks: {score.core:.4f} (CORE needs all tasks)")
-    limit = f" on at most {args.max_per_task:,} examples per task" if args.max_per_task > 0 else ""
-    print0(f"CORE{limit}: {score.core:.4f}")
+    scope = f" on at most {limit:,} examples per task" if limit > 0 else ""
+    print0(f"CORE{scope}: {score.core:.4f}")
     if compute.writes:
         csv_path = base_dir() / "base_eval" / f"{name}.csv"
         rows = [[label, f"{x:.6f}", f"{score.centered[label]:.6f}"] for label, x in score.accuracies.items()]

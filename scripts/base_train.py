@@ -97,12 +97,10 @@ def main(argv=None):
     train_groups, val_groups = (dataset.row_groups(split, args.data_dir) for split in ("train", "val"))
     loader = stage.training_loader(ShardSource(train_groups, tokenizer, rows, args.seed), rows)
     val_batches = cache(lambda: stage.validation_batches(ShardSource(val_groups, tokenizer, rows)))  # read when needed
-    core_tasks = None
-    if args.core_metric_every > 0 and corpus == "public":
-        try:
-            core_tasks = load_tasks()  # before training, to report missing data early
-        except UserError as e:
-            raise UserError(f"{e}; or leave CORE out with --core_metric_every=-1") from e
+    try:  # before training, to report missing data early
+        core_tasks = load_tasks() if args.core_metric_every > 0 and corpus == "public" else None
+    except UserError as e:
+        raise UserError(f"{e}; or leave CORE out with --core_metric_every=-1") from e
 
     # Horizon
     total_flops, tokens_per_param = total_tokens * flops_per_token, total_tokens / num_params

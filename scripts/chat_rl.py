@@ -38,16 +38,6 @@ def build_parser():
     return parser
 
 
-def check_flags(args):
-    """Raises UserError for numbers out of range, and for sampling settings that the loss does not support."""
-    for name in "device_batch_size examples_per_step max_new_tokens max_rows eval_examples eval_samples".split():
-        require(getattr(args, name) >= 1, f"--{name}={getattr(args, name)}: expected at least 1")
-    need = "need at least 2 answers, to compare their rewards"
-    require(args.num_samples >= 2, f"--num_samples={args.num_samples}: {need}")
-    distribution = "--temperature other than 1 and --top_k would sample from another distribution than the loss assumes"
-    require(args.temperature == 1 and not args.top_k, f"{distribution}; leave them out")
-
-
 def load_task(name, corpus):
     """(name, training problems, held-out problems). Raises UserError for a task that RL cannot train on."""
     from tasks.mixtures import EVAL_TASKS, find_task
@@ -76,7 +66,12 @@ def problems_of_step(step, per_step, size, seed):
 
 def main(argv=None):
     args = parse_args(build_parser(), argv)
-    check_flags(args)
+    for name in "device_batch_size examples_per_step max_new_tokens max_rows eval_examples eval_samples".split():
+        require(getattr(args, name) >= 1, f"--{name}={getattr(args, name)}: expected at least 1")
+    need = "need at least 2 answers, to compare their rewards"
+    require(args.num_samples >= 2, f"--num_samples={args.num_samples}: {need}")
+    distribution = "--temperature other than 1 and --top_k would sample from another distribution than the loss assumes"
+    require(args.temperature == 1 and not args.top_k, f"{distribution}; leave them out")
     from nanochat.chat_eval import evaluate_task
     from nanochat.checkpoint_manager import load_model, made_from
     from nanochat.rl import make_sampler, mean_over_ranks, policy_batches, roll_out, sync
@@ -137,9 +132,7 @@ def main(argv=None):
         lr_mult = args.init_lr_frac * lr_multiplier(step / num_steps, warmdown_ratio=1.0)
         set_schedule(optimizers, lr_mult)
         result = stage.train_step(model, optimizers, batches, skipped_tokens=skipped_tokens)
-        rollouts = [rollout for group in groups for rollout in group]
-        results["reward"] = mean_over_ranks([r.reward for r in rollouts], compute)
-        cut_off = mean_over_ranks([r.cut_off for r in rollouts], compute)
+        results["reward"], cut_off = mean_over_ranks(groups, compute)
         log.end_step(step, result, result.tokens, lr_mult, reward=results["reward"], cut_off=cut_off)
     stage.close(None, log, results=results)
 
