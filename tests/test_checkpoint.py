@@ -398,7 +398,7 @@ def test_other_shards(trained, capsys):
 @pytest.mark.parametrize("name", ["mid", "sft"])
 def test_another_mixture_is_not_resumed(trained, monkeypatch, name):
     stage(name, "--resume")  # finished already
-    monkeypatch.setitem(mixtures.POCKET_ROWS, mixtures.PocketSums, {"mid": 39, "sft": 19})
+    monkeypatch.setitem(mixtures.POCKET_ROWS, mixtures.pocket.PocketSums, {"mid": 39, "sft": 19})
     with raises_user_error("cannot resume .* other conversations or tasks"):
         stage(name, "--resume")
 

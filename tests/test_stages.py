@@ -66,7 +66,7 @@ def test_from_text_to_chat(base, run_main, capsys):
     for source in ("mid", "sft"):
         run_main("scripts.chat_eval", "-i", source, "-a", "PocketSums|PocketFacts", "-x", 3, "-m", 8)
     output = capsys.readouterr().out
-    assert f"{own}: 3 conversations x 2 of 6" in output and f"{own}: 3 conversations x 1 of 9,803" in output
+    assert f"{own}: 3 conversations x 2 of 6" in output and f"{own}: 3 conversations x 1 of 2,123" in output
     assert "are longer than 32 tokens and are cut" in output
     run_main("scripts.chat_cli", "-p", "Hi", "-m", 8, "-t", 0)
     assert capsys.readouterr().out.startswith("x")  # as in own.jsonl
