@@ -104,14 +104,15 @@ def add_source_flags(parser, checkpoint):
 
 def wandb_run(name):
     """argparse type of --run. Unless the name is "dummy", rank 0 logs in to wandb, so before any work."""
+    if name == "dummy" or not common.is_rank0():
+        return name
     try:
-        if name != "dummy" and common.is_rank0():
-            from unittest import mock
+        from unittest import mock
 
-            import wandb
+        import wandb
 
-            with mock.patch("sys.stdin", io.StringIO()):  # so that wandb does not ask
-                wandb.login(verify=True)
+        with mock.patch("sys.stdin", io.StringIO()):  # so that wandb does not ask
+            wandb.login(verify=True)
     except Exception as e:  # not installed, no login, no connection
         problem = (str(e) or repr(e)).split("\n")[0].rstrip(".")
         raise argparse.ArgumentTypeError(f"{name}: {problem}; or set WANDB_MODE=offline, or leave --run out") from None

@@ -48,7 +48,8 @@ def compute_init(device_type="", dtype="", seed=42, dist_timeout=10.0):
         timeout = datetime.timedelta(minutes=dist_timeout)
         common.choose_interface()
         store, start = join_store(*common.store_address(), rank, world_size, timeout)
-        torch.distributed.init_process_group(backend, None, timeout, world_size, rank, store, device_id=gpu)
+        settings = dict(store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=gpu)
+        torch.distributed.init_process_group(backend, **settings)
         global _monitor
         _monitor = Monitor(store, start, rank, local_rank, world_size, timeout.total_seconds())
         common.writes_files, writers = find_writers(rank)

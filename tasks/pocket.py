@@ -132,7 +132,7 @@ class PocketPeople(Task):
         super().__init__()
         self.items, kind = [], None
         for block in Path(path).read_text(encoding="utf-8").split("\n\n"):
-            lines = [line for line in block.splitlines() if not line.startswith("#")]
+            lines = [line for line in block.splitlines() if line.strip() and line[0] != "#"]
             if lines and lines[0].startswith("== "):
                 kind = lines.pop(0)[3:]
             turns = [{"role": ROLES[line[0]], "content": line[2:]} for line in lines if line[0] in ROLES]

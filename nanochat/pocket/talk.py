@@ -121,8 +121,7 @@ def draw_exchanges(rng, split, world, topics=TOPICS):
     exchanges = []
     while not exchanges:
         topic = rng.choices(list(topics), [TOPICS.get(topic, (1, None))[0] for topic in topics])[0]
-        weight, function = TOPICS.get(topic, (1, None))
-        section = rng.choice(world.groups.get(topic, [topic]))
+        section, (_, function) = rng.choice(world.groups.get(topic, [topic])), TOPICS.get(topic, (1, None))
         exchanges = (function or partial(section_exchange, section=section))(rng, split, world)
     return exchanges
 
