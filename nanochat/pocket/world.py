@@ -199,6 +199,7 @@ class World:
     def expand(self, rng, template, split="train"):
         """`template` with all choices made: a random entry for each <section>, an alternative for each [a|b]."""
         while reference := re.search(r"<([^<>]+)>", template):
+            require(reference[1] in self.sections, f"{_files()}: no section {reference[1]!r}, in {template!r}")
             entry = rng.choice(self.entries_of(reference[1], split))
             template = template[: reference.start()] + entry + template[reference.end() :]
         return choose(rng, template)
