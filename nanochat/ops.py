@@ -34,45 +34,50 @@ def causal_attention(q, k, v):
     """
     Causal attention on a CPU; shapes as in attention(). Blocks of queries skip all later keys.
 
-    In bfloat16 on a Zen 5 it is two to three times as fast as scaled_dot_product_attention, forward and backward.
+    In bfloat16, forward and backward take half to three quarters of the time of scaled_dot_product_attention.
     """
-    groups = q.size(1) // k.size(1)
+    groups, scale = q.size(1) // k.size(1), q.size(-1) ** -0.5
     if groups > 1:
         k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
-    return CausalAttention.apply(q, k, v)
+    rows = (t.flatten(0, 1) for t in (q, k, v))  # contiguous, or else every matrix product would copy them
+    return CausalAttention.apply(scale, *rows).unflatten(0, q.shape[:2])
 
 
 class CausalAttention(torch.autograd.Function):
-    """causal_attention() of q, k, v (B, H, T, D)."""
+    """Causal attention of q, k, v (N, T, D), where N counts the heads of all rows."""
 
     @staticmethod
-    def forward(ctx, q, k, v):
-        T, out, probabilities = q.size(2), torch.empty_like(q), []
-        future = torch.ones(QUERY_BLOCK, QUERY_BLOCK, dtype=torch.bool).triu(1)
-        keys = (k * k.size(-1) ** -0.5).mT
+    def forward(ctx, scale, q, k, v):
+        T, q, out, probabilities = q.size(1), q * scale, [], []
+        future = torch.full((QUERY_BLOCK, QUERY_BLOCK), -torch.inf, dtype=q.dtype).triu(1)
         for start in range(0, T, QUERY_BLOCK):
             end = min(start + QUERY_BLOCK, T)
-            scores = q[:, :, start:end] @ keys[..., :end]
-            scores[..., start:].masked_fill_(future[: end - start, : end - start], -torch.inf)
+            scores = q[:, start:end] @ k[:, :end].mT
+            scores[..., start:] += future[: end - start, : end - start]
             probabilities.append(scores.softmax(-1))
-            out[:, :, start:end] = probabilities[-1] @ v[:, :, :end]
+            out.append(probabilities[-1] @ v[:, :end])
+        ctx.scale = scale
         ctx.save_for_backward(q, k, v, *probabilities)
-        return out
+        return torch.cat(out, dim=1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         q, k, v, *probabilities = ctx.saved_tensors
-        scale, grad_q = q.size(-1) ** -0.5, torch.empty_like(q)
-        grad_k, grad_v = (torch.zeros_like(t, dtype=torch.float32) for t in (k, v))
-        for i, p in enumerate(probabilities):
-            start, end = i * QUERY_BLOCK, p.size(-1)
-            g = grad[:, :, start:end]
-            grad_scores = torch._softmax_backward_data(g @ v[:, :, :end].mT, p, -1, p.dtype)
-            torch.mul(grad_scores @ k[:, :, :end], scale, out=grad_q[:, :, start:end])
-            grad_k[:, :, :end] += grad_scores.mT @ q[:, :, start:end]
-            grad_v[:, :, :end] += p.mT @ g
-        return grad_q, grad_k.mul_(scale).to(k.dtype), grad_v.to(v.dtype)
+        grad, grad_q, grad_k, grad_v = grad.contiguous(), [], None, None
+        for p in reversed(probabilities):  # the last block first, as it has all keys
+            end = p.size(-1)
+            start = end - p.size(-2)
+            g = grad[:, start:end]
+            grad_scores = torch._softmax_backward_data(g @ v[:, :end].mT, p, -1, p.dtype)
+            block_k, block_v = grad_scores.mT @ q[:, start:end], p.mT @ g
+            if grad_k is None:
+                grad_k, grad_v = block_k, block_v
+            else:
+                grad_k[:, :end] += block_k
+                grad_v[:, :end] += block_v
+            grad_q.append(grad_scores @ k[:, :end])
+        return None, torch.cat(grad_q[::-1], dim=1).mul_(ctx.scale), grad_k, grad_v
 
 
 def compiler_problem(device):
