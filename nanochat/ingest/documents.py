@@ -15,6 +15,7 @@ from pathlib import Path
 
 from nanochat.common import UserError, print0, read_errors, require, well_formed
 from nanochat.ingest.columns import open_parquet, to_strings
+from nanochat.ingest.shards import cut
 
 MIN_DOC_CHARS = 400
 DOC_CHARS = 10_000  # text files are split into documents of about this size, the default of tok_train's --doc_cap
@@ -192,12 +193,6 @@ def json_documents(path, column="text"):
 
 
 def text_documents(path, size=DOC_CHARS):
-    """Yield pieces of a text file. Each ends at the first blank line after `size` characters, or after 2 * `size`."""
-    doc, chars = [], 0
-    for _, line in read_lines(path, size):
-        doc.append(line)
-        chars += len(line)
-        if chars >= (2 * size if line.strip() else size):
-            yield "".join(doc)
-            doc, chars = [], 0
-    yield "".join(doc)
+    """Pieces of a text file. Each ends at the first blank line after `size` characters, or after 2 * `size`."""
+    lines = (line for _, line in read_lines(path, size))
+    return map("".join, cut(lines, lambda doc, chars: chars >= (2 * size if doc[-1].strip() else size)))

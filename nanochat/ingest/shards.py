@@ -8,17 +8,22 @@ SHARD_CHARS = 250_000_000  # minimum size of a shard in characters, about 100 MB
 ROW_GROUP = 1024  # documents per row group, the unit of reading
 
 
+def cut(texts, is_full):
+    """Yield lists of consecutive `texts`. A list ends when is_full(list, its characters); the last one has the rest."""
+    part, chars = [], 0
+    for text in texts:
+        part.append(text)
+        chars += len(text)
+        if is_full(part, chars):
+            yield part
+            part, chars = [], 0
+    if part:
+        yield part
+
+
 def cut_shards(documents, shard_chars=SHARD_CHARS):
     """Yield lists of documents: whole row groups with at least `shard_chars` characters; the last list has the rest."""
-    shard, chars = [], 0
-    for text in documents:
-        shard.append(text)
-        chars += len(text)
-        if chars >= shard_chars and len(shard) % ROW_GROUP == 0:
-            yield shard
-            shard, chars = [], 0
-    if shard:
-        yield shard
+    return cut(documents, lambda shard, chars: chars >= shard_chars and len(shard) % ROW_GROUP == 0)
 
 
 def write_shard(path, documents):
