@@ -7,6 +7,7 @@ size or number of processes, up to rounding on a GPU.
 
 import math
 import re
+import statistics
 from dataclasses import dataclass
 
 from nanochat.common import Compute, print0, require, task_errors
@@ -29,7 +30,7 @@ class Score:
     def stderr(self):
         """Standard error of `accuracy`, with the problem as the sampling unit."""
         shares = [sum(r["verdicts"]) / len(r["verdicts"]) for r in self.records]
-        variance = sum((s - self.accuracy) ** 2 for s in shares) / max(1, len(shares) - 1)
+        variance = statistics.variance(shares) if len(shares) > 1 else 0.0
         return math.sqrt(variance / len(shares))
 
     @property
