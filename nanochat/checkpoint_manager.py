@@ -10,10 +10,8 @@ to the newest intact step.
 """
 
 import contextlib
-import functools
 import hashlib
 import json
-import os
 import pickle
 import re
 import shutil
@@ -57,14 +55,6 @@ def lock(folder):
     return lock
 
 
-def _sync(path):
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def save_checkpoint(folder, step, model, optimizers, meta, compute, keep=0):
     """
     Write `folder`/step_<step> and return its path. All ranks call it; each writes its shard of the optimizer state.
@@ -78,15 +68,17 @@ def save_checkpoint(folder, step, model, optimizers, meta, compute, keep=0):
         if compute.writes:
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
-    with _on_all_ranks(compute, draft):
-        writing = {}
+    with _on_all_ranks(compute, draft), ThreadPoolExecutor() as pool:
+        jobs = {}  # the pool syncs each file and computes its fingerprint while the next one is written
         if optimizers:
-            shards = [optimizer.state_shard() for optimizer in optimizers]
-            writing[f"optim_rank{compute.rank}.pt"] = functools.partial(torch.save, shards)
+            path = draft / f"optim_rank{compute.rank}.pt"
+            torch.save([optimizer.state_shard() for optimizer in optimizers], path)
+            jobs[path.name] = pool.submit(common.sync, path), pool.submit(common.file_fingerprint, path)
         if compute.writes:
-            weights = {n: p.detach().cpu().contiguous() for n, p in model.state_dict().items()}
-            writing["model.safetensors"] = functools.partial(save_file, weights)
-        own_files = _write_files(draft, writing)
+            path = draft / "model.safetensors"
+            save_file({n: p.detach().cpu().contiguous() for n, p in model.state_dict().items()}, path)
+            jobs[path.name] = pool.submit(common.sync, path), pool.submit(common.file_fingerprint, path)
+        own_files = {name: [job.result() for job in pair][1] for name, pair in jobs.items()}
     files = {name: fingerprint for part in compute.all_gather(own_files) for name, fingerprint in part.items()}
     with _on_all_ranks(compute, draft):
         if compute.writes:
@@ -99,16 +91,6 @@ def save_checkpoint(folder, step, model, optimizers, meta, compute, keep=0):
             for old in sorted(step_dirs(folder))[:-keep] if keep > 0 else ():
                 shutil.rmtree(folder / f"step_{old:06d}")
     return final
-
-
-def _write_files(folder, writing):
-    """Fingerprints of the files that `writing` ({name: function of a path}) writes, computed while the disk syncs."""
-    with ThreadPoolExecutor() as pool:
-        jobs = {}
-        for name, write in writing.items():
-            write(folder / name)
-            jobs[name] = [pool.submit(job, folder / name) for job in (_sync, common.file_fingerprint)]
-        return {name: [job.result() for job in pair][1] for name, pair in jobs.items()}
 
 
 @contextlib.contextmanager
@@ -129,10 +111,10 @@ def _on_all_ranks(compute, draft):
 def _publish(draft, final):
     """Sync the files of the folder `draft` and rename it to `final`, which it replaces."""
     for path in [*draft.iterdir(), draft]:
-        _sync(path)
+        common.sync(path)
     shutil.rmtree(final, ignore_errors=True)
-    os.replace(draft, final)
-    _sync(final.parent)
+    draft.replace(final)
+    common.sync(final.parent)
 
 
 def update_meta(path, compute, **values):

@@ -295,6 +295,15 @@ def write_errors(path, hint="or set NANOCHAT_BASE_DIR to another folder"):
         raise UserError(f"cannot write {path}: {reason}; {remedy}, {hint}") from e
 
 
+def sync(path):
+    """Wait until a file or folder is on disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 @contextlib.contextmanager
 def atomic_path(path):
     """
@@ -308,8 +317,7 @@ def atomic_path(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield draft
-            with open(draft, "rb+") as f:
-                os.fsync(f.fileno())
+            sync(draft)
             os.replace(draft, path)
         finally:
             draft.unlink(missing_ok=True)
