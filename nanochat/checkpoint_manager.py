@@ -36,8 +36,7 @@ def checkpoint_dir(source, model_tag):
 
 def step_dirs(folder):
     """{step: path} of the complete checkpoints in `folder`."""
-    paths = folder.iterdir() if folder.is_dir() else ()
-    steps = {path: re.fullmatch(r"step_(\d+)", path.name) for path in paths}
+    steps = {path: re.fullmatch(r"step_(\d+)", path.name) for path in folder.glob("step_*")}
     return {int(match[1]): path for path, match in steps.items() if match and path.is_dir()}
 
 
