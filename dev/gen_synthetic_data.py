@@ -23,7 +23,7 @@ from pathlib import Path
 from random import Random
 
 from nanochat.cli import make_parser, parse_args, path, run_script
-from nanochat.common import UserError, atomic_path, base_dir
+from nanochat.common import UserError, base_dir, write_text
 from nanochat.pocket.problems import careless, informal
 from nanochat.pocket.world import fill
 from nanochat.tokenizer import check_conversation
@@ -162,8 +162,7 @@ def main(argv=None):
         sys.stdout.reconfigure(encoding="utf-8")
         sys.stdout.write(text)
     else:
-        with atomic_path(out) as draft:
-            draft.write_text(text, encoding="utf-8")
+        write_text(out, text)
     place = "standard output; --out=FILE writes a file" if out == "-" else out
     print(f"{len(conversations):,} conversations of {persona['name']} -> {place}", file=sys.stderr)
 

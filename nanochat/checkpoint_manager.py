@@ -120,8 +120,7 @@ def update_meta(path, compute, **values):
     """Add `values` to a saved checkpoint's meta.json, e.g. its validation loss."""
     if compute.writes:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-        with common.atomic_path(path / "meta.json") as draft:
-            draft.write_text(_with_digest(meta | values), encoding="utf-8")
+        common.write_text(path / "meta.json", _with_digest(meta | values))
 
 
 def _with_digest(meta):

@@ -337,10 +337,16 @@ def check_file(flag, path):
         require(Path(path).is_file() or not Path(path).exists(), f"{flag}={path} is not an ordinary file")
 
 
+def write_text(path, text):
+    """Write a UTF-8 file atomically; returns its path."""
+    with atomic_path(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+    return path
+
+
 def write_jsonl(path, records):
     """Write `records` as JSON, one per line, atomically."""
-    with atomic_path(path) as draft:
-        draft.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def fetch(url, path, attempts=5, timeout=30, progress=None, check=lambda draft: None):

@@ -18,7 +18,7 @@ import shutil
 from pathlib import Path
 
 from nanochat import cli
-from nanochat.common import UserError, atomic_path, base_dir, file_fingerprint, print0, read_errors, require
+from nanochat.common import UserError, base_dir, file_fingerprint, print0, read_errors, require, write_text
 
 COMMAND = "python -m nanochat.dataset"
 REPEAT_HINT = f"run `{COMMAND}` with the same flags again"
@@ -127,8 +127,7 @@ def _read_manifest(folder):
 
 def _write_manifest(folder, kind, settings, shards, sources=None):
     manifest = {"kind": kind, "settings": settings, "sources": sources or {}, "shards": dict(sorted(shards.items()))}
-    with atomic_path(folder / "manifest.json") as draft:
-        draft.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
 
 def _incomplete(folder, names, shards):

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from nanochat.cli import make_parser, parse_args, run_script
-from nanochat.common import atomic_path, base_dir, format_duration, is_writer, print0
+from nanochat.common import base_dir, format_duration, is_writer, print0, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = ("Tokenizer training", "Tokenizer evaluation", "Base model training", "Base model loss")
@@ -73,17 +73,17 @@ class Report:
         values = {key: value for item in items if isinstance(item, dict) for key, value in item.items()}
         blocks = [item if isinstance(item, str) else _listing(item) for item in items]
         title = f"## {section}\ntimestamp: {_timestamp(now)}"
-        self._write(f"{slug(section)}.md", "\n\n".join([title, *blocks]) + "\n")
+        write_text(self.folder / f"{slug(section)}.md", "\n\n".join([title, *blocks]) + "\n")
         record = {"section": section, "time": now, "values": values, "metrics": metrics}
-        self._write(f"{slug(section)}.json", json.dumps(record, indent=1, default=str) + "\n")
+        write_text(self.folder / f"{slug(section)}.json", json.dumps(record, indent=1, default=str) + "\n")
 
     def reset(self):
         """Delete all sections but keep metrics/, and record the machine and the time."""
         for path in [path for kind in ("md", "json") for path in self.folder.glob(f"*.{kind}")]:
             path.unlink()
         started, gpus = time.time(), gpu_list()
-        self._write("header.md", header(gpus, f"Run started: {_timestamp(started)}"))
-        self._write("header.json", json.dumps({"started": started, "hourly": hourly_rate(gpus)}) + "\n")
+        write_text(self.folder / "header.md", header(gpus, f"Run started: {_timestamp(started)}"))
+        write_text(self.folder / "header.json", json.dumps({"started": started, "hourly": hourly_rate(gpus)}) + "\n")
 
     def generate(self):
         """Combine all logged sections into report.md, which also lists the missing ones. Returns its path."""
@@ -97,12 +97,7 @@ class Report:
         parts.append(summary(logged, names, _json_dict(_read_text(self.folder / "header.json"))))
         if missing := [name for name in SECTIONS if name not in logged and name not in OPTIONAL_SECTIONS]:
             parts.append(f"Not run, or not logged: {', '.join(missing)}.\n")
-        return self._write("report.md", "\n".join(parts))
-
-    def _write(self, name, text):
-        with atomic_path(self.folder / name) as draft:
-            draft.write_text(text, encoding="utf-8")
-        return self.folder / name
+        return write_text(self.folder / "report.md", "\n".join(parts))
 
     def _curves(self, section):
         """The curves of a section's metrics file, "" if it has none."""
