@@ -120,7 +120,6 @@ class Compute:
     # Dtype of activations and matmuls; master weights are float32.
     dtype: "torch.dtype"  # noqa: F821
     rank: int = 0
-    local_rank: int = 0
     world_size: int = 1
     group: object = None  # process group of the collectives; None = the default one
     writers: object = None  # process group of the writers (see cluster.py) if there are several, else None

@@ -37,7 +37,7 @@ def few_shuffled_rows(monkeypatch):
 
 
 def cpu(rank, world_size):
-    return dataclasses.replace(CPU, rank=rank, local_rank=rank, world_size=world_size)
+    return dataclasses.replace(CPU, rank=rank, world_size=world_size)
 
 
 def take_batches(n, packing="stream", rank=0, world_size=1, device_batch_size=1, states=None, source=None):
