@@ -197,8 +197,7 @@ def write_set(folder, kind, settings, documents, overwrite=False, shard_chars=No
     shards = _existing_shards(folder, kind, settings, overwrite, sources)
     if shards and not _incomplete(folder, shards, shards):
         return print0(f"{folder} already holds {kind}: {len(shards)} shards")
-    draft = folder / ".draft"
-    shutil.rmtree(draft, ignore_errors=True)  # of a killed process
+    draft = folder / ".draft"  # may hold files of a killed process, which are overwritten or deleted
     try:
         shards = write_shards(draft, documents, settings["seed"], shard_chars or SHARD_CHARS)
         _start_set(folder, kind, settings)
