@@ -157,8 +157,7 @@ def gpu_list():
 
 def hourly_rate(gpus):
     """Rent of these GPUs in dollars per hour; None without a GPU."""
-    rates = [next((rate for key, rate in HOURLY_RATES.items() if key in name), 2.00) for name, _ in gpus]
-    return sum(rates) if rates else None
+    return sum(next((rate for key, rate in HOURLY_RATES.items() if key in name), 2.00) for name, _ in gpus) or None
 
 
 def _git(*args):
