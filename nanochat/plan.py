@@ -182,7 +182,7 @@ class Plan:
 
     def _horizon(self, log, loader):
         """(steps, tokens) of the run. Reads the rest of the loader's batches if only they tell."""
-        args, steps, device = self.wanted, self.num_steps, self.compute.device
+        args, steps = self.wanted, self.num_steps
         if hasattr(args, "total_batch_size") and steps > 0:
             return steps, steps * args.total_batch_size
         if not loader:  # RL: answers yet to be sampled
@@ -190,10 +190,9 @@ class Plan:
         show = tracking.progress_printer("steps")
         while len(self.step_tokens) < steps if steps > 0 else self.progress < 1:
             batch = next(loader)
-            progress = self.compute.all_reduce(torch.tensor([batch.progress], device=device)).item()
-            self._count(batch.micro_batches, progress / self.compute.world_size)
+            self._count(batch.micro_batches, statistics.mean(self.compute.all_gather(batch.progress)))
             show("reading the batches of the run", len(self.step_tokens), steps if steps > 0 else None)
-        tokens = self.compute.all_reduce(torch.tensor(sum(self.step_tokens), device=device)).item()
+        tokens = sum(self.compute.all_gather(sum(self.step_tokens)))
         return len(self.step_tokens), getattr(args, "total_batch_size", 0) * len(self.step_tokens) or tokens
 
     def _here(self, log, steps):
