@@ -254,12 +254,7 @@ def download(folder, num_files=-1, num_workers=4, overwrite=False):
     for name in shards.keys() & names:
         # The file has another size than the manifest lists. An unlisted file stays: fetch_shards() checks it.
         (folder / name).unlink(missing_ok=True)
-
-    def manifest_entry(path):
-        _open(path)
-        return file_fingerprint(path)
-
-    shards |= fetch_shards(folder, names, manifest_entry, num_workers)
+    shards |= fetch_shards(folder, names, _open, num_workers)
     _write_manifest(folder, PUBLIC, settings, shards)
 
 

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 
-from nanochat.common import UserError, fetch, mirror_url, print0, repeat, require
+from nanochat.common import UserError, fetch, file_fingerprint, mirror_url, print0, repeat, require
 from nanochat.tracking import progress_printer
 
 PUBLIC = "karpathy/fineweb-edu-100b-shuffle"
@@ -30,10 +30,10 @@ def find_last_shard():
 
 def fetch_shards(folder, names, check, num_workers=4):
     """
-    Download shards to `folder` in parallel; returns {name: check(path)}.
+    Download shards to `folder` in parallel; returns {name: manifest entry {"bytes", "sha256"}}.
 
-    `check` raises UserError for a damaged file. Complete files of an earlier attempt are kept and partial ones resumed.
-    Raises UserError with the names of the shards that are still missing.
+    `check(path)` raises UserError for a damaged file. Complete files of an earlier attempt are kept and partial ones
+    resumed. Raises UserError with the names of the shards that are still missing.
     """
     print0(f"downloading {len(names)} shards to {folder}")
     checked, failed, show_progress = {}, [], progress_printer("MB")
@@ -66,12 +66,13 @@ def fetch_shards(folder, names, check, num_workers=4):
 
 
 def _fetch_shard(path, check, progress):
-    """Download the shard `path` unless it exists; returns check(path). A damaged file is downloaded again, once."""
+    """Download the shard `path` unless it exists; returns its entry. A damaged file is downloaded again, once."""
     for _ in range(2):  # a resumed download is damaged if its beginning came from another host
         if not path.exists():
             fetch(_url(path.name), path, progress=progress)
         try:
-            return check(path)
+            check(path)
+            return file_fingerprint(path)
         except UserError as e:
             error = e
             path.unlink()
