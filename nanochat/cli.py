@@ -130,6 +130,7 @@ def non_negative(text, lowest=0, highest=sys.float_info.max, expected="at least 
 # More argparse types
 share = functools.partial(non_negative, highest=1, expected="a share, 0 to 1")
 decay_rate = functools.partial(non_negative, highest=1 - 1e-6, expected="at least 0 and below 1")
+path = os.path.expanduser  # a file or folder: the shell leaves "~" as it is in --flag=~/x
 positive = functools.partial(non_negative, lowest=1e-9, expected="more than 0")
 
 
@@ -142,11 +143,6 @@ def boolean(text):
 
 
 FLAG = dict(type=boolean, nargs="?", const=True, default=False)
-
-
-def path(text):
-    """argparse type of a file or folder: expands "~", which the shell leaves as it is in --flag=~/x."""
-    return os.path.expanduser(text)
 
 
 def parse_args(parser, argv=None):
