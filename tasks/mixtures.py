@@ -22,11 +22,10 @@ from tasks.spellingbee import PocketLetters, SimpleSpelling, SpellingBee
 RL_PROBLEMS = 1600  # training problems of a generated task in reinforcement learning
 
 # Rows in midtraining and in SFT; in total about 7 and 0.2 million tokens with the pocket tier's tokenizer. Tokens per
-# row, in this order: 120, 320, 65, 75, 45, 125, 65.
-POCKET_ROWS = {pocket.PocketChat: {"mid": 26000, "sft": 800}, pocket.PocketStories: {"mid": 1400, "sft": 60}}
-POCKET_ROWS |= {pocket.PocketFacts: {"mid": 14000, "sft": 500}, pocket.PocketSums: {"mid": 22000, "sft": 500}}
-POCKET_ROWS |= {pocket.PocketIdentity: {"mid": 3000, "sft": 60}, SpellingBee: {"mid": 3500, "sft": 100}}
-POCKET_ROWS |= {PocketLetters: {"mid": 5000, "sft": 100}}
+# row, in this order: 120, 320, 65, 75, 45, 55.
+POCKET_ROWS = {pocket.PocketChat: {"mid": 26000, "sft": 800}, pocket.PocketStories: {"mid": 1600, "sft": 60}}
+POCKET_ROWS |= {pocket.PocketFacts: {"mid": 14000, "sft": 500}, pocket.PocketSums: {"mid": 24000, "sft": 500}}
+POCKET_ROWS |= {pocket.PocketIdentity: {"mid": 3000, "sft": 60}, PocketLetters: {"mid": 8500, "sft": 200}}
 
 
 def identity_conversations(public=True):
@@ -54,7 +53,7 @@ def pocket_mixture(stage, split, seed, divisor=1):
     persona = identity_conversations(public=False)
     if persona:
         sizes[pocket.WorldChat], rows = sizes.pop(pocket.PocketChat), 2 * sizes.pop(pocket.PocketIdentity)
-    tasks = [task(split=split, size=size, seed=seed, corpus="pocket") for task, size in sizes.items()]
+    tasks = [task(split=split, size=size, seed=seed) for task, size in sizes.items()]
     if persona and split == "train":
         print0(f"{persona.path}: {len(persona):,} conversations replace those about nanochat")
         tasks += weighted(persona, max(1, rows / len(persona)))

@@ -374,7 +374,7 @@ GENERATED = {
     "stories": PocketStories,
     "identity": PocketIdentity,
     "chat": PocketChat,
-    "letters": lambda split, size, seed=0: PocketLetters(size, split, "pocket", seed),
+    "letters": PocketLetters,
     "bee": lambda split, size, seed=0: SpellingBee(size, split, "pocket", seed),
     "spelling": lambda split, size, seed=0: SimpleSpelling(size, split, "pocket", seed),
 }
@@ -459,22 +459,24 @@ def test_stories_must_have_the_requested_characters():
 
 def test_answers_about_letters_agree_with_the_word():
     kinds = set()
-    for conversation in PocketLetters(600, "train", "pocket"):
+    for conversation in PocketLetters("train", 600):
         text = as_text(conversation)
-        word, _, spelled = re.search(r"^(\w+)(:)([\w,]+)", text, re.M).groups()
+        word, spelled = re.search(r"^The word ['\"]?(\w+)['\"]? is spelled ([\w,]+)\.", text).groups()
         assert spelled == ",".join(word)
-        if match := re.search(r"The (first|last) letter is (\w)", text):
+        if match := re.search(r"The (first|last) letter is (\w)\.$", text):
             assert match[2] == word[0 if match[1] == "first" else -1]
-        elif match := re.search(r"Letter number (\d) is (\w)", text):
-            assert match[2] == word[int(match[1]) - 1]
-        elif match := re.search(r"makes (\d+) letters", text):
-            assert int(match[1]) == len(word) and f"#### {match[1]}" in text
-        elif match := re.search(r"Is (\w) one of them\? The answer is (yes|no)", text):
-            assert (match[2] == "yes") == (match[1] in word)
-        elif match := re.search(r"backward:([\w,]+)", text):
+        elif match := re.search(r"(\d):(\w)\nLetter number (\d) is (\w)\.$", text):
+            assert match[1] == match[3] and match[2] == match[4] == word[int(match[1]) - 1]
+        elif match := re.search(r"(\d+):\w\nThat makes (\d+) letters\.$", text):
+            assert match[1] == match[2] == str(len(word))
+        elif match := re.search(r"Number of (\w):.*?(\d)(?:\n#### (\d)|, so (yes|no)\.)$", text):
+            assert int(match[2]) == word.count(match[1]) and match[3] in (None, match[2])
+            assert match[4] in (None, "yes" if match[1] in word else "no")
+        elif match := re.search(r"Backwards it is ([\w,]+)\.$", text):
             assert match[1] == ",".join(word[::-1])
-        kinds.add(match[0].split()[0] if match else "")
-        assert PocketLetters(1, corpus="pocket").evaluate(conversation, text)
+        kinds.add(match.re.pattern + str(match[0][-4:-1] if match[0].endswith("no.") else "") if match else "")
+        assert PocketLetters("train", 1).evaluate(conversation, text)
+        assert not PocketLetters("train", 1).evaluate(conversation, text[:-2])
     assert len(kinds) >= 6
 
 

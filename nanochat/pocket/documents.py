@@ -109,18 +109,19 @@ def _spelling(rng, split, world):
 
 
 def _echoes(rng, split, world):
-    """Lists of random words that are repeated: teaches a small model to copy from its context."""
+    """Lists of random words or numbers that are repeated: teaches a small model to copy from its context."""
     for _ in range(rng.randint(3, 6)):
         a, b = rng.sample(world.characters, 2)
-        words = rng.choice((" ", ", ")).join(rng.sample(world.words, rng.randint(2, 8)))
-        yield world.random_line(rng, "echo", a=a, b=b, s=words)
+        pool = rng.choice((world.words, world.words, range(2, 10000)))
+        items = rng.choice((" ", ", ")).join(map(str, rng.sample(pool, rng.randint(2, 8))))
+        yield world.random_line(rng, "echo", a=a, b=b, s=items)
 
 
 def _lookups(rng, split, world):
     """Random facts and questions about them: teaches a small model to look up answers in its context."""
     key_pool, value_pool, row, question = rng.choice(world.table("lookup"))
     n = rng.randint(4, 8)
-    pools = {"names": world.characters, "words": world.words, "numbers": range(2, 1000)}
+    pools = {"names": world.characters, "words": world.words, "numbers": range(2, 10000)}
     facts = list(zip(rng.sample(pools[key_pool], n), rng.sample(pools[value_pool], n), strict=True))
     yield from (row.format(k=k, v=v) for k, v in facts)
     for _ in range(rng.randint(4, 10)):
@@ -130,7 +131,7 @@ def _lookups(rng, split, world):
 
 # Generator of a kind of document -> share of the documents in percent.
 WEIGHTS = {_story: 16, _characters: 8, _place: 4, _cards: 2, _statements: 11, _dialogue: 4, _letter: 2, _facts: 15}
-WEIGHTS |= {_questions: 13, _arithmetic: 8, _spelling: 5, _echoes: 5, _lookups: 7}
+WEIGHTS |= {_questions: 13, _arithmetic: 8, _spelling: 5, _echoes: 7, _lookups: 7}
 
 
 HELD_OUT = (_story, _facts, _questions, _arithmetic, _spelling)  # whose content depends on the split

@@ -157,7 +157,7 @@ def sum_template(rng, world):
 def draw_numbers(rng, steps, hard):
     """({variable: number}, [(left, operator, right, result)]) of a problem; None if a result is no integer above 0."""
     # Hard problems include small numbers: training on large numbers only would hurt accuracy on small ones.
-    top = rng.choice((99, 999, 9999, 9999) if hard else (9, 20, 99, 999))
+    top = rng.choice((99, 999, 9999, 9999) if hard else (9, 20, 20, 99, 99, 99, 999, 999, 9999))
     factor, small = (min(top, 999), 99) if hard else (min(top, 99), 12)
     formula, numbers, results = " ".join(steps), {}, []
     for variable in "xyzw":
@@ -185,7 +185,7 @@ def arithmetic_problem(rng, split, world, hard=False):
     (question, answer) of an arithmetic problem of one to three steps whose numbers and wording belong to `split`.
 
     The answer is in GSM8K's format: <<34+12=46>>46 is a calculator call, the last line is `#### 46`. Operands are at
-    most 999, in hard problems 9999.
+    most 9999, but above 999 in few problems that are not `hard`.
     """
     question = None
     while not question:
@@ -217,10 +217,10 @@ def comparison(rng, split, world):
     return [(question, reply)] if question else []
 
 
-def letter_problem(rng, split, words):
-    """A random (word, letter) pair of `split`. In at least 90 % of the draws the word contains the letter."""
+def letter_problem(rng, split, words, absent=0.1):
+    """A random (word, letter) pair of `split`. With the probability 1 - `absent` the word contains the letter."""
     while True:
         word = rng.choice(words)
-        letter = rng.choice(word if rng.random() < 0.9 else "abcdefghijklmnopqrstuvwxyz")
+        letter = rng.choice(word if rng.random() > absent else "abcdefghijklmnopqrstuvwxyz")
         if split_of("letter", word, letter) == split:
             return word, letter
