@@ -86,7 +86,7 @@ def chained_model(tokenizer, sequence_len):
         head[list(only_in_chains)] = 0
         for channel, (token, following) in enumerate(pair for c in chains for pair in zip(c, c[1:], strict=False)):
             wte[token, channel] = 30
-            head[following, channel] = 10
+            head[following, channel] = 20
     return model.eval()
 
 
