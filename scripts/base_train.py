@@ -19,6 +19,7 @@ def build_parser():
     add_run_flags(parser, device_batch_size=32, recipe="tuned")
     add = parser.add_argument
     add("--depth", type=int, default=20, help="number of layers; the width is 64 times this")
+    add("--induction", **FLAG, help="start with heads that copy what followed the last occurrence of a token")
     add("--max_seq_len", type=int, default=2048, help="context length in tokens")
     add("--num_iterations", type=int, default=-1, help="optimizer steps; -1 = from a --target_* flag")
     add("--target_flops", type=float, default=-1.0, help="total training FLOPs; -1 = from --target_param_data_ratio")
@@ -83,6 +84,8 @@ def main(argv=None):
     if stage.finished:
         return
     model.init_weights(compute.device)
+    if args.induction:
+        model.init_induction()
     model.grad_checkpoint = args.grad_checkpoint
     print0(f"{config}: {num_params:,} parameters, {flops_per_token:.4e} FLOPs per token")
     print0(f"device {compute.device}, {str(compute.dtype).removeprefix('torch.')}, {compute.world_size} process(es)")

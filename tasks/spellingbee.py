@@ -93,7 +93,7 @@ class PocketLetters(GeneratedTask):
             question = ask(rng, self.split, world, rng.choice(templates), k=ordinal, **slots)
         # The answer repeats the word as the question writes it, because a small model learns exact copies first.
         slots |= dict(l=letter, k=k, letter=word[k - 1], first=word[0], last=word[-1], length=len(word))
-        slots |= dict(commas=",".join(word), backward=",".join(word[::-1]), yes="yes" if letter in word else "no")
+        slots |= dict(spaced=" ".join(word), backward=" ".join(word[::-1]), yes="yes" if letter in word else "no")
         lines = [f"{i}:{c}" for i, c in enumerate(word, 1)]
         slots |= dict(count=word.count(letter), lines="\n".join(lines), until="\n".join(lines[:k]))
         reply = answer.format(**slots)

@@ -84,6 +84,26 @@ def test_new_model_predicts_all_tokens_with_equal_probability():
     assert abs(fc.std().item() * 128**0.5 - 1) < 0.05
 
 
+def test_induction_heads_copy_repeated_random_tokens():
+    torch.manual_seed(0)
+    model, plain = (GPT(GPTConfig.from_depth(4, 512, 1024)) for _ in range(2))
+    for m in (model, plain):
+        m.init_weights("cpu")
+    model.init_induction()
+    half = torch.randint(0, 1024, (8, 50))
+    idx = torch.cat((half, half), dim=1)
+    with torch.no_grad():
+        hits = [(m(idx[:, :-1]).argmax(-1) == idx[:, 1:])[:, 50:].float().mean() for m in (model, plain)]
+    assert hits[0] > 0.5 and hits[1] < 0.1, hits
+
+
+def test_induction_needs_two_layers():
+    model = GPT(GPTConfig.from_depth(1, 16, 300))
+    model.init_weights("cpu")
+    with pytest.raises(UserError, match="--depth=2"):
+        model.init_induction()
+
+
 @pytest.mark.parametrize(("depth", "vocab", "params"), [(20, 65536, 560_988_160), (32, 65536, 1_879_048_192)])
 def test_parameter_counts_of_the_recipe(depth, vocab, params):
     model = GPT(GPTConfig.from_depth(depth, 2048, vocab))

@@ -461,8 +461,9 @@ def test_answers_about_letters_agree_with_the_word():
     kinds = set()
     for conversation in PocketLetters("train", 600):
         text = as_text(conversation)
-        word, spelled = re.search(r"^The word ['\"]?(\w+)['\"]? is spelled ([\w,]+)\.", text).groups()
-        assert spelled == ",".join(word)
+        spelling = re.search(r"(?:The word|I spell|To read) ['\"]?(\w+)['\"]?.*?(?: is spelled|:) (\w(?: \w)*)\.", text)
+        word, spelled = spelling.groups()
+        assert spelled == " ".join(word)
         if match := re.search(r"The (first|last) letter is (\w)\.$", text):
             assert match[2] == word[0 if match[1] == "first" else -1]
         elif match := re.search(r"(\d):(\w)\nLetter number (\d) is (\w)\.$", text):
@@ -472,8 +473,8 @@ def test_answers_about_letters_agree_with_the_word():
         elif match := re.search(r"Number of (\w):.*?(\d)(?:\n#### (\d)|, so (yes|no)\.)$", text):
             assert int(match[2]) == word.count(match[1]) and match[3] in (None, match[2])
             assert match[4] in (None, "yes" if match[1] in word else "no")
-        elif match := re.search(r"Backwards it is ([\w,]+)\.$", text):
-            assert match[1] == ",".join(word[::-1])
+        elif match := re.search(r"Backwards it is ([\w ]+)\.$", text):
+            assert match[1] == " ".join(word[::-1])
         kinds.add(match.re.pattern + str(match[0][-4:-1] if match[0].endswith("no.") else "") if match else "")
         assert PocketLetters("train", 1).evaluate(conversation, text)
         assert not PocketLetters("train", 1).evaluate(conversation, text[:-2])

@@ -104,7 +104,7 @@ def _spelling(rng, split, world):
         word, letter = letter_problem(rng, split, world.words)
         count = word.count(letter)
         frequency = ("does not appear", "appears once")[count] if count < 2 else f"appears {count} times"
-        slots = dict(w=word, l=letter, often=frequency, dashes="-".join(word), commas=",".join(word))
+        slots = dict(w=word, l=letter, often=frequency, dashes="-".join(word), spaced=" ".join(word))
         yield world.random_line(rng, "spelling", **slots)
 
 
@@ -113,7 +113,7 @@ def _echoes(rng, split, world):
     for _ in range(rng.randint(3, 6)):
         a, b = rng.sample(world.characters, 2)
         pool = rng.choice((world.words, world.words, range(2, 10000)))
-        items = rng.choice((" ", ", ")).join(map(str, rng.sample(pool, rng.randint(3, 12))))
+        items = rng.choice((" ", ", ")).join(map(str, rng.sample(pool, rng.randint(3, 9))))
         yield world.random_line(rng, "echo", a=a, b=b, s=items)
 
 
@@ -130,8 +130,8 @@ def _lookups(rng, split, world):
 
 
 # Generator of a kind of document -> share of the documents in percent.
-WEIGHTS = {_story: 12, _characters: 8, _place: 4, _cards: 2, _statements: 11, _dialogue: 4, _letter: 2, _facts: 15}
-WEIGHTS |= {_questions: 13, _arithmetic: 8, _spelling: 5, _echoes: 16, _lookups: 12}
+WEIGHTS = {_story: 18, _characters: 9, _place: 4, _cards: 2, _statements: 12, _dialogue: 4, _letter: 2, _facts: 17}
+WEIGHTS |= {_questions: 15, _arithmetic: 8, _spelling: 7, _echoes: 3, _lookups: 4}
 
 
 HELD_OUT = (_story, _facts, _questions, _arithmetic, _spelling)  # whose content depends on the split

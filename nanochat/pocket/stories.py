@@ -45,7 +45,7 @@ def story(rng, split, world, title=False, foreign=0.0):
         if fits and split_of("story", plot[0], a, b, p) == split:
             break
     a = hero(rng, split, world) if rng.random() < foreign else a
-    details = rng.sample(world.lines("opening more"), rng.randint(0, 2))
+    details = rng.sample(world.lines("opening more"), rng.randint(0, 1))  # of two, a small model repeats the first
     opening = " ".join([rng.choice(world.lines("opening")), *details])
     sections = rng.choice((("ending",), ("closing",), ("ending", "closing")))
     ending = " ".join(rng.choice(world.lines(section)) for section in sections)

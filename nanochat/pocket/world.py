@@ -159,6 +159,7 @@ class World:
         self.values["resident"] = sorted(characters)
         rows = " ".join(self.lines("characters") + self.lines("places"))
         self.words = sorted({*self.words_in("words"), *re.findall(r"(?<![A-Za-z])[a-z]{3,}", rows)})
+        self.sections["word"] = [[" | ".join(self.words)]]
 
     def entries(self, section, kind):
         """{name: Character or Place} of the rows of a section."""
