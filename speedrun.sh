@@ -25,12 +25,12 @@ pocket() {
     tag=d4
     stage "report: machine and time" 5 report/header.md "" python -m nanochat.report reset
     stage "corpus: pocket world" 10 base_data $world python -m nanochat.dataset --pocket --chars=14000000
-    # With a small vocabulary, words consist of a few common tokens, which the model soon learns to copy.
-    stage "tokenizer" 10 tokenizer base_data python -m scripts.tok_train --vocab_size=1024
+    stage "tokenizer" 10 tokenizer base_data python -m scripts.tok_train --vocab_size=2048
     stage "tokenizer evaluation" 5 report/tokenizer-evaluation.md "tokenizer base_data" python -m scripts.tok_eval
     stage "base pretraining" 190 base_checkpoints/d4 "tokenizer base_data" python -m scripts.base_train "$run" \
-        --resume=1 --recipe=tuned --depth=4 --induction=1 $size --total_batch_size=8192 --num_iterations=420 --eval_every=200 \
-        --core_metric_every=-1 --sample_every=-1
+        --resume=1 --recipe=tuned --embedding_lr=0.6 --unembedding_lr=0.008 --matrix_lr=0.04 --induction=1 \
+        --depth=4 $size --total_batch_size=8192 --num_iterations=400 --eval_every=200 --core_metric_every=-1 \
+        --sample_every=-1
     stage "base loss" 10 report/base-model-loss.md "base_checkpoints/d4 tokenizer base_data" \
         python -m scripts.base_loss -g d4 --device_batch_size=32 --split_tokens=131072
     stage "midtraining" 390 mid_checkpoints/d4 "base_checkpoints/d4 tokenizer $mixture" \

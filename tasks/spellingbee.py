@@ -86,6 +86,7 @@ class PocketLetters(GeneratedTask):
         world, question = load_world(), None
         while not question:
             answer, *templates = rng.choice(_sections()["letters"])
+            templates += question_templates("count", "pocket") if "####" in answer else []
             word, letter = letter_problem(rng, self.split, world.words, absent=0.5 if "{yes}" in answer else 0.1)
             k = rng.randint(1, min(8, len(word)))
             quote, ordinal = rng.choice(("", "", "'", '"')), rng.choice(ORDINALS[k - 1])

@@ -5,8 +5,9 @@ Compare recipes: final validation bits per byte (bpb) of base models, and the st
     python -m dev.bench.bench_recipe --hub=<URL or folder> --base=<folder> --shapes=4x200 --seeds=1
 
 A shape is depth x steps, of 4,096 tokens with a context of 256. Every recipe is trained with each seed; "80 %" is the
-tuned recipe with four fifths of the steps, and saves at least a fifth if it ends no higher than the reference. All
-outputs go to --base; the same command continues there after an interruption.
+tuned recipe with four fifths of the steps, and saves at least a fifth if it ends no higher than the reference;
+"induction" is the tuned recipe with --induction. All outputs go to --base; the same command continues there after an
+interruption.
 """
 
 import os
@@ -46,10 +47,10 @@ def main(argv=None):
         if code := subprocess.run([sys.executable, "-m", *command], env=env).returncode:
             sys.exit(code)  # the command has said why
 
-    def final_bpb(recipe, depth, steps, seed):
-        tag = f"{recipe}_d{depth}_{steps}_{seed}"
+    def final_bpb(recipe, depth, steps, seed, *flags):
+        tag = f"{recipe}{''.join(flags)}_d{depth}_{steps}_{seed}"
         size = f"--depth={depth}", f"--num_iterations={steps}", f"--seed={seed}", f"--model_tag={tag}"
-        run("scripts.base_train", *FLAGS, *size, f"--recipe={recipe}", f"--dtype={args.dtype}")
+        run("scripts.base_train", *FLAGS, *size, f"--recipe={recipe}", f"--dtype={args.dtype}", *flags)
         return find_checkpoint(Path(args.base) / "base_checkpoints" / tag)[1]["val_bpb"]
 
     run("nanochat.dataset", "-n", "4")
@@ -57,8 +58,10 @@ def main(argv=None):
         run("scripts.tok_train", "--vocab_size=8192")
     rows = []
     for depth, steps in shapes:
-        kinds = ("reference", "reference", steps), ("tuned", "tuned", steps), ("80 %", "tuned", steps * 4 // 5)
-        bpb = {name: [final_bpb(recipe, depth, n, seed) for seed in range(args.seeds)] for name, recipe, n in kinds}
+        kinds = {"reference": ("reference", steps), "tuned": ("tuned", steps), "80 %": ("tuned", steps * 4 // 5)}
+        kinds["induction"] = "tuned", steps, "--induction=1"
+        seeds = range(args.seeds)
+        bpb = {name: [final_bpb(kind[0], depth, kind[1], s, *kind[2:]) for s in seeds] for name, kind in kinds.items()}
         reference = statistics.mean(bpb["reference"])
         for name, values in bpb.items():
             mean, spread = statistics.mean(values), max(values) - min(values)

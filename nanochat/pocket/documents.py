@@ -108,30 +108,9 @@ def _spelling(rng, split, world):
         yield world.random_line(rng, "spelling", **slots)
 
 
-def _echoes(rng, split, world):
-    """Lists of random words or numbers that are repeated: teaches a small model to copy from its context."""
-    for _ in range(rng.randint(3, 6)):
-        a, b = rng.sample(world.characters, 2)
-        pool = rng.choice((world.words, world.words, range(2, 10000)))
-        items = rng.choice((" ", ", ")).join(map(str, rng.sample(pool, rng.randint(3, 9))))
-        yield world.random_line(rng, "echo", a=a, b=b, s=items)
-
-
-def _lookups(rng, split, world):
-    """Random facts and questions about them: teaches a small model to look up answers in its context."""
-    key_pool, value_pool, row, question = rng.choice(world.table("lookup"))
-    n = rng.randint(4, 8)
-    pools = {"names": world.characters, "words": world.words, "numbers": range(2, 10000)}
-    facts = list(zip(rng.sample(pools[key_pool], n), rng.sample(pools[value_pool], n), strict=True))
-    yield from (row.format(k=k, v=v) for k, v in facts)
-    for _ in range(rng.randint(4, 10)):
-        k, v = rng.choice(facts)
-        yield question.format(k=k, v=v)
-
-
 # Generator of a kind of document -> share of the documents in percent.
 WEIGHTS = {_story: 18, _characters: 9, _place: 4, _cards: 2, _statements: 12, _dialogue: 4, _letter: 2, _facts: 17}
-WEIGHTS |= {_questions: 15, _arithmetic: 8, _spelling: 7, _echoes: 3, _lookups: 4}
+WEIGHTS |= {_questions: 15, _arithmetic: 9, _spelling: 9}
 
 
 HELD_OUT = (_story, _facts, _questions, _arithmetic, _spelling)  # whose content depends on the split
