@@ -10,7 +10,8 @@ import sys
 import threading
 import time
 import uuid
-from dataclasses import asdict, dataclass, replace
+from collections import namedtuple
+from dataclasses import asdict, replace
 
 import torch
 import torch.distributed as dist
@@ -51,13 +52,10 @@ def due(step, every, last=False):
 # One optimizer step
 
 
-@dataclass(frozen=True)
-class StepResult:
-    loss: float  # nats per trained token of the global batch
-    grad_norm: float  # of the averaged gradients, before clipping
-    tokens: int  # trained tokens (targets other than -1) of the global batch
-    progress: float  # mean over ranks of the `progress` argument
-    stop: bool  # some rank received a signal to stop
+# Result of train_step(). `loss`: nats per trained token of the global batch. `grad_norm`: of the averaged gradients,
+# before clipping. `tokens`: trained tokens (targets other than -1) of the global batch. `progress`: mean over ranks of
+# the argument. `stop`: some rank received a signal to stop.
+StepResult = namedtuple("StepResult", "loss grad_norm tokens progress stop")
 
 
 class DivergenceError(UserError):
