@@ -8,7 +8,7 @@ the weights, its problem, seed and sample number, not on the batch it runs in.
 """
 
 import math
-from dataclasses import dataclass
+from collections import namedtuple
 
 import torch
 
@@ -18,16 +18,9 @@ from nanochat.dataloader import length_buckets, pad_rows
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 
-
-@dataclass(frozen=True, eq=False)
-class Rollout:
-    """One sampled answer to a problem."""
-
-    prompt: list[int]  # token ids
-    tokens: list[int]  # token ids of the answer
-    mask: list[int]  # per token of the answer: 1 = sampled, 0 = forced
-    reward: float
-    cut_off: bool  # reached the maximum length
+# One sampled answer to a problem. `prompt`: token ids. `tokens`: those of the answer. `mask`: per token of the answer,
+# 1 = sampled, 0 = forced. `cut_off`: whether it reached the maximum length.
+Rollout = namedtuple("Rollout", "prompt tokens mask reward cut_off")
 
 
 def make_sampler(model, tokenizer, compute):
