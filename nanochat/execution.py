@@ -32,8 +32,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.common import UserError, dist_env, require
@@ -49,14 +49,8 @@ PROBES = {
 }
 
 
-@dataclass(frozen=True)
-class ExecutionResult:
-    success: bool  # True if the program ran to its end
-    stdout: str
-    stderr: str
-    error: str | None = None  # why the program failed, None on success
-    timeout: bool = False
-    memory_exceeded: bool = False
+# `success`: whether the program ran to its end. `error`: why it failed, None on success.
+ExecutionResult = namedtuple("ExecutionResult", "success stdout stderr error timeout memory_exceeded")
 
 
 @functools.cache
@@ -129,7 +123,7 @@ def _execute(code, timeout, memory, layers):
         raise UserError(f"the sandbox ({', '.join(layers)}) did not start: {stderr.strip().splitlines()[-1:]}")
     exit_code = process.returncode
     if result == "S" + nonce and not stop_reason and exit_code == 0:
-        return ExecutionResult(True, stdout, stderr)
+        return ExecutionResult(True, stdout, stderr, None, False, False)
     status = f"signal {signal.Signals(exit_code - 128).name}" if 128 < exit_code < 160 else f"exit code {exit_code}"
     error = stop_reason or result[1:].replace(nonce, "") or f"the program exited before its end ({status})"
     return ExecutionResult(False, stdout, stderr, error, stop_reason == "timeout", error.startswith("MemoryError"))
