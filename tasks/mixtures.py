@@ -4,9 +4,8 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 from nanochat.common import base_dir, mirror_url, print0, require, task_errors
 from tasks import pocket
@@ -111,12 +110,10 @@ def split_weight(text):
     return match[1], float(match[2])
 
 
-class EvalTask(NamedTuple):
-    """An evaluation task."""
-
-    make: Callable[..., Task]  # make(split="test", seed=0, corpus="public", level="strict"); most ignore some of these
-    corpus: str  # "public", "pocket", "both", or "own" for a class in a user's file
-    trainable: bool = False  # by reinforcement learning, on make("train")
+# An evaluation task. make(split="test", seed=0, corpus="public", level="strict") returns the Task; most ignore some of
+# these. `corpus`: "public", "pocket", "both", or "own" for a class in a user's file. `trainable`: by reinforcement
+# learning, on make("train").
+EvalTask = namedtuple("EvalTask", "make corpus trainable", defaults=(False,))
 
 
 def _generated(task, size, corpus="pocket"):
