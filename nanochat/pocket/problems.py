@@ -8,10 +8,10 @@ problems nor wordings, whatever the seeds. No wording of people.txt is generated
 
 import functools
 import re
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
-from nanochat.pocket.world import Character, Person, Place, fill, load_world, split_of
+from nanochat.pocket.world import Person, fill, load_world, split_of
 
 PEOPLE_FILE = Path(__file__).with_name("people.txt")
 LEADS = {"+": "That makes", "-": "That leaves", "*": "That makes", "/": "That gives"}  # before a calculation
@@ -83,15 +83,9 @@ def informal(rng, text):
     return world.expand(rng, before) + text + world.expand(rng, after)
 
 
-class Fact(NamedTuple):
-    """A question about a character or place."""
-
-    attribute: str
-    subject: Character | Place
-    question: str
-    answer: str  # a full sentence
-    value: str  # the correct choice
-    choices: list  # at most four values in random order, one of them correct
+# A question about `subject`, a Character or Place. `answer`: a full sentence. `value`: the correct choice. `choices`:
+# at most four values in random order, one of them correct.
+Fact = namedtuple("Fact", "attribute subject question answer value choices")
 
 
 def fact(rng, split, world):

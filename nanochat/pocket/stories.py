@@ -1,10 +1,10 @@
 """Stories, and descriptions of characters and places, from the templates of the pocket world."""
 
+from collections import namedtuple
 from copy import copy
-from typing import NamedTuple
 
 from nanochat.pocket.problems import stranger
-from nanochat.pocket.world import Character, Person, Place, an, fill, split_of
+from nanochat.pocket.world import Person, Place, an, fill, split_of
 
 
 def places_away(world, a, b):
@@ -12,14 +12,8 @@ def places_away(world, a, b):
     return [p for p in world.places if p not in (a.place, b.place)]
 
 
-class Story(NamedTuple):
-    """A story and what it is about. `topic` is a phrase for its plot, such as "a race"."""
-
-    text: str
-    a: Character
-    b: Character
-    p: Place
-    topic: str
+# A story, its main characters `a` and `b`, its place `p`, and a phrase for its plot, such as "a race".
+Story = namedtuple("Story", "text a b p topic")
 
 
 def hero(rng, split, world):
