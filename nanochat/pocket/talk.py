@@ -30,11 +30,9 @@ def story_exchanges(rng, split, world):
     # A small model mixes up the characters unless both appear in the question or the first paragraph.
     if not question or not {s.b.name, s.b.kind} & {*re.findall(r"\w+", question + s.text.split("\n")[0])}:
         return []
-    follow = rng.choice(world.groups["told"])
-    return [
-        (question, s.text),
-        *(section_exchange(rng, split, world, follow, **s._asdict()) if rng.random() < 0.4 else []),
-    ]
+    section = rng.choice(world.groups["told"])
+    follow_up = section_exchange(rng, split, world, section, **s._asdict()) if rng.random() < 0.4 else []
+    return [(question, s.text), *follow_up]
 
 
 def _fact(rng, split, world):
