@@ -158,7 +158,7 @@ class World:
         self.values = {a: sorted({self.statement(a, s)[0] for s in self.subjects(a)}) for a in self.statements}
         self.values["resident"] = sorted(characters)
         rows = " ".join(self.lines("characters") + self.lines("places"))
-        self.words = sorted({*self.words_in("words"), *re.findall(r"(?<![A-Za-z])[a-z]{3,}", rows)})
+        self.words = sorted({*" ".join(self.lines("words")).split(), *re.findall(r"(?<![A-Za-z])[a-z]{3,}", rows)})
         self.sections["word"] = [[" | ".join(self.words)]]
 
     def entries(self, section, kind):
@@ -178,10 +178,6 @@ class World:
     def table(self, section):
         """The rows of a section, each a list of cells."""
         return [[cell.strip() for cell in line.split(" | ")] for line in self.lines(section)]
-
-    def words_in(self, section):
-        """The words of a section, in the order of the file."""
-        return " ".join(self.lines(section)).split()
 
     def entries_of(self, section, split):
         """
