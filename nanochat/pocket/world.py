@@ -128,7 +128,7 @@ class World:
     """
 
     def __init__(self, text):
-        self.sections, self.entry_cache = read_sections(text), {}
+        self.sections, self.entries_of = read_sections(text), functools.cache(self.entries_of)
         self.groups = {}  # first word of their names -> sections
         for section in self.sections:
             self.groups.setdefault(section.split()[0], []).append(section)
@@ -185,13 +185,11 @@ class World:
 
         Each word belongs to one split, so that validation and test use verbs and names that training lacks.
         """
-        if (section, split) not in self.entry_cache:
-            lines = self.lines(section)
-            words = sorted({word.strip() for line in lines for word in line.split(" | ")}, key=_digest)
-            start, stop = len(words) // 10 + 1, len(words) // 10 + len(words) // 20 + 2
-            parts = {"test": words[:start], "val": words[start:stop], "train": words[stop:]}
-            self.entry_cache[section, split] = parts[split] if len(words) > len(lines) else lines
-        return self.entry_cache[section, split]
+        lines = self.lines(section)
+        words = sorted({word.strip() for line in lines for word in line.split(" | ")}, key=_digest)
+        start, stop = len(words) // 10 + 1, len(words) // 10 + len(words) // 20 + 2
+        parts = {"test": words[:start], "val": words[start:stop], "train": words[stop:]}
+        return parts[split] if len(words) > len(lines) else lines
 
     def expand(self, rng, template, split="train"):
         """`template` with all choices made: a random entry for each <section>, an alternative for each [a|b]."""
