@@ -11,9 +11,8 @@ def split_calls(answer):
 
     The text after >> repeats the result. It is kept, so the model learns to read the output of its tool.
     """
-    kinds = ("text", "python", "python_output")
     pieces = enumerate(re.split(r"<<([^>]*)=([^>]*)>>", answer))
-    return [{"type": kinds[i % 3], "text": text} for i, text in pieces if text]
+    return [{"type": ("text", "python", "python_output")[i % 3], "text": text} for i, text in pieces if text]
 
 
 def final_number(text):

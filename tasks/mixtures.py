@@ -75,8 +75,7 @@ def sft(corpus):
     if corpus == "pocket":
         return pocket_mixture("sft", "train", seed=2), pocket_mixture("sft", "val", seed=2, divisor=10)
     train = [ARC("ARC-Easy", "train"), ARC("ARC-Challenge", "train"), GSM8K("main", "train")]
-    train += [SmolTalk("train", stop=10_000), identity_conversations()]
-    train += [SimpleSpelling(size=300), SpellingBee(size=300)]
+    train += [SmolTalk("train", stop=10_000), identity_conversations(), SimpleSpelling(size=300), SpellingBee(size=300)]
     return TaskMixture(train), SmolTalk("test")
 
 

@@ -59,8 +59,7 @@ class PocketIdentity(GeneratedTask):
     """ "Who are you?" in many wordings. A reply is correct if it contains the model's name."""
 
     def make(self, rng):
-        topics = ["self name"] * 4 + ["self what", "self human", "self chatgpt"]
-        topics += ["talk hello name"] * 2
+        topics = ["self name"] * 4 + ["self what", "self human", "self chatgpt"] + ["talk hello name"] * 2
         return user_and_assistant(*draw_exchanges(rng, self.split, load_world(), topics)[0])
 
     def evaluate(self, conversation, assistant_response):

@@ -45,8 +45,7 @@ def story(rng, split, world, title=False, foreign=0.0):
     ending = " ".join(rng.choice(world.lines(section)) for section in sections)
     heading = [rng.choice((plot[0], *world.lines("heading"))), "-"] if title else []
     text = "\n".join([*heading, opening, *plot[1:], ending]).replace("\n-\n", "\n\n")
-    topics = world.topics[world.sections["plot"].index(plot)]
-    return Story(fill(rng, text, a=a, b=b, p=p), a, b, p, rng.choice(topics))
+    return Story(fill(rng, text, a=a, b=b, p=p), a, b, p, rng.choice(world.topics[world.sections["plot"].index(plot)]))
 
 
 def describe(rng, world, subject, sentences):
