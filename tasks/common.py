@@ -79,6 +79,16 @@ class Task:
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
+class ListTask(Task):
+    """A task whose examples are in memory: the list `self.items`."""
+
+    def num_examples(self):
+        return len(self.items)
+
+    def get_example(self, index):
+        return self.items[index]
+
+
 class ChoiceTask(Task):
     """A multiple-choice task with four choices: the answer is a letter."""
 

@@ -17,14 +17,14 @@ from pathlib import Path
 from nanochat.common import UserError, read_errors, require, well_formed
 from nanochat.ingest.documents import read_lines
 from nanochat.tokenizer import check_conversation, is_parts
-from tasks.common import Task
+from tasks.common import ListTask
 
 ROLES = {"human": "user", "developer": "system"} | dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant")
 SEPARATORS = re.compile(r"[\s,\]\ufeff]*")  # between JSON values; joined files have byte order marks in the middle
 FORMS = 'readable are JSON or parquet of {"messages": [...]}, a list of messages, ShareGPT\'s {"conversations": [...]}'
 
 
-class CustomJSON(Task):
+class CustomJSON(ListTask):
     """Conversations of one file. Raises UserError with file and line number for an invalid one."""
 
     def __init__(self, filepath, **kwargs):
@@ -32,17 +32,11 @@ class CustomJSON(Task):
         self.path = Path(filepath).expanduser()
         hint = "generate some with `python -m dev.gen_synthetic_data`"
         require(self.path.is_file(), f"no file of conversations at {self.path}; {hint}")
-        self.conversations = [_parse(value, f"{self.path}:{line}") for line, value in _values(self.path)]
-        require(self.conversations, f"{self.path} is empty: no conversations; {FORMS}")
-
-    def num_examples(self):
-        return len(self.conversations)
-
-    def get_example(self, index):
-        return self.conversations[index]
+        self.items = [_parse(value, f"{self.path}:{line}") for line, value in _values(self.path)]
+        require(self.items, f"{self.path} is empty: no conversations; {FORMS}")
 
     def origin(self):
-        return self.conversations
+        return self.items
 
 
 def _values(path):

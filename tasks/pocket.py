@@ -10,7 +10,7 @@ from pathlib import Path
 from nanochat.pocket.problems import PEOPLE_FILE, arithmetic_problem, fact
 from nanochat.pocket.talk import TOPICS, conversation, draw_exchanges
 from nanochat.pocket.world import load_world
-from tasks.common import GeneratedTask, Task, user_and_assistant
+from tasks.common import GeneratedTask, ListTask, user_and_assistant
 from tasks.gsm8k import FinalNumberTask, split_calls
 
 ROLES = {"?": "user", "!": "assistant"}  # mark of a line in people.txt -> role
@@ -120,7 +120,7 @@ class WorldChat(PocketChat):
         return chat
 
 
-class PocketPeople(Task):
+class PocketPeople(ListTask):
     """
     Questions in people's own words, from people.txt, which describes its format. They are for evaluation only.
 
@@ -139,12 +139,6 @@ class PocketPeople(Task):
             if turns:
                 turns.append({"role": "assistant", "content": " ".join(text for _, text in verdicts)})
                 self.items.append({"messages": turns, "kind": kind, "verdicts": verdicts})
-
-    def num_examples(self):
-        return len(self.items)
-
-    def get_example(self, index):
-        return self.items[index]
 
     def evaluate(self, conversation, assistant_response):
         verdicts = conversation["verdicts"]
