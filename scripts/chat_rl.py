@@ -72,12 +72,8 @@ def main(argv=None):
     require(args.num_samples >= 2, f"--num_samples={args.num_samples}: {need}")
     distribution = "--temperature other than 1 and --top_k would sample from another distribution than the loss assumes"
     require(args.temperature == 1 and not args.top_k, f"{distribution}; leave them out")
-    from nanochat.chat_eval import evaluate_task
+    from nanochat import chat_eval, rl, schedule, tracking, train
     from nanochat.checkpoint_manager import load_model, made_from
-    from nanochat.rl import make_sampler, mean_over_ranks, policy_batches, roll_out, sync
-    from nanochat.schedule import lr_multiplier, set_schedule
-    from nanochat.tracking import StageLog
-    from nanochat.train import TOKENS_PER_CONVERSATION, Stage, due, epoch_steps
 
     # Machine, tokenizer, model and task
     compute = compute_init(args.device_type, args.dtype, args.seed, args.dist_timeout)
@@ -86,27 +82,27 @@ def main(argv=None):
     if args.init_lr_frac is None:
         args.init_lr_frac = {"public": 0.05, "pocket": 0.15}[corpus]
     args.task, train_task, eval_task = load_task(args.task, corpus)
-    num_steps = epoch_steps(args, train_task, args.examples_per_step)
+    num_steps = train.epoch_steps(args, train_task, args.examples_per_step)
     origins = made_from(source_meta, tokenizer, train_task)
-    stage = Stage("rl", source_meta["model_tag"], args, compute, model.config, num_steps, origins)
+    stage = train.Stage("rl", source_meta["model_tag"], args, compute, model.config, num_steps, origins)
     if stage.finished:
         return
 
     # Optimizers; restores weights and optimizer state when resuming
     optimizers = stage.setup_optimizers(model)
     max_tokens = args.device_batch_size * model.config.sequence_len  # of a micro-batch
-    model = stage.compile(model, num_steps * args.examples_per_step * args.num_samples * TOKENS_PER_CONVERSATION)
-    sampler = make_sampler(model, tokenizer, compute)
+    model = stage.compile(model, num_steps * args.examples_per_step * args.num_samples * train.TOKENS_PER_CONVERSATION)
+    sampler = rl.make_sampler(model, tokenizer, compute)
     print0(f"{args.task}: {len(train_task):,} problems, {num_steps:,} steps of {args.examples_per_step}")
-    log = StageLog("rl", args, compute, num_steps, model.estimate_flops(), stage.meta.get("log_state"))
+    log = tracking.StageLog("rl", args, compute, num_steps, model.estimate_flops(), stage.meta.get("log_state"))
     results = stage.meta.get("results", {})
 
     def evaluate(step):
         """Log held-out accuracy with greedy decoding, and pass@1 and pass@k with sampling."""
         settings = dict(max_problems=args.eval_examples, max_new_tokens=args.max_new_tokens, max_rows=args.max_rows)
-        greedy = evaluate_task(eval_task, sampler, **settings)
+        greedy = chat_eval.evaluate_task(eval_task, sampler, **settings)
         settings |= dict(num_samples=args.eval_samples, temperature=1.0, top_k=0, seed=args.seed)
-        sampled = evaluate_task(eval_task, sampler, **settings)
+        sampled = chat_eval.evaluate_task(eval_task, sampler, **settings)
         scores = {"greedy": greedy.accuracy} | {f"pass@{k}": sampled.pass_at(k) for k in (1, args.eval_samples)}
         text = ", ".join(f"{name} {value:.2%}" for name, value in scores.items())
         log.evaluation(step, f"held out: {text}", **scores)
@@ -118,21 +114,21 @@ def main(argv=None):
     # Loop: num_steps + 1 iterations; the last one only saves and evaluates
     for step in range(stage.first_step, num_steps + 1):
         last = step == num_steps
-        sync(sampler, model)
+        rl.sync(sampler, model)
         stage.checkpoint(step, last, model, [] if last else optimizers, None, log, corpus=corpus, results=results)
-        if due(step, args.eval_every, last):
+        if train.due(step, args.eval_every, last):
             evaluate(step)
         if last:
             break
         log.start_step()
         problems = list(problems_of_step(step, args.examples_per_step, len(train_task), args.seed).items())
         own = dict(problems[compute.rank :: compute.world_size])
-        groups = roll_out(sampler, train_task, own, args.num_samples, args.max_new_tokens, args.max_rows).values()
-        batches, skipped_tokens = policy_batches(groups, max_tokens, compute.device)
-        lr_mult = args.init_lr_frac * lr_multiplier(step / num_steps, warmdown_ratio=1.0)
-        set_schedule(optimizers, lr_mult)
+        groups = rl.roll_out(sampler, train_task, own, args.num_samples, args.max_new_tokens, args.max_rows).values()
+        batches, skipped_tokens = rl.policy_batches(groups, max_tokens, compute.device)
+        lr_mult = args.init_lr_frac * schedule.lr_multiplier(step / num_steps, warmdown_ratio=1.0)
+        schedule.set_schedule(optimizers, lr_mult)
         result = stage.train_step(model, optimizers, batches, skipped_tokens=skipped_tokens)
-        results["reward"], cut_off = mean_over_ranks(groups, compute)
+        results["reward"], cut_off = rl.mean_over_ranks(groups, compute)
         log.end_step(step, result, result.tokens, lr_mult, reward=results["reward"], cut_off=cut_off)
     stage.close(None, log, results=results)
 
