@@ -37,11 +37,10 @@ def main(argv=None):
     conflict = args.hf_path is not None and (args.model_tag or args.step is not None or args.quantize)
     require(not conflict, "give either --hf_path or --model_tag, --step and --quantize, not both")
     check_file("--save_samples", args.save_samples)
+    from nanochat import core_eval, report
     from nanochat.checkpoint_manager import load_model
-    from nanochat.core_eval import CoreScore, evaluate_core
     from nanochat.dclm.hf_models import load_hf
     from nanochat.dclm.tasks import load_tasks
-    from nanochat.report import get_report
 
     # Machine and model
     # float32 on a CPU, as in the reference, even if bfloat16 is faster: rounding can change which option is chosen.
@@ -63,13 +62,13 @@ def main(argv=None):
     records, clear_line = {}, erase_line()
     for task in tasks:
         t0 = time.perf_counter()
-        score = evaluate_core(model, tokenizer, compute, limit, [task], show_examples, pass_tokens)
+        score = core_eval.evaluate_core(model, tokenizer, compute, limit, [task], show_examples, pass_tokens)
         seconds, n = time.perf_counter() - t0, len(score.records[task.label])
         accuracy, centered = score.accuracies[task.label], score.centered[task.label]
         results = f"accuracy {accuracy:.4f}, centered {centered:.4f} ({n:,} examples, {n / seconds:.1f}/s)"
         print0(f"{clear_line}{task.label} ({task.kind}, {task.shots} shots): {results}")
         records |= score.records
-    score = CoreScore(records, {task.label: task.baseline for task in tasks})
+    score = core_eval.CoreScore(records, {task.label: task.baseline for task in tasks})
 
     # Results
     if args.save_samples and compute.writes:
@@ -90,7 +89,7 @@ def main(argv=None):
     facts = {"Model": name, "CORE metric": score.core, **score.centered}
     # The report sums the wall clock times of a training run; scoring a Hugging Face model is not part of it.
     clock = {"wall_clock_seconds": time.time() - started} if args.hf_path is None else {}
-    get_report().log(section, [vars(args), facts, clock], {"core": score.core, **clock})
+    report.get_report().log(section, [vars(args), facts, clock], {"core": score.core, **clock})
 
 
 if __name__ == "__main__":

@@ -25,17 +25,15 @@ def build_parser():
 
 def main(argv=None):
     args = parse_args(build_parser(), argv)
+    from nanochat import dataloader, dataset, loss_eval
     from nanochat.checkpoint_manager import load_model
-    from nanochat.dataloader import ShardSource, eval_batches
-    from nanochat.dataset import fingerprint, row_groups
     from nanochat.engine import Engine
-    from nanochat.loss_eval import evaluate_bpb, greedy_samples
     from nanochat.report import get_report
     from nanochat.tokenizer import get_token_bytes
 
     compute = compute_init(args.device_type, args.dtype)
     model, tokenizer, meta = load_model("base", compute, "eval", args.model_tag, args.step, quantize=args.quantize)
-    if meta.get("made_from", {}).get("shards", shards := fingerprint(args.data_dir)) != shards:
+    if meta.get("made_from", {}).get("shards", shards := dataset.fingerprint(args.data_dir)) != shards:
         print0("warning: the model was trained on other shards, which may contain these documents", file=sys.stderr)
     require(args.device_batch_size >= 1, f"--device_batch_size={args.device_batch_size}: expected at least 1")
     rows, T = args.device_batch_size * compute.world_size, model.config.sequence_len
@@ -45,10 +43,11 @@ def main(argv=None):
 
     bpb, token_bytes = {}, get_token_bytes()
     for split in ("train", "val"):
-        batches = eval_batches(ShardSource(row_groups(split, args.data_dir), tokenizer, rows), rows, T, steps, compute)
-        bpb[split] = evaluate_bpb(model, batches, token_bytes, compute)
+        source = dataloader.ShardSource(dataset.row_groups(split, args.data_dir), tokenizer, rows)
+        batches = dataloader.eval_batches(source, rows, T, steps, compute)
+        bpb[split] = loss_eval.evaluate_bpb(model, batches, token_bytes, compute)
         print0(f"{split} bpb {bpb[split]:.4f}")
-    samples = greedy_samples(Engine(model, tokenizer, compute), meta["corpus"]) if compute.writes else {}
+    samples = loss_eval.greedy_samples(Engine(model, tokenizer, compute), meta["corpus"]) if compute.writes else {}
     for prompt, text in samples.items():
         print0(f"{prompt} >{text}")
     facts = {"step": meta["step"], "train bpb": bpb["train"], "val bpb": bpb["val"]}

@@ -43,8 +43,7 @@ def main(argv=None):
 
     from nanochat.checkpoint_manager import load_model
     from nanochat.engine import Engine, Request
-    from nanochat.terminal.repl import run_repl
-    from nanochat.terminal.session import Chat
+    from nanochat.terminal import repl, session
 
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "seed": args.seed}
     Request([0], args.max_tokens, **sampling)  # checks the settings before the model is loaded
@@ -52,10 +51,10 @@ def main(argv=None):
     model, tokenizer, meta = load_model(args.source, compute, "eval", args.model_tag, args.step, quantize=args.quantize)
     # With earlier turns in the prefix cache, only a prompt's new tokens are prefilled.
     engine = Engine(model, tokenizer, compute, prefix_tokens=2 * model.config.sequence_len)
-    chat = Chat(engine, args.source, args.max_tokens, args.system, **sampling)
+    chat = session.Chat(engine, args.source, args.max_tokens, args.system, **sampling)
     if question is None:
         print(f"{meta['model_tag']}, step {meta['step']}.", end=" ")
-        return run_repl(chat, base_dir() / "chat_history", args.verbose)
+        return repl.run_repl(chat, base_dir() / "chat_history", args.verbose)
     if args.json:
         list(chat.ask(question))
         loaded = {"source": args.source, "tag": meta["model_tag"], "step": meta["step"]}

@@ -80,10 +80,9 @@ def main(argv=None):
     check_flags(args)
     choose_source(args, ("sft", "rl", "mid"))
     started = time.time()
-    from nanochat.chat_eval import chat_core, evaluate_task
+    from nanochat import chat_eval, execution
     from nanochat.checkpoint_manager import load_model
     from nanochat.engine import Engine
-    from nanochat.execution import check_level, layers
     from nanochat.report import get_report
     from tasks.mixtures import EVAL_TASKS, find_task
 
@@ -97,8 +96,8 @@ def main(argv=None):
     names = args.task_name.split("|") if args.task_name else all_names
     if "HumanEval" in names:
         try:
-            check_level(args.level)
-            print0(f"HumanEval's programs run behind {', '.join(layers())}")
+            execution.check_level(args.level)
+            print0(f"HumanEval's programs run behind {', '.join(execution.layers())}")
         except UserError as e:  # without -a (see check_flags), skip HumanEval and evaluate the other tasks
             names.remove("HumanEval")
             print0(f"warning: HumanEval is skipped: {e}", file=sys.stderr)
@@ -108,7 +107,7 @@ def main(argv=None):
     scores, progress, clear_line = {}, progress_printer("problems"), erase_line()
     for name, task in tasks.items():
         t0 = time.perf_counter()
-        scores[name] = evaluate_task(task, engine, progress=partial(progress, name), **settings)
+        scores[name] = chat_eval.evaluate_task(task, engine, progress=partial(progress, name), **settings)
         print0(clear_line + describe(name, scores[name], time.perf_counter() - t0))
 
     # Results
@@ -122,7 +121,7 @@ def main(argv=None):
     pages = [transcripts(score) for score in scores.values() if score.by_kind]
     if len(scores) > 1:
         baselines = {name: task.baseline for name, task in tasks.items()}
-        facts["ChatCORE"] = metrics["chat_core"] = chat_core(accuracies, baselines)
+        facts["ChatCORE"] = metrics["chat_core"] = chat_eval.chat_core(accuracies, baselines)
         print0(f"ChatCORE of these {len(scores)} tasks: {metrics['chat_core']:.4f}")
     if args.save_samples and compute.writes:
         records = ({"task": name, **record} for name, score in scores.items() for record in score.records)
