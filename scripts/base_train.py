@@ -58,9 +58,8 @@ def steps_to_train(args, num_params, flops_per_token):
 
 def main(argv=None):
     args = parse_args(build_parser(), argv)
-    from nanochat import dataset, engine, gpt, loss_eval, plan, schedule, tracking, train
+    from nanochat import dataloader, dataset, engine, gpt, loss_eval, plan, schedule, tracking, train
     from nanochat.core_eval import evaluate_core
-    from nanochat.dataloader import ShardSource
     from nanochat.dclm.tasks import load_tasks
     from nanochat.tokenizer import get_token_bytes, get_tokenizer
 
@@ -95,11 +94,11 @@ def main(argv=None):
     total_tokens = num_steps * args.total_batch_size
     compiled = stage.compile(model, total_tokens, fixed_shape=True)
 
-    # Data
+    # Data; validation batches are read at the first validation
     corpus = dataset.corpus_name(args.data_dir)
     train_groups, val_groups = (dataset.row_groups(split, args.data_dir) for split in ("train", "val"))
-    loader = stage.training_loader(ShardSource(train_groups, tokenizer, rows, args.seed), rows)
-    val_batches = cache(lambda: stage.validation_batches(ShardSource(val_groups, tokenizer, rows)))  # read when needed
+    loader = stage.training_loader(dataloader.ShardSource(train_groups, tokenizer, rows, args.seed), rows)
+    val_batches = cache(lambda: stage.validation_batches(dataloader.ShardSource(val_groups, tokenizer, rows)))
     try:  # before training, to report missing data early
         core_tasks = load_tasks() if args.core_metric_every > 0 and corpus == "public" else None
     except UserError as e:
