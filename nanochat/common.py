@@ -451,7 +451,6 @@ def format_duration(seconds):
     """7 -> "7s", 65 -> "1m05s", 3700 -> "1h01m", infinite -> "?"."""
     if not math.isfinite(seconds):
         return "?"
-    s = int(seconds + 0.5)
-    if s < 60:
-        return f"{s}s"
-    return f"{s // 60}m{s % 60:02d}s" if s < 3600 else f"{s // 3600}h{s % 3600 // 60:02d}m"
+    minutes, s = divmod(int(seconds + 0.5), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}h{m:02d}m" if hours else f"{m}m{s:02d}s" if m else f"{s}s"
