@@ -76,8 +76,7 @@ def _questions(rng, split, world, topics=tuple(topic for topic in TOPICS if topi
 def _facts(rng, split, world):
     """Questions and answers, with choices in half of the documents."""
     if rng.random() < 0.5:
-        yield from _questions(rng, split, world, ["fact"])
-        return
+        return (yield from _questions(rng, split, world, ["fact"]))
     for _ in range(rng.randint(3, 8)):
         f = fact(rng, split, world)
         choices = "".join(f"- {choice}\n" for choice in f.choices)
@@ -87,8 +86,7 @@ def _facts(rng, split, world):
 def _arithmetic(rng, split, world):
     """Twenty bare equations, or arithmetic problems with their answers."""
     if rng.random() < 0.7:
-        yield from _questions(rng, split, world, ["sum"])
-        return
+        return (yield from _questions(rng, split, world, ["sum"]))
     equations = []
     while len(equations) < 20:  # numbers small enough for a model to memorize
         x, operator, y = rng.randint(2, 20), rng.choice("+-*"), rng.randint(2, 20)
