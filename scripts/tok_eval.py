@@ -6,6 +6,7 @@ Compare the tokenizer's compression with GPT-2's and GPT-4's tokenizers, if tikt
 Reads tokenizer/ and base_data/. Writes the report's section "Tokenizer evaluation".
 """
 
+import contextlib
 from pathlib import Path
 from unittest import mock
 
@@ -25,11 +26,9 @@ def build_parser():
 
 def load_cached(name):
     """tiktoken's tokenizer `name`, or None if it is not cached: the evaluation never waits for a download."""
-    try:
-        with mock.patch("tiktoken.load.read_file", side_effect=FileNotFoundError):
-            return Tokenizer.from_pretrained(name)
-    except FileNotFoundError:
-        return None
+    no_download = mock.patch("tiktoken.load.read_file", side_effect=FileNotFoundError)
+    with contextlib.suppress(FileNotFoundError), no_download:
+        return Tokenizer.from_pretrained(name)
 
 
 def evaluation_texts(data_dir=None):
