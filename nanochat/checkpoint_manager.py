@@ -167,12 +167,11 @@ def find_checkpoint(folder, step=None, compute=None):
     for s in sorted(steps, reverse=True):
         try:
             meta = _read_meta(steps[s])
+            if problems:
+                print0(f"warning: {'; '.join(problems)}; using step {s} instead", file=sys.stderr)
+            return steps[s], meta
         except UserError as e:
             problems.append(str(e))
-            continue
-        if problems:
-            print0(f"warning: {'; '.join(problems)}; using step {s} instead", file=sys.stderr)
-        return steps[s], meta
     require(not problems, f"no intact checkpoint in {folder}: {'; '.join(problems)}; copy or train it again")
     models = ", ".join(path.name for path in _model_folders(folder.parent))
     raise UserError(f"no checkpoint in {folder}{models and '; there are checkpoints of ' + models}")
