@@ -68,11 +68,10 @@ class Chat:
         if len(prompt) >= context:
             subject = "message and system text have" if self.system else "the message has"
             raise UserError(f"{subject} {len(prompt) - 1:,} tokens; the model's context holds {context:,}: shorten it")
-        room = min(self.max_tokens, context // 2)  # for the answer
         for turn in reversed(self.turns):
             suffix = [*turn.row.completion, self.engine.assistant_end, *suffix]
             longer = render(turn.question, self.system) + suffix
-            if len(longer) + room > context:
+            if len(longer) + min(self.max_tokens, context // 2) > context:  # no room for the answer
                 break
             prompt, suffix = longer, render(turn.question)[1:] + suffix
         return prompt
