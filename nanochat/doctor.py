@@ -20,7 +20,6 @@ import urllib.request
 
 from nanochat import cluster, common
 from nanochat.cli import make_parser, parse_args, run_script
-from nanochat.common import ENVIRONMENT_HINT, UserError, require
 
 TORCH = "2.10"  # as in pyproject.toml
 
@@ -35,10 +34,10 @@ def software():
     try:
         common.load_extension()
         yield "rustbpe, the tokenizer's extension", ""
-    except UserError as e:
-        yield str(e).partition(";")[0], ENVIRONMENT_HINT
+    except common.UserError as e:
+        yield str(e).partition(";")[0], common.ENVIRONMENT_HINT
     installed, needed = (tuple(map(int, re.findall(r"\d+", v)[:2])) for v in (version, TORCH))
-    yield f"torch {version}", f"install torch {TORCH} or newer: {ENVIRONMENT_HINT}" if installed < needed else ""
+    yield f"torch {version}", f"install torch {TORCH} or newer: {common.ENVIRONMENT_HINT}" if installed < needed else ""
     cargo = shutil.which("cargo") or shutil.which("cargo", path=os.path.expanduser("~/.cargo/bin"))
     yield "Rust" if cargo else "no Rust", "" if cargo else "dev/setup.sh installs it, to build rustbpe; or rustup.rs"
 
@@ -119,7 +118,7 @@ def main(argv=None):
         for finding, remedy in check():
             common.print0(f"problem  {finding}; {remedy}" if remedy else f"ok       {finding}")
             problems += bool(remedy)
-    require(not problems, f"{problems} problem{'s' * (problems > 1)}, see above")
+    common.require(not problems, f"{problems} problem{'s' * (problems > 1)}, see above")
 
 
 if __name__ == "__main__":
