@@ -17,14 +17,13 @@ import sys
 import traceback
 
 from nanochat import cluster, common
-from nanochat.common import UserError, print_error
 from nanochat.recipe import RECIPES
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         """Print a one-line error that points to --help, instead of argparse's usage text, and exit with code 2."""
-        print_error(f"{message}; see python -m {self.prog} --help")
+        common.print_error(f"{message}; see python -m {self.prog} --help")
         sys.exit(2)
 
 
@@ -187,7 +186,7 @@ def run_script(main):
 
 def user_message(error):
     """One line about an error that the user can remedy, None for other errors."""
-    if isinstance(error, UserError):
+    if isinstance(error, common.UserError):
         return str(error)
     if isinstance(error, ModuleNotFoundError):
         return f"the Python package {error.name} is not installed here; {common.ENVIRONMENT_HINT}"
@@ -213,6 +212,6 @@ def _exit(code, error=None):
     with contextlib.suppress(OSError):  # the disk is full
         sys.stdout.flush()
     if error:
-        print_error(error)
+        common.print_error(error)
     sys.stderr.flush()
     os._exit(code)
