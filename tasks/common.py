@@ -80,7 +80,7 @@ class Task:
 
 
 class ListTask(Task):
-    """A task whose examples are in memory: the list `self.items`."""
+    """A task with one element of the list `self.items` per example; unless overridden, it is the example."""
 
     def num_examples(self):
         return len(self.items)
@@ -150,20 +150,17 @@ class GeneratedTask(Task):
         return [self.split, self.size, self.seed, *(file.read_text(encoding="utf-8") for file in FILES)]
 
 
-class TaskMixture(Task):
+class TaskMixture(ListTask):
     """All examples of several tasks, shuffled with a fixed seed. A task listed twice contributes twice."""
 
     def __init__(self, tasks, **kwargs):
         super().__init__(**kwargs)
         self.tasks = list(tasks)
-        self.index = [(t, row) for t, task in enumerate(self.tasks) for row in range(len(task))]
-        Random(42).shuffle(self.index)
-
-    def num_examples(self):
-        return len(self.index)
+        self.items = [(t, row) for t, task in enumerate(self.tasks) for row in range(len(task))]
+        Random(42).shuffle(self.items)
 
     def get_example(self, index):
-        task, row = self.index[index]
+        task, row = self.items[index]
         return self.tasks[task][row]
 
     def origin(self):
@@ -175,7 +172,7 @@ class TaskSequence(TaskMixture):
 
     def __init__(self, tasks, **kwargs):
         super().__init__(tasks, **kwargs)
-        self.index.sort()
+        self.items.sort()
 
 
 def user_and_assistant(question, answer, **fields):
