@@ -46,12 +46,11 @@ class Service:
 
     def pick_worker(self, n_answers, model_name):
         """The least loaded worker. Raises ApiError if none can take `n_answers` more, or the model is another one."""
-        if self.status != "ok":
-            reason = self.workers[0].error if self.status == "dead" else "the model is loading"
-            raise ApiError(503, f"{reason}; try again later")
+        reason = self.workers[0].error if self.status == "dead" else "the model is loading"
+        check(self.status == "ok", f"{reason}; try again later", param=None, status=503)
         worker = min(self.ready_workers, key=lambda w: w.in_flight)
-        if worker.in_flight and worker.in_flight + n_answers > self.options.max_rows + self.options.max_queue:
-            raise ApiError(429, "too many requests are waiting; try again later")
+        is_full = worker.in_flight and worker.in_flight + n_answers > self.options.max_rows + self.options.max_queue
+        check(not is_full, "too many requests are waiting; try again later", param=None, status=429)
         message = f"no model {str(model_name)[:100]!r} here, only {worker.model.name}"
         check(model_name in (None, worker.model.name), message, "model", status=404, code="model_not_found")
         return worker
