@@ -35,9 +35,8 @@ def build_parser():
 
 def main(argv=None):
     args = parse_args(build_parser(), argv)
-    from nanochat import chat_eval, loss_eval, schedule, tracking, train
+    from nanochat import chat_eval, dataloader, loss_eval, schedule, tracking, train
     from nanochat.checkpoint_manager import load_model, made_from
-    from nanochat.dataloader import Prefetch, check_lengths, conversation_batches
     from nanochat.engine import Engine
     from tasks.mixtures import EVAL_TASKS, training_tasks
 
@@ -61,12 +60,12 @@ def main(argv=None):
     model = stage.compile(model, num_steps * rows * train.TOKENS_PER_CONVERSATION)
 
     # Data
-    context = model.config.sequence_len
-    check_lengths("training", train_task, tokenizer, context)
-    check_lengths("validation", val_task, tokenizer, context)
+    T = model.config.sequence_len
+    dataloader.check_lengths("training", train_task, tokenizer, T)
+    dataloader.check_lengths("validation", val_task, tokenizer, T)
     position = stage.meta.get("loader_state")
-    batches = conversation_batches(train_task, tokenizer, rows, context, rank_rows, compute, args.seed, position)
-    loader = Prefetch(batches, compute.device)
+    batches = dataloader.conversation_batches(train_task, tokenizer, rows, T, rank_rows, compute, args.seed, position)
+    loader = dataloader.Prefetch(batches, compute.device)
     val_steps = max(1, min(args.eval_steps, len(val_task) // per_pass))
 
     # Horizon
@@ -79,7 +78,7 @@ def main(argv=None):
         last = step == num_steps
         stage.checkpoint(step, last, model, [] if last else optimizers, loader, log, corpus=corpus, results=results)
         if train.due(step, args.eval_every, last):
-            val_batches = conversation_batches(val_task, tokenizer, per_pass, context, rank_rows, compute)
+            val_batches = dataloader.conversation_batches(val_task, tokenizer, per_pass, T, rank_rows, compute)
             pairs = [pair for batch in islice(val_batches, val_steps) for pair in batch.micro_batches]
             results["val_loss"] = loss_eval.evaluate_loss(model, pairs, compute)
             log.evaluation(step, f"validation loss {results['val_loss']:.4f}", val_loss=results["val_loss"])
