@@ -126,8 +126,7 @@ def update_meta(path, compute, **values):
 def _with_digest(meta):
     """Text of meta.json: `meta` and the digest of the rest, which every later write replaces."""
     meta = {name: value for name, value in meta.items() if name != "sha256"}
-    digest = hashlib.sha256(json.dumps(meta).encode()).hexdigest()
-    return json.dumps(meta | {"sha256": digest}, indent=1) + "\n"
+    return json.dumps(meta | {"sha256": hashlib.sha256(json.dumps(meta).encode()).hexdigest()}, indent=1) + "\n"
 
 
 def _read_meta(path):
