@@ -58,9 +58,8 @@ def fetch_shards(folder, names, check, num_workers=4):
                     break
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    if failed:
-        hint = "run `python -m nanochat.dataset` with the same flags again"
-        raise UserError(f"{len(names) - len(checked)} of {len(names)} shards are missing ({'; '.join(failed)}); {hint}")
+    hint = "run `python -m nanochat.dataset` with the same flags again"
+    require(not failed, f"{len(names) - len(checked)} of {len(names)} shards are missing ({'; '.join(failed)}); {hint}")
     print0(f"downloaded {len(names)} shards")
     return checked
 
