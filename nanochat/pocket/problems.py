@@ -126,10 +126,12 @@ def apply_operator(x, operator, y):
 
 def sum_template(rng, world):
     """(question template, steps) of a random arithmetic problem. A step is "{x}+{y}", "@*2"; @ is the last result."""
-    form = rng.choices(("events", "scene", "problem", "classic", "bare", "order"), (22, 8, 30, 22, 12, 6))[0]
+    forms = {"events": 20, "scene": 6, "problem": 18, "more problem": 22, "classic": 18}
+    forms |= {"bare": 6, "more bare": 4, "order": 3, "more order": 3}
+    form = rng.choices(list(forms), forms.values())[0]
     if form not in ("events", "scene"):
         question, steps = rng.choice(world.lines(form)).split(" => ")
-        return f"<compute> {question}[?||.]" if form == "bare" else question, steps.split("; ")
+        return f"<compute> {question}[?||.]" if form.endswith("bare") else question, steps.split("; ")
     scene = "scene " if form == "scene" else ""
     kinds = ("gain", "lose") if scene else ("gain", "lose", "lose", "scale", "share")
     sections = ["start", *rng.choices(kinds, k=rng.choice((1, 1, 1, 2, 2, 3)))]

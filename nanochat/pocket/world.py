@@ -1,5 +1,5 @@
 """
-The characters, places and text templates of the pocket world, read from two text files.
+The characters, places and text templates of the pocket world, read from three text files.
 
 In a template, [a|b] is a random choice, which may be nested, <section> is a random entry of a section, and {a.he} is a
 slot: an attribute of a Character, Person or Place.
@@ -13,7 +13,8 @@ from pathlib import Path
 from nanochat.common import UserError, require
 
 WORLD_FILE = Path(__file__).with_name("pocket_world.txt")
-FILES = WORLD_FILE, Path(__file__).with_name("pocket_talk.txt")  # the world; what people say, and the replies
+# The world; what people say, and the replies; more wordings of what they say
+FILES = [WORLD_FILE.with_name(f"pocket_{name}.txt") for name in ("world", "talk", "phrases")]
 ATTRIBUTES = ("kind", "home", "color", "food", "job", "hobby", "fear", "thing", "friend")  # of a character
 # he -> him, his, and the verb forms has, does, is
 FORMS = {"he": "him his has does is", "she": "her her has does is", "they": "them their have do are"}
@@ -45,7 +46,7 @@ def read_sections(text):
 
 
 def _files():
-    """The names of both files, for error messages."""
+    """The names of the files, for error messages."""
     return " or ".join(map(str, FILES))
 
 
@@ -214,7 +215,7 @@ class World:
 
 @functools.cache
 def load_world():
-    """The World of both files. Raises UserError if an edit has made one wrong."""
+    """The World of these files. Raises UserError if an edit has made one wrong."""
     try:
         return World("\n".join(file.read_text(encoding="utf-8") for file in FILES))
     except (AttributeError, LookupError, ValueError) as e:
