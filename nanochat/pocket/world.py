@@ -160,7 +160,7 @@ class World:
         self.values["resident"] = sorted(characters)
         rows = " ".join(self.lines("characters") + self.lines("places"))
         self.words = sorted({*" ".join(self.lines("words")).split(), *re.findall(r"(?<![A-Za-z])[a-z]{3,}", rows)})
-        self.sections["word"] = [[" | ".join(self.words)]]
+        self.sections["word"] = [[" | ".join(word for word in self.words if word.capitalize() not in characters)]]
 
     def entries(self, section, kind):
         """{name: Character or Place} of the rows of a section."""
