@@ -20,8 +20,8 @@ from tasks.spellingbee import PocketLetters, SimpleSpelling, SpellingBee
 
 RL_PROBLEMS = 1600  # training problems of a generated task in reinforcement learning
 
-# Rows in midtraining and in SFT; in total about 7 and 0.2 million tokens with the pocket tier's tokenizer. Tokens per
-# row, in this order: 105, 280, 55, 60, 40, 50.
+# Rows in midtraining and in SFT; in total about 6 and 0.2 million tokens with the pocket tier's tokenizer. Tokens per
+# row, in this order: 97, 250, 58, 61, 37, 55.
 POCKET_ROWS = {pocket.PocketChat: {"mid": 27000, "sft": 800}, pocket.PocketStories: {"mid": 1400, "sft": 60}}
 POCKET_ROWS |= {pocket.PocketFacts: {"mid": 14000, "sft": 500}, pocket.PocketSums: {"mid": 24000, "sft": 500}}
 POCKET_ROWS |= {pocket.PocketIdentity: {"mid": 3000, "sft": 60}, PocketLetters: {"mid": 12000, "sft": 200}}
