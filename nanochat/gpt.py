@@ -166,7 +166,7 @@ class GPT(nn.Module):
         size, width, device = self.config.head_dim, self.config.n_embd, self.get_device()
         before, match = (block.attn for block in self.transformer.h[:2])
         wte, head = self.transformer.wte.weight, self.lm_head.weight
-        directions, copied, output = (nn.init.orthogonal_(torch.empty(size, width, device=device)) for _ in "123")
+        directions, copied, output = (nn.init.orthogonal_(torch.empty(size, width, device=device)) for _ in range(3))
         shared, directions[0] = directions[0].clone(), 0
         value, written = directions.chunk(2)
         copied -= copied @ written.T @ written
