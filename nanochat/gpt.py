@@ -156,15 +156,15 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_induction(self):
         """
-        Give a new model an induction circuit: it predicts the token that followed the current one before.
+        Give a new model an induction circuit, which predicts the token that followed the current one last time.
 
-        The first head of the first layer attends to the token before, and that of the second layer to tokens after an
-        equal one (Elhage et al. 2021). Training forms such heads too, but late (Olsson et al. 2022). UserError for a
-        model of one layer.
+        The first head of the first layer attends to the previous token. The first head of the second layer attends to
+        tokens that follow an occurrence of the current one (Elhage et al. 2021). Training forms such heads too, but
+        late (Olsson et al. 2022). The scales are the best of a few on random tokens. UserError for a single layer.
         """
-        require(self.config.n_layer > 1, "an induction circuit takes two layers: give --depth=2 or more")
+        require(self.config.n_layer > 1, "an induction circuit needs two layers: give --depth=2 or more")
         size, width, device = self.config.head_dim, self.config.n_embd, self.get_device()
-        before, match = (block.attn for block in self.transformer.h[:2])
+        previous, match = (block.attn for block in self.transformer.h[:2])
         wte, head = self.transformer.wte.weight, self.lm_head.weight
         directions, copied, output = (nn.init.orthogonal_(torch.empty(size, width, device=device)) for _ in range(3))
         shared, directions[0] = directions[0].clone(), 0
@@ -172,14 +172,14 @@ class GPT(nn.Module):
         copied -= copied @ written.T @ written
         head.copy_(5 / size * wte.float() @ copied.T @ output)
         match.c_v.weight[:size], match.c_proj.weight[:, :size] = copied, output.T
-        # A part that all embeddings share lets scores depend on the distance alone: fast rotations favour distance 1.
+        # A part that all embeddings share lets scores depend on the distance alone: fast rotations favor distance 1.
         wte += 0.5 * math.sqrt(width) * shared
         query = (torch.arange(size, device=device) < 6).float()
-        before.c_q.weight[:size] = torch.outer(query, shared)
-        before.c_k.weight[:size] = torch.outer(rotate(query, *(t[1] for t in self.rotary(2))), shared)
+        previous.c_q.weight[:size] = torch.outer(query, shared)
+        previous.c_k.weight[:size] = torch.outer(rotate(query, *(t[1] for t in self.rotary(2))), shared)
         # Slow rotations hardly depend on the distance.
         slow = (torch.arange(size, device=device) % (size // 2) >= size // 4).nonzero()[:, 0]
-        before.c_v.weight[slow], before.c_proj.weight[:, slow] = value, 2 * written.T
+        previous.c_v.weight[slow], previous.c_proj.weight[:, slow] = value, 2 * written.T
         match.c_q.weight[:size] = match.c_k.weight[:size] = 0
         match.c_q.weight[slow], match.c_k.weight[slow] = value, written
 

@@ -47,7 +47,7 @@ def main(argv=None):
         if code := subprocess.run([sys.executable, "-m", *command], env=env).returncode:
             sys.exit(code)  # the command has said why
 
-    def final_bpb(recipe, depth, steps, seed, *flags):
+    def final_bpb(depth, seed, recipe, steps, *flags):
         tag = f"{recipe}{''.join(flags)}_d{depth}_{steps}_{seed}"
         size = f"--depth={depth}", f"--num_iterations={steps}", f"--seed={seed}", f"--model_tag={tag}"
         run("scripts.base_train", *FLAGS, *size, f"--recipe={recipe}", f"--dtype={args.dtype}", *flags)
@@ -61,7 +61,7 @@ def main(argv=None):
         kinds = {"reference": ("reference", steps), "tuned": ("tuned", steps), "80 %": ("tuned", steps * 4 // 5)}
         kinds["induction"] = "tuned", steps, "--induction=1"
         seeds = range(args.seeds)
-        bpb = {name: [final_bpb(kind[0], depth, kind[1], s, *kind[2:]) for s in seeds] for name, kind in kinds.items()}
+        bpb = {name: [final_bpb(depth, seed, *kind) for seed in seeds] for name, kind in kinds.items()}
         reference = statistics.mean(bpb["reference"])
         for name, values in bpb.items():
             mean, spread = statistics.mean(values), max(values) - min(values)

@@ -98,8 +98,10 @@ class Service:
         return settings | dict(max_tokens=max_tokens, num_samples=body.n or 1, logit_bias=bias, logprobs=logprobs)
 
     def _check_vocabulary(self, tokens, param):
-        unknown = next((t for t in tokens if not isinstance(t, int) or not 0 <= t < self.vocab_size), None)
-        check(unknown is None, f"token {str(unknown)[:20]!r} is not in the vocabulary of {self.vocab_size:,}", param)
+        for token in tokens:
+            if not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                message = f"token {str(token)[:20]!r} is not in the vocabulary of {self.vocab_size:,}"
+                raise ApiError(400, message, param=param)
 
     def _check_length(self, tokens, param):
         """`tokens`, if they leave room for an answer. Raises ApiError."""
