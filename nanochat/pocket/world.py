@@ -173,7 +173,8 @@ class World:
         return entries
 
     def lines(self, section):
-        """The lines of a section, or of its first block if it has several."""
+        """The lines of a section, or of its first block if it has several. Raises UserError if there is none."""
+        require(section in self.sections, f"{_files()}: no section {section!r}")
         return self.sections[section][0]
 
     def table(self, section):
@@ -195,7 +196,6 @@ class World:
     def expand(self, rng, template, split="train"):
         """`template` with all choices made: a random entry for each <section>, an alternative for each [a|b]."""
         while reference := re.search(r"<([^<>]+)>", template):
-            require(reference[1] in self.sections, f"{_files()}: no section {reference[1]!r}, in {template!r}")
             entry = rng.choice(self.entries_of(reference[1], split))
             template = template[: reference.start()] + entry + template[reference.end() :]
         return choose(rng, template)
