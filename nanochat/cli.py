@@ -98,6 +98,7 @@ def add_source_flags(parser, checkpoint):
     add("--corpus", "--data", default="", choices=corpora, help="task mixture; empty = the checkpoint's corpus")
     own = "your conversations, see tasks/customjson.py; :3 = three times per epoch; may be repeated"
     add("--conversations", action="append", metavar="FILE[:WEIGHT]", help=own)
+    add("--bpe_dropout", type=share, default=0.0, help="share of merges left out in the users' messages")
     add("--conversations_only", **FLAG, help="train on --conversations alone, without the mixture")
 
 

@@ -54,9 +54,13 @@ class Source:
 class ShardSource(Source):
     """Documents of parquet shards, each tokenized with a leading bos. A group is a row group, a block a part of one."""
 
-    def __init__(self, row_groups, tokenizer, lanes, seed=42):
-        """`row_groups` is the result of dataset.row_groups(): [(path, index in the file, number of documents)]."""
-        self.tokenizer = tokenizer
+    def __init__(self, row_groups, tokenizer, lanes, seed=42, dropout=0.0):
+        """
+        `row_groups` is the result of dataset.row_groups(): [(path, index in the file, number of documents)].
+
+        `dropout` is that of Tokenizer.encode.
+        """
+        self.tokenizer, self.dropout = tokenizer, dropout
         self.row_group = functools.lru_cache(maxsize=CACHED_ROW_GROUPS)(read_row_group)
         num_docs = sum(rows for _, _, rows in row_groups)
         require(num_docs, "the shards contain no documents; create them again with `python -m nanochat.dataset`")
@@ -68,20 +72,21 @@ class ShardSource(Source):
         path, group, docs = block
         texts = self.row_group(path, group)[docs.start : docs.stop]
         # Only four threads, because other ranks on the machine tokenize at the same time.
-        ids = self.tokenizer.encode(texts, prepend=self.tokenizer.get_bos_token_id(), num_threads=4)
+        ids = self.tokenizer.encode(texts, self.tokenizer.get_bos_token_id(), num_threads=4, dropout=self.dropout)
         return ids, ids
 
 
 class TaskSource(Source):
     """Rendered conversations of a Task. A group is one block. `use_mask`: train on the assistant's tokens only."""
 
-    def __init__(self, task, tokenizer, max_tokens, lanes, seed=42, use_mask=False):
+    def __init__(self, task, tokenizer, max_tokens, lanes, seed=42, use_mask=False, dropout=0.0):
         self.task, self.tokenizer, self.max_tokens, self.use_mask = task, tokenizer, max_tokens, use_mask
+        self.dropout = dropout  # that of Tokenizer.render_conversation
         super().__init__([[block] for block in _block_ranges(len(task), TASK_BLOCK, len(task), lanes)], seed)
 
     def read(self, block):
         """(ids, targets) of the conversations in a block, each a list of sequences; target -1 = not trained on."""
-        rendered = [self.tokenizer.render_conversation(self.task[i], self.max_tokens) for i in block]
+        rendered = [self.tokenizer.render_conversation(self.task[i], self.max_tokens, self.dropout) for i in block]
         ids = [ids for ids, _ in rendered]
         return ids, [np.where(mask, ids, -1) for ids, mask in rendered] if self.use_mask else ids
 
@@ -241,20 +246,21 @@ def lane_batches(source, rows, T, device_batch_size, compute, packing="stream", 
         yield Batch(micro_batches, progress, {str(lane.index): lane.state() for lane in lanes})
 
 
-def conversation_batches(task, tokenizer, rows, T, device_batch_size, compute, seed=42, states=None):
+def conversation_batches(task, tokenizer, rows, T, device_batch_size, compute, seed=42, states=None, dropout=0.0):
     """
     Yield Batches on the CPU forever, with one conversation per row, truncated to T inputs.
 
     Only the assistant's tokens are trained on. Each epoch is a seeded permutation of `task`. A rank sorts its rows of a
     step by length; a micro-batch has at most device_batch_size x T tokens, see length_buckets(). `states` is the
-    `state` of the last Batch before the resume.
+    `state` of the last Batch before the resume, `dropout` that of Tokenizer.render_conversation.
     """
     pad, order = tokenizer.encode_special("<|assistant_end|>"), Source([[i] for i in range(len(task))], seed).order
     used = states["examples"] if states else 0
     while True:
         own = (divmod(used + row, len(task)) for row in rank_rows(rows, compute))
         examples = [task[order(epoch)[i]] for epoch, i in own]
-        rendered = sorted((tokenizer.render_conversation(e, T + 1) for e in examples), key=lambda row: len(row[0]))
+        rendered = (tokenizer.render_conversation(example, T + 1, dropout) for example in examples)
+        rendered = sorted(rendered, key=lambda row: len(row[0]))
         buckets = length_buckets([len(ids) for ids, _ in rendered], device_batch_size * T)
         parts = (rendered[bucket.start : bucket.stop] for bucket in buckets)
         used += rows

@@ -44,12 +44,13 @@ class Tokenizer:
         self.tokens |= {i: name.encode() for name, i in special_tokens.items()}
         try:
             bpe = rustbpe.Tokenizer.from_tokens(sorted(ranks, key=ranks.get), pattern)
-            self.encode_ordinary, self.encode_ordinary_batch = bpe.encode, bpe.encode_batch
+            self.encode_ordinary, self.encode_ordinary_batch, self.drops = bpe.encode, bpe.encode_batch, True
         except ValueError:  # rustbpe requires rank b for byte b; GPT-2's vocabulary has another order
             import tiktoken
 
             bpe = tiktoken.Encoding("other", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
             self.encode_ordinary, self.encode_ordinary_batch = bpe.encode_ordinary, bpe.encode_ordinary_batch
+            self.drops = False  # BPE dropout
 
     @classmethod
     def train_from_iterator(cls, iterator, vocab_size, progress=None, max_chars=None, arrow=False):
@@ -146,17 +147,20 @@ class Tokenizer:
     # -----------------------------------------------------------------------------------------------------------------
     # Text
 
-    def encode(self, text, prepend=None, append=None, num_threads=8):
+    def encode(self, text, prepend=None, append=None, num_threads=8, dropout=0.0):
         """
         Ids of a str, or for a list of str a list of ids each, encoded on `num_threads` threads.
 
-        `prepend` and `append` are special tokens, given by id or name.
+        `prepend` and `append` are special tokens, given by id or name. `dropout`: the probability that a merge is left
+        out (BPE dropout, Provilkov et al. 2020), the same ones each time a text is encoded; not for GPT-2's vocabulary.
         """
         ids = (self.encode_special(t) if isinstance(t, str) else t for t in (prepend, append))
         head, tail = ([] if i is None else [i] for i in ids)
+        require(not dropout or self.drops, "BPE dropout needs a tokenizer of tok_train")
+        options = {"dropout": dropout} if dropout else {}
         if isinstance(text, str):
-            return head + self.encode_ordinary(text) + tail
-        rows = self.encode_ordinary_batch(text, num_threads=num_threads)
+            return head + self.encode_ordinary(text, **options) + tail
+        rows = self.encode_ordinary_batch(text, num_threads=num_threads, **options)
         return [head + row + tail for row in rows] if head or tail else rows
 
     __call__ = encode_batch = encode
@@ -172,20 +176,20 @@ class Tokenizer:
     # -----------------------------------------------------------------------------------------------------------------
     # Conversations
 
-    def render_conversation(self, conversation, max_tokens=2048):
+    def render_conversation(self, conversation, max_tokens=2048, dropout=0.0):
         """
         (ids, mask) of a conversation {"messages": [{"role", "content"}, ...]}, truncated to `max_tokens` (None = all).
 
         The mask is 1 for the tokens that the model is trained to generate. A leading system message is prepended to
         the first user message. An assistant's content is a str or a list of parts {"type", "text"} with a type of
-        PARTS. Raises UserError for a malformed conversation.
+        PARTS. `dropout` is that of `encode`, for the user's messages. Raises UserError for a malformed conversation.
         """
         system, messages = check_conversation(conversation)
         if system:
             messages = [messages[0] | {"content": f"{system}\n\n{messages[0]['content']}"}, *messages[1:]]
         pairs = [(self.get_bos_token_id(), 0)]
         for message in messages:
-            pairs += self._render_message(message)
+            pairs += self._render_message(message, dropout)
         return [i for i, _ in pairs[:max_tokens]], [in_loss for _, in_loss in pairs[:max_tokens]]
 
     def render_for_completion(self, conversation, max_tokens=None):
@@ -217,11 +221,11 @@ class Tokenizer:
         """The tokens for a terminal, separated by bars: green where the mask is 1, else red."""
         return "|".join(f"\033[{32 if m else 31}m{self.id_to_token(t)}\033[0m" for t, m in zip(ids, mask, strict=True))
 
-    def _render_message(self, message):
+    def _render_message(self, message, dropout):
         """[(id, mask)] of one message."""
         content = message["content"]
         if message["role"] == "user":
-            return [(i, 0) for i in self.encode(content, "<|user_start|>", "<|user_end|>")]
+            return [(i, 0) for i in self.encode(content, "<|user_start|>", "<|user_end|>", dropout=dropout)]
         pairs = [(self.encode_special("<|assistant_start|>"), 0)]
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             before, after, in_loss = PARTS[part["type"]]

@@ -48,11 +48,16 @@ class Tokenizer:
     def get_mergeable_ranks(self) -> list[tuple[bytes, int]]:
         """[(bytes, rank)] in the order of the ranks, for tiktoken."""
 
-    def encode(self, text: str) -> list[int]:
-        """The token ids of `text`. Names of special tokens are treated as plain text."""
+    def encode(self, text: str, dropout: float = 0.0) -> list[int]:
+        """
+        The token ids of `text`. Names of special tokens are treated as plain text.
 
-    def encode_batch(self, texts: list[str], num_threads: int | None = None) -> list[list[int]]:
-        """The token ids of each text, on `num_threads` threads (default: all cores)."""
+        With `dropout` > 0, each possible merge is left out with that probability (BPE dropout, Provilkov et al. 2020).
+        Equal texts get equal ids.
+        """
+
+    def encode_batch(self, texts: list[str], num_threads: int | None = None, dropout: float = 0.0) -> list[list[int]]:
+        """The token ids of each text, on `num_threads` threads (default: all cores). `dropout` is that of `encode`."""
 
 Matrix = Tensor | tuple[Tensor, Tensor]
 """(n_out, n_in) in float32 or bfloat16, or a pair of int8 weights and float32 scales (n_out, 1) or (n_out,)."""

@@ -40,6 +40,7 @@ def build_parser():
     add("--core_metric_every", type=int, default=2000, help="steps between CORE evaluations; -1 = never")
     add("--core_metric_max_per_task", type=int, default=500, help="examples per CORE task")
     add("--sample_every", type=int, default=2000, help="steps between samples; -1 = never")
+    add("--bpe_dropout", type=share, default=0.0, help="share of the tokenizer's merges left out in training documents")
     add("--data_dir", type=path, help="folder of the shards (default: base_data in NANOCHAT_BASE_DIR)")
     add("--model_tag", default="", help="folder name of the checkpoints; empty = d<depth>")
     return parser
@@ -97,7 +98,8 @@ def main(argv=None):
     # Data; validation batches are read at the first validation
     corpus = dataset.corpus_name(args.data_dir)
     train_groups, val_groups = (dataset.row_groups(split, args.data_dir) for split in ("train", "val"))
-    loader = stage.training_loader(dataloader.ShardSource(train_groups, tokenizer, rows, args.seed), rows)
+    source = dataloader.ShardSource(train_groups, tokenizer, rows, args.seed, args.bpe_dropout)
+    loader = stage.training_loader(source, rows)
     val_batches = cache(lambda: stage.validation_batches(dataloader.ShardSource(val_groups, tokenizer, rows)))
     try:  # before training, to report missing data early
         core_tasks = load_tasks() if args.core_metric_every > 0 and corpus == "public" else None

@@ -63,8 +63,8 @@ def main(argv=None):
     T = model.config.sequence_len
     dataloader.check_lengths("training", train_task, tokenizer, T)
     dataloader.check_lengths("validation", val_task, tokenizer, T)
-    position = stage.meta.get("loader_state")
-    batches = dataloader.conversation_batches(train_task, tokenizer, rows, T, rank_rows, compute, args.seed, position)
+    options = dict(seed=args.seed, states=stage.meta.get("loader_state"), dropout=args.bpe_dropout)
+    batches = dataloader.conversation_batches(train_task, tokenizer, rows, T, rank_rows, compute, **options)
     loader = dataloader.Prefetch(batches, compute.device)
     val_steps = max(1, min(args.eval_steps, len(val_task) // per_pass))
 

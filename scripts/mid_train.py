@@ -71,7 +71,8 @@ def main(argv=None):
     rendering = dict(max_tokens=args.max_seq_len, use_mask=args.train_on == "assistant")
     check_lengths("training", train_task, tokenizer, **rendering)
     check_lengths("validation", val_task, tokenizer, **rendering)
-    loader = stage.training_loader(TaskSource(train_task, tokenizer, seed=args.seed, lanes=rows, **rendering), rows)
+    source = TaskSource(train_task, tokenizer, seed=args.seed, lanes=rows, dropout=args.bpe_dropout, **rendering)
+    loader = stage.training_loader(source, rows)
     val_batches = cache(lambda: stage.validation_batches(TaskSource(val_task, tokenizer, lanes=rows, **rendering)))
     token_bytes = get_token_bytes()
 

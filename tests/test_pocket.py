@@ -120,6 +120,18 @@ def test_every_split_has_conversations_about_all_topics(split, world):
         assert 1 <= len(exchanges) <= 12 and all(question and reply for question, reply in exchanges)
 
 
+def test_only_a_name_that_was_told_is_remembered(world):
+    remembered = 0
+    for seed in range(600):
+        said = ""
+        for question, reply in conversation(Random(seed), "train", world):
+            if name := re.match(r"(?:Your name is|You are) ([A-Z]\w+)[.,]", reply):
+                assert re.search(rf"(?i)\b{name[1]}\b", said), (question, reply)
+                remembered += 1
+            said += f"{question}\n"
+    assert 20 < remembered < 120
+
+
 def user_messages(split, n=300):
     """User messages of `n` examples of each task."""
     tasks = pocket.PocketChat, pocket.PocketSums, pocket.PocketIdentity, pocket.PocketStories, PocketLetters
@@ -139,11 +151,11 @@ def test_splits_and_people_have_no_common_wordings():
 
 
 def test_training_has_more_than_1600_wordings_of_each_kind(world):
-    """Distinct wordings in 6,000 draws, before misspellings and remarks."""
+    """Distinct wordings in 20,000 draws, before misspellings and remarks."""
     for section in ("ask food", "ask job", "ask home", "ask story two"):
         rng = Random(3)
-        draws = [world.expand(rng, rng.choice(world.lines(section))) for _ in range(6000)]
-        assert len({wording(d) for d in draws if wording_split(d) == "train"}) > 1000, section
+        draws = [world.expand(rng, rng.choice(world.lines(section))) for _ in range(20_000)]
+        assert len({wording(d) for d in draws if wording_split(d) == "train"}) > 1600, section
     rng = Random(4)
     sums = [world.expand(rng, sum_template(rng, world)[0]) for _ in range(6000)]
     assert len({wording(d) for d in sums if wording_split(d) == "train"}) > 1600
@@ -285,6 +297,13 @@ def test_stories_mention_only_their_characters_and_place(world, cast):
         assert {a.name, b.name} <= mentioned <= {a.name, b.name, a.friend.name} and p.name in text
         assert 400 < len(text) < 1500 and topic
 
+
+def test_a_story_about_any_topic_is_about_it(world):
+    topics = {split: set(world.entries_of("topics", split)) for split in SPLITS}
+    assert sum(map(len, topics.values())) > 300 and not topics["train"] & topics["test"]
+    texts = draws(lambda r, s: story(r, s, world), "test", n=300)
+    about_any = [s for s in texts if s.topic in topics["test"].difference(*world.topics)]
+    assert len(about_any) > 100 and all(s.text.count(s.topic) >= 3 for s in about_any)
 
 def test_a_story_is_about_what_was_requested(world):
     for exchanges in draws(lambda r, s: draw_exchanges(r, s, world, ["story"]), "train", n=300):

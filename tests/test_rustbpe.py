@@ -135,6 +135,53 @@ def test_ids_equal_tiktoken():
         assert oracle.decode(ids) == text
 
 
+def naive_dropout(rng, pairs, word, dropout):
+    """The tokens of `word` by algorithm 1 of Provilkov et al. (2020). `pairs`: a merge's parts -> rank."""
+    tokens = [bytes([b]) for b in word]
+    while True:
+        kept = [(pairs.get(p), i) for i, p in enumerate(zip(tokens, tokens[1:], strict=False)) if rng.random() >= dropout]
+        kept = [(rank, i) for rank, i in kept if rank]
+        if not kept:
+            return tuple(tokens)
+        _, i = min(kept)
+        tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.5])
+def test_dropout_gives_the_tokens_of_the_paper_as_often(dropout):
+    rng = random.Random(2)
+    tokenizer = train(real_texts(300_000), 2000)
+    tokens = [token for token, _ in tokenizer.get_mergeable_ranks()]
+    pairs = {}
+    for rank, token in enumerate(tokens[256:], 256):
+        parts = rustbpe.Tokenizer.from_tokens(tokens[:rank], ".+|\n").encode(token.decode()) if token.isalpha() else ()
+        pairs |= {tuple(tokens[i] for i in parts): rank} if len(parts) == 2 else {}
+    for word in [token for token in tokens if len(token) > 6 and token.isalpha()][:8]:
+        ours, n = Counter(), 3000
+        for i in range(n):  # the number changes which merges are left out
+            ids = tokenizer.encode(f"{word.decode()}{i}", dropout)
+            ends = list(itertools.accumulate(len(tokens[j]) for j in ids))
+            ours[tuple(tokens[j] for j in ids[: ends.index(len(word)) + 1])] += 1
+        theirs = Counter(naive_dropout(rng, pairs, word, dropout) for _ in range(n))
+        distance = sum(abs(ours[t] - theirs[t]) for t in ours | theirs) / (2 * n)  # of the distributions
+        again = Counter(naive_dropout(rng, pairs, word, dropout) for _ in range(n))
+        noise = sum(abs(again[t] - theirs[t]) for t in again | theirs) / (2 * n)
+        assert distance < 0.02 + 1.5 * noise, (word, distance, noise)
+
+
+def test_dropout_keeps_the_text():
+    rng = random.Random(3)
+    texts = real_texts(100_000)[:20] + [strange_text(rng, rng.randrange(100)) for _ in range(300)] + ["ab" * 999]
+    tokenizer = train(texts, 1000)
+    tokens = [token for token, _ in tokenizer.get_mergeable_ranks()]
+    rows = {dropout: tokenizer.encode_batch(texts, 2, dropout=dropout) for dropout in (0.0, 0.2, 1.0)}
+    assert rows[0.0] == [tokenizer.encode(text) for text in texts]
+    assert rows[0.2] == [tokenizer.encode(text, dropout=0.2) for text in texts] != rows[0.0]
+    for text, *ids in zip(texts, *rows.values(), strict=True):
+        assert all(b"".join(tokens[i] for i in row) == text.encode() for row in ids)
+    assert rows[1.0][0] == list(texts[0].encode())
+
+
 def test_pieces_equal_the_regex_module():
     rng = random.Random(1)
     texts = [strange_text(rng, rng.randrange(60)) for _ in range(3000)]

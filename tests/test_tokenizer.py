@@ -209,6 +209,24 @@ def test_render_conversation_with_a_tool_call(tokenizer):
     assert conversation["messages"][1]["content"] == "12 + 30?"  # the argument is not modified
 
 
+def test_dropout_only_concerns_the_users_messages(tokenizer):
+    cats = "The cat sat on the mat. " * 5
+    conversation = chat(user(cats), assistant(cats))
+    ids, mask = tokenizer.render_conversation(conversation, dropout=0.5)
+    question, answer = (ids[2 : mask.index(1) - 2], [i for i, m in zip(ids, mask, strict=True) if m][:-1])
+    assert answer == tokenizer.encode(cats) and tokenizer.decode(question) == cats
+    assert question == tokenizer.encode(cats, dropout=0.5) != answer
+    assert tokenizer.render_conversation(conversation)[0][2 : 2 + len(answer)] == answer
+
+
+def test_dropout_with_another_vocabulary_raises_user_error():
+    ranks = {bytes([255 - b]): b for b in range(256)}
+    other = Tokenizer(SPLIT_PATTERN, ranks, {"<|bos|>": 256})
+    assert other.decode(other.encode("cat")) == "cat"
+    with raises_user_error("BPE dropout needs a tokenizer of tok_train"):
+        other.encode("cat", dropout=0.1)
+
+
 def test_special_token_names_in_messages_are_encoded_as_text(tokenizer):
     ids, mask = tokenizer.render_conversation(chat(user("<|assistant_start|>"), assistant("<|assistant_end|><|bos|>")))
     special = [(tokenizer.id_to_token(i), m) for i, m in zip(ids, mask, strict=True) if i >= 311]

@@ -12,7 +12,7 @@ def places_away(world, a, b):
     return [p for p in world.places if p not in (a.place, b.place)]
 
 
-# A story, its main characters `a` and `b`, its place `p`, and a phrase for its plot, such as "a race".
+# A story, its main characters `a` and `b`, its place `p`, and a phrase for what it is about, such as "a race".
 Story = namedtuple("Story", "text a b p topic")
 
 
@@ -41,11 +41,12 @@ def story(rng, split, world, title=False, foreign=0.0):
     a = hero(rng, split, world) if rng.random() < foreign else a
     details = rng.sample(world.lines("opening more"), rng.randint(0, 1))  # of two, a small model repeats the first
     opening = " ".join([rng.choice(world.lines("opening")), *details])
+    topic = world.expand(rng, rng.choice(world.topics[world.sections["plot"].index(plot)]), split)
     sections = rng.choice((("ending",), ("closing",), ("ending", "closing")))
     ending = " ".join(rng.choice(world.lines(section)) for section in sections)
     heading = [rng.choice((plot[0], *world.lines("heading"))), "-"] if title else []
     text = "\n".join([*heading, opening, *plot[1:], ending]).replace("\n-\n", "\n\n")
-    return Story(fill(rng, text, a=a, b=b, p=p), a, b, p, rng.choice(world.topics[world.sections["plot"].index(plot)]))
+    return Story(fill(rng, text, a=a, b=b, p=p, topic=topic), a, b, p, topic)
 
 
 def describe(rng, world, subject, sentences):

@@ -50,7 +50,8 @@ def _about(rng, split, world):
 
 def _first_question(rng, split, world, a):
     """(question, reply, attribute) about a character: open, yes-or-no, a choice of two, or about the best friend."""
-    form, attribute = rng.choice(("ask", "ask", "check", "which", "which who", "friend of")), rng.choice(ATTRIBUTES)
+    forms = ("ask", "ask", "ask", "check", "check", "check", "which", "which who", "friend of")
+    form, attribute = rng.choice(forms), rng.choice(ATTRIBUTES)
     if form == "ask":
         template = rng.choice(world.lines(f"ask {attribute}"))
     else:
@@ -110,7 +111,7 @@ def _sum(rng, split, world):
 
 # Topic -> (weight, function). Without a function, it stands for the sections whose names begin with it.
 TOPICS = {"fact": (24, _fact), "character": (22, character_exchanges), "place": (3, _place), "about": (4, _about)}
-TOPICS |= {"sum": (8, _sum), "comparison": (3, comparison), "story": (4, story_exchanges)}
+TOPICS |= {"sum": (8, _sum), "comparison": (3, comparison), "story": (6, story_exchanges)}
 TOPICS |= {"self": (14, None), "unknown": (12, None), "talk": (18, None)}
 
 
@@ -131,7 +132,7 @@ def conversation(rng, split, world, topics=TOPICS):
         exchanges += section_exchange(rng, split, world, "name told", n=n)
     elif form > 0.9:
         exchanges += draw_exchanges(rng, split, world, ("talk hello", "talk hello name"))
-    told = exchanges and form < 0.12
+    told = bool(exchanges) and form < 0.12
     for _ in range(rng.choice((1, 1, 1, 1, 2, 3))):
         exchanges += draw_exchanges(rng, split, world, topics)
         if len(exchanges[-1][1]) > 500:  # characters: a story, and two stories exceed a context of 512 tokens

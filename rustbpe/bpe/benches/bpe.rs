@@ -58,7 +58,7 @@ fn benches(c: &mut Criterion) {
         b.iter_batched(count, |words| train(words, 8192, |_| Ok::<(), Error>(())), BatchSize::LargeInput);
     });
     group.bench_function("encode", |b| b.iter(|| tokenizer.encode(&text)));
-    group.bench_function("encode a batch", |b| b.iter(|| tokenizer.encode_batch(&texts)));
+    group.bench_function("encode a batch", |b| b.iter(|| tokenizer.encode_batch(&texts, 0.0)));
     group.finish();
 }
 

@@ -95,12 +95,30 @@ impl Tokenizer {
         result.map(|()| ids)
     }
 
-    /// The token ids of each text, on all threads of the current rayon pool.
+    /// The token ids of `text` with BPE dropout (Provilkov et al. 2020): whenever the next merge of a piece is chosen,
+    /// each possible one is left out with the probability `dropout`. Equal texts get equal ids. Pieces of more than
+    /// [`MAX_SCANNED`] bytes are encoded without dropout.
     ///
     /// # Errors
     /// As for [`encode`](Self::encode).
-    pub fn encode_batch<T: AsRef<str> + Sync>(&self, texts: &[T]) -> Result<Vec<Vec<u32>>, Error> {
-        texts.par_iter().map(|text| self.encode(text.as_ref())).collect()
+    pub fn encode_dropping(&self, text: &str, dropout: f64) -> Result<Vec<u32>, Error> {
+        let (mut ids, mut parts) = (Vec::with_capacity(text.len() / 2), Parts::default());
+        let mut random = Random(key::hash_bytes(text.as_bytes()));
+        self.splitter.split(text, |piece| match &text.as_bytes()[piece] {
+            piece if piece.len() > MAX_SCANNED => self.merge_with_heap(piece, &mut ids),
+            piece => self.merge_dropping(piece, &mut parts, &mut ids, || random.next() < dropout),
+        })?;
+        Ok(ids)
+    }
+
+    /// The token ids of each text, on all threads of the current rayon pool. A `dropout` above 0 is that of
+    /// [`encode_dropping`](Self::encode_dropping).
+    ///
+    /// # Errors
+    /// As for [`encode`](Self::encode).
+    pub fn encode_batch<T: AsRef<str> + Sync>(&self, texts: &[T], dropout: f64) -> Result<Vec<Vec<u32>>, Error> {
+        let encode = |text: &str| if dropout > 0.0 { self.encode_dropping(text, dropout) } else { self.encode(text) };
+        texts.par_iter().map(|text| encode(text.as_ref())).collect()
     }
 
     fn encode_piece(&self, text: &[u8], piece: Range<usize>, cache: &mut Cache, ids: &mut Vec<u32>) {
@@ -168,7 +186,23 @@ impl Tokenizer {
         ids.extend_from_slice(tokens);
     }
 
-    /// The same in O(n log n): tokens are a linked list, and pairs wait on a heap. A pair on the heap is stale if its two
+    /// [`merge_scanning`](Self::merge_scanning), but pairs for which `drops` returns true are left out of a scan.
+    fn merge_dropping(&self, piece: &[u8], parts: &mut Parts, ids: &mut Vec<u32>, mut drops: impl FnMut() -> bool) {
+        let tokens = &mut parts.tokens;
+        tokens.clear();
+        tokens.extend(piece.iter().map(|&byte| u32::from(byte)));
+        let mut candidate = |(i, pair): (usize, &[u32])| match self.rank(pair[0], pair[1]) {
+            NONE => None,
+            rank => (!drops()).then_some((rank, i)),
+        };
+        while let Some((rank, i)) = tokens.windows(2).enumerate().filter_map(&mut candidate).min() {
+            tokens[i] = rank;
+            tokens.remove(i + 1);
+        }
+        ids.extend_from_slice(tokens);
+    }
+
+    /// [`merge_scanning`](Self::merge_scanning) in O(n log n): tokens are a linked list, and pairs wait on a heap. A pair on the heap is stale if its two
     /// tokens are not there any more.
     fn merge_with_heap(&self, piece: &[u8], ids: &mut Vec<u32>) {
         const GONE: u32 = u32::MAX;
@@ -200,6 +234,18 @@ impl Tokenizer {
 
 /// Bytes of the longest piece that is merged by scanning.
 const MAX_SCANNED: usize = 200;
+
+/// A generator of random numbers: `SplitMix64` (Steele et al. 2014), in [0, 1).
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> f64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let x = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((x ^ (x >> 31)) >> 11) as f64 / (1_u64 << 53) as f64
+    }
+}
 
 /// Marks pairs that no merge joins.
 const NONE: u32 = u32::MAX;

@@ -80,7 +80,14 @@ proptest! {
         let tokenizer = Tokenizer::new(splitter.clone(), merges.clone());
         for text in corpus.iter().chain([&text]) {
             let expected: Vec<u32> = pieces(GPT4_PATTERN, text).iter().flat_map(|p| replay::replay(&merges, p)).collect();
+            prop_assert_eq!(&tokenizer.encode_dropping(text, 0.0).unwrap(), &expected);
             prop_assert_eq!(tokenizer.encode(text).unwrap(), expected);
+        }
+        let bytes = tokenizer.token_bytes();
+        for dropout in [0.1, 0.5, 1.0] {
+            let ids = tokenizer.encode_dropping(&text, dropout).unwrap();
+            prop_assert_eq!(ids.iter().flat_map(|&id| bytes[id as usize].clone()).collect::<Vec<u8>>(), text.as_bytes());
+            prop_assert!(dropout < 1.0 || ids.len() == text.len());
         }
         let again = Tokenizer::from_tokens(splitter, &tokenizer.token_bytes()).unwrap();
         prop_assert_eq!(again.token_bytes(), tokenizer.token_bytes());

@@ -100,24 +100,30 @@ impl Tokenizer {
     }
 
     /// The token ids of `text`. Names of special tokens are treated as plain text.
-    fn encode(&self, py: Python<'_>, text: &str) -> PyResult<Vec<u32>> {
-        py.detach(|| self.0.encode(text)).map_err(value_error)
+    ///
+    /// With `dropout` > 0, each possible merge is left out with that probability (BPE dropout, Provilkov et al. 2020).
+    /// Equal texts get equal ids.
+    #[pyo3(signature = (text, dropout=0.0))]
+    fn encode(&self, py: Python<'_>, text: &str, dropout: f64) -> PyResult<Vec<u32>> {
+        let encode = || if dropout > 0.0 { self.0.encode_dropping(text, dropout) } else { self.0.encode(text) };
+        py.detach(encode).map_err(value_error)
     }
 
-    /// The token ids of each text, on `num_threads` threads (default: all cores).
-    #[pyo3(signature = (texts, num_threads=None))]
+    /// The token ids of each text, on `num_threads` threads (default: all cores). `dropout` is that of encode.
+    #[pyo3(signature = (texts, num_threads=None, dropout=0.0))]
     fn encode_batch(
         &self,
         py: Python<'_>,
         texts: Vec<PyBackedStr>,
         num_threads: Option<usize>,
+        dropout: f64,
     ) -> PyResult<Vec<Vec<u32>>> {
+        let encode = || self.0.encode_batch(&texts, dropout).map_err(value_error);
         py.detach(|| match num_threads {
-            None => self.0.encode_batch(&texts).map_err(value_error),
+            None => encode(),
             Some(n) => {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(n).build();
-                let pool = pool.map_err(|e| value_error(format!("num_threads={n}: {e}")))?;
-                pool.install(|| self.0.encode_batch(&texts)).map_err(value_error)
+                pool.map_err(|e| value_error(format!("num_threads={n}: {e}")))?.install(encode)
             }
         })
     }
