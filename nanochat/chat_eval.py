@@ -48,6 +48,13 @@ class Score:
         kinds = dict.fromkeys(r["kind"] for r in self.records if r["kind"])
         return {kind: Score([r for r in self.records if r["kind"] == kind]).accuracy for kind in kinds}
 
+    @property
+    def repetition(self):
+        """Share of the answers of more than five sentences that repeat one; None if no answer is that long."""
+        answers = (re.findall(r"\b[^.!?\n]{9,}[.!?]", answer) for r in self.records for answer in r["answers"])
+        long = [sentences for sentences in answers if len(sentences) > 5]
+        return statistics.fmean(len(set(sentences)) < len(sentences) for sentences in long) if long else None
+
     def pass_at(self, k):
         """pass@k, unbiased (Chen et al. 2021, section 2.1), averaged over problems."""
         return sum(pass_at_k(len(r["verdicts"]), sum(r["verdicts"]), k) for r in self.records) / len(self.records)

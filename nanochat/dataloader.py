@@ -258,8 +258,7 @@ def conversation_batches(task, tokenizer, rows, T, device_batch_size, compute, s
     used = states["examples"] if states else 0
     while True:
         own = (divmod(used + row, len(task)) for row in rank_rows(rows, compute))
-        examples = [task[order(epoch)[i]] for epoch, i in own]
-        rendered = (tokenizer.render_conversation(example, T + 1, dropout) for example in examples)
+        rendered = (tokenizer.render_conversation(task[order(epoch)[i]], T + 1, dropout) for epoch, i in own)
         rendered = sorted(rendered, key=lambda row: len(row[0]))
         buckets = length_buckets([len(ids) for ids, _ in rendered], device_batch_size * T)
         parts = (rendered[bucket.start : bucket.stop] for bucket in buckets)

@@ -116,6 +116,7 @@ def main(argv=None):
     clock = {"wall_clock_seconds": time.time() - started}
     facts, metrics = dict(accuracies), {"task_scores": accuracies, **clock}
     kinds = {f"{name}, {kind}": share for name, score in scores.items() for kind, share in score.by_kind.items()}
+    kinds |= {f"{name}, repetitive": s.repetition for name, s in scores.items() if s.repetition is not None}
     for name, share in kinds.items():
         print0(f"{name}: {share:.2%}")
     pages = [transcripts(score) for score in scores.values() if score.by_kind]

@@ -84,6 +84,13 @@ def test_chat_core_and_standard_error_by_hand():
     assert (score.accuracy, score.pass_at(2)) == (0.25, 0.5)
 
 
+def test_repetition_is_the_share_of_long_answers_that_repeat_a_sentence():
+    story = [f"Then {name} went to the old mill." for name in ("Pip", "Moss", "Ivy", "Ruby", "Fern", "Rusty")]
+    answers = [" ".join(story), " ".join([*story, story[0]]), "Yes. Yes. Yes. Yes. Yes. Yes. Yes.", story[0] * 3]
+    assert Score([{"answers": answers}]).repetition == 0.5
+    assert Score([{"answers": ["I do not know."]}]).repetition is None
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_categorical_answer_is_the_likeliest_letter_of_the_problem(batch_size):
     # The scripted model gives equal logits to the chosen letter and to X, which is not an option of the problem.

@@ -139,8 +139,8 @@ def naive_dropout(rng, pairs, word, dropout):
     """The tokens of `word` by algorithm 1 of Provilkov et al. (2020). `pairs`: a merge's parts -> rank."""
     tokens = [bytes([b]) for b in word]
     while True:
-        kept = [(pairs.get(p), i) for i, p in enumerate(zip(tokens, tokens[1:], strict=False)) if rng.random() >= dropout]
-        kept = [(rank, i) for rank, i in kept if rank]
+        ranks = (pairs.get(pair) for pair in zip(tokens, tokens[1:], strict=False))
+        kept = [(rank, i) for i, rank in enumerate(ranks) if rank and rng.random() >= dropout]
         if not kept:
             return tuple(tokens)
         _, i = min(kept)

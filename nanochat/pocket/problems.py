@@ -76,10 +76,10 @@ def informal(rng, text):
         pair = rng.choice(pairs)  # of letters: swapped, one missing, one doubled
         error = rng.choice((pair[0][::-1], pair[0][0], pair[0][0] + pair[0]))
         text = text[: pair.start()] + error + text[pair.end() :]
-    if rng.random() < 0.15:  # words that do not matter
+    if rng.random() < 0.1:  # words that do not matter
         words = " ".join(rng.sample(world.entries_of("word", "train"), rng.randint(2, 7)))
         text = rng.choice((f"{words}, {text}", f"{words}. {text}", f"My {words}: {text}", f"{text} {words}."))
-    before, after = ("<before> " if rng.random() < 0.2 else ""), (" <after>" if rng.random() < 0.12 else "")
+    before, after = ("<before> " if rng.random() < 0.15 else ""), (" <after>" if rng.random() < 0.08 else "")
     return world.expand(rng, before) + text + world.expand(rng, after)
 
 

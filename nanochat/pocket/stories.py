@@ -6,12 +6,6 @@ from copy import copy
 from nanochat.pocket.problems import stranger
 from nanochat.pocket.world import Person, Place, an, fill, split_of
 
-
-def places_away(world, a, b):
-    """Places where neither of the two characters lives."""
-    return [p for p in world.places if p not in (a.place, b.place)]
-
-
 # A story, its main characters `a` and `b`, its place `p`, and a phrase for what it is about, such as "a race".
 Story = namedtuple("Story", "text a b p topic")
 
