@@ -13,6 +13,7 @@ import functools
 import io
 import os
 import re
+import socket
 import sys
 import traceback
 
@@ -100,6 +101,18 @@ def add_source_flags(parser, checkpoint):
     add("--conversations", action="append", metavar="FILE[:WEIGHT]", help=own)
     add("--bpe_dropout", type=share, default=0.0, help="share of merges left out in the users' messages")
     add("--conversations_only", **FLAG, help="train on --conversations alone, without the mixture")
+
+
+def listen(host, port):
+    """A bound socket. Raises UserError if the port is taken, or `host` is not an address of this machine."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sets TCP_NODELAY only then
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+    except (OSError, OverflowError) as e:
+        raise UserError(f"cannot listen at {host}:{port} ({e}); set another --host or --port") from e
+    return sock
 
 
 def wandb_run(name):

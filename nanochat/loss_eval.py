@@ -44,7 +44,18 @@ PROMPTS["pocket"] = ["Once upon a time", "Pip lives in", "Misty the seal", "The 
 PROMPTS["pocket"] += ["12 + 30 =", "apple is spelled"]
 
 
-def greedy_samples(engine, corpus, max_tokens=16):
+def chat_samples(engine, task, n=4, max_tokens=64):
+    """{question: greedy answer} for the first questions of `n` evenly spaced conversations of `task`."""
+    samples = {}
+    for i in range(0, len(task), max(1, len(task) // n))[:n]:
+        question = next(message for message in task[i]["messages"] if message["role"] == "user")
+        ids = engine.tokenizer.render_for_completion({"messages": [question]})
+        results, _ = engine.generate_batch(ids, max_tokens=max_tokens, temperature=0)
+        samples[question["content"]] = engine.tokenizer.decode(results[0][len(ids) :])
+    return samples
+
+
+def greedy_samples(engine, corpus, max_tokens=48):
     """{prompt: continuation} of a base model trained on `corpus`, decoded greedily."""
     tokenizer, samples = engine.tokenizer, {}
     for prompt in PROMPTS[corpus]:

@@ -2,7 +2,8 @@
 The report of a whole run: machine, one section per stage, and a table of the metrics after each stage.
 
     python -m nanochat.report reset       # before a run: delete the old sections, record machine and time
-    python -m nanochat.report generate    # after it: write report/report.md, copied to ./report.md
+    python -m nanochat.report generate    # after it: write report.md and report.html in report/ and here
+    python -m nanochat.report compare A B # tables and curves of the runs in base directories A, B, ...
 
 Every stage calls get_report().log(section, data, metrics). This writes report/<section>.md for people and
 report/<section>.json for programs.
@@ -21,8 +22,10 @@ import sys
 import time
 from pathlib import Path
 
-from nanochat.cli import make_parser, parse_args, run_script
-from nanochat.common import base_dir, format_duration, is_writer, print0, write_text
+from nanochat.cli import make_parser, parse_args, path, run_script
+from nanochat.common import base_dir, format_duration, is_writer, print0, require, write_text
+from nanochat.serve.pages import watch_page
+from nanochat.watch import changes
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = ("Tokenizer training", "Tokenizer evaluation", "Base model training", "Base model loss")
@@ -38,9 +41,6 @@ METRICS = ("val_bpb", "train_bpb", "core", "chat_core", "task_scores", "wall_clo
 # Order of chat tasks in the summary; other tasks follow.
 TASKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee", "PocketSums", "PocketFacts")
 COLUMNS = ("BASE", "MID", "SFT", "RL")
-# Section -> stem of its metrics file, metrics/<stem>.jsonl.
-CURVES = {"Base model training": "base", "Midtraining": "mid", "Chat SFT": "sft", "Chat RL": "rl"}
-BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"  # one eighth to full
 HOURLY_RATES = {"H100": 3.00, "A100": 1.79, "V100": 0.55}  # rent in dollars per GPU; 2.00 for any other
 
 
@@ -86,23 +86,25 @@ class Report:
         write_text(self.folder / "header.json", json.dumps({"started": started, "hourly": hourly_rate(gpus)}) + "\n")
 
     def generate(self):
-        """Combine all logged sections into report.md, which also lists the missing ones. Returns its path."""
-        files = [f for f in map(_json_dict, map(_read_text, sorted(self.folder.glob("*.json")))) if "section" in f]
+        """
+        Combine all logged sections into report.md, which also lists the missing ones, and make report.html.
+
+        Returns both paths.
+        """
+        files = [f for f in map(json_dict, map(_read_text, sorted(self.folder.glob("*.json")))) if "section" in f]
         logged = {file["section"]: file for file in sorted(files, key=lambda file: file.get("time", 0))}
         names = [*(s for s in SECTIONS if s in logged), *(s for s in logged if s not in SECTIONS)]
         head = _read_text(self.folder / "header.md")
         parts = [head or header(gpu_list(), "Run started: unknown, there was no `report reset`")]
         for name in names:
-            parts += [_read_text(self.folder / f"{slug(name)}.md") or "", self._curves(name)]
-        parts.append(summary(logged, names, _json_dict(_read_text(self.folder / "header.json"))))
+            parts.append(_read_text(self.folder / f"{slug(name)}.md") or "")
+        parts.append(summary(logged, names, json_dict(_read_text(self.folder / "header.json"))))
         if missing := [name for name in SECTIONS if name not in logged and name not in OPTIONAL_SECTIONS]:
             parts.append(f"Not run, or not logged: {', '.join(missing)}.\n")
-        return write_text(self.folder / "report.md", "\n".join(parts))
-
-    def _curves(self, section):
-        """The curves of a section's metrics file, "" if it has none."""
-        lines = (_read_text(self.folder / "metrics" / f"{CURVES.get(section)}.jsonl") or "").splitlines()
-        return curves([record for line in lines if "step" in (record := _json_dict(line))])
+        parts.append("Curves, samples and conversations: [report.html](report.html)\n")
+        html = watch_page(changes([self.folder.parent], {}))
+        texts = {"report.md": "\n".join(parts), "report.html": html}
+        return [write_text(self.folder / name, text) for name, text in texts.items()]
 
 
 def _read_text(path):
@@ -112,7 +114,7 @@ def _read_text(path):
     return None
 
 
-def _json_dict(text):
+def json_dict(text):
     """The dict in a JSON text; {} if the text is None, truncated by a crash, or anything else."""
     with contextlib.suppress(TypeError, ValueError):
         value = json.loads(text)
@@ -166,6 +168,12 @@ def _git(*args):
         result = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, timeout=20)
         return result.stdout.decode("utf-8", "replace").strip("\n") if result.returncode == 0 else ""
     return ""
+
+
+def code_version():
+    """{"commit", "message", "diff"}: the checkout's commit and the difference to it."""
+    commands = {"commit": ("rev-parse", "HEAD"), "message": ("log", "-1", "--format=%s"), "diff": ("diff", "HEAD")}
+    return {name: _git(*command)[:100_000] for name, command in commands.items()}
 
 
 def bloat():
@@ -244,37 +252,91 @@ def summary(logged, names, start):
     return text
 
 
-def curves(rows, width=60):
-    """
-    Lines of block characters that show loss, val_bpb and val_loss over the steps, as a code block; "" if none is known.
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparison
 
-    `rows` are the records of a metrics file; neighboring records are averaged to at most `width` characters.
+
+def read_run(report, stage):
+    """(record, rows of the metrics file) of one stage's run; ({}, []) if there is none."""
+    lines = (_read_text(report / "metrics" / f"{stage}.jsonl") or "").splitlines()
+    return json_dict(_read_text(report / "runs" / f"{stage}.json")), [r for line in lines if (r := json_dict(line))]
+
+
+def bpb_curve(run, rows):
+    """[(training FLOPs, validation bpb)] of a run, one per validation."""
+    flops = run["flops_per_token"] * run["flags"].get("total_batch_size", 0)  # of a step
+    return [(row["step"] * flops, row["val_bpb"]) for row in rows if "val_bpb" in row]
+
+
+def compute_multiplier(baseline, variant):
     """
-    lines = []
-    for key in ("loss", "val_bpb", "val_loss"):
-        values = [row[key] for row in rows if isinstance(row.get(key), (int, float)) and math.isfinite(row[key])]
-        size = math.ceil(len(values) / width) or 1
-        means = [statistics.fmean(values[i : i + size]) for i in range(0, len(values), size)]
-        if len(means) > 1:
-            low, high = min(means), max(means)
-            heights = (round((mean - low) / (high - low or 1) * (len(BLOCKS) - 1)) for mean in means)
-            lines.append(f"{key:8} {means[0]:8.4f} {''.join(BLOCKS[h] for h in heights)} {means[-1]:.4f}\n")
-    return f"```text\n{''.join(lines)}```\n" if lines else ""
+    FLOPs of the baseline / FLOPs of the variant at the variant's final bpb, from their bpb_curve().
+
+    Linear between validations. infinity if the baseline never reaches that bpb.
+    """
+    flops, target = variant[-1]
+    pairs = zip(baseline, [baseline[0], *baseline], strict=False)
+    for (x, y), (x0, y0) in pairs:
+        if y <= target:
+            return (x0 + (x - x0) * ((y0 - target) / (y0 - y) if y0 > y else 1)) / flops
+    return math.inf
+
+
+def compare(folders):
+    """Markdown that compares the runs in base directories, stage by stage; the first is the baseline."""
+    parts = []
+    for section, stage in (
+        ("Base model training", "base"),
+        ("Midtraining", "mid"),
+        ("Chat SFT", "sft"),
+        ("Chat RL", "rl"),
+    ):
+        found = {str(folder): read_run(Path(folder) / "report", stage) for folder in folders}
+        found = {name: (run, rows) for name, (run, rows) in found.items() if run and rows}
+        if len(found) < 2:
+            continue
+        flags = {key for run, _ in found.values() for key in run["flags"]}
+        values = {key: [str(run["flags"].get(key)) for run, _ in found.values()] for key in sorted(flags) + ["commit"]}
+        values["commit"] = [run["commit"][:9] + ("*" if run["diff"] else "") for run, _ in found.values()]
+        table_rows = [[key, *texts] for key, texts in values.items() if len(set(texts)) > 1]
+        keys = dict.fromkeys(key for _, rows in found.values() for row in rows for key in row)
+        finals = [{key: value for row in rows for key, value in row.items()} for _, rows in found.values()]
+        shown = [
+            key for key in keys if key not in ("step", "time", "progress", "lr_mult", "dt_ms", "data_ms", "tokens")
+        ]
+        table_rows += [[f"final {key}", *(_format_value(f.get(key, "-")) for f in finals)] for key in shown]
+        if all(bpb_curve(run, rows) for run, rows in found.values()):
+            baseline, *_ = points = [bpb_curve(run, rows) for run, rows in found.values()]
+            table_rows.append(["training FLOPs", *(f"{curve[-1][0]:.3e}" for curve in points)])
+            multipliers = [compute_multiplier(baseline, curve) for curve in points]
+            reached = [
+                f"{x:.2f}" if x < math.inf else f"> {baseline[-1][0] / c[-1][0]:.2f}"
+                for x, c in zip(multipliers, points, strict=True)
+            ]
+            table_rows.append(["compute multiplier", *reached])
+        parts.append(f"## {section}\n\n" + table(["", *found], table_rows))
+    require(parts, f"no stage was run in two of {', '.join(map(str, folders))}; give base directories with a report/")
+    note = "Compute multiplier: FLOPs of the first run / FLOPs of the other, when it had the other's final bpb. *: changed."
+    return "\n\n".join([*parts, note]) + "\n"
 
 
 def main(argv=None):
     parser = make_parser("nanochat.report", __doc__)
-    parser.add_argument("command", nargs="?", default="generate", choices=("generate", "reset"))
-    command, report = parse_args(parser, argv).command, get_report()
-    if command == "reset":
+    parser.add_argument("command", nargs="?", default="generate", choices=("generate", "reset", "compare"))
+    parser.add_argument("folders", nargs="*", type=path, help="for compare: base directories, the baseline first")
+    args, report = parse_args(parser, argv), get_report()
+    if args.command == "reset":
         report.reset()
         return print0(f"new report in {report.folder}")
-    path = report.generate()
-    try:
-        shutil.copyfile(path, "report.md")
-        print0(f"report: {path}, copied to {Path('report.md').resolve()}")
-    except OSError as e:
-        print(f"report: {path}; no copy here: {e}", file=sys.stderr)
+    if args.command == "compare":
+        print0(compare(args.folders))
+        return print0(f"curves: {write_text(Path('compare.html'), watch_page(changes(args.folders, {})))}")
+    for file in report.generate():
+        try:
+            shutil.copyfile(file, file.name)
+            print0(f"report: {file}, copied to {Path(file.name).resolve()}")
+        except OSError as e:
+            print(f"report: {file}; no copy here: {e}", file=sys.stderr)
 
 
 if __name__ == "__main__":

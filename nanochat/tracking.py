@@ -1,16 +1,22 @@
-"""Progress lines, metrics files, wandb, throughput, MFU and peak memory."""
+"""
+Progress lines, the files that show a run, wandb, throughput, MFU and peak memory.
+
+A stage writes below report/: runs/<stage>.json, what it is (flags, commit, difference to it, device, ...);
+metrics/<stage>.jsonl, one object per step and evaluation; samples/<stage>.jsonl, {"step", "prompt", "text"}. A stage
+that starts anew moves the files of the one before to report/earlier/<time>/.
+"""
 
 import collections
 import json
-import re
 import shutil
 import statistics
 import sys
 import threading
 import time
+from dataclasses import asdict
 
-from nanochat.common import base_dir, format_duration, no_color, print0, write_errors
-from nanochat.report import get_report
+from nanochat.common import base_dir, format_duration, no_color, print0, write_errors, write_text
+from nanochat.report import code_version, get_report, json_dict
 
 # Dense bfloat16 FLOP/s from the vendors' data sheets, by the first key that the device's name contains.
 PEAK_FLOPS = {"b300": 2250e12, "b200": 2250e12, "h200": 989e12, "h100 nvl": 835e12, "h100 pcie": 756e12}
@@ -46,14 +52,14 @@ def peak_flops(compute):
 
 class StageLog:
     """
-    Progress lines, report/metrics/<source>.jsonl and wandb for one training stage.
+    Progress lines, files below report/ and wandb for one training stage.
 
     `num_steps` is 0 if it is not known in advance. `state` is the state() saved with a checkpoint: the log continues
     from there and drops lines of later steps.
     """
 
-    def __init__(self, source, args, compute, num_steps, flops_per_token, state=None):
-        self.num_steps, self.flops_per_token, self.compute = num_steps, flops_per_token, compute
+    def __init__(self, source, args, compute, num_steps, model, state=None):
+        self.num_steps, self.flops_per_token, self.compute = num_steps, model.estimate_flops(), compute
         self.length_flags = [f"--{name}" for name in LENGTH_FLAGS if hasattr(args, name)]
         state = state or {"smooth_loss": 0.0, "step_count": 0, "train_seconds": 0.0}
         self.earlier_seconds = state.get("wall_clock_seconds", 0.0)  # of the runs that this one resumes
@@ -65,23 +71,45 @@ class StageLog:
         self.last_event, self.evaluation_seconds = 0.0, {}  # of each kind of evaluation, the last one
         threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
         self.peak = peak_flops(compute) * compute.world_size
-        path, self.wandb = base_dir() / "report" / "metrics" / f"{source}.jsonl", None
-        self.file = self._open(path) if compute.writes and not args.plan else None
+        self.files, self.wandb = {}, None
+        if compute.writes and not args.plan:
+            run = {"stage": source, "started": time.time() - self.earlier_seconds, "flags": vars(args)}
+            run |= {"num_steps": num_steps, "flops_per_token": self.flops_per_token, **asdict(model.config)}
+            run |= {"device": device_name(compute), "world_size": compute.world_size, **code_version()}
+            self._open(base_dir() / "report", source, run)
         if compute.rank == 0 and args.run != "dummy":
             import wandb
 
             project = "nanochat" if source == "base" else f"nanochat-{source}"
             self.wandb = wandb.init(project=project, name=args.run, config=vars(args))
 
-    def _open(self, path):
-        """Open the metrics file for appending, without the lines of steps after the resumed one."""
-        with write_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lines = path.read_bytes().splitlines() if self.step_count and path.exists() else []
-            complete = re.compile(rb'{"step": (\d+), [^{}]*}')  # a killed process or a full disk leaves half lines
-            lines = [line for line in lines if (m := complete.fullmatch(line)) and int(m[1]) <= self.step_count]
-            path.write_bytes(b"".join(line + b"\n" for line in lines))
-            return open(path, "ab", buffering=0)  # unbuffered: close() must not fail on a full disk
+    def _open(self, report, stage, run):
+        """Open metrics and samples for appending, without the lines of steps after the resumed one."""
+        paths = {kind: report / kind / f"{stage}.jsonl" for kind in ("metrics", "samples")}
+        record = report / "runs" / f"{stage}.json"
+        with write_errors(report):
+            earlier = report / "earlier" / time.strftime("%Y-%m-%d-%H%M%S")
+            for path in (record, *paths.values()) if not self.step_count else ():
+                if path.exists():
+                    (earlier / path.relative_to(report)).parent.mkdir(parents=True, exist_ok=True)
+                    path.rename(earlier / path.relative_to(report))
+            write_text(record, json.dumps(run, indent=1, default=str) + "\n")
+            for kind, path in paths.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                lines = path.read_bytes().splitlines() if path.exists() else []
+                # A killed process or a full disk leaves half lines.
+                lines = [line for line in lines if json_dict(line).get("step", 1e99) <= self.step_count]
+                path.write_bytes(b"".join(line + b"\n" for line in lines))
+                self.files[kind] = open(path, "ab", buffering=0)  # unbuffered: close() must not fail on a full disk
+
+    def _write(self, kind, **record):
+        """Append a record to a file. A file that cannot be written is dropped."""
+        if kind in self.files:
+            try:
+                self.files[kind].write(json.dumps(record).encode() + b"\n")
+            except OSError as e:  # not an error: a checkpoint may still fit
+                file = self.files.pop(kind)
+                print0(f"warning: no more {kind} in {file.name}: {e.strerror}", file=sys.stderr)
 
     def state(self):
         """JSON-serializable state for StageLog(state=...)."""
@@ -95,15 +123,16 @@ class StageLog:
         return self.earlier_seconds + time.time() - psutil.Process().create_time()
 
     def metrics(self, step, **values):
-        """Log named numbers of this step to the metrics file and to wandb. A file that cannot be written is dropped."""
-        if self.file:
-            try:
-                self.file.write(json.dumps({"step": step, **values}).encode() + b"\n")
-            except OSError as e:  # not an error: a checkpoint may still fit
-                print0(f"warning: no more metrics in {self.file.name}: {e.strerror}", file=sys.stderr)
-                self.file = None
+        """Log named numbers of this step to the metrics file and to wandb."""
+        self._write("metrics", step=step, time=round(time.time(), 3), **values)
         if self.wandb:
             self.wandb.log({"step": step, **values})
+
+    def samples(self, step, texts):
+        """Log and print {prompt: generated text}."""
+        for prompt, text in texts.items():
+            self._write("samples", step=step, prompt=prompt, text=text)
+            print0(f"{prompt} > {text}")
 
     def evaluation(self, step, text, **results):
         """Log the results of an evaluation, and print them as `text`."""
@@ -172,8 +201,9 @@ class StageLog:
         dt_ms, data_ms = seconds * 1e3, self.data_seconds * 1e3
         values = {"loss": result.loss, "grad_norm": result.grad_norm, "lr_mult": lr_mult, "dt_ms": dt_ms}
         values |= {"data_ms": data_ms, "memory_mib": peak_memory_mib(self.compute)}
-        self.metrics(step, **values, tokens_per_second=tokens / seconds, **extra)
         progress = (step + 1) / self.num_steps if progress is None else progress
+        speed = {"tokens_per_second": tokens / seconds, "mfu": tokens / seconds * self.flops_per_token / self.peak}
+        self.metrics(step, **values, **speed, tokens=tokens, progress=progress, **extra)
         steps_left = (step + 1) * max(0, 1 / max(progress, 1e-9) - 1)
         seconds_left = steps_left * self.timed["seconds"] / self.timed["steps"]
         on_cpu = self.compute.device.type == "cpu"
@@ -201,8 +231,8 @@ class StageLog:
 
     def close(self):
         self.closed.set()
-        if self.file:
-            self.file.close()
+        for file in self.files.values():
+            file.close()
         if self.wandb:
             self.wandb.finish()
 

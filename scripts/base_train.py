@@ -110,7 +110,7 @@ def main(argv=None):
     total_flops, tokens_per_param = total_tokens * flops_per_token, total_tokens / num_params
     print0(f"{num_steps:,} steps of {args.total_batch_size:,} tokens ({rows} rows of {args.max_seq_len:,}): ", end="")
     print0(f"{total_tokens:,} tokens, {tokens_per_param:.1f} per parameter, {total_flops:.2e} FLOPs")
-    log = tracking.StageLog("base", args, compute, num_steps, flops_per_token, stage.meta.get("log_state"))
+    log = tracking.StageLog("base", args, compute, num_steps, model, stage.meta.get("log_state"))
     results = {name: stage.meta.get(name) for name in ("val_bpb", "min_val_bpb", "core")}
 
     # Loop: num_steps + 1 iterations; the last one only saves and evaluates
@@ -123,8 +123,7 @@ def main(argv=None):
             results["core"] = evaluate_core(model, tokenizer, compute, args.core_metric_max_per_task, core_tasks).core
             log.evaluation(step, f"CORE {results['core']:.4f}", core=results["core"])
         if step and train.due(step, args.sample_every, last) and compute.rank == 0:
-            for prompt, text in loss_eval.greedy_samples(engine.Engine(model, tokenizer, compute), corpus).items():
-                print0(f"{prompt} >{text}")
+            log.samples(step, loss_eval.greedy_samples(engine.Engine(model, tokenizer, compute), corpus))
         if last:
             break
         batch = log.next_batch(loader)

@@ -94,7 +94,7 @@ def main(argv=None):
     model = stage.compile(model, num_steps * args.examples_per_step * args.num_samples * train.TOKENS_PER_CONVERSATION)
     sampler = rl.make_sampler(model, tokenizer, compute)
     print0(f"{args.task}: {len(train_task):,} problems, {num_steps:,} steps of {args.examples_per_step}")
-    log = tracking.StageLog("rl", args, compute, num_steps, model.estimate_flops(), stage.meta.get("log_state"))
+    log = tracking.StageLog("rl", args, compute, num_steps, model, stage.meta.get("log_state"))
     results = stage.meta.get("results", {})
 
     def evaluate(step):
@@ -107,7 +107,7 @@ def main(argv=None):
         text = ", ".join(f"{name} {value:.2%}" for name, value in scores.items())
         log.evaluation(step, f"held out: {text}", **scores)
         example = greedy.records[step % len(greedy.records)]
-        print0(f"  {example['messages'][0]['content']!r} -> {example['answers'][0]!r} ({example['verdicts'][0]})")
+        log.samples(step, {example["messages"][0]["content"]: f"{example['answers'][0]} ({example['verdicts'][0]})"})
         results.setdefault("first", scores)
         results["last"] = scores
 

@@ -70,7 +70,7 @@ def main(argv=None):
 
     # Horizon
     print0(f"{len(train_task):,} conversations, {num_steps:,} steps of {rows}")
-    log = tracking.StageLog("sft", args, compute, num_steps, model.estimate_flops(), stage.meta.get("log_state"))
+    log = tracking.StageLog("sft", args, compute, num_steps, model, stage.meta.get("log_state"))
     results = stage.meta.get("results", {})
 
     # Loop: num_steps + 1 iterations; the last one only saves and evaluates
@@ -82,6 +82,8 @@ def main(argv=None):
             pairs = [pair for batch in islice(val_batches, val_steps) for pair in batch.micro_batches]
             results["val_loss"] = loss_eval.evaluate_loss(model, pairs, compute)
             log.evaluation(step, f"validation loss {results['val_loss']:.4f}", val_loss=results["val_loss"])
+            if compute.rank == 0:
+                log.samples(step, loss_eval.chat_samples(Engine(model, tokenizer, compute), val_task))
         if train.due(step, args.eval_metrics_every, last):
             engine = Engine(model, tokenizer, compute)
             settings = dict(max_problems=args.eval_metrics_max_problems, batch_size=2 * rank_rows)

@@ -9,10 +9,9 @@ Loads the newest sft checkpoint, or else of rl, mid or base. On Ctrl-C or SIGTER
 """
 
 import re
-import socket
 
-from nanochat.cli import add_model_flags, choose_source, make_parser, parse_args, run_script
-from nanochat.common import UserError, require, server_api_key
+from nanochat.cli import add_model_flags, choose_source, listen, make_parser, parse_args, run_script
+from nanochat.common import require, server_api_key
 
 # Smallest and largest value of each numeric flag.
 LIMITS = dict(num_gpus=(1, 1024), num_workers=(1, 1024), max_rows=(1, 4096), max_queue=(0, 10**6), top_k=(0, 10**6))
@@ -40,18 +39,6 @@ def build_parser():
     add("--request_timeout", type=float, default=600, help="seconds until an unfinished answer fails (default 600)")
     add("--shutdown_timeout", type=int, default=3, help="seconds that answers have to finish at the end (default 3)")
     return parser
-
-
-def listen(host, port):
-    """A bound socket. Raises UserError if the port is taken, or `host` is not an address of this machine."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sets TCP_NODELAY only then
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((host, port))
-    except (OSError, OverflowError) as e:
-        raise UserError(f"cannot listen at {host}:{port} ({e}); set another --host or --port") from e
-    return sock
 
 
 def main(argv=None):

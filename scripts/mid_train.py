@@ -39,6 +39,7 @@ def main(argv=None):
     from nanochat import loss_eval, schedule, tracking, train
     from nanochat.checkpoint_manager import load_model, made_from
     from nanochat.dataloader import TaskSource, check_lengths
+    from nanochat.engine import Engine
     from nanochat.tokenizer import get_token_bytes
     from tasks.mixtures import training_tasks
 
@@ -78,7 +79,7 @@ def main(argv=None):
 
     # Horizon: one epoch, unless --num_iterations is given
     print0(f"{len(train_task):,} conversations for training, {len(val_task):,} for validation")
-    log = tracking.StageLog("mid", args, compute, num_steps, model.estimate_flops(), stage.meta.get("log_state"))
+    log = tracking.StageLog("mid", args, compute, num_steps, model, stage.meta.get("log_state"))
     results = {name: stage.meta.get(name) for name in ("val_bpb", "min_val_bpb")}
 
     # Loop: the last iteration only saves and evaluates
@@ -88,6 +89,8 @@ def main(argv=None):
         stage.checkpoint(step, last, model, optimizers, loader, log, corpus=args.corpus, progress=progress, **results)
         if train.due(step, args.eval_every, last):
             log.validation(step, loss_eval.evaluate_bpb(compiled, val_batches(), token_bytes, compute), results)
+            if compute.rank == 0:
+                log.samples(step, loss_eval.chat_samples(Engine(model, tokenizer, compute), val_task))
         if last:
             break
         batch = log.next_batch(loader)

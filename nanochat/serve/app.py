@@ -6,15 +6,12 @@ its own. The page and its logo are the only files served.
 """
 
 import asyncio
-import base64
 import contextlib
 import gc
-import hashlib
 import hmac
 import json
 import re
 import uuid
-from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -24,11 +21,11 @@ from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 
 from nanochat.serve.completions import ChatCompletion, TextCompletion
+from nanochat.serve.pages import HERE, page_headers
 from nanochat.serve.schemas import RETRY, ApiError, ChatRequest, CompletionRequest, ErrorBody
 from nanochat.serve.service import Service
 from nanochat.serve.worker import RequestTimeout, WorkerError
 
-HERE = Path(__file__).parent
 PUBLIC_PATHS = {"/", "/logo.svg", "/health"}  # need no API key
 WITHOUT_VERSION = {"/chat/completions", "/completions", "/models"}  # these routes work without /v1 too
 LOCAL_ORIGINS = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
@@ -259,14 +256,7 @@ def add_api(app, service):
 def add_page(app):
     """Only the page's own script and style may run, and only call this server."""
     html = (HERE / "ui.html").read_text(encoding="utf-8")
-
-    def digest(tag):
-        (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
-        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-    policy = f"default-src 'none'; script-src {digest('script')}; style-src {digest('style')}; img-src 'self' data:; "
-    policy += "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+    headers = page_headers(html)
 
     @app.get("/", include_in_schema=False)
     async def page():

@@ -1,0 +1,95 @@
+"""
+Watch runs: a local page with the curves, samples and scores of the runs in one or several base directories.
+
+    python -m nanochat.watch                      # the base directory; works while training and afterwards
+    python -m nanochat.watch ~/.cache/a ~/b       # others, laid over each other
+
+The page asks every second for what has changed in the files below report/, see nanochat/tracking.py. report.html, made
+by `python -m nanochat.report generate`, is the same page with these files inside.
+"""
+
+from pathlib import Path
+
+from nanochat.cli import listen, make_parser, parse_args, path, run_script
+from nanochat.common import base_dir, print0, require
+from nanochat.serve.pages import page_headers, watch_page
+
+FILES = ("*.json", "*.md", "runs/*.json", "metrics/*.jsonl", "samples/*.jsonl")
+
+
+def runs(folders):
+    """{name: folder of a report} of the runs in base directories: the current one, earlier ones, those of sweeps."""
+    found = {}
+    for folder in map(Path, folders):
+        prefix = f"{folder.name or folder}/" if len(folders) > 1 else ""
+        reports = [folder / "report", *sorted(folder.glob("report/earlier/*"), reverse=True)]
+        for report in [*reports, *sorted(folder.glob("*/report")), *sorted(folder.glob("sweeps/*/*/report"))]:
+            if report.is_dir():
+                name = report.relative_to(folder).as_posix().removeprefix("sweeps/").removesuffix("/report")
+                found[prefix + name.replace("report/earlier/", "earlier ")] = report
+    return found
+
+
+def changes(folders, known):
+    """
+    The files of all runs that differ from `known`, {key: [size, version]}.
+
+    A list of {"key", "run", "file", "start", "size", "version", "text"}. Of a file of lines, only whole new ones are
+    sent: `text` begins at byte `start`.
+    """
+    changed = []
+    for run, report in runs(folders).items():
+        for file in sorted(file for pattern in FILES for file in report.glob(pattern) if file.name != "report.md"):
+            stat, lines = file.stat(), file.suffix == ".jsonl"
+            key, version = f"{run}: {file.relative_to(report)}", f"{stat.st_ino} {0 if lines else stat.st_mtime_ns}"
+            size, known_version = known.get(key, (0, None))
+            if (size, known_version) == (stat.st_size, version):
+                continue
+            start = size if lines and version == known_version and size < stat.st_size else 0
+            with open(file, "rb") as f:
+                f.seek(start)
+                data = f.read()
+            data = data[: data.rfind(b"\n") + 1] if lines else data  # the last line may be incomplete
+            entry = {"key": key, "run": run, "file": file.relative_to(report).as_posix(), "version": version}
+            text = data.decode("utf-8", "replace")
+            changed.append(entry | {"start": start, "size": start + len(data), "text": text})
+    return changed
+
+
+def create_app(folders):
+    """The FastAPI application that shows the runs of `folders`."""
+    from fastapi import FastAPI
+    from fastapi.responses import HTMLResponse, JSONResponse
+
+    app, html = FastAPI(openapi_url=None), watch_page()
+    headers = page_headers(html)
+
+    @app.get("/")
+    def show():
+        return HTMLResponse(html, headers=headers)
+
+    @app.post("/changes")
+    def send(known: dict[str, tuple[int, str]]):
+        return JSONResponse(changes(folders, known))
+
+    return app
+
+
+def main(argv=None):
+    parser = make_parser("nanochat.watch", __doc__)
+    parser.add_argument("folders", nargs="*", type=path, help="base directories (default: NANOCHAT_BASE_DIR)")
+    parser.add_argument("-p", "--port", type=int, default=8001, help="0 = any free port (default 8001)")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 = reachable from other machines")
+    args = parse_args(parser, argv)
+    folders = args.folders or [base_dir()]
+    for folder in args.folders:
+        require(Path(folder).is_dir(), f"no folder {folder}")
+    import uvicorn
+
+    sock = listen(args.host, args.port)
+    print0(f"open http://{args.host}:{sock.getsockname()[1]}; Ctrl-C ends it")
+    uvicorn.Server(uvicorn.Config(create_app(folders), log_level="warning", ws="none")).run(sockets=[sock])
+
+
+if __name__ == "__main__":
+    run_script(main)
