@@ -24,16 +24,16 @@ pocket() {
     export GLIBC_TUNABLES=glibc.malloc.hugetlb=1
     tag=d4
     stage "report: machine and time" 5 report/header.md "" python -m nanochat.report reset
-    stage "corpus: pocket world" 10 base_data $world python -m nanochat.dataset --pocket --chars=14000000
+    stage "corpus: pocket world" 10 base_data $world python -m nanochat.dataset --pocket --chars=8000000
     stage "tokenizer" 10 tokenizer base_data python -m scripts.tok_train --vocab_size=2048
     stage "tokenizer evaluation" 5 report/tokenizer-evaluation.md "tokenizer base_data" python -m scripts.tok_eval
-    stage "base pretraining" 190 base_checkpoints/d4 "tokenizer base_data" python -m scripts.base_train "$run" \
+    stage "base pretraining" 85 base_checkpoints/d4 "tokenizer base_data" python -m scripts.base_train "$run" \
         --resume=1 --recipe=tuned --embedding_lr=0.6 --unembedding_lr=0.008 --matrix_lr=0.04 --induction=1 \
-        --depth=4 $size --total_batch_size=8192 --num_iterations=400 --eval_every=200 --core_metric_every=-1 \
+        --depth=4 $size --total_batch_size=8192 --num_iterations=150 --eval_every=75 --core_metric_every=-1 \
         --sample_every=-1
     stage "base loss" 10 report/base-model-loss.md "base_checkpoints/d4 tokenizer base_data" \
         python -m scripts.base_loss -g d4 --device_batch_size=32 --split_tokens=131072
-    stage "midtraining" 390 mid_checkpoints/d4 "base_checkpoints/d4 tokenizer $mixture" \
+    stage "midtraining" 520 mid_checkpoints/d4 "base_checkpoints/d4 tokenizer $mixture" \
         python -m scripts.mid_train "$run" --resume=1 --model_tag=d4 $size --total_batch_size=4096 --packing=bos \
         --train_on=assistant --eval_every=500 --recipe=tuned --warmdown_ratio=1 --init_lr_frac=0.6
     stage "midtraining evaluation" 15 report/chat-evaluation-mid.md "mid_checkpoints/d4 tokenizer $world" \

@@ -22,9 +22,9 @@ RL_PROBLEMS = 1600  # training problems of a generated task in reinforcement lea
 
 # Rows in midtraining and in SFT; in total about 6 and 0.2 million tokens with the pocket tier's tokenizer. Tokens per
 # row, in this order: 97, 250, 58, 61, 37, 55.
-POCKET_ROWS = {pocket.PocketChat: {"mid": 27000, "sft": 800}, pocket.PocketStories: {"mid": 1400, "sft": 60}}
-POCKET_ROWS |= {pocket.PocketFacts: {"mid": 11000, "sft": 500}, pocket.PocketSums: {"mid": 24000, "sft": 500}}
-POCKET_ROWS |= {pocket.PocketIdentity: {"mid": 2500, "sft": 60}, PocketLetters: {"mid": 15000, "sft": 200}}
+POCKET_ROWS = {pocket.PocketChat: {"mid": 39000, "sft": 800}, pocket.PocketStories: {"mid": 2600, "sft": 60}}
+POCKET_ROWS |= {pocket.PocketFacts: {"mid": 15000, "sft": 500}, pocket.PocketSums: {"mid": 35000, "sft": 500}}
+POCKET_ROWS |= {pocket.PocketIdentity: {"mid": 3600, "sft": 60}, PocketLetters: {"mid": 22000, "sft": 200}}
 
 
 def identity_conversations(public=True):
