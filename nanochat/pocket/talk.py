@@ -132,13 +132,13 @@ def conversation(rng, split, world, topics=TOPICS):
         exchanges += section_exchange(rng, split, world, "name told", n=n)
     elif form > 0.9:
         exchanges += draw_exchanges(rng, split, world, ("talk hello", "talk hello name"))
-    told = bool(exchanges) and form < 0.12
+    name_told = bool(exchanges) and form < 0.12
     for _ in range(rng.choice((1, 1, 1, 1, 2, 3))):
         exchanges += draw_exchanges(rng, split, world, topics)
         if len(exchanges[-1][1]) > 500:  # characters: a story, and two stories exceed a context of 512 tokens
             break
-    if told or rng.random() < 0.02:
-        exchanges += section_exchange(rng, split, world, "name asked" if told else "name unknown", n=n)
+    if name_told or rng.random() < 0.02:
+        exchanges += section_exchange(rng, split, world, "name asked" if name_told else "name unknown", n=n)
     elif rng.random() < 0.1:
         exchanges += draw_exchanges(rng, split, world, ("talk thanks", "talk bye"))
     return exchanges
