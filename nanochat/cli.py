@@ -111,7 +111,7 @@ def listen(host, port):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
     except (OSError, OverflowError) as e:
-        raise UserError(f"cannot listen at {host}:{port} ({e}); set another --host or --port") from e
+        raise common.UserError(f"cannot listen at {host}:{port} ({e}); set another --host or --port") from e
     return sock
 
 

@@ -16,14 +16,13 @@ import os
 import platform
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from nanochat.cli import make_parser, parse_args, path, run_script
-from nanochat.common import base_dir, format_duration, is_writer, print0, require, write_text
+from nanochat.common import base_dir, format_duration, is_writer, print0, write_text
 from nanochat.serve.pages import watch_page
 from nanochat.watch import changes
 
@@ -79,8 +78,8 @@ class Report:
 
     def reset(self):
         """Delete all sections but keep metrics/, and record the machine and the time."""
-        for path in [path for kind in ("md", "json") for path in self.folder.glob(f"*.{kind}")]:
-            path.unlink()
+        for file in [file for kind in ("md", "json") for file in self.folder.glob(f"*.{kind}")]:
+            file.unlink()
         started, gpus = time.time(), gpu_list()
         write_text(self.folder / "header.md", header(gpus, f"Run started: {_timestamp(started)}"))
         write_text(self.folder / "header.json", json.dumps({"started": started, "hourly": hourly_rate(gpus)}) + "\n")
@@ -91,14 +90,14 @@ class Report:
 
         Returns both paths.
         """
-        files = [f for f in map(json_dict, map(_read_text, sorted(self.folder.glob("*.json")))) if "section" in f]
+        files = [f for f in map(json_dict, map(read_text, sorted(self.folder.glob("*.json")))) if "section" in f]
         logged = {file["section"]: file for file in sorted(files, key=lambda file: file.get("time", 0))}
         names = [*(s for s in SECTIONS if s in logged), *(s for s in logged if s not in SECTIONS)]
-        head = _read_text(self.folder / "header.md")
+        head = read_text(self.folder / "header.md")
         parts = [head or header(gpu_list(), "Run started: unknown, there was no `report reset`")]
         for name in names:
-            parts.append(_read_text(self.folder / f"{slug(name)}.md") or "")
-        parts.append(summary(logged, names, json_dict(_read_text(self.folder / "header.json"))))
+            parts.append(read_text(self.folder / f"{slug(name)}.md") or "")
+        parts.append(summary(logged, names, json_dict(read_text(self.folder / "header.json"))))
         if missing := [name for name in SECTIONS if name not in logged and name not in OPTIONAL_SECTIONS]:
             parts.append(f"Not run, or not logged: {', '.join(missing)}.\n")
         parts.append("Curves, samples and conversations: [report.html](report.html)\n")
@@ -107,7 +106,7 @@ class Report:
         return [write_text(self.folder / name, text) for name, text in texts.items()]
 
 
-def _read_text(path):
+def read_text(path):
     """Content of a text file; None if it is missing or not UTF-8."""
     with contextlib.suppress(OSError, ValueError):
         return Path(path).read_text(encoding="utf-8")
@@ -130,7 +129,7 @@ def _timestamp(seconds):
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
-def _format_value(value):
+def format_value(value):
     """Floats get 4 decimals, or 4 significant digits if very small or large; integers from 10,000 on get commas."""
     if isinstance(value, float):
         plain = value == 0 or not math.isfinite(value) or 1e-3 <= abs(value) < 1e7
@@ -139,7 +138,7 @@ def _format_value(value):
 
 
 def _listing(values):
-    return "\n".join(f"- {key}: {_format_value(value)}" for key, value in values.items())
+    return "\n".join(f"- {key}: {format_value(value)}" for key, value in values.items())
 
 
 def table(head, rows):
@@ -178,8 +177,8 @@ def code_version():
 
 def bloat():
     """Size of the text files that git tracks, as a dict."""
-    # _read_text() returns None for deleted and binary files.
-    texts = [text for name in _git("ls-files", "-z").split("\0") if (text := _read_text(ROOT / name)) is not None]
+    # read_text() returns None for deleted and binary files.
+    texts = [text for name in _git("ls-files", "-z").split("\0") if (text := read_text(ROOT / name)) is not None]
     if not texts:
         return {"Size": "unknown (not a git checkout)"}
     characters = sum(map(len, texts))
@@ -212,7 +211,7 @@ def header(gpus, started):
 
 
 def _cpu_name():
-    match = re.search(r"model name\s*: (.+)", _read_text("/proc/cpuinfo") or "")
+    match = re.search(r"model name\s*: (.+)", read_text("/proc/cpuinfo") or "")
     return match[1] if match else platform.processor() or platform.machine()
 
 
@@ -252,74 +251,6 @@ def summary(logged, names, start):
     return text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Comparison
-
-
-def read_run(report, stage):
-    """(record, rows of the metrics file) of one stage's run; ({}, []) if there is none."""
-    lines = (_read_text(report / "metrics" / f"{stage}.jsonl") or "").splitlines()
-    return json_dict(_read_text(report / "runs" / f"{stage}.json")), [r for line in lines if (r := json_dict(line))]
-
-
-def bpb_curve(run, rows):
-    """[(training FLOPs, validation bpb)] of a run, one per validation."""
-    flops = run["flops_per_token"] * run["flags"].get("total_batch_size", 0)  # of a step
-    return [(row["step"] * flops, row["val_bpb"]) for row in rows if "val_bpb" in row]
-
-
-def compute_multiplier(baseline, variant):
-    """
-    FLOPs of the baseline / FLOPs of the variant at the variant's final bpb, from their bpb_curve().
-
-    Linear between validations. infinity if the baseline never reaches that bpb.
-    """
-    flops, target = variant[-1]
-    pairs = zip(baseline, [baseline[0], *baseline], strict=False)
-    for (x, y), (x0, y0) in pairs:
-        if y <= target:
-            return (x0 + (x - x0) * ((y0 - target) / (y0 - y) if y0 > y else 1)) / flops
-    return math.inf
-
-
-def compare(folders):
-    """Markdown that compares the runs in base directories, stage by stage; the first is the baseline."""
-    parts = []
-    for section, stage in (
-        ("Base model training", "base"),
-        ("Midtraining", "mid"),
-        ("Chat SFT", "sft"),
-        ("Chat RL", "rl"),
-    ):
-        found = {str(folder): read_run(Path(folder) / "report", stage) for folder in folders}
-        found = {name: (run, rows) for name, (run, rows) in found.items() if run and rows}
-        if len(found) < 2:
-            continue
-        flags = {key for run, _ in found.values() for key in run["flags"]}
-        values = {key: [str(run["flags"].get(key)) for run, _ in found.values()] for key in sorted(flags) + ["commit"]}
-        values["commit"] = [run["commit"][:9] + ("*" if run["diff"] else "") for run, _ in found.values()]
-        table_rows = [[key, *texts] for key, texts in values.items() if len(set(texts)) > 1]
-        keys = dict.fromkeys(key for _, rows in found.values() for row in rows for key in row)
-        finals = [{key: value for row in rows for key, value in row.items()} for _, rows in found.values()]
-        shown = [
-            key for key in keys if key not in ("step", "time", "progress", "lr_mult", "dt_ms", "data_ms", "tokens")
-        ]
-        table_rows += [[f"final {key}", *(_format_value(f.get(key, "-")) for f in finals)] for key in shown]
-        if all(bpb_curve(run, rows) for run, rows in found.values()):
-            baseline, *_ = points = [bpb_curve(run, rows) for run, rows in found.values()]
-            table_rows.append(["training FLOPs", *(f"{curve[-1][0]:.3e}" for curve in points)])
-            multipliers = [compute_multiplier(baseline, curve) for curve in points]
-            reached = [
-                f"{x:.2f}" if x < math.inf else f"> {baseline[-1][0] / c[-1][0]:.2f}"
-                for x, c in zip(multipliers, points, strict=True)
-            ]
-            table_rows.append(["compute multiplier", *reached])
-        parts.append(f"## {section}\n\n" + table(["", *found], table_rows))
-    require(parts, f"no stage was run in two of {', '.join(map(str, folders))}; give base directories with a report/")
-    note = "Compute multiplier: FLOPs of the first run / FLOPs of the other, when it had the other's final bpb. *: changed."
-    return "\n\n".join([*parts, note]) + "\n"
-
-
 def main(argv=None):
     parser = make_parser("nanochat.report", __doc__)
     parser.add_argument("command", nargs="?", default="generate", choices=("generate", "reset", "compare"))
@@ -329,6 +260,8 @@ def main(argv=None):
         report.reset()
         return print0(f"new report in {report.folder}")
     if args.command == "compare":
+        from nanochat.compare import compare
+
         print0(compare(args.folders))
         return print0(f"curves: {write_text(Path('compare.html'), watch_page(changes(args.folders, {})))}")
     for file in report.generate():

@@ -21,12 +21,14 @@ def runs(folders):
     """{name: folder of a report} of the runs in base directories: the current one, earlier ones, those of sweeps."""
     found = {}
     for folder in map(Path, folders):
-        prefix = f"{folder.name or folder}/" if len(folders) > 1 else ""
+        prefix = f"{folder.name} " if len(folders) > 1 else ""
         reports = [folder / "report", *sorted(folder.glob("report/earlier/*"), reverse=True)]
         for report in [*reports, *sorted(folder.glob("*/report")), *sorted(folder.glob("sweeps/*/*/report"))]:
             if report.is_dir():
-                name = report.relative_to(folder).as_posix().removeprefix("sweeps/").removesuffix("/report")
-                found[prefix + name.replace("report/earlier/", "earlier ")] = report
+                name = f"/{report.relative_to(folder).as_posix()}".removeprefix("/sweeps").removesuffix("/report")
+                found[f"{prefix}{name.replace('/report/earlier/', 'earlier ').lstrip('/')}".strip() or "newest"] = (
+                    report
+                )
     return found
 
 

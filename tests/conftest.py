@@ -2,6 +2,9 @@
 
 import importlib
 import os
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -89,3 +92,31 @@ def run_main_in():
 def run_main(base, run_main_in):
     """run_main("scripts.base_train", "--depth=2") calls the script's main() in this process, which is faster."""
     return run_main_in
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (uv pip install playwright)")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("needs chromium on the PATH (apt-get install chromium)")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def axe():
+    """The source of axe-core, cached in the home directory."""
+    folder = Path.home() / ".cache" / "nanochat-tests"
+    path = folder / "node_modules" / "axe-core" / "axe.min.js"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            install = ["npm", "install", "--no-audit", "--no-fund", "--prefix", str(folder), "axe-core"]
+            subprocess.run(install, check=True, capture_output=True, timeout=60)
+        except (OSError, subprocess.SubprocessError):
+            pytest.skip("needs axe-core, and npm cannot get it")
+    return path.read_text(encoding="utf-8")

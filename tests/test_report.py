@@ -9,11 +9,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import CPU, ROOT
+from helpers import CPU, ROOT, raises_user_error
 
 from nanochat import report, tracking
+from nanochat.gpt import GPTConfig
 from nanochat.report import Report, get_report
 from nanochat.train import StepResult
+
+CONFIG = GPTConfig()
 
 
 def table_row(text, metric):
@@ -71,7 +74,7 @@ def test_sections_are_in_the_order_of_the_stages(empty_base):
     get_report().log("Midtraining", [])
     get_report().log("A stage of my own", [])
     get_report().log("Tokenizer training", [])
-    text = Report(empty_base / "report").generate().read_text(encoding="utf-8")
+    text = Report(empty_base / "report").generate()[0].read_text(encoding="utf-8")
     heads = [line[3:] for line in text.splitlines() if line.startswith("## ")]
     assert heads == ["Tokenizer training", "Midtraining", "A stage of my own", "Summary"]
 
@@ -101,7 +104,7 @@ def test_unknown_metric_is_an_error(empty_base):
 def test_summary_has_metrics_but_no_other_values(empty_base):
     get_report().log("Chat evaluation sft", [{"ARC-Easy": 0.5, "wall_clock_seconds": 9.0}])
     get_report().log("Base model evaluation", [{"CORE metric": 0.5, "core": 0.5}], {"core": None})
-    text = Report(empty_base / "report").generate().read_text(encoding="utf-8")
+    text = Report(empty_base / "report").generate()[0].read_text(encoding="utf-8")
     assert "No metrics yet." in text and "| Stage |" not in text
     assert "- ARC-Easy: 0.5000\n- wall_clock_seconds: 9.0000\n" in text
 
@@ -166,26 +169,75 @@ def test_cost_depends_on_the_gpus(empty_base, monkeypatch):
     head.write_text(json.dumps(json.loads(head.read_text()) | {"started": 1000.0}))
     record = {"section": "Chat SFT", "time": 1000.0 + 3.5 * 3600, "metrics": {}}
     (empty_base / "report" / "chat-sft.json").write_text(json.dumps(record))
-    text = Report(empty_base / "report").generate().read_text(encoding="utf-8")
+    text = Report(empty_base / "report").generate()[0].read_text(encoding="utf-8")
     assert "8 x NVIDIA H100" in text and "about $24.00 an hour" in text
     assert "before RL: 3h30m\nCost: about $84.00\n" in text
 
 
-def test_loss_curves_are_drawn_from_the_training_log(empty_base):
-    get_report().log("Base model training", [{"depth": 4}])
-    rows = [{"step": step, "loss": 9 / (1 + step)} for step in range(1000)]
-    rows += [{"step": 0, "val_bpb": 3.4}, {"step": 999, "val_bpb": 1.0}, {"step": 5, "loss": float("nan")}]
-    path = empty_base / "report" / "metrics" / "base.jsonl"
+def inlined(html):
+    """The data inside of report.html: {file: text}."""
+    text = re.search(r'<script type="application/json" id="data">(.*?)</script>', html)[1]
+    return {file["file"]: file["text"] for file in json.loads(text)}
+
+
+def test_report_html_holds_all_files_and_lets_none_break_out(empty_base):
+    log_all_stages()
+    attack = "</script><script>alert(1)</script><!--"
+    path = empty_base / "report" / "samples" / "base.jsonl"
     path.parent.mkdir()
-    cut = '{"step": 1000, "lo{"step": 1000, "loss": 1.0}\n[1]\n{"step": 1001, "lo'  # by a full disk, and by a crash
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + cut, encoding="utf-8")
-    text = Report(empty_base / "report").generate().read_text(encoding="utf-8")
-    loss, bpb = re.search(r"```text\n(loss .*)\n(val_bpb .*)\n```\n", text).groups()
-    first, blocks, last = loss.split()[1:]
-    assert float(first) > 1 and float(last) < 0.1 and 50 < len(blocks) <= 60
-    assert list(blocks) == sorted(blocks, reverse=True) and (blocks[0], blocks[-1]) == ("\u2588", "\u2581")
-    assert bpb == "val_bpb    3.4000 \u2588\u2581 1.0000"
-    assert report.curves([{"step": 0, "loss": 1.0}]) == ""
+    path.write_text(json.dumps({"step": 1, "prompt": attack, "text": attack}) + "\n", encoding="utf-8")
+    report.main([])
+    html = Path("report.html").read_text(encoding="utf-8")
+    assert html == (empty_base / "report" / "report.html").read_text(encoding="utf-8")
+    files = inlined(html)
+    assert attack not in html and json.loads(files["samples/base.jsonl"])["text"] == attack
+    assert {path.name for path in (empty_base / "report").glob("*.json")} <= set(files)
+    assert "http" not in re.search(r"Content-Security-Policy\" content=\"(.*?)\"", html)[1]
+    assert "[report.html](report.html)" in Path("report.md").read_text(encoding="utf-8")
+
+
+def test_a_new_run_keeps_the_earlier_one_and_records_its_code(stage_log, empty_base):
+    stage_log(2, 1.0, depth=4).samples(1, {"Once": "upon"})
+    log = stage_log(2, 1.0, 1.0, depth=6)
+    folder = empty_base / "report"
+    (earlier,) = (folder / "earlier").iterdir()
+    depths = [json.loads((f / "runs" / "base.json").read_text())["flags"]["depth"] for f in (earlier, folder)]
+    steps = [len((f / "metrics" / "base.jsonl").read_bytes().splitlines()) for f in (earlier, folder)]
+    assert depths == [4, 6] and steps == [1, 2] and (folder / "samples" / "base.jsonl").read_bytes() == b""
+    assert json.loads((earlier / "samples" / "base.jsonl").read_text()) == {"step": 1, "prompt": "Once", "text": "upon"}
+    record = json.loads((folder / "runs" / "base.json").read_text())
+    assert record["vocab_size"] == CONFIG.vocab_size and {"commit", "diff", "message", "device"} <= set(record)
+    stage_log(2, 1.0, state=log.state(), depth=6)  # a resumed run is the same run
+    assert len(list((folder / "earlier").iterdir())) == 1
+
+
+def write_run(base, bpbs, tokens=1000, flops=6.0, **flags):
+    """A finished base run in `base`: validation bpb after 0, 10, 20, ... steps of `tokens` tokens."""
+    folder = base / "report"
+    for kind in ("runs", "metrics"):
+        (folder / kind).mkdir(parents=True)
+    record = {"flags": {"total_batch_size": tokens, **flags}, "flops_per_token": flops, "commit": "abc", "diff": ""}
+    (folder / "runs" / "base.json").write_text(json.dumps(record))
+    rows = ({"step": 10 * i, "val_bpb": bpb} for i, bpb in enumerate(bpbs))
+    (folder / "metrics" / "base.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_compare_names_the_flags_that_differ_and_the_multiplier(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "a", [4.0, 2.0, 1.5, 1.3, 1.2], depth=4, matrix_lr=0.02, seed=1)
+    write_run(tmp_path / "b", [4.0, 1.4], depth=4, matrix_lr=0.04, seed=1)  # the baseline needs 25 steps
+    write_run(tmp_path / "c", [4.0, 1.1], flops=12.0, depth=6, matrix_lr=0.02, seed=1)  # never reached
+    report.main(["compare", "a", "b", "c"])
+    text = capsys.readouterr().out
+    rows = {cells[0]: cells[1:] for line in text.splitlines() if (cells := [c.strip() for c in line.split("|")[1:-1]])}
+    assert rows["compute multiplier"] == ["1.00", "2.50", "> 2.00"]
+    assert rows["training FLOPs"] == ["2.400e+05", "6.000e+04", "1.200e+05"]
+    assert rows["--depth"] == ["4", "4", "6"] and rows["--matrix_lr"] == ["0.02", "0.04", "0.02"]
+    assert not {"--seed", "--total_batch_size", "commit"} & set(rows)
+    assert re.search(r"\| a \| b \| c \|", text) and "report.html" not in text
+    assert len(re.findall('"file": "metrics/base.jsonl"', Path("compare.html").read_text())) == 3
+    with raises_user_error("no stage has run in two of a, nothing"):
+        report.main(["compare", "a", "nothing"])
 
 
 @pytest.fixture
@@ -195,7 +247,8 @@ def stage_log(empty_base, monkeypatch):
 
     def stage_log(num_steps, *seconds, state=None, **flags):
         args = SimpleNamespace(run="dummy", plan=False, **flags)
-        log = tracking.StageLog("base", args, CPU, num_steps, 1.0, state)
+        model = SimpleNamespace(estimate_flops=lambda: 1.0, config=CONFIG)
+        log = tracking.StageLog("base", args, CPU, num_steps, model, state)
         for step_seconds in seconds:
             clock = iter([0.0, step_seconds])
             with monkeypatch.context() as patch:
@@ -240,7 +293,7 @@ def test_damaged_lines_of_the_metrics_are_dropped_when_resuming(stage_log, empty
 
 def test_metrics_file_that_cannot_be_written_is_dropped_with_one_warning(stage_log, capsys):
     log = stage_log(4, 1.0)
-    log.file = open("/dev/full", "ab", buffering=0)
+    log.files["metrics"] = open("/dev/full", "ab", buffering=0)
     log.metrics(1, loss=1.0)
     log.metrics(2, loss=1.0)
     log.close()

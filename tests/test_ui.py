@@ -4,8 +4,6 @@ import base64
 import hashlib
 import json
 import re
-import shutil
-import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,15 +12,11 @@ import pytest
 from helpers import ROOT
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (uv pip install playwright)")
-CHROMIUM = shutil.which("chromium")
-if CHROMIUM is None:
-    pytest.skip("needs chromium on the PATH (apt-get install chromium)", allow_module_level=True)
 expect = playwright.expect
 pytestmark = pytest.mark.slow
 
 UI = ROOT / "nanochat" / "serve" / "ui.html"
 HTML = UI.read_text(encoding="utf-8")
-AXE_DIR = Path.home() / ".cache" / "nanochat-tests"
 PHONE = {"viewport": {"width": 375, "height": 667}, "is_mobile": True, "has_touch": True}
 LAST = "#log article:last-child "
 
@@ -123,14 +117,6 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(piece)
         except (BrokenPipeError, ConnectionResetError):
             self.server.gone.set()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -863,20 +849,6 @@ def test_targets_are_large_enough_and_motion_can_be_reduced(server, page):
     sizes = ".map(b => b.getBoundingClientRect()).map(box => Math.min(box.width, box.height))"
     boxes = page.evaluate(visible + sizes)
     assert len(boxes) > 10 and min(boxes) >= 24
-
-
-@pytest.fixture(scope="module")
-def axe():
-    """The source of axe-core, cached in AXE_DIR."""
-    path = AXE_DIR / "node_modules" / "axe-core" / "axe.min.js"
-    if not path.exists():
-        AXE_DIR.mkdir(parents=True, exist_ok=True)
-        try:
-            install = ["npm", "install", "--no-audit", "--no-fund", "--prefix", str(AXE_DIR), "axe-core"]
-            subprocess.run(install, check=True, capture_output=True, timeout=60)
-        except (OSError, subprocess.SubprocessError):
-            pytest.skip("needs axe-core, and npm cannot get it")
-    return path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

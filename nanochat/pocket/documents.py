@@ -7,7 +7,7 @@ from random import Random
 from nanochat.pocket.problems import fact, letter_problem
 from nanochat.pocket.stories import describe, story
 from nanochat.pocket.talk import TOPICS, draw_exchanges
-from nanochat.pocket.world import fill, load_world, split_of
+from nanochat.pocket.world import fill, load_world
 
 # Each of these functions yields one document in pieces of one or several lines.
 

@@ -1,4 +1,4 @@
-"""The HTML pages and their HTTP headers. Each page is one file that loads nothing else; logo.svg is its only picture."""
+"""The HTML pages and their HTTP headers. A page loads nothing else, except for logo.svg."""
 
 import base64
 import hashlib
@@ -28,7 +28,7 @@ def page_headers(html):
 
 
 def watch_page(data=None):
-    """The HTML of the page of nanochat.watch. It shows `data`, a result of watch.changes(), or else what its server sends."""
+    """The HTML of nanochat.watch's page. It shows `data`, a result of watch.changes(), or what its server sends."""
     html = (HERE / "watch.html").read_text(encoding="utf-8")
     for name in ("uplot.css", "uplot.js"):
         html = html.replace(f"/* {name} */", (HERE / name).read_text(encoding="utf-8"))

@@ -1,0 +1,102 @@
+"""
+A small study of scaling, illustrative only: which size of model is best for a budget of compute?
+
+    python -m dev.scaling                                     # depths 2 to 6, three budgets: half an hour on two cores
+    python -m dev.scaling --budgets=1e13,2e13 --depths=2,3,4
+
+For each budget C in FLOPs it trains one model per depth, fits a parabola of the final validation bpb over log N (N:
+parameters), takes its minimum, and fits N_opt ~ C^a and D_opt ~ C^b (D: training tokens) through the minima (Hoffmann
+et al. 2022, approach 2). The intervals are from a bootstrap over the residuals of the parabolas. It uses the corpus and
+the tokenizer of the base directory; finished runs are kept, as in dev/sweep.py.
+"""
+
+from random import Random
+
+import numpy as np
+
+from dev.sweep import run_stage
+from nanochat.cli import make_parser, parse_args, run_script
+from nanochat.common import base_dir, print0, require
+from nanochat.compare import bpb_curve
+from nanochat.report import table
+
+FLAGS = "--num_iterations=-1 --total_batch_size=4096 --device_batch_size=8 --max_seq_len=512 --eval_every=1000000"
+FLAGS += " --eval_tokens=65536 --core_metric_every=-1 --sample_every=-1 --save_every=-1"
+
+
+def best_size(log_sizes, losses):
+    """The minimum of the parabola through (log N, loss), and the fitted losses; None where it has no minimum."""
+    coefficients = np.polyfit(log_sizes, losses, 2)
+    minimum = -coefficients[1] / (2 * coefficients[0]) if coefficients[0] > 0 else None
+    return minimum, np.polyval(coefficients, log_sizes)
+
+
+def exponents(budgets, log_sizes, losses):
+    """(a, b) of N_opt ~ C^a and D_opt ~ C^b; None if a parabola has no minimum. D = C / (FLOPs per token) ~ C / N."""
+    minima = [best_size(sizes, values)[0] for sizes, values in zip(log_sizes, losses, strict=True)]
+    if None in minima:
+        return None
+    a = np.polyfit(np.log(budgets), minima, 1)[0]
+    return a, 1 - a
+
+
+def main(argv=None):
+    parser = make_parser("dev.scaling", __doc__)
+    add = parser.add_argument
+    add("--budgets", default="1e13,2e13,4e13", help="FLOPs of a run, separated by commas")
+    add("--depths", default="2,3,4,5,6", help="depths of the models, separated by commas")
+    add("--resamples", type=int, default=1000, help="number of bootstrap samples")
+    args = parse_args(parser, argv)
+    budgets, depths = [float(x) for x in args.budgets.split(",")], [int(x) for x in args.depths.split(",")]
+    require(
+        len(budgets) >= 2 and len(depths) >= 4, "expected at least two budgets and four depths: a parabola has three"
+    )
+    log_sizes, losses, rows = [], [], []
+    for budget in budgets:
+        points = []
+        for depth in depths:
+            flags = [*FLAGS.split(), f"--depth={depth}", f"--target_flops={budget:g}"]
+            run, metrics = run_stage(
+                base_dir() / "sweeps" / "scaling" / f"{budget:g}-d{depth}", "scripts.base_train", flags
+            )
+            flops, bpb = bpb_curve(run, metrics)[-1]
+            tokens = flops / run["flops_per_token"]
+            points.append((np.log(run["flops_per_token"] / 6), bpb))  # N: with attention, as in the FLOPs
+            rows.append(
+                [f"{budget:.0e}", str(depth), f"{run['flops_per_token'] / 6:,.0f}", f"{tokens:,.0f}", f"{bpb:.4f}"]
+            )
+        log_sizes.append(np.array(points)[:, 0])
+        losses.append(np.array(points)[:, 1])
+    print0("\n" + table(["FLOPs", "depth", "FLOPs per token / 6", "tokens", "validation bpb"], rows))
+    for budget, sizes, values in zip(budgets, log_sizes, losses, strict=True):
+        minimum, _ = best_size(sizes, values)
+        inside = minimum is not None and sizes.min() < minimum < sizes.max()
+        text = (
+            f"{np.exp(minimum):,.0f}" + ("" if inside else ", outside of the range") if minimum is not None else "none"
+        )
+        print0(f"C = {budget:.0e}: N_opt = {text}")
+    fitted = exponents(budgets, log_sizes, losses)
+    require(fitted, "a parabola has no minimum; take smaller or larger depths")
+    rng, fits = Random(0), [best_size(sizes, values)[1] for sizes, values in zip(log_sizes, losses, strict=True)]
+    residuals = [
+        value - fit
+        for values, fits_ in zip(losses, fits, strict=True)
+        for value, fit in zip(values, fits_, strict=True)
+    ]
+    residuals = (
+        np.array(residuals) * (len(depths) / (len(depths) - 3)) ** 0.5
+    )  # a parabola takes three degrees of freedom
+    samples = [
+        [fit + np.array(rng.choices(list(residuals), k=len(fit))) for fit in fits] for _ in range(args.resamples)
+    ]
+    bootstrap = [pair for sample in samples if (pair := exponents(budgets, log_sizes, sample))]
+    for name, value, column in zip(
+        ("N_opt ~ C^a, a", "D_opt ~ C^b, b"), fitted, zip(*bootstrap, strict=True), strict=True
+    ):
+        low, high = np.percentile(column, [2.5, 97.5])
+        print0(f"{name} = {value:.2f} [{low:.2f}, {high:.2f}]")
+    print0("Illustrative: tiny models, few tokens, one seed. Do not extrapolate.")
+
+
+if __name__ == "__main__":
+    run_script(main)
