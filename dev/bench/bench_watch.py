@@ -64,9 +64,8 @@ def main(argv=None):
                 step += 1
                 time.sleep(0.2)
             share = (sum(process.cpu_times()[:2]) - cpu) / (time.perf_counter() - start)
-            print(
-                f"new metrics are on the page after {max(delays):.2f} s at most; the watcher takes {share:.2%} of a core"
-            )
+            print(f"new metrics are on the page after at most {max(delays):.2f} s")
+            print(f"the watcher takes {share:.2%} of a core")
         finally:
             watcher.terminate()
 
