@@ -20,11 +20,11 @@ from tasks.spellingbee import PocketLetters, SimpleSpelling, SpellingBee
 
 RL_PROBLEMS = 1600  # training problems of a generated task in reinforcement learning
 
-# Rows in midtraining and in SFT; in total about 6 and 0.2 million tokens with the pocket tier's tokenizer. Tokens per
-# row, in this order: 97, 250, 58, 61, 37, 55.
-POCKET_ROWS = {pocket.PocketChat: {"mid": 39000, "sft": 800}, pocket.PocketStories: {"mid": 2600, "sft": 60}}
-POCKET_ROWS |= {pocket.PocketFacts: {"mid": 15000, "sft": 500}, pocket.PocketSums: {"mid": 35000, "sft": 500}}
-POCKET_ROWS |= {pocket.PocketIdentity: {"mid": 3600, "sft": 60}, PocketLetters: {"mid": 22000, "sft": 200}}
+# Rows in midtraining and in SFT; in total about 8 and 0.2 million tokens with the pocket tier's tokenizer. Tokens per
+# row, in this order: 95, 268, 60, 62, 38, 63.
+POCKET_ROWS = {pocket.PocketChat: {"mid": 36000, "sft": 800}, pocket.PocketStories: {"mid": 2200, "sft": 60}}
+POCKET_ROWS |= {pocket.PocketFacts: {"mid": 12000, "sft": 500}, pocket.PocketSums: {"mid": 30000, "sft": 500}}
+POCKET_ROWS |= {pocket.PocketIdentity: {"mid": 3000, "sft": 60}, PocketLetters: {"mid": 19000, "sft": 200}}
 
 
 def identity_conversations(public=True):
