@@ -18,7 +18,7 @@ from dev.sweep import run_stage
 from nanochat.cli import make_parser, parse_args, run_script
 from nanochat.common import base_dir, print0, require
 from nanochat.compare import bpb_curve
-from nanochat.report import table
+from nanochat.records import table
 
 FLAGS = "--num_iterations=-1 --total_batch_size=4096 --device_batch_size=8 --max_seq_len=512 --eval_every=1000000"
 FLAGS += " --eval_tokens=65536 --core_metric_every=-1 --sample_every=-1 --save_every=-1"

@@ -19,10 +19,10 @@ import subprocess
 import sys
 
 from nanochat.cli import make_parser, parse_args, run_script
-from nanochat.common import base_dir, print0, require, write_text
-from nanochat.compare import bpb_curve, read_run
-from nanochat.report import table
-from nanochat.serve.pages import watch_page
+from nanochat.common import UserError, base_dir, print0, require, write_text
+from nanochat.compare import bpb_curve
+from nanochat.pages import watch_page
+from nanochat.records import read_run, table
 from nanochat.watch import changes
 
 # Stage -> (key in report/, the folders that it reads)
@@ -35,9 +35,12 @@ STAGES["scripts.chat_rl"] = ("rl", ["tokenizer", "mid_checkpoints", "chatsft_che
 def run_stage(folder, script, flags):
     """Run a stage in its own base directory `folder`, unless it has finished there. Returns (record, metrics rows)."""
     stage, sources = STAGES[script]
-    done = folder / "finished.json"  # the flags of the finished run
-    if not done.exists() or json.loads(done.read_text(encoding="utf-8")) != flags:
+    settings, finished = folder / "flags.json", folder / "finished"
+    if settings.exists() and (old := json.loads(settings.read_text(encoding="utf-8"))) != [script, *flags]:
+        raise UserError(f"{folder} was made by {' '.join(old)}; take another name, or delete that folder")
+    if not finished.exists():
         folder.mkdir(parents=True, exist_ok=True)
+        write_text(settings, json.dumps([script, *flags]))
         for name in sources:
             if not (folder / name).exists() and (base_dir() / name).exists():
                 (folder / name).symlink_to(base_dir() / name)
@@ -45,7 +48,7 @@ def run_stage(folder, script, flags):
         env = os.environ | {"NANOCHAT_BASE_DIR": str(folder)}
         if code := subprocess.run(command, env=env).returncode:
             sys.exit(code)  # the stage has said why
-        write_text(done, json.dumps(flags))
+        finished.touch()
     return read_run(folder / "report", stage)
 
 

@@ -104,12 +104,13 @@ def add_source_flags(parser, checkpoint):
 
 
 def listen(host, port):
-    """A bound socket. Raises UserError if the port is taken, or `host` is not an address of this machine."""
+    """A listening socket. Raises UserError if the port is taken, or `host` is not an address of this machine."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sets TCP_NODELAY only then
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
+        sock.listen()
     except (OSError, OverflowError) as e:
         raise common.UserError(f"cannot listen at {host}:{port} ({e}); set another --host or --port") from e
     return sock

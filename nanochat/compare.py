@@ -4,18 +4,12 @@ import math
 from pathlib import Path
 
 from nanochat.common import require
-from nanochat.report import format_value, json_dict, read_text, table
+from nanochat.records import format_value, read_run, table
 
 STAGES = {"base": "Base model training", "mid": "Midtraining", "sft": "Chat SFT", "rl": "Chat RL"}
 NOT_COMPARED = ("step", "time", "progress", "lr_mult", "dt_ms", "data_ms", "tokens")  # keys of metrics
 NOTE = "Compute multiplier: FLOPs of the first run, when it had the other's final bpb, / FLOPs of the other."
 NOTE += " A commit with * had uncommitted changes."
-
-
-def read_run(report, stage):
-    """(record, rows of the metrics file) of a stage in the folder `report`; ({}, []) if there is none."""
-    lines = (read_text(report / "metrics" / f"{stage}.jsonl") or "").splitlines()
-    return json_dict(read_text(report / "runs" / f"{stage}.json")), [row for line in lines if (row := json_dict(line))]
 
 
 def bpb_curve(record, rows):

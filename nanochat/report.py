@@ -11,7 +11,6 @@ report/<section>.json for programs.
 
 import contextlib
 import json
-import math
 import os
 import platform
 import re
@@ -23,7 +22,9 @@ from pathlib import Path
 
 from nanochat.cli import make_parser, parse_args, path, run_script
 from nanochat.common import base_dir, format_duration, is_writer, print0, write_text
-from nanochat.serve.pages import watch_page
+from nanochat.compare import compare
+from nanochat.pages import watch_page
+from nanochat.records import format_value, json_dict, read_text, table
 from nanochat.watch import changes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,21 +107,6 @@ class Report:
         return [write_text(self.folder / name, text) for name, text in texts.items()]
 
 
-def read_text(path):
-    """Content of a text file; None if it is missing or not UTF-8."""
-    with contextlib.suppress(OSError, ValueError):
-        return Path(path).read_text(encoding="utf-8")
-    return None
-
-
-def json_dict(text):
-    """The dict in a JSON text; {} if the text is None, truncated by a crash, or anything else."""
-    with contextlib.suppress(TypeError, ValueError):
-        value = json.loads(text)
-        return value if isinstance(value, dict) else {}
-    return {}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Parts of the report
 
@@ -129,21 +115,8 @@ def _timestamp(seconds):
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
-def format_value(value):
-    """Floats get 4 decimals, or 4 significant digits if very small or large; integers from 10,000 on get commas."""
-    if isinstance(value, float):
-        plain = value == 0 or not math.isfinite(value) or 1e-3 <= abs(value) < 1e7
-        return f"{value:.4f}" if plain else f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) and abs(value) >= 10000 else str(value)
-
-
 def _listing(values):
     return "\n".join(f"- {key}: {format_value(value)}" for key, value in values.items())
-
-
-def table(head, rows):
-    """A markdown table: the names of its columns, and rows of as many texts."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
 def gpu_list():
@@ -260,8 +233,6 @@ def main(argv=None):
         report.reset()
         return print0(f"new report in {report.folder}")
     if args.command == "compare":
-        from nanochat.compare import compare
-
         print0(compare(args.folders))
         return print0(f"curves: {write_text(Path('compare.html'), watch_page(changes(args.folders, {})))}")
     for file in report.generate():

@@ -16,7 +16,8 @@ import time
 from dataclasses import asdict
 
 from nanochat.common import base_dir, format_duration, no_color, print0, write_errors, write_text
-from nanochat.report import code_version, get_report, json_dict
+from nanochat.records import json_dict
+from nanochat.report import code_version, get_report
 
 # Dense bfloat16 FLOP/s from the vendors' data sheets, by the first key that the device's name contains.
 PEAK_FLOPS = {"b300": 2250e12, "b200": 2250e12, "h200": 989e12, "h100 nvl": 835e12, "h100 pcie": 756e12}
@@ -95,11 +96,12 @@ class StageLog:
                     path.rename(earlier / path.relative_to(report))
             write_text(record, json.dumps(run, indent=1, default=str) + "\n")
             for kind, path in paths.items():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                lines = path.read_bytes().splitlines() if path.exists() else []
+                lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
                 # A killed process or a full disk leaves half lines.
                 lines = [line for line in lines if json_dict(line).get("step", 1e99) <= self.step_count]
-                path.write_bytes(b"".join(line + b"\n" for line in lines))
+                write_text(
+                    path, "".join(f"{line}\n" for line in lines)
+                )  # a new file, so that the watch page reads it all
                 self.files[kind] = open(path, "ab", buffering=0)  # unbuffered: close() must not fail on a full disk
 
     def _write(self, kind, **record):

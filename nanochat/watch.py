@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nanochat.cli import listen, make_parser, parse_args, path, run_script
 from nanochat.common import base_dir, print0, require
-from nanochat.serve.pages import page_headers, watch_page
+from nanochat.pages import page_headers, watch_page
 
 FILES = ("*.json", "*.md", "runs/*.json", "metrics/*.jsonl", "samples/*.jsonl")
 
@@ -20,8 +20,10 @@ FILES = ("*.json", "*.md", "runs/*.json", "metrics/*.jsonl", "samples/*.jsonl")
 def runs(folders):
     """{name: folder of a report} of the runs in base directories: the current one, earlier ones, those of sweeps."""
     found = {}
-    for folder in map(Path, folders):
-        prefix = f"{folder.name} " if len(folders) > 1 else ""
+    folders = [Path(folder) for folder in folders]
+    for folder in folders:
+        unique = sum(other.name == folder.name for other in folders) == 1
+        prefix = f"{folder.name if unique else folder} " if len(folders) > 1 else ""
         reports = [folder / "report", *sorted(folder.glob("report/earlier/*"), reverse=True)]
         for report in [*reports, *sorted(folder.glob("*/report")), *sorted(folder.glob("sweeps/*/*/report"))]:
             if report.is_dir():

@@ -10,7 +10,7 @@ from helpers import raises_user_error
 
 from nanochat import watch
 from nanochat.cli import listen
-from nanochat.serve.pages import watch_page
+from nanochat.pages import watch_page
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (uv pip install playwright)")
 expect = playwright.expect
@@ -174,7 +174,7 @@ def test_report_is_complete_and_accessible(scheme, tmp_path, open_page, axe):
     expect(page.locator("#scores")).to_contain_text("50.0 % 40.0 to 60.0")
     expect(page.locator("#stages")).to_contain_text("done, 1 min 30 s")
     expect(page.locator("#samples")).to_contain_text("<img src=x")
-    page.get_by_text("Chat evaluation sft").last.click()
+    page.locator("summary", has_text="Chat evaluation sft").click()
     expect(page.locator("#report pre").filter(has_text="Conversations")).to_be_visible()
     page.evaluate(axe)
     violations = page.evaluate("axe.run().then(result => result.violations)")

@@ -49,7 +49,8 @@ def main(argv=None):
             page = browser.new_page()
             page.goto(address)
             page.wait_for_selector("figure canvas")
-            script = "() => { const start = performance.now(); draw(true); return performance.now() - start; }"
+            frame = "await new Promise((done) => requestAnimationFrame(() => setTimeout(done)));"  # painted
+            script = f"async () => {{ const t = performance.now(); draw(true); {frame} return performance.now() - t; }}"
             times = sorted(page.evaluate(script) for _ in range(20))
             print(f"{args.steps:,} steps drawn anew in {times[10]:.0f} ms (median; slowest {times[-1]:.0f})")
             process, delays, step = psutil.Process(watcher.pid), [], args.steps
@@ -59,7 +60,8 @@ def main(argv=None):
                 metrics.flush()
                 if step % 10 == 0:
                     written = time.perf_counter()
-                    page.wait_for_function(f"runs.get('newest').metrics.base.at(-1).step >= {step}", polling=20)
+                    while page.evaluate("runs.get('newest').metrics.base.at(-1).step") < step:
+                        time.sleep(0.02)
                     delays.append(time.perf_counter() - written)
                 step += 1
                 time.sleep(0.2)

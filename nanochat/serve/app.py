@@ -20,8 +20,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 
+from nanochat.pages import HERE, page_headers
 from nanochat.serve.completions import ChatCompletion, TextCompletion
-from nanochat.serve.pages import HERE, page_headers
 from nanochat.serve.schemas import RETRY, ApiError, ChatRequest, CompletionRequest, ErrorBody
 from nanochat.serve.service import Service
 from nanochat.serve.worker import RequestTimeout, WorkerError

@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).with_name("serve")
 
 
 def content_policy(html, connect="'self'"):
