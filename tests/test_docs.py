@@ -1,0 +1,62 @@
+"""README and GUIDE: commands exist and have their flags. With SPEEDRUN_DIR set, the guide's commands run as printed."""
+
+import importlib
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+
+import pytest
+from helpers import ROOT
+
+from nanochat.cli import parse_args
+
+DOCUMENTS = ["README.md", "dev/GUIDE.md", "dev/multinode/README.md"]
+
+
+def blocks(document, language="bash"):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.S | re.M)
+
+
+def commands(document):
+    """[argv] of all `python -m` commands in the bash blocks of a document."""
+    for block in blocks(document):
+        for line in block.replace("\\\n", " ").splitlines():
+            if found := re.search(r"python (?:\S+ )?-m (.*?)(?: \||;| &|$)", re.sub(r"\s+#.*", "", line)):
+                yield shlex.split(found[1])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_exist_and_have_their_flags(document):
+    checked = 0
+    for module, *argv in commands(document):
+        if not module.startswith(("scripts.", "nanochat.", "dev.")):
+            continue
+        assert importlib.util.find_spec(module), module
+        parser = getattr(importlib.import_module(module), "build_parser", None)
+        if parser and not any("$" in arg or "<" in arg for arg in argv):
+            parse_args(parser(), argv)
+            checked += 1
+    assert checked >= 1 or document != "README.md"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_and_pictures_exist(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (ROOT / document).parent.joinpath(target).exists(), target
+
+
+def test_pictures_are_small():
+    assert sum(path.stat().st_size for path in ROOT.glob("dev/*.png")) <= 500_000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("SPEEDRUN_DIR"), reason="set SPEEDRUN_DIR to the base directory of a speedrun")
+def test_the_guide_runs_as_printed(tmp_path):
+    env = os.environ | {"HOME": str(tmp_path)}
+    script = "set -e\n" + "\n".join(f"echo '== block {i}'\n{block}" for i, block in enumerate(blocks("dev/GUIDE.md")))
+    done = subprocess.run(["bash"], input=script, cwd=ROOT, env=env, text=True, capture_output=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
