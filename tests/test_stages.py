@@ -76,6 +76,10 @@ def test_from_text_to_chat(base, run_main, capsys):
     assert "## Midtraining" in report
     for name in ("mid", "sft"):
         assert list(losses(base, name)) == [0, 1, 2]
+    samples = {name: read_jsonl(base / "report" / "samples" / f"{name}.jsonl") for name in ("base", "mid", "sft")}
+    assert "Once upon a time" in [row["prompt"] for row in samples["base"]] and samples["base"][0]["step"] == 3
+    assert samples["mid"][0]["prompt"] == "Hi" and samples["sft"][-1]["step"] == 3
+    assert "samples/sft.jsonl" in (base / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_run_that_diverges_stops_and_describes_itself(base, run_main):
