@@ -20,10 +20,10 @@ from tasks.spellingbee import PocketLetters, SimpleSpelling, SpellingBee
 
 RL_PROBLEMS = 1600  # training problems of a generated task in reinforcement learning
 
-# Rows in midtraining and in SFT; in total about 8 and 0.2 million tokens with the pocket tier's tokenizer. Tokens per
-# row, in this order: 95, 268, 60, 62, 38, 63.
+# Rows in midtraining and in SFT; in total about 7.5 and 0.2 million tokens with the pocket tier's tokenizer. Tokens per
+# row, in this order: 85, 269, 58, 62, 36, 55.
 POCKET_ROWS = {pocket.PocketChat: {"mid": 36000, "sft": 800}, pocket.PocketStories: {"mid": 2200, "sft": 60}}
-POCKET_ROWS |= {pocket.PocketFacts: {"mid": 12000, "sft": 500}, pocket.PocketSums: {"mid": 30000, "sft": 500}}
+POCKET_ROWS |= {pocket.PocketFacts: {"mid": 14000, "sft": 500}, pocket.PocketSums: {"mid": 30000, "sft": 500}}
 POCKET_ROWS |= {pocket.PocketIdentity: {"mid": 3000, "sft": 60}, PocketLetters: {"mid": 19000, "sft": 200}}
 
 

@@ -76,10 +76,10 @@ def informal(rng, text):
         pair = rng.choice(pairs)  # of letters: swapped, one missing, one doubled
         error = rng.choice((pair[0][::-1], pair[0][0], pair[0][0] + pair[0]))
         text = text[: pair.start()] + error + text[pair.end() :]
-    if rng.random() < 0.1:  # words that do not matter
+    if rng.random() < 0.15:  # words that do not matter
         words = " ".join(rng.sample(world.entries_of("word", "train"), rng.randint(2, 7)))
         text = rng.choice((f"{words}, {text}", f"{words}. {text}", f"My {words}: {text}", f"{text} {words}."))
-    before, after = ("<before> " if rng.random() < 0.15 else ""), (" <after>" if rng.random() < 0.08 else "")
+    before, after = ("<before> " if rng.random() < 0.12 else ""), (" <after>" if rng.random() < 0.08 else "")
     return world.expand(rng, before) + text + world.expand(rng, after)
 
 
@@ -126,8 +126,8 @@ def apply_operator(x, operator, y):
 
 def sum_template(rng, world):
     """(question template, steps) of a random arithmetic problem. A step is "{x}+{y}", "@*2"; @ is the last result."""
-    forms = {"events": 16, "scene": 4, "problem": 13, "more problem": 42, "classic": 15}
-    forms |= {"bare": 5, "more bare": 6, "order": 2, "more order": 4}
+    forms = {"events": 18, "scene": 5, "problem": 14, "more problem": 30, "classic": 18}
+    forms |= {"bare": 5, "more bare": 5, "order": 2, "more order": 3}
     form = rng.choices(list(forms), forms.values())[0]
     if form not in ("events", "scene"):
         question, steps = rng.choice(world.lines(form)).split(" => ")

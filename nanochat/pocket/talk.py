@@ -110,9 +110,9 @@ def _sum(rng, split, world):
 
 
 # Topic -> (weight, function). Without a function, it stands for the sections whose names begin with it.
-TOPICS = {"fact": (16, _fact), "character": (20, character_exchanges), "place": (3, _place), "about": (3, _about)}
+TOPICS = {"fact": (20, _fact), "character": (20, character_exchanges), "place": (3, _place), "about": (3, _about)}
 TOPICS |= {"sum": (6, _sum), "comparison": (3, comparison), "story": (7, story_exchanges)}
-TOPICS |= {"self": (18, None), "unknown": (12, None), "talk": (26, None)}
+TOPICS |= {"self": (16, None), "unknown": (12, None), "talk": (21, None)}
 
 
 def draw_exchanges(rng, split, world, topics=TOPICS):
