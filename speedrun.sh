@@ -35,7 +35,7 @@ pocket() {
         python -m scripts.base_loss -g d4 --device_batch_size=32 --split_tokens=131072
     stage "midtraining" 460 mid_checkpoints/d4 "base_checkpoints/d4 tokenizer $mixture" \
         python -m scripts.mid_train "$run" --resume=1 --model_tag=d4 $size --total_batch_size=4096 --packing=bos \
-        --train_on=assistant --eval_every=500 --recipe=tuned --warmdown_ratio=1 --init_lr_frac=0.6
+        --train_on=assistant --eval_every=1000 --recipe=tuned --warmdown_ratio=1 --init_lr_frac=0.6
     stage "midtraining evaluation" 15 report/chat-evaluation-mid.md "mid_checkpoints/d4 tokenizer $world" \
         python -m scripts.chat_eval -i mid -g d4 -a "$tasks" -x 128 --max_new_tokens=320
     stage "supervised finetuning" 45 chatsft_checkpoints/d4 "mid_checkpoints/d4 tokenizer $mixture" \
@@ -45,7 +45,7 @@ pocket() {
         python -m scripts.chat_eval -i sft -g d4 -a "$tasks|PocketHardSums" --max_new_tokens=320
     stage "reinforcement learning" 80 chatrl_checkpoints/d4 "chatsft_checkpoints/d4 tokenizer $world" \
         python -m scripts.chat_rl "$run" --resume=1 --model_tag=d4 --num_iterations=30 --eval_every=30 \
-        --eval_examples=128 --save_every=20 --keep=2
+        --eval_examples=64 --save_every=20 --keep=2
     stage "RL evaluation" 20 report/chat-evaluation-rl.md "chatrl_checkpoints/d4 tokenizer $world" \
         python -m scripts.chat_eval -i rl -g d4 -a "$tasks|PocketHardSums" --max_new_tokens=320
     stage "report" 5 report/report.md "report/*.json" python -m nanochat.report generate
