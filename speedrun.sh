@@ -29,7 +29,7 @@ pocket() {
     stage "tokenizer evaluation" 5 report/tokenizer-evaluation.md "tokenizer base_data" python -m scripts.tok_eval
     stage "base pretraining" 85 base_checkpoints/d4 "tokenizer base_data" python -m scripts.base_train "$run" \
         --resume=1 --recipe=tuned --embedding_lr=0.6 --unembedding_lr=0.008 --matrix_lr=0.04 --induction=1 \
-        --depth=4 $size --total_batch_size=8192 --num_iterations=150 --eval_every=150 --core_metric_every=-1 \
+        --depth=4 $size --total_batch_size=8192 --num_iterations=150 --eval_every=75 --core_metric_every=-1 \
         --sample_every=-1
     stage "base loss" 10 report/base-model-loss.md "base_checkpoints/d4 tokenizer base_data" \
         python -m scripts.base_loss -g d4 --device_batch_size=32 --split_tokens=131072
