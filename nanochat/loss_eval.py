@@ -46,10 +46,10 @@ PROMPTS["pocket"] += ["12 + 30 =", "apple is spelled"]
 
 def chat_samples(engine, task, n=4, max_tokens=64):
     """{question: greedy answer} for the first questions of `n` evenly spaced conversations of `task`."""
-    samples = {}
+    samples, max_prompt = {}, engine.model.config.sequence_len // 2
     for i in range(0, len(task), max(1, len(task) // n))[:n]:
         question = next(message for message in task[i]["messages"] if message["role"] == "user")
-        ids = engine.tokenizer.render_for_completion({"messages": [question]})
+        ids = engine.tokenizer.render_for_completion({"messages": [question]}, max_prompt)
         results, _ = engine.generate_batch(ids, max_tokens=max_tokens, temperature=0)
         samples[question["content"]] = engine.tokenizer.decode(results[0][len(ids) :])
     return samples

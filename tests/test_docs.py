@@ -57,6 +57,7 @@ def test_pictures_are_small():
 @pytest.mark.skipif(not os.environ.get("SPEEDRUN_DIR"), reason="set SPEEDRUN_DIR to the base directory of a speedrun")
 def test_the_guide_runs_as_printed(tmp_path):
     env = os.environ | {"HOME": str(tmp_path)}
-    script = "set -e; trap 'kill $(jobs -p)' EXIT\n" + "\n".join(f"echo '== block {i}'\n{block}" for i, block in enumerate(blocks("dev/GUIDE.md")))
+    parts = [f"echo '== block {i}'\n{block}" for i, block in enumerate(blocks("dev/GUIDE.md"))]
+    script = "\n".join(["set -e; trap 'kill $(jobs -p)' EXIT", *parts])
     done = subprocess.run(["bash"], input=script, cwd=ROOT, env=env, text=True, capture_output=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]

@@ -97,7 +97,7 @@ impl Tokenizer {
 
     /// The token ids of `text` with BPE dropout (Provilkov et al. 2020): whenever the next merge of a piece is chosen,
     /// each possible one is left out with the probability `dropout`. Equal texts get equal ids. Pieces of more than
-    /// [`MAX_SCANNED`] bytes are encoded without dropout.
+    /// 200 bytes are encoded without dropout.
     ///
     /// # Errors
     /// As for [`encode`](Self::encode).
