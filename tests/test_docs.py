@@ -58,6 +58,6 @@ def test_pictures_are_small():
 def test_the_guide_runs_as_printed(tmp_path):
     env = os.environ | {"HOME": str(tmp_path)}
     parts = [f"echo '== block {i}'\n{block}" for i, block in enumerate(blocks("dev/GUIDE.md"))]
-    script = "\n".join(["set -e; trap 'kill $(jobs -p)' EXIT", *parts])
+    script = "\n".join(["set -e; trap 'kill $(jobs -p) 2>/dev/null' EXIT", *parts])
     done = subprocess.run(["bash"], input=script, cwd=ROOT, env=env, text=True, capture_output=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
