@@ -8,6 +8,7 @@ The page asks every second for what has changed in the files below report/, see 
 by `python -m nanochat.report generate`, is the same page with these files inside.
 """
 
+import contextlib
 from pathlib import Path
 
 from nanochat.cli import listen, make_parser, parse_args, path, run_script
@@ -19,19 +20,34 @@ FILES = ("*.json", "*.md", "runs/*.json", "metrics/*.jsonl", "samples/*.jsonl")
 
 def runs(folders):
     """{name: folder of a report} of the runs in base directories: the current one, earlier ones, those of sweeps."""
-    found = {}
-    folders = [Path(folder) for folder in folders]
+    found, folders = {}, [Path(folder) for folder in folders]
     for folder in folders:
         unique = sum(other.name == folder.name for other in folders) == 1
         prefix = f"{folder.name if unique else folder} " if len(folders) > 1 else ""
-        reports = [folder / "report", *sorted(folder.glob("report/earlier/*"), reverse=True)]
-        for report in [*reports, *sorted(folder.glob("*/report")), *sorted(folder.glob("sweeps/*/*/report"))]:
-            if report.is_dir():
-                name = f"/{report.relative_to(folder).as_posix()}".removeprefix("/sweeps").removesuffix("/report")
-                found[f"{prefix}{name.replace('/report/earlier/', 'earlier ').lstrip('/')}".strip() or "newest"] = (
-                    report
-                )
+        reports = {folder / "report": "" if prefix else "newest"}
+        for report in sorted(folder.glob("report/earlier/*"), reverse=True):
+            reports[report] = f"earlier {report.name}"
+        for report in sorted([*folder.glob("*/report"), *folder.glob("sweeps/*/*/report")]):
+            reports[report] = report.parent.relative_to(folder).as_posix().removeprefix("sweeps/")
+        found |= {f"{prefix}{name}".strip(): report for report, name in reports.items() if report.is_dir()}
     return found
+
+
+def read_change(key, file, size, version):
+    """The entry of changes() for a file of which `size` bytes in `version` are known; None if there is nothing new."""
+    stat, lines = file.stat(), file.suffix == ".jsonl"
+    new_version = f"{stat.st_ino} {0 if lines else stat.st_mtime_ns}"
+    if (size, version) == (stat.st_size, new_version):
+        return None
+    start = size if lines and version == new_version and size < stat.st_size else 0
+    with open(file, "rb") as f:
+        f.seek(start)
+        data = f.read()
+    data = data[: data.rfind(b"\n") + 1] if lines else data  # the last line may be incomplete
+    if not data and version == new_version:
+        return None
+    entry = {"key": key, "version": new_version, "start": start, "size": start + len(data)}
+    return entry | {"text": data.decode("utf-8", "replace")}
 
 
 def changes(folders, known):
@@ -44,19 +60,11 @@ def changes(folders, known):
     changed = []
     for run, report in runs(folders).items():
         for file in sorted(file for pattern in FILES for file in report.glob(pattern) if file.name != "report.md"):
-            stat, lines = file.stat(), file.suffix == ".jsonl"
-            key, version = f"{run}: {file.relative_to(report)}", f"{stat.st_ino} {0 if lines else stat.st_mtime_ns}"
-            size, known_version = known.get(key, (0, None))
-            if (size, known_version) == (stat.st_size, version):
-                continue
-            start = size if lines and version == known_version and size < stat.st_size else 0
-            with open(file, "rb") as f:
-                f.seek(start)
-                data = f.read()
-            data = data[: data.rfind(b"\n") + 1] if lines else data  # the last line may be incomplete
-            entry = {"key": key, "run": run, "file": file.relative_to(report).as_posix(), "version": version}
-            text = data.decode("utf-8", "replace")
-            changed.append(entry | {"start": start, "size": start + len(data), "text": text})
+            name = file.relative_to(report).as_posix()
+            key = f"{run}: {name}"
+            with contextlib.suppress(OSError):  # moved meanwhile, to report/earlier/
+                if entry := read_change(key, file, *known.get(key, (0, None))):
+                    changed.append(entry | {"run": run, "file": name})
     return changed
 
 
