@@ -1,8 +1,8 @@
 """
 A small study of scaling, illustrative only: which size of model is best for a budget of compute?
 
-    python -m dev.scaling                                     # depths 2 to 6, three budgets: half an hour on two cores
-    python -m dev.scaling --budgets=1e13,2e13 --depths=2,3,4
+    python -m dev.scaling                            # depths 2 to 6, three budgets: about half an hour on two cores
+    python -m dev.scaling --budgets=1e13,2e13 --depths=2,3,4,5
 
 For each budget C in FLOPs it trains one model per depth, fits a parabola of the final validation bpb over log N (N:
 parameters), takes its minimum, and fits N_opt ~ C^a and D_opt ~ C^b (D: training tokens) through the minima (Hoffmann
@@ -16,7 +16,7 @@ import numpy as np
 
 from dev.sweep import run_stage
 from nanochat.cli import make_parser, parse_args, run_script
-from nanochat.common import base_dir, print0, require
+from nanochat.common import UserError, base_dir, print0, require
 from nanochat.compare import bpb_curve
 from nanochat.records import table
 
@@ -47,7 +47,11 @@ def main(argv=None):
     add("--depths", default="2,3,4,5,6", help="depths of the models, separated by commas")
     add("--resamples", type=int, default=1000, help="number of bootstrap samples")
     args = parse_args(parser, argv)
-    budgets, depths = [float(x) for x in args.budgets.split(",")], [int(x) for x in args.depths.split(",")]
+    try:
+        budgets, depths = [float(x) for x in args.budgets.split(",")], [int(x) for x in args.depths.split(",")]
+    except ValueError as e:
+        raise UserError(f"--budgets and --depths: expected numbers separated by commas ({e})") from None
+    require(args.resamples >= 1, f"--resamples={args.resamples}: expected at least 1")
     require(
         len(budgets) >= 2 and len(depths) >= 4, "expected at least two budgets and four depths: a parabola has three"
     )
@@ -90,6 +94,7 @@ def main(argv=None):
         [fit + np.array(rng.choices(list(residuals), k=len(fit))) for fit in fits] for _ in range(args.resamples)
     ]
     bootstrap = [pair for sample in samples if (pair := exponents(budgets, log_sizes, sample))]
+    require(bootstrap, "no resample has a minimum; take smaller or larger depths")
     for name, value, column in zip(
         ("N_opt ~ C^a, a", "D_opt ~ C^b, b"), fitted, zip(*bootstrap, strict=True), strict=True
     ):

@@ -2,7 +2,8 @@
 A small grid of runs of one stage: every combination of values, each with several seeds; one table and one page.
 
     python -m dev.sweep lr scripts.base_train --grid matrix_lr=0.01,0.02,0.04 --grid depth=2,4 --seeds=2 \
-        -- --num_iterations=200 --total_batch_size=4096 --device_batch_size=8 --max_seq_len=512 --core_metric_every=-1
+        -- --num_iterations=200 --total_batch_size=4096 --device_batch_size=8 --max_seq_len=512 --eval_tokens=65536 \
+        --core_metric_every=-1
 
 Each run is a base directory of its own, sweeps/<name>/<what differs>/ in the base directory, which lends its corpus,
 tokenizer and checkpoints of earlier stages. The same command continues after an interruption: finished runs are kept,
@@ -36,18 +37,26 @@ def run_stage(folder, script, flags):
     """Run a stage in its own base directory `folder`, unless it has finished there. Returns (record, metrics rows)."""
     stage, sources = STAGES[script]
     settings, finished = folder / "flags.json", folder / "finished"
-    if settings.exists() and (old := json.loads(settings.read_text(encoding="utf-8"))) != [script, *flags]:
-        raise UserError(f"{folder} was made by {' '.join(old)}; take another name, or delete that folder")
+    old = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else None
+    if old != [script, *flags] and (folder / "report").exists():
+        raise UserError(f"{folder} was made by {' '.join(old or [])}; take another name, or delete that folder")
     if not finished.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_text(settings, json.dumps([script, *flags]))
         for name in sources:
-            if not (folder / name).exists() and (base_dir() / name).exists():
-                (folder / name).symlink_to(base_dir() / name)
-        command = [sys.executable, "-m", script, *flags, "--resume"]
-        env = os.environ | {"NANOCHAT_BASE_DIR": str(folder)}
-        if code := subprocess.run(command, env=env).returncode:
+            (folder / name).unlink(missing_ok=True)  # the base directory may have moved
+            if (base_dir() / name).exists():
+                (folder / name).symlink_to((base_dir() / name).resolve())
+        env = os.environ | {"NANOCHAT_BASE_DIR": str(folder.resolve())}
+        with subprocess.Popen([sys.executable, "-m", script, *flags, "--resume"], env=env) as process:
+            try:
+                code = process.wait()
+            except KeyboardInterrupt:  # the stage has got the signal too, and saves a checkpoint
+                code = process.wait() or 1
+        if code:
             sys.exit(code)  # the stage has said why
+        progress = [row["progress"] for row in read_run(folder / "report", stage)[1] if "progress" in row]
+        require(progress and progress[-1] >= 1, f"{folder} stopped early; the same command continues")
         finished.touch()
     return read_run(folder / "report", stage)
 
@@ -77,15 +86,18 @@ def main(argv=None):
     add("script", choices=list(STAGES), help="the stage")
     add("--grid", action="append", default=[], metavar="FLAG=A,B,...", help="values of a flag; may be repeated")
     add("--seeds", type=int, default=1, help="runs of each combination, with --seed=42, 43, ...")
-    add("--metric", default="val_bpb", help="key of report/metrics/<stage>.jsonl to compare (default val_bpb)")
+    add("--metric", help="key of report/metrics/<stage>.jsonl to compare (default val_bpb, val_loss or greedy)")
     args = parse_args(parser, own)
     require(re.fullmatch(r"[\w.-]+", args.name), f"{args.name!r}: expected a name of letters, digits, '.', '_' and '-'")
     require(args.seeds >= 1, f"--seeds={args.seeds}: expected at least 1")
     for axis in args.grid:
         require(
-            re.fullmatch(r"[a-z_0-9]+=[^=]+", axis), f"--grid {axis}: expected a flag and its values, like depth=2,4"
+            re.fullmatch(r"[a-z_0-9-]+=[^=]+", axis), f"--grid {axis}: expected a flag and its values, like depth=2,4"
         )
-    grid = {name: values.split(",") for name, values in (axis.split("=") for axis in args.grid)}
+    grid = {name.replace("-", "_"): values.split(",") for name, values in (axis.split("=") for axis in args.grid)}
+    require(len(grid) == len(args.grid), "--grid: a flag is given twice; list all its values once")
+    require("seed" not in grid, "--grid seed=...: use --seeds for several seeds")
+    metric = args.metric or {"chat_sft": "val_loss", "chat_rl": "greedy"}.get(args.script.split(".")[1], "val_bpb")
     folder, results = base_dir() / "sweeps" / args.name, {}
     for values in itertools.product(*grid.values()):
         for seed in range(42, 42 + args.seeds):
@@ -94,8 +106,8 @@ def main(argv=None):
             print0(f"== {run}")
             flags = [*fixed, *(f"--{flag}" for flag in setting), f"--seed={seed}"]
             results.setdefault(values, []).append(run_stage(folder / run, args.script, flags))
-    head = [*grid, f"final {args.metric}", "spread (sd)", "seeds", "training FLOPs", "minutes"]
-    text = table(head, result_rows(results, args.metric)) + "\n"
+    head = [*grid, f"final {metric}", "spread (sd)", "seeds", "training FLOPs", "minutes"]
+    text = table(head, result_rows(results, metric)) + "\n"
     write_text(folder / "table.md", text)
     write_text(folder / "curves.html", watch_page(changes(sorted(p.parent for p in folder.glob("*/report")), {})))
     print0(f"\n{text}\n{folder / 'table.md'}, {folder / 'curves.html'}")

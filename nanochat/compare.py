@@ -8,7 +8,7 @@ from nanochat.records import format_value, read_run, table
 
 STAGES = {"base": "Base model training", "mid": "Midtraining", "sft": "Chat SFT", "rl": "Chat RL"}
 NOT_COMPARED = ("step", "time", "progress", "lr_mult", "dt_ms", "data_ms", "tokens")  # keys of metrics
-NOTE = "Compute multiplier: FLOPs of the first run, when it had the other's final bpb, / FLOPs of the other."
+NOTE = "Compute multiplier: FLOPs at which the first run reached this run's final bpb, divided by this run's FLOPs."
 NOTE += " A commit with * had uncommitted changes."
 
 

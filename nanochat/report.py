@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 from nanochat.cli import make_parser, parse_args, path, run_script
-from nanochat.common import base_dir, format_duration, is_writer, print0, write_text
+from nanochat.common import base_dir, format_duration, is_writer, print0, require, write_text
 from nanochat.compare import compare
 from nanochat.pages import watch_page
 from nanochat.records import format_value, json_dict, read_text, table
@@ -229,6 +229,9 @@ def main(argv=None):
     parser.add_argument("command", nargs="?", default="generate", choices=("generate", "reset", "compare"))
     parser.add_argument("folders", nargs="*", type=path, help="for compare: base directories, the baseline first")
     args, report = parse_args(parser, argv), get_report()
+    require(args.command == "compare" or not args.folders, f"{args.command} takes no folders; set NANOCHAT_BASE_DIR")
+    for folder in args.folders:
+        require((Path(folder) / "report").is_dir(), f"no folder {folder}/report; give base directories")
     if args.command == "reset":
         report.reset()
         return print0(f"new report in {report.folder}")

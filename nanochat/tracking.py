@@ -98,7 +98,7 @@ class StageLog:
             for kind, path in paths.items():
                 lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
                 # A killed process or a full disk leaves half lines.
-                lines = [line for line in lines if json_dict(line).get("step", 1e99) <= self.step_count]
+                lines = [line for line in lines if json_dict(line).get("step", 1e99) < self.step_count]
                 write_text(
                     path, "".join(f"{line}\n" for line in lines)
                 )  # a new file, so that the watch page reads it all

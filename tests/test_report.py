@@ -236,8 +236,12 @@ def test_compare_names_the_flags_that_differ_and_the_multiplier(tmp_path, monkey
     assert not {"--seed", "--total_batch_size", "commit"} & set(rows)
     assert re.search(r"\| a \| b \| c \|", text) and "report.html" not in text
     assert len(re.findall('"file": "metrics/base.jsonl"', Path("compare.html").read_text())) == 3
-    with raises_user_error("no stage has run in two of a, nothing"):
+    with raises_user_error("no folder nothing/report"):
         report.main(["compare", "a", "nothing"])
+    with raises_user_error("no stage has run in two of a"):
+        report.main(["compare", "a"])
+    with raises_user_error("reset takes no folders"):
+        report.main(["reset", "a"])
 
 
 @pytest.fixture

@@ -29,10 +29,11 @@ def story(rng, split, world, title=False, foreign=0.0):
         plot = rng.choice(world.sections["plot"])
         a, b = rng.sample(world.characters, 2)
         p = rng.choice(world.places)
-        fits = p not in (a.place, b.place) and (a.fear != b.fear or "cannot sleep" not in plot[0])
+        lead = hero(rng, split, world) if rng.random() < foreign else a
+        fits = p not in (lead.place, b.place) and (lead.fear != b.fear or "cannot sleep" not in plot[0])
         if fits and split_of("story", plot[0], a, b, p) == split:
             break
-    a = hero(rng, split, world) if rng.random() < foreign else a
+    a = lead
     details = rng.sample(world.lines("opening more"), rng.randint(0, 1))  # of two, a small model repeats the first
     opening = " ".join([rng.choice(world.lines("opening")), *details])
     topic = world.expand(rng, rng.choice(world.topics[world.sections["plot"].index(plot)]), split)

@@ -83,7 +83,7 @@ def character_exchanges(rng, split, world):
 
 
 def _place(rng, split, world):
-    """One to three exchanges about a place; later questions say "there"."""
+    """Up to four exchanges about a place; later questions say "there"."""
     p, exchanges = rng.choice(world.places), []
     for _ in range(rng.choice((2, 3, 4))):
         attribute = rng.choice(("landmark", "famous", "near", "resident", "about"))
@@ -126,7 +126,7 @@ def draw_exchanges(rng, split, world, topics=TOPICS):
 
 
 def conversation(rng, split, world, topics=TOPICS):
-    """One to eight exchanges (user message, reply). Replies may contain calculator calls in GSM8K's format."""
+    """A few exchanges (user message, reply). Replies may contain calculator calls in GSM8K's format."""
     exchanges, n, form = [], stranger(rng, world, split), rng.random()
     if form < 0.12 and "self" in topics:
         exchanges += section_exchange(rng, split, world, "name told", n=n)

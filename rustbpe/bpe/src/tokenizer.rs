@@ -202,8 +202,8 @@ impl Tokenizer {
         ids.extend_from_slice(tokens);
     }
 
-    /// [`merge_scanning`](Self::merge_scanning) in O(n log n): tokens are a linked list, and pairs wait on a heap. A pair on the heap is stale if its two
-    /// tokens are not there any more.
+    /// [`merge_scanning`](Self::merge_scanning) in O(n log n): tokens are a linked list, and pairs wait on a heap. A pair
+    /// on the heap is stale if its two tokens are not there any more.
     fn merge_with_heap(&self, piece: &[u8], ids: &mut Vec<u32>) {
         const GONE: u32 = u32::MAX;
         let n = piece.len();
