@@ -8,7 +8,7 @@ import shlex
 import subprocess
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, environment
 
 from nanochat.cli import parse_args
 
@@ -51,6 +51,17 @@ def test_links_and_pictures_exist(document):
 
 def test_pictures_are_small():
     assert sum(path.stat().st_size for path in ROOT.glob("dev/*.png")) <= 500_000
+
+
+@pytest.mark.slow
+def test_a_model_of_ones_own_as_printed(tmp_path):
+    """The README's example; its answer after 20 steps is a sentence about nanochat, or the beginning of one."""
+    (block,) = [block for block in blocks("README.md") if "nanochat-own" in block]
+    done = subprocess.run(
+        ["bash", "-e"], input=block, cwd=ROOT, env=environment(HOME=tmp_path), text=True, capture_output=True
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert (tmp_path / "nanochat-own" / "mid_checkpoints" / "own").is_dir() and done.stdout.splitlines()[-1]
 
 
 @pytest.mark.slow
