@@ -40,6 +40,25 @@ def exponents(budgets, log_sizes, losses):
     return a, 1 - a
 
 
+def bootstrap(budgets, log_sizes, losses, resamples):
+    """exponents() of `resamples` resamples, each the fitted losses plus random residuals; those with a minimum."""
+    rng, fits = Random(0), [best_size(sizes, values)[1] for sizes, values in zip(log_sizes, losses, strict=True)]
+    # A parabola takes three degrees of freedom.
+    scale = (len(fits[0]) / (len(fits[0]) - 3)) ** 0.5
+    residuals = [scale * x for values, fit in zip(losses, fits, strict=True) for x in values - fit]
+    samples = ([fit + np.array(rng.choices(residuals, k=len(fit))) for fit in fits] for _ in range(resamples))
+    return [pair for sample in samples if (pair := exponents(budgets, log_sizes, sample))]
+
+
+def describe_minimum(budget, sizes, values):
+    """One line: the best size for a budget, and whether it lies within the sizes that were trained."""
+    minimum, _ = best_size(sizes, values)
+    if minimum is None:
+        return f"C = {budget:.0e}: the parabola has no minimum"
+    note = "" if sizes.min() < minimum < sizes.max() else ", outside of the range"
+    return f"C = {budget:.0e}: N_opt = {np.exp(minimum):,.0f}{note}"
+
+
 def main(argv=None):
     parser = make_parser("dev.scaling", __doc__)
     add = parser.add_argument
@@ -52,54 +71,31 @@ def main(argv=None):
     except ValueError as e:
         raise UserError(f"--budgets and --depths: expected numbers separated by commas ({e})") from None
     require(args.resamples >= 1, f"--resamples={args.resamples}: expected at least 1")
-    require(
-        len(budgets) >= 2 and len(depths) >= 4, "expected at least two budgets and four depths: a parabola has three"
-    )
+    valid = all(0 < budget < float("inf") for budget in budgets) and min(depths) >= 1
+    require(valid, f"--budgets={args.budgets} --depths={args.depths}: expected numbers above 0")
+    enough = len(budgets) >= 2 and len(depths) >= 4
+    require(enough, "expected at least two budgets and four depths: a parabola has three coefficients")
     log_sizes, losses, rows = [], [], []
     for budget in budgets:
         points = []
         for depth in depths:
+            folder = base_dir() / "sweeps" / "scaling" / f"{budget:g}-d{depth}"
             flags = [*FLAGS.split(), f"--depth={depth}", f"--target_flops={budget:g}"]
-            run, metrics = run_stage(
-                base_dir() / "sweeps" / "scaling" / f"{budget:g}-d{depth}", "scripts.base_train", flags
-            )
-            flops, bpb = bpb_curve(run, metrics)[-1]
-            tokens = flops / run["flops_per_token"]
-            points.append((np.log(run["flops_per_token"] / 6), bpb))  # N: with attention, as in the FLOPs
-            rows.append(
-                [f"{budget:.0e}", str(depth), f"{run['flops_per_token'] / 6:,.0f}", f"{tokens:,.0f}", f"{bpb:.4f}"]
-            )
+            record, metrics = run_stage(folder, "scripts.base_train", flags)
+            flops, bpb = bpb_curve(record, metrics)[-1]
+            size, tokens = record["flops_per_token"] / 6, flops / record["flops_per_token"]
+            points.append((np.log(size), bpb))  # the size includes attention, as the FLOPs do
+            rows.append([f"{budget:.0e}", str(depth), f"{size:,.0f}", f"{tokens:,.0f}", f"{bpb:.4f}"])
         log_sizes.append(np.array(points)[:, 0])
         losses.append(np.array(points)[:, 1])
     print0("\n" + table(["FLOPs", "depth", "FLOPs per token / 6", "tokens", "validation bpb"], rows))
     for budget, sizes, values in zip(budgets, log_sizes, losses, strict=True):
-        minimum, _ = best_size(sizes, values)
-        inside = minimum is not None and sizes.min() < minimum < sizes.max()
-        text = (
-            f"{np.exp(minimum):,.0f}" + ("" if inside else ", outside of the range") if minimum is not None else "none"
-        )
-        print0(f"C = {budget:.0e}: N_opt = {text}")
-    fitted = exponents(budgets, log_sizes, losses)
-    require(fitted, "a parabola has no minimum; take smaller or larger depths")
-    rng, fits = Random(0), [best_size(sizes, values)[1] for sizes, values in zip(log_sizes, losses, strict=True)]
-    residuals = [
-        value - fit
-        for values, fits_ in zip(losses, fits, strict=True)
-        for value, fit in zip(values, fits_, strict=True)
-    ]
-    residuals = (
-        np.array(residuals) * (len(depths) / (len(depths) - 3)) ** 0.5
-    )  # a parabola takes three degrees of freedom
-    samples = [
-        [fit + np.array(rng.choices(list(residuals), k=len(fit))) for fit in fits] for _ in range(args.resamples)
-    ]
-    bootstrap = [pair for sample in samples if (pair := exponents(budgets, log_sizes, sample))]
-    require(bootstrap, "no resample has a minimum; take smaller or larger depths")
-    for name, value, column in zip(
-        ("N_opt ~ C^a, a", "D_opt ~ C^b, b"), fitted, zip(*bootstrap, strict=True), strict=True
-    ):
-        low, high = np.percentile(column, [2.5, 97.5])
-        print0(f"{name} = {value:.2f} [{low:.2f}, {high:.2f}]")
+        print0(describe_minimum(budget, sizes, values))
+    fitted, resampled = exponents(budgets, log_sizes, losses), bootstrap(budgets, log_sizes, losses, args.resamples)
+    require(fitted and resampled, "a parabola has no minimum; take smaller or larger depths")
+    low, high = np.percentile(resampled, [2.5, 97.5], axis=0)
+    for i, name in enumerate(("N_opt ~ C^a, a", "D_opt ~ C^b, b")):
+        print0(f"{name} = {fitted[i]:.2f} [{low[i]:.2f}, {high[i]:.2f}]")
     print0("Illustrative: tiny models, few tokens, one seed. Do not extrapolate.")
 
 

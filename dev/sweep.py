@@ -26,16 +26,16 @@ from nanochat.pages import watch_page
 from nanochat.records import read_run, table
 from nanochat.watch import changes
 
-# Stage -> (key in report/, the folders that it reads)
-STAGES = {"scripts.base_train": ("base", ["base_data", "tokenizer"])}
-STAGES["scripts.mid_train"] = ("mid", ["base_data", "tokenizer", "base_checkpoints"])
-STAGES["scripts.chat_sft"] = ("sft", ["tokenizer", "base_checkpoints", "mid_checkpoints"])
-STAGES["scripts.chat_rl"] = ("rl", ["tokenizer", "mid_checkpoints", "chatsft_checkpoints"])
+# Script -> (name of its files in report/, metric to compare, the folders that it reads)
+STAGES = {"scripts.base_train": ("base", "val_bpb", ["base_data", "tokenizer"])}
+STAGES["scripts.mid_train"] = ("mid", "val_bpb", ["base_data", "tokenizer", "base_checkpoints"])
+STAGES["scripts.chat_sft"] = ("sft", "val_loss", ["tokenizer", "base_checkpoints", "mid_checkpoints"])
+STAGES["scripts.chat_rl"] = ("rl", "greedy", ["tokenizer", "mid_checkpoints", "chatsft_checkpoints"])
 
 
 def run_stage(folder, script, flags):
     """Run a stage in its own base directory `folder`, unless it has finished there. Returns (record, metrics rows)."""
-    stage, sources = STAGES[script]
+    stage, _, sources = STAGES[script]
     settings, finished = folder / "flags.json", folder / "finished"
     old = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else None
     if old != [script, *flags] and (folder / "report").exists():
@@ -76,10 +76,8 @@ def result_rows(results, metric):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    own, fixed = (
-        argv[: argv.index("--")] if "--" in argv else argv,
-        argv[argv.index("--") + 1 :] if "--" in argv else [],
-    )
+    end = argv.index("--") if "--" in argv else len(argv)
+    own, fixed = argv[:end], argv[end + 1 :]
     parser = make_parser("dev.sweep", __doc__)
     add = parser.add_argument
     add("name", help="name of the sweep")
@@ -91,13 +89,12 @@ def main(argv=None):
     require(re.fullmatch(r"[\w.-]+", args.name), f"{args.name!r}: expected a name of letters, digits, '.', '_' and '-'")
     require(args.seeds >= 1, f"--seeds={args.seeds}: expected at least 1")
     for axis in args.grid:
-        require(
-            re.fullmatch(r"[a-z_0-9-]+=[^=]+", axis), f"--grid {axis}: expected a flag and its values, like depth=2,4"
-        )
+        valid = re.fullmatch(r"[a-z_0-9-]+=[^=]+", axis)
+        require(valid, f"--grid {axis}: expected a flag and its values, like depth=2,4")
     grid = {name.replace("-", "_"): values.split(",") for name, values in (axis.split("=") for axis in args.grid)}
     require(len(grid) == len(args.grid), "--grid: a flag is given twice; list all its values once")
     require("seed" not in grid, "--grid seed=...: use --seeds for several seeds")
-    metric = args.metric or {"chat_sft": "val_loss", "chat_rl": "greedy"}.get(args.script.split(".")[1], "val_bpb")
+    metric = args.metric or STAGES[args.script][1]
     folder, results = base_dir() / "sweeps" / args.name, {}
     for values in itertools.product(*grid.values()):
         for seed in range(42, 42 + args.seeds):

@@ -50,7 +50,7 @@ class Score:
 
     @property
     def repetition(self):
-        """Share of the answers of more than five sentences that repeat one; None if no answer is that long."""
+        """Share of long answers (more than five sentences) with a repeated sentence; None without long answers."""
         answers = (re.findall(r"\b[^.!?\n]{9,}[.!?]", answer) for r in self.records for answer in r["answers"])
         long = [sentences for sentences in answers if len(sentences) > 5]
         return statistics.fmean(len(set(sentences)) < len(sentences) for sentences in long) if long else None

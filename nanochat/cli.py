@@ -116,6 +116,12 @@ def listen(host, port):
     return sock
 
 
+def server_url(sock):
+    """The address of a listening socket, for a browser on this machine."""
+    host, port = sock.getsockname()[:2]
+    return f"http://{'localhost' if host in ('127.0.0.1', '0.0.0.0', '::1', '::') else host}:{port}"
+
+
 def wandb_run(name):
     """argparse type of --run. Unless the name is "dummy", rank 0 logs in to wandb, so before any work."""
     if name == "dummy" or not common.is_rank0():

@@ -58,7 +58,7 @@ class ShardSource(Source):
         """
         `row_groups` is the result of dataset.row_groups(): [(path, index in the file, number of documents)].
 
-        `dropout` is that of Tokenizer.encode.
+        `dropout`: see Tokenizer.encode.
         """
         self.tokenizer, self.dropout = tokenizer, dropout
         self.row_group = functools.lru_cache(maxsize=CACHED_ROW_GROUPS)(read_row_group)
@@ -81,7 +81,7 @@ class TaskSource(Source):
 
     def __init__(self, task, tokenizer, max_tokens, lanes, seed=42, use_mask=False, dropout=0.0):
         self.task, self.tokenizer, self.max_tokens, self.use_mask = task, tokenizer, max_tokens, use_mask
-        self.dropout = dropout  # that of Tokenizer.render_conversation
+        self.dropout = dropout  # see Tokenizer.render_conversation
         super().__init__([[block] for block in _block_ranges(len(task), TASK_BLOCK, len(task), lanes)], seed)
 
     def read(self, block):
@@ -252,7 +252,7 @@ def conversation_batches(task, tokenizer, rows, T, device_batch_size, compute, s
 
     Only the assistant's tokens are trained on. Each epoch is a seeded permutation of `task`. A rank sorts its rows of a
     step by length; a micro-batch has at most device_batch_size x T tokens, see length_buckets(). `states` is the
-    `state` of the last Batch before the resume, `dropout` that of Tokenizer.render_conversation.
+    `state` of the last Batch before the resume. `dropout`: see Tokenizer.render_conversation.
     """
     pad, order = tokenizer.encode_special("<|assistant_end|>"), Source([[i] for i in range(len(task))], seed).order
     used = states["examples"] if states else 0

@@ -46,20 +46,23 @@ PROMPTS["pocket"] += ["12 + 30 =", "apple is spelled"]
 
 def chat_samples(engine, task, n=4, max_tokens=64):
     """{question: greedy answer} for the first questions of `n` evenly spaced conversations of `task`."""
-    samples, max_prompt = {}, engine.model.config.sequence_len // 2
+    prompts, max_prompt = {}, engine.model.config.sequence_len // 2
     for i in range(0, len(task), max(1, len(task) // n))[:n]:
         question = next(message for message in task[i]["messages"] if message["role"] == "user")
-        ids = engine.tokenizer.render_for_completion({"messages": [question]}, max_prompt)
-        results, _ = engine.generate_batch(ids, max_tokens=max_tokens, temperature=0)
-        samples[question["content"]] = engine.tokenizer.decode(results[0][len(ids) :])
-    return samples
+        prompts[question["content"]] = engine.tokenizer.render_for_completion({"messages": [question]}, max_prompt)
+    return _continuations(engine, prompts, max_tokens)
 
 
 def greedy_samples(engine, corpus, max_tokens=48):
     """{prompt: continuation} of a base model trained on `corpus`, decoded greedily."""
-    tokenizer, samples = engine.tokenizer, {}
-    for prompt in PROMPTS[corpus]:
-        ids = tokenizer.encode(prompt, prepend=tokenizer.get_bos_token_id())
-        results, _ = engine.generate_batch(ids, max_tokens=max_tokens, temperature=0)
-        samples[prompt] = tokenizer.decode(results[0][len(ids) :])
-    return samples
+    bos = engine.tokenizer.get_bos_token_id()
+    prompts = {prompt: engine.tokenizer.encode(prompt, prepend=bos) for prompt in PROMPTS[corpus]}
+    return _continuations(engine, prompts, max_tokens)
+
+
+def _continuations(engine, prompts, max_tokens):
+    """{name: greedy continuation} of `prompts`, {name: token ids}."""
+    results = {
+        name: engine.generate_batch(ids, max_tokens=max_tokens, temperature=0)[0] for name, ids in prompts.items()
+    }
+    return {name: engine.tokenizer.decode(results[name][0][len(ids) :]) for name, ids in prompts.items()}

@@ -11,7 +11,7 @@ by `python -m nanochat.report generate`, is the same page with these files insid
 import contextlib
 from pathlib import Path
 
-from nanochat.cli import listen, make_parser, parse_args, path, run_script
+from nanochat.cli import listen, make_parser, parse_args, path, run_script, server_url
 from nanochat.common import base_dir, print0, require
 from nanochat.pages import page_headers, watch_page
 
@@ -99,7 +99,7 @@ def main(argv=None):
     import uvicorn
 
     sock = listen(args.host, args.port)
-    print0(f"open http://{args.host}:{sock.getsockname()[1]}; Ctrl-C ends it")
+    print0(f"open {server_url(sock)}; Ctrl-C ends it")
     uvicorn.Server(uvicorn.Config(create_app(folders), log_level="warning", ws="none")).run(sockets=[sock])
 
 

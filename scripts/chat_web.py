@@ -10,7 +10,7 @@ Loads the newest sft checkpoint, or else of rl, mid or base. On Ctrl-C or SIGTER
 
 import re
 
-from nanochat.cli import add_model_flags, choose_source, listen, make_parser, parse_args, run_script
+from nanochat.cli import add_model_flags, choose_source, listen, make_parser, parse_args, run_script, server_url
 from nanochat.common import require, server_api_key
 
 # Smallest and largest value of each numeric flag.
@@ -60,10 +60,8 @@ def main(argv=None):
 
     app = create_app(args)
     sock = listen(args.host, args.port)
-    host, port = sock.getsockname()[:2]
-    shown = "localhost" if host in ("127.0.0.1", "0.0.0.0", "::1", "::") else host
-    print(f"open http://{shown}:{port} (API: http://{shown}:{port}/v1); the model is loading", flush=True)
-    if host not in ("127.0.0.1", "::1") and not args.api_key:
+    print(f"open {server_url(sock)} (API: {server_url(sock)}/v1); the model is loading", flush=True)
+    if sock.getsockname()[0] not in ("127.0.0.1", "::1") and not args.api_key:
         print("warning: other machines can reach this server, and it needs no --api_key", flush=True)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=args.shutdown_timeout, ws="none")
     server = uvicorn.Server(config)

@@ -53,5 +53,7 @@ def test_exponents_of_known_curves():
     assert scaling.exponents(budgets, sizes, [[-value for value in row] for row in losses]) is None
     with raises_user_error("expected numbers separated by commas"):
         scaling.main(["--budgets=1e13,x"])
+    with raises_user_error("expected numbers above 0"):
+        scaling.main(["--budgets=0,nan"])
     with raises_user_error("at least two budgets and four depths"):
         scaling.main(["--depths=2,3,4"])
