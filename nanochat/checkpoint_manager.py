@@ -269,7 +269,7 @@ def load_model(source, device, phase="eval", model_tag=None, step=None, quantize
     model.allocate(compute.device)
     load_weights(model, path)
     if phase == "eval":
-        model.to(dtype=compute.dtype).eval().requires_grad_(False)
+        model.to(dtype=torch.float32 if quantize else compute.dtype).eval().requires_grad_(False)
     if quantize:
         from nanochat.inference.cpu_backend import quantize as to_int8
 

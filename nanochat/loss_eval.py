@@ -62,7 +62,6 @@ def greedy_samples(engine, corpus, max_tokens=48):
 
 def _continuations(engine, prompts, max_tokens):
     """{name: greedy continuation} of `prompts`, {name: token ids}."""
-    results = {
-        name: engine.generate_batch(ids, max_tokens=max_tokens, temperature=0)[0] for name, ids in prompts.items()
-    }
-    return {name: engine.tokenizer.decode(results[name][0][len(ids) :]) for name, ids in prompts.items()}
+    settings = dict(max_tokens=max_tokens, temperature=0)
+    answers = {name: engine.generate_batch(ids, **settings)[0][0][len(ids) :] for name, ids in prompts.items()}
+    return {name: engine.tokenizer.decode(answer) for name, answer in answers.items()}

@@ -99,9 +99,8 @@ class StageLog:
                 lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
                 # A killed process or a full disk leaves half lines.
                 lines = [line for line in lines if json_dict(line).get("step", 1e99) < self.step_count]
-                write_text(
-                    path, "".join(f"{line}\n" for line in lines)
-                )  # a new file, so that the watch page reads it all
+                # A new file, so that the watch page reads it all.
+                write_text(path, "".join(f"{line}\n" for line in lines))
                 self.files[kind] = open(path, "ab", buffering=0)  # unbuffered: close() must not fail on a full disk
 
     def _write(self, kind, **record):

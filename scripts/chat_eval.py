@@ -127,7 +127,8 @@ def main(argv=None):
     if args.save_samples and compute.writes:
         records = ({"task": name, **record} for name, score in scores.items() for record in score.records)
         write_jsonl(args.save_samples, records)
-    get_report().log(f"Chat evaluation {args.source}", [vars(args), facts, kinds, intervals, clock, *pages], metrics)
+    flags = vars(args) | {"model_tag": meta["model_tag"], "step": meta["step"]}
+    get_report().log(f"Chat evaluation {args.source}", [flags, facts, kinds, intervals, clock, *pages], metrics)
 
 
 if __name__ == "__main__":

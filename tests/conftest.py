@@ -107,6 +107,27 @@ def browser():
         browser.close()
 
 
+@pytest.fixture
+def open_page(browser):
+    """open_page(address, **options): a page; fails on script errors, blocked content and requests to elsewhere."""
+    contexts, problems = [], []
+
+    def open_page(address, **options):
+        context = browser.new_context(**options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("console", lambda line: problems.append(line.text) if line.type in ("error", "warning") else None)
+        page.on("request", lambda request: request.url.startswith((address, "data:")) or problems.append(request.url))
+        page.goto(address)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not problems
+
+
 @pytest.fixture(scope="session")
 def axe():
     """The source of axe-core, cached in the home directory."""

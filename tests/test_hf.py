@@ -6,9 +6,10 @@ import stat
 
 import pytest
 import torch
-from helpers import raises_user_error, random_model, random_words
+from helpers import CPU, raises_user_error, random_model, random_words
 
 from nanochat import hf
+from nanochat.checkpoint_manager import load_model
 from nanochat.engine import Engine
 from nanochat.hf import export
 from nanochat.tokenizer import get_tokenizer
@@ -217,3 +218,118 @@ def test_folder_that_exists_or_cannot_be_written_is_refused(sft_checkpoint, monk
     with raises_user_error("cannot write new: .*No space left on device"):
         hf.main(["-i", "sft", "new"])
     assert not list(sft_checkpoint.glob("new*"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Import
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def made_by_transformers(folder, exported, dtype=torch.float32, **changes):
+    """A folder with random weights as transformers draws them, and the tokenizer of `exported`; returns the model."""
+    vocab_size = exported[1].get_vocab_size()
+    shape = dict(vocab_size=vocab_size, hidden_size=96, intermediate_size=384, num_hidden_layers=3)
+    shape |= dict(num_attention_heads=6, max_position_embeddings=64)
+    torch.manual_seed(0)
+    model = transformers.NanoChatForCausalLM(transformers.NanoChatConfig(**shape | changes)).to(dtype).eval()
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(exported[2]).save_pretrained(folder)
+    return model
+
+
+def test_an_exported_model_comes_back_bit_for_bit(exported, tmp_path, monkeypatch, capsys):
+    model, tokenizer, folder = exported
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))  # without a tokenizer
+    hf.main(["--import", str(folder), "-i", "sft", "--model_tag=again"])
+    assert capsys.readouterr().out.endswith("chat with it: python -m scripts.chat_cli -i sft -g again\n")
+    loaded, same_tokenizer, _ = load_model("sft", CPU)
+    assert same_tokenizer.fingerprint() == tokenizer.fingerprint()
+    for name, p in loaded.state_dict().items():
+        size = tokenizer.get_vocab_size() if name in hf.TABLES else len(p)
+        assert torch.equal(p[:size], model.state_dict()[name][:size]), name
+    hf.main(["-i", "sft", str(tmp_path / "out")])
+    assert files(tmp_path / "out") == files(folder)
+    with raises_user_error("again already exists; choose another --model_tag"):
+        hf.main(["--import", str(folder), "-i", "sft", "--model_tag=again"])
+
+
+@pytest.mark.parametrize("n_kv_head", [6, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_made_by_transformers_gives_the_same_logits(exported, base, n_kv_head, dtype):
+    theirs = made_by_transformers(base / "theirs", exported, dtype, num_key_value_heads=n_kv_head)
+    hf.main(["--import", "theirs"])
+    model, tokenizer, meta = load_model("base", CPU)
+    assert (meta["model_tag"], model.config.n_kv_head, meta["dtype"]) == ("theirs", n_kv_head, str(dtype)[6:])
+    ids = torch.tensor([tokenizer.encode(" ".join(TEXTS))[:60]])
+    torch.testing.assert_close(model(ids), theirs.float()(ids).logits, atol=1e-4, rtol=0)
+    hf.main(["-i", "base", "out"])
+    hf.main(["--import", "out"])
+    hf.main(["-i", "base", "-g", "out", "again"])
+    assert files(base / "again") == files(base / "out")
+
+
+def test_trained_weights_of_transformers_come_back_bit_for_bit(exported, base):
+    # Embeddings of the usual scale are not changed for the sake of another epsilon.
+    theirs = made_by_transformers(base / "theirs", exported, torch.bfloat16, initializer_range=1.0)
+    hf.main(["--import", "theirs"])
+    hf.main(["-i", "base", "out"])
+    again = transformers.AutoModelForCausalLM.from_pretrained("out", dtype="auto").state_dict()
+    assert all(torch.equal(p, again[name]) for name, p in theirs.state_dict().items())
+
+
+def test_an_imported_model_is_evaluated_and_finetuned(exported, base, run_main, capsys):
+    hf.main(["--import", str(exported[2]), "--model_tag=d1"])
+    run_main("scripts.base_loss", "--split_tokens=2048", "--device_batch_size=2")
+    assert "val bpb" in capsys.readouterr().out
+    flags = ["--source=base", "--corpus=pocket", "--num_iterations=1", "--device_batch_size=2"]
+    run_main("scripts.chat_sft", *flags, "--target_examples_per_step=2", "--eval_every=-1", "--compile=0")
+    assert load_model("sft", CPU)[2]["model_tag"] == "d1"
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        ({"intermediate_size": 100}, "has intermediate_size=100, nanochat's models have 384"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0, nanochat's models have 15.0"),
+        ({"attention_bias": True}, "attention_bias=True, nanochat's models have False"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rotary embedding .'default', 500000.0."),
+        ({"vocab_size": 1000}, "the tokenizer has 600 tokens, the model 1,000"),
+    ],
+)
+def test_models_that_ours_cannot_be_are_refused(exported, base, changes, problem):
+    made_by_transformers(base / "theirs", exported, **changes)
+    with raises_user_error(problem):
+        hf.main(["--import", "theirs"])
+    assert not (base / "base_checkpoints").exists()
+
+
+def test_folders_without_a_model_are_refused(exported, base):
+    with raises_user_error("no model in nowhere: it has no config.json"):
+        hf.main(["--import", "nowhere"])
+    made_by_transformers(base / "theirs", exported)
+    (base / "theirs" / "tokenizer.json").unlink()
+    with raises_user_error("theirs"):
+        hf.main(["--import", "theirs"])
+    transformers.AutoTokenizer.from_pretrained(exported[2]).save_pretrained("theirs")
+    weights = base / "theirs" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with raises_user_error("cannot read theirs"):
+        hf.main(["--import", "theirs"])
+    (base / "llama").mkdir()
+    transformers.LlamaConfig().save_pretrained("llama")
+    transformers.AutoTokenizer.from_pretrained(exported[2]).save_pretrained("llama")
+    with raises_user_error("llama holds a model of the type 'llama', expected nanochat"):
+        hf.main(["--import", "llama"])
+
+
+def test_the_card_has_the_scores_of_this_checkpoint(sft_checkpoint, run_main):
+    run_main("scripts.chat_eval", "-i", "sft", "-a", "PocketSums", "-x", "8", "-m", "8")
+    run_main("nanochat.hf", "-i", "sft", "out")
+    assert "| PocketSums | 0.0 |" in (sft_checkpoint / "out" / "README.md").read_text(encoding="utf-8")
+    report = sft_checkpoint / "report" / "chat-evaluation-sft.json"
+    report.write_text(report.read_text().replace('"step": 3', '"step": 2'))
+    run_main("nanochat.hf", "-i", "sft", "other")
+    assert "PocketSums" not in (sft_checkpoint / "other" / "README.md").read_text(encoding="utf-8")

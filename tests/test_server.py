@@ -572,6 +572,43 @@ def test_logprobs_equal_those_of_full_forward_passes(server, reference):
     assert server.text() == reference.text(QUESTION)
 
 
+def test_an_inspection_equals_a_full_forward_pass(server, reference):
+    assistant = [{"type": "text", "text": "It is "}, {"type": "python", "text": "1+1"}]
+    messages = [*QUESTION, {"role": "assistant", "content": [*assistant, {"type": "python_output", "text": "2"}]}]
+    ids, _ = reference.tokenizer.render_conversation({"messages": messages})
+    expected = reference.logits(ids).log_softmax(-1)
+    seen = server.post("/v1/inspect", {"messages": messages, "position": 3, "layer": 1}).raise_for_status().json()
+    assert (seen["model"], seen["position"], [token["id"] for token in seen["tokens"]]) == (MODEL, 3, ids)
+    found = [token["logprob"] for token in seen["tokens"]]
+    assert found == [None, *(pytest.approx(row[i].item(), abs=1e-3) for row, i in zip(expected, ids[1:], strict=False))]
+    assert seen["logprobs"] == pytest.approx(expected[3].sort(descending=True).values.tolist(), abs=1e-3)
+    assert [sum(row) for row in seen["attention"]] == [pytest.approx(1, abs=1e-4)] * len(ids)
+    # The text goes on as an answer does, and may have many tokens: the reply is longer than the buffer of a pipe.
+    body = {"prompt": reference.prompt(QUESTION), "temperature": 0, "max_tokens": 24}
+    for _ in range(5):
+        longer = server.post("/v1/inspect", body).raise_for_status().json()
+        assert [token["id"] for token in longer["tokens"]][len(body["prompt"]) :] == reference.greedy(
+            body["prompt"], 24
+        )
+    for body, message in [
+        ({}, "give either messages or a prompt"),
+        ({"prompt": "a", "messages": QUESTION}, "give either messages or a prompt"),
+        ({"prompt": "a", "layer": 2}, "layer=2: expected 0 to 1"),
+        ({"prompt": "a", "position": 9}, "position=9: expected 0 to"),
+        ({"messages": [{"role": "assistant"}]}, "message 1 of 1 has the role 'assistant'"),
+        ({"prompt": "a " * 500}, "maximum context length is 256 tokens"),
+    ]:
+        assert message in error_of(server.post("/v1/inspect", body), 400)["message"]
+
+
+def test_the_page_gets_the_tokenizer(server, reference):
+    data = server.http.get("/v1/tokenizer").raise_for_status().json()
+    assert data["special"] == reference.tokenizer.special_tokens
+    assert {i: t.encode("latin-1") for i, t in enumerate(data["tokens"]) if t is not None} == {
+        i: token for token, i in reference.tokenizer.ranks.items()
+    }
+
+
 def logprobs_of(chunk):
     return (chunk.choices[0].logprobs and chunk.choices[0].logprobs.content) or []
 

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
+from nanochat.pages import with_parts
+
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (uv pip install playwright)")
 expect = playwright.expect
 pytestmark = pytest.mark.slow
 
 UI = ROOT / "nanochat" / "serve" / "ui.html"
-HTML = UI.read_text(encoding="utf-8")
+HTML = with_parts("ui.html")
 PHONE = {"viewport": {"width": 375, "height": 667}, "is_mobile": True, "has_touch": True}
 LAST = "#log article:last-child "
 

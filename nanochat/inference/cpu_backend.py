@@ -61,13 +61,15 @@ def matrix(linear, rows=None):
 @torch.no_grad()
 def quantize(model):
     """
-    Round the blocks' matrices and the head to int8, with one scale per output row, in place.
+    Round the embedding, the blocks' matrices and the head to int8, with one scale per row, in place.
 
-    The float weights become the dequantized values, so every backend computes the same model.
+    The weights become the dequantized values in float32, so every backend computes the same model. Layers get an
+    attribute `int8`: (rounded weight, scales (rows, 1)).
     """
-    for linear in [module for module in model.modules() if isinstance(module, torch.nn.Linear)]:
-        weight = linear.weight.float()
+    model.float()  # bfloat16 cannot hold an int8 times its scale
+    for layer in [module for module in model.modules() if isinstance(module, (torch.nn.Linear, torch.nn.Embedding))]:
+        weight = layer.weight
         scales = weight.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
         rounded = (weight / scales).round().to(torch.int8)
-        linear.weight.copy_(rounded * scales)
-        linear.int8 = rounded, scales
+        layer.weight.copy_(rounded * scales)
+        layer.int8 = rounded, scales

@@ -20,11 +20,13 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 
-from nanochat.pages import HERE, page_headers
-from nanochat.serve.completions import ChatCompletion, TextCompletion
-from nanochat.serve.schemas import RETRY, ApiError, ChatRequest, CompletionRequest, ErrorBody
+from nanochat.common import UserError
+from nanochat.pages import HERE, page_headers, with_parts
+from nanochat.serve.completions import ChatCompletion, TextCompletion, inspection
+from nanochat.serve.schemas import RETRY, ApiError, ChatRequest, CompletionRequest, ErrorBody, InspectRequest
 from nanochat.serve.service import Service
 from nanochat.serve.worker import RequestTimeout, WorkerError
+from nanochat.share import tokenizer_data
 
 PUBLIC_PATHS = {"/", "/logo.svg", "/health"}  # need no API key
 WITHOUT_VERSION = {"/chat/completions", "/completions", "/models"}  # these routes work without /v1 too
@@ -139,6 +141,8 @@ async def handle_exception(request, error):
         error = ApiError(error.status_code, message, error.headers)
     elif isinstance(error, WorkerError):
         error = ApiError(504 if isinstance(error, RequestTimeout) else 503, str(error))
+    elif isinstance(error, UserError):
+        error = ApiError(400, str(error))
     elif isinstance(error, RecursionError):  # while the body is validated
         error = ApiError(400, "the body has too many levels of lists and objects")
     elif not isinstance(error, ApiError):
@@ -200,7 +204,15 @@ async def lifespan(app):
 def create_app(options):
     """The FastAPI app. Its workers load the model when the app starts. `options`: the flags of chat_web."""
     app = FastAPI(title="nanochat", version="0.2.0", docs_url=None, redoc_url=None, lifespan=lifespan)
-    for exception in (ApiError, RequestValidationError, HTTPException, WorkerError, RecursionError, Exception):
+    for exception in (
+        ApiError,
+        RequestValidationError,
+        HTTPException,
+        WorkerError,
+        UserError,
+        RecursionError,
+        Exception,
+    ):
         app.add_exception_handler(exception, handle_exception)
     app.state.service = service = Service(options)
     origins = {"allow_origins": options.cors} if options.cors else {"allow_origin_regex": LOCAL_ORIGINS}
@@ -221,6 +233,15 @@ def add_api(app, service):
     @app.post("/v1/completions", responses=responses)
     async def completions(body: CompletionRequest, request: Request):
         return await respond(request, TextCompletion(service, body))
+
+    @app.post("/v1/inspect", responses=ERRORS)
+    async def inspect(body: InspectRequest, request: Request):
+        found = await while_connected(request.receive, inspection(service, body))
+        return Response(status_code=499) if found is None else JSONResponse(found)
+
+    @app.get("/v1/tokenizer", responses=ERRORS)
+    def tokenizer():  # in another thread: it takes a third of a second
+        return JSONResponse(tokenizer_data(service.tokenizer))
 
     def entry(model):
         entry = {"id": model.name, "object": "model", "created": service.created, "owned_by": "nanochat"}
@@ -255,7 +276,7 @@ def add_api(app, service):
 
 def add_page(app):
     """Only the page's own script and style may run, and only call this server."""
-    html = (HERE / "ui.html").read_text(encoding="utf-8")
+    html = with_parts("ui.html")
     headers = page_headers(html)
 
     @app.get("/", include_in_schema=False)

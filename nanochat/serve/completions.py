@@ -65,7 +65,8 @@ class Generation:
         completion, tokens = self.completion, self.tokens
         echo, scores = Answer(completion.tokenizer, every_token=completion.scores_every_token), [None] * len(tokens)
         if completion.scores_every_token:
-            scores = await completion.worker.score(f"{self.key}-score", tokens, completion.settings["logprobs"])
+            top = completion.settings["logprobs"]
+            scores = await completion.worker.ask("score", f"{self.key}-score", tokens, top)
         for i, (token, score) in enumerate(zip(tokens, scores, strict=True), 1):
             echo.push(token, score, finish="length" if i == len(tokens) else None)
         for answer in self.answers:
@@ -198,6 +199,24 @@ class TextCompletion(Completion):
         data = self.tokenizer.decode_bytes([token])
         text = data.decode("utf-8", "replace")
         return text if text.encode() == data else "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+async def inspection(service, body):
+    """What is inside a text, see nanochat/inspection.py; with max_tokens, the text goes on first."""
+    check((body.messages is None) != (body.prompt is None), "give either messages or a prompt", "prompt")
+    worker, key = service.pick_worker(1, body.model), f"inspect-{uuid.uuid4().hex}"
+    render = service.tokenizer.render_conversation
+    texts = (
+        service.text_prompts([body.prompt]) if body.messages is None else [render({"messages": body.messages}, None)]
+    )
+    tokens = service.check_length(next(iter(texts))[0], "messages")
+    if body.max_tokens:
+        settings = service.engine_settings(body, body.max_tokens, None) | {"num_samples": 1}
+        async with contextlib.aclosing(worker.generate(key, tokens=tokens, **settings)) as events:
+            async for batch in events:
+                tokens = [*tokens, *(token for _, token, *_ in batch)]
+    fields = {"ids": tokens, **body.model_dump(include={"position", "layer", "head"})}
+    return {"object": "inspection", "model": worker.model.name} | await worker.ask("inspect", key, fields)
 
 
 def usage(generations):

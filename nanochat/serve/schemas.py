@@ -129,6 +129,14 @@ class CompletionRequest(CompletionBody):
     echo: bool | None = None
 
 
+class InspectRequest(CompletionBody):
+    messages: list | None = None  # an assistant's content may have parts, as in the training data
+    prompt: str | Annotated[list[int], Field(min_length=1)] | None = None
+    position: Annotated[int, Field(ge=0)] | None = None
+    layer: Annotated[int, Field(ge=0)] = 0
+    head: Annotated[int, Field(ge=0)] = 0
+
+
 class ErrorDetail(BaseModel):
     message: str
     type: str

@@ -71,7 +71,7 @@ class Service:
             tokens = self.tokenizer.render_for_completion({"messages": messages}, room)
         except UserError as e:
             raise ApiError(400, str(e), param="messages") from e
-        return self._check_length(tokens + continued, "messages")
+        return self.check_length(tokens + continued, "messages")
 
     def text_prompts(self, prompts):
         """
@@ -85,7 +85,7 @@ class Service:
             sent_bos = prompt.startswith(BOS) if isinstance(prompt, str) else prompt[0] == bos
             tokens = self.tokenizer.encode(prompt.removeprefix(BOS)) if isinstance(prompt, str) else prompt[sent_bos:]
             self._check_vocabulary(tokens, "prompt")
-            yield self._check_length([bos, *tokens], "prompt"), not sent_bos
+            yield self.check_length([bos, *tokens], "prompt"), not sent_bos
 
     def engine_settings(self, body, max_tokens, logprobs):
         """The fields of an engine's Request, except its prompt. Raises ApiError for unknown tokens."""
@@ -103,7 +103,7 @@ class Service:
                 message = f"token {str(token)[:20]!r} is not in the vocabulary of {self.vocab_size:,}"
                 raise ApiError(400, message, param=param)
 
-    def _check_length(self, tokens, param):
+    def check_length(self, tokens, param):
         """`tokens`, if they leave room for an answer. Raises ApiError."""
         n, context = len(tokens), self.model.context
         # Clients look for the first words.

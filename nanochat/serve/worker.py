@@ -3,9 +3,10 @@ Worker processes. Each one owns an engine, so the event loop of the HTTP server 
 
 Server and worker exchange messages over a pipe of multiprocessing:
 
-    to the worker     ("submit", key, fields of an engine's Request), ("cancel", key), ("score", key, tokens, top)
+    to the worker     ("submit", key, fields of an engine's Request), ("cancel", key), ("score", key, tokens, top),
+                      ("inspect", key, arguments of nanochat.inspection.inspect)
     to the server     first a ModelInfo, or a WorkerError if loading failed; then ({key: reply}, Load), where a reply
-                      is a list of events, the result of a score, or a WorkerError
+                      is a list of events, the result of a score or an inspection, a WorkerError or a UserError
 
 An event is a generated token, a tuple (sample, token, logprobs, finish, cached). `sample`: 0 to num_samples - 1 of the
 request. `logprobs`: see log_probabilities() in nanochat/inference/sampling.py, or None. `finish`: "stop" or "length" if
@@ -127,7 +128,7 @@ class EngineLoop:
             try:
                 getattr(self, kind)(key, *arguments)
             except UserError as e:
-                self._send({key: WorkerError(str(e))})
+                self._send({key: e})
         return True
 
     def submit(self, key, fields):
@@ -143,6 +144,11 @@ class EngineLoop:
 
     def score(self, key, tokens, top):
         self._send({key: self.engine.score(tokens, top)})
+
+    def inspect(self, key, fields):
+        from nanochat.inspection import inspect
+
+        self._send({key: inspect(self.engine, **fields)})
 
     def _send_events(self, rows):
         """Queue the newest token of each of `rows`; send what is due, and everything of requests with finished rows."""
@@ -172,7 +178,7 @@ class EngineLoop:
 
 
 class Worker:
-    """The server's handle on a worker process: start() it in the event loop, then generate() and score()."""
+    """The server's handle on a worker process: start() it in the event loop, then generate() and ask()."""
 
     def __init__(self, index, options):
         self.index, self.options = index, options
@@ -194,6 +200,7 @@ class Worker:
         self.process.start()
         theirs.close()
         asyncio.get_running_loop().add_reader(self.connection.fileno(), self._read)
+        os.set_blocking(self.connection.fileno(), True)  # uvloop has changed it; recv() of a long message would fail
 
     def stop(self):
         asyncio.get_running_loop().remove_reader(self.connection.fileno())
@@ -254,11 +261,11 @@ class Worker:
         if self.unfinished.pop(key, 0) and self.state == "ready":
             self._send("cancel", key)
 
-    async def score(self, key, tokens, top):
-        """Log-probabilities of a prompt's tokens, see Engine.score(). Raises WorkerError."""
+    async def ask(self, kind, key, *arguments):
+        """The reply to a message of the kind "score" or "inspect", see EngineLoop. Raises WorkerError."""
         replies = self.queues[key] = asyncio.Queue()
         try:
-            self._send("score", key, tokens, top)
+            self._send(kind, key, *arguments)
             return checked(await replies.get())
         finally:
             del self.queues[key]
@@ -271,7 +278,7 @@ class Worker:
 
 
 def checked(reply):
-    """`reply`, unless it is a WorkerError, which is raised."""
-    if isinstance(reply, WorkerError):
+    """`reply`, unless it is an error, which is raised."""
+    if isinstance(reply, (WorkerError, UserError)):
         raise reply
     return reply

@@ -4,66 +4,45 @@
 //! with AVX-512 F, BW, DQ, VL and BF16.
 
 use std::arch::x86_64::*;
-use std::marker::PhantomData;
 
 use crate::element::Bf16;
 use crate::matmul::{MicroKernel, prefetch_rows};
 use crate::simd::LANES;
 
-/// Weights that are exact in bfloat16.
-pub(crate) trait LoadBf16: Copy {
-    /// 2 * LANES weights from `p` on.
-    ///
-    /// # Safety
-    /// `p` must be valid for reads of 2 * LANES weights, and the CPU must have AVX512-BF16.
-    unsafe fn load_bf16(p: *const Self) -> __m512bh;
-}
-
-impl LoadBf16 for Bf16 {
-    #[inline(always)]
-    unsafe fn load_bf16(p: *const Self) -> __m512bh {
-        // SAFETY: the caller guarantees the 64 bytes and the instructions; both types are 64 bytes without padding.
-        unsafe { std::mem::transmute(_mm512_loadu_si512(p.cast())) }
-    }
-}
-
-impl LoadBf16 for i8 {
-    #[inline(always)]
-    unsafe fn load_bf16(p: *const Self) -> __m512bh {
-        // SAFETY: the caller guarantees the 32 bytes and the instructions.
-        unsafe {
-            let (low, high) = (_mm_loadu_si128(p.cast()), _mm_loadu_si128(p.cast::<__m128i>().add(1)));
-            let low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(low));
-            let high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(high));
-            _mm512_cvtne2ps_pbh(high, low)
-        }
-    }
+/// 2 * LANES weights from `p` on.
+///
+/// # Safety
+/// `p` must be valid for reads of 2 * LANES weights, and the CPU must have AVX-512 F.
+#[inline(always)]
+unsafe fn load(p: *const Bf16) -> __m512bh {
+    // SAFETY: the caller guarantees the 64 bytes and the instructions; both types are 64 bytes without padding.
+    unsafe { std::mem::transmute(_mm512_loadu_si512(p.cast())) }
 }
 
 /// bfloat16 weights with bfloat16 vectors, in steps of 2 * LANES.
-pub(crate) struct Bf16Dot<E>(PhantomData<E>);
+pub(crate) struct Bf16Dot;
 
-impl<E: LoadBf16> MicroKernel for Bf16Dot<E> {
-    type Weight = E;
+impl MicroKernel for Bf16Dot {
+    type Weight = Bf16;
     type Value = Bf16;
     const ONE_ROW: bool = true;
     const WIDE: bool = true;
 
     #[inline(always)]
     #[allow(clippy::needless_range_loop)]
-    unsafe fn block<const V: usize, const O: usize>(w: *const E, x: *const Bf16, n_in: usize) -> [[f32; O]; V] {
+    unsafe fn block<const V: usize, const O: usize>(w: *const Bf16, x: *const Bf16, n_in: usize) -> [[f32; O]; V] {
         // SAFETY: n_in is a multiple of 2 * LANES, so i + 2 * LANES <= n_in; the caller guarantees O rows, V vectors
         // and the instructions. Stores go to `products`: 16 floats if it has at least 4 rows of 4, else 4 to a row of 4.
         unsafe {
             let mut sums = [[_mm512_setzero_ps(); O]; V];
             for i in (0..n_in).step_by(2 * LANES) {
-                prefetch_rows::<E, O>(w, n_in, i, 2 * LANES);
+                prefetch_rows::<Bf16, O>(w, n_in, i, 2 * LANES);
                 let mut rows = [std::mem::transmute::<__m512, __m512bh>(_mm512_setzero_ps()); O];
                 for o in 0..O {
-                    rows[o] = E::load_bf16(w.add(o * n_in + i));
+                    rows[o] = load(w.add(o * n_in + i));
                 }
                 for v in 0..V {
-                    let x = Bf16::load_bf16(x.add(v * n_in + i));
+                    let x = load(x.add(v * n_in + i));
                     for o in 0..O {
                         sums[v][o] = _mm512_dpbf16_ps(sums[v][o], rows[o], x);
                     }

@@ -102,10 +102,11 @@ impl<'a> Matrix<'a> {
         Ok(())
     }
 
-    /// Whether vectors are rounded to bfloat16 before the product with this matrix.
+    /// Whether vectors are rounded to bfloat16 before the product with this matrix. Not for int8, whose conversion to
+    /// bfloat16 takes longer than the product in float32.
     #[inline(always)]
     pub(crate) fn rounds_inputs<S: Simd>(&self) -> bool {
-        S::BF16_DOT && self.n_in.is_multiple_of(2 * LANES) && !matches!(self.weights, Weights::F32(_))
+        S::BF16_DOT && self.n_in.is_multiple_of(2 * LANES) && matches!(self.weights, Weights::Bf16(_))
     }
 
     /// Passes the products of the first `n` vectors with the rows in `rows` to `out`.
@@ -123,21 +124,14 @@ impl<'a> Matrix<'a> {
         let n_in = self.n_in;
         assert!(rows.end <= self.n_out);
         #[cfg(target_arch = "x86_64")]
-        if self.rounds_inputs::<S>() {
+        if self.rounds_inputs::<S>()
+            && let Weights::Bf16(w) = self.weights
+        {
             assert!(vectors.rounded.len() >= n * n_in);
             let x = vectors.rounded.as_ptr();
             // SAFETY: `new` and the assertions checked the lengths of matrix and vectors; n_in is a multiple of
             // 2 * LANES; the caller guarantees AVX512-BF16, which `rounds_inputs` implies, and answers for `out`.
-            unsafe {
-                return match self.weights {
-                    Weights::Bf16(w) => S::call(Blocks::<Bf16Dot<_>, _> { w: w.as_ptr(), x, n_in, n, rows, out }),
-                    Weights::Int8(w, scales) => {
-                        let out = &mut Rescale { out, scales };
-                        S::call(Blocks::<Bf16Dot<_>, _> { w: w.as_ptr(), x, n_in, n, rows, out });
-                    }
-                    Weights::F32(_) => unreachable!("float32 weights take float32 vectors"),
-                };
-            }
+            return unsafe { S::call(Blocks::<Bf16Dot, _> { w: w.as_ptr(), x, n_in, n, rows, out }) };
         }
         assert!(vectors.plain.len() >= n * n_in);
         let x = vectors.plain.as_ptr();
