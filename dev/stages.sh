@@ -90,7 +90,7 @@ closing_words() {
     cat <<END
 
 Done. The report is report.md, with curves report.html; all other outputs are in $NANOCHAT_BASE_DIR. To chat with the
-model, in the terminal or on a page at http://localhost:8000:
+model in the terminal, or on a page at http://localhost:8000:
 
     cd $(printf %q "$PWD")
     source .venv/bin/activate

@@ -15,8 +15,8 @@ from nanochat.cli import parse_args
 DOCUMENTS = ["README.md", "dev/GUIDE.md", "dev/multinode/README.md"]
 
 
-def blocks(document, language="bash"):
-    text = (ROOT / document).read_text(encoding="utf-8")
+def blocks(document, language="bash", text=None):
+    text = text or (ROOT / document).read_text(encoding="utf-8")
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.S | re.M)
 
 
@@ -53,22 +53,35 @@ def test_pictures_are_small():
     assert sum(path.stat().st_size for path in ROOT.glob("dev/*.png")) <= 500_000
 
 
+def run_bash(script, folder, env):
+    """Runs a script that is not on stdin, from which chat_cli would read it."""
+    options = dict(cwd=folder, env=env, stdin=subprocess.DEVNULL, text=True, capture_output=True)
+    return subprocess.run(["bash", "-ec", script], **options)
+
+
 @pytest.mark.slow
 def test_a_model_of_ones_own_as_printed(tmp_path):
-    """The README's example; its answer after 20 steps is a sentence about nanochat, or the beginning of one."""
-    (block,) = [block for block in blocks("README.md") if "nanochat-own" in block]
-    done = subprocess.run(
-        ["bash", "-e"], input=block, cwd=ROOT, env=environment(HOME=tmp_path), text=True, capture_output=True
-    )
+    """The README's sections on text, size, persona, conversations and task, beside the files they read."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    own = text[text.index("## Your own text") : text.index("## Troubleshooting")]
+    for name in ("README.md", "dev"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (task,) = blocks("README.md", "python", own)
+    (tmp_path / "first_word.py").write_text(task)
+    script, env = "\n".join(blocks("README.md", "bash", own)), environment(HOME=tmp_path)
+    done = run_bash(script, tmp_path, env)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    assert (tmp_path / "nanochat-own" / "mid_checkpoints" / "own").is_dir() and done.stdout.splitlines()[-1]
+    for stage in ("base", "mid", "chatrl"):
+        assert (tmp_path / "nanochat-own" / f"{stage}_checkpoints" / "own").is_dir(), done.stdout
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 16
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get("SPEEDRUN_DIR"), reason="set SPEEDRUN_DIR to the base directory of a speedrun")
 def test_the_guide_runs_as_printed(tmp_path):
     env = os.environ | {"HOME": str(tmp_path)}
-    parts = [f"echo '== block {i}'\n{block}" for i, block in enumerate(blocks("dev/GUIDE.md"))]
+    (share,) = [block for block in blocks("README.md") if "--import" in block]
+    parts = [f"echo '== block {i}'\n{block}" for i, block in enumerate([*blocks("dev/GUIDE.md"), f"cd ~\n{share}"])]
     script = "\n".join(["set -e; trap 'kill $(jobs -p) 2>/dev/null' EXIT", *parts])
-    done = subprocess.run(["bash"], input=script, cwd=ROOT, env=env, text=True, capture_output=True)
+    done = run_bash(script, ROOT, env)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]

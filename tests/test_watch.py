@@ -95,6 +95,8 @@ def served(tmp_path):
 def test_stages_appear_while_they_run(tmp_path, served, open_page):
     page = open_page(served)
     expect(page.locator("#status")).to_contain_text("no runs yet")
+    add_rows(tmp_path, "base", [], 40)
+    expect(page.locator("#stages")).to_contain_text("Base model trainingbeginning")
     add_rows(tmp_path, "base", range(20), 40, val_bpb=1.5)
     add_samples(tmp_path, "base", {0: "xqz", 10: "upon a time"})
     expect(page.locator("#stages")).to_contain_text("step 20, 50 %")
