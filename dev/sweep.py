@@ -22,7 +22,7 @@ import sys
 from nanochat.cli import make_parser, parse_args, run_script
 from nanochat.common import UserError, base_dir, print0, require, write_text
 from nanochat.compare import bpb_curve
-from nanochat.pages import watch_page
+from nanochat.pages import html_page
 from nanochat.records import read_run, table
 from nanochat.watch import changes
 
@@ -106,7 +106,8 @@ def main(argv=None):
     head = [*grid, f"final {metric}", "spread (sd)", "seeds", "training FLOPs", "minutes"]
     text = table(head, result_rows(results, metric)) + "\n"
     write_text(folder / "table.md", text)
-    write_text(folder / "curves.html", watch_page(changes(sorted(p.parent for p in folder.glob("*/report")), {})))
+    runs = sorted(report.parent for report in folder.glob("*/report"))
+    write_text(folder / "curves.html", html_page("watch.html", changes(runs, {})))
     print0(f"\n{text}\n{folder / 'table.md'}, {folder / 'curves.html'}")
 
 

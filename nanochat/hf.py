@@ -168,8 +168,7 @@ def convert_tokenizer(hf_tokenizer, folder):
         data = json.loads(hf_tokenizer.backend_tokenizer.to_str())
         special = {t["content"]: t["id"] for t in data["added_tokens"] if t["special"]}
         byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-        vocab = {token: i for token, i in data["model"]["vocab"].items() if token not in special}
-        ranks = {bytes(byte_of[character] for character in token): i for token, i in vocab.items()}
+        ranks = {bytes(byte_of[c] for c in t): i for t, i in data["model"]["vocab"].items() if t not in special}
         steps = data["pre_tokenizer"].get("pretokenizers", [data["pre_tokenizer"]])
         pattern = next(step["pattern"]["Regex"] for step in steps if step["type"] == "Split")
     except (AttributeError, KeyError, TypeError, StopIteration) as e:

@@ -59,6 +59,5 @@ def trace(model, ids, layer, head):
     x = norm(states[layer])
     q = norm(rotate(attn.c_q(x).unflatten(-1, (-1, size)), cos, sin))[0, :, head]
     k = attn.keys_and_values(x, cos, sin)[0][0, head * attn.n_kv_head // attn.n_head]
-    scores = (q.float() @ k.float().T) * size**-0.5
-    future = torch.ones_like(scores).triu(1).bool()
-    return [norm(state)[0] for state in states], scores.masked_fill(future, -torch.inf).softmax(-1)
+    scores = q.float() @ k.float().T * size**-0.5 + torch.full((T, T), -torch.inf, device=q.device).triu(1)
+    return [norm(state)[0] for state in states], scores.softmax(-1)

@@ -27,20 +27,16 @@ def page_headers(html):
     return {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
 
-def with_parts(name):
-    """The text of the page `name`, in which comments like /* look.js */ are replaced by the files they name."""
+def html_page(name, data=None):
+    """
+    The HTML of the page `name`. Comments like /* look.js */ are replaced by the files they name.
+
+    With `data`, JSON, it is one file that makes no request, with a policy of its own.
+    """
     html = (HERE / name).read_text(encoding="utf-8")
-    return re.sub(r"/\* (\w+\.(?:css|js)) \*/", lambda match: (HERE / match[1]).read_text(encoding="utf-8"), html)
-
-
-def with_data(html, data):
-    """`html` as one file that makes no request: with `data`, JSON, and a policy of its own."""
+    html = re.sub(r"/\* (\w+\.(?:css|js)) \*/", lambda match: (HERE / match[1]).read_text(encoding="utf-8"), html)
+    if data is None:
+        return html
     policy, text = content_policy(html, connect="'none'"), json.dumps(data).replace("<", "\\u003c")
     html = html.replace("<head>", f'<head>\n<meta http-equiv="Content-Security-Policy" content="{policy}">', 1)
     return html.replace("<!-- data -->", f'<script type="application/json" id="data">{text}</script>', 1)
-
-
-def watch_page(data=None):
-    """The HTML of nanochat.watch's page. It shows `data`, a result of watch.changes(), or what its server sends."""
-    html = with_parts("watch.html")
-    return html if data is None else with_data(html, data)

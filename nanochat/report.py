@@ -23,7 +23,7 @@ from pathlib import Path
 from nanochat.cli import make_parser, parse_args, path, run_script
 from nanochat.common import base_dir, format_duration, is_writer, print0, require, write_text
 from nanochat.compare import compare
-from nanochat.pages import watch_page
+from nanochat.pages import html_page
 from nanochat.records import format_value, json_dict, read_text, table
 from nanochat.watch import changes
 
@@ -102,8 +102,10 @@ class Report:
         if missing := [name for name in SECTIONS if name not in logged and name not in OPTIONAL_SECTIONS]:
             parts.append(f"Not run, or not logged: {', '.join(missing)}.\n")
         parts.append("Curves, samples and conversations: [report.html](report.html)\n")
-        html = watch_page(changes([self.folder.parent], {}))
-        texts = {"report.md": "\n".join(parts), "report.html": html}
+        texts = {
+            "report.md": "\n".join(parts),
+            "report.html": html_page("watch.html", changes([self.folder.parent], {})),
+        }
         return [write_text(self.folder / name, text) for name, text in texts.items()]
 
 
@@ -237,7 +239,8 @@ def main(argv=None):
         return print0(f"new report in {report.folder}")
     if args.command == "compare":
         print0(compare(args.folders))
-        return print0(f"curves: {write_text(Path('compare.html'), watch_page(changes(args.folders, {})))}")
+        curves = html_page("watch.html", changes(args.folders, {}))
+        return print0(f"curves: {write_text(Path('compare.html'), curves)}")
     for file in report.generate():
         try:
             shutil.copyfile(file, file.name)

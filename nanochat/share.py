@@ -16,7 +16,7 @@ from pathlib import Path
 from nanochat.cli import add_model_flags, make_parser, parse_args, path, run_script
 from nanochat.cluster import compute_init
 from nanochat.common import atomic_path, load_extension, require
-from nanochat.pages import with_data, with_parts
+from nanochat.pages import html_page
 from nanochat.tokenizer import SPLIT_PATTERN
 
 MAX_PARAMETERS = 50_000_000  # a page of about 60 MB
@@ -47,9 +47,8 @@ def javascript_pattern(pattern):
     contractions = r"'(?:[sSdDmMtT\u017f]|[lL][lL]|[vV][eE]|[rR][eE])"  # U+017F is an s without regard to case
     pattern = pattern.replace("'(?i:[sdmt]|ll|ve|re)", contractions).replace("?+", "?").replace("++", "+")
     pattern = pattern.replace(r"\s", r"\p{White_Space}").replace(r"\S", r"\P{White_Space}")
-    for category in (r"\p{L}", r"\p{N}"):
-        pattern = pattern.replace(category, character_class(category))
-    return pattern
+    classes = {category: character_class(category) for category in (r"\p{L}", r"\p{N}")}
+    return re.sub(r"\\p\{[LN]\}", lambda match: classes[match[0]], pattern)
 
 
 def tokenizer_data(tokenizer):
@@ -70,7 +69,7 @@ def pack(model):
 def page(model, tokenizer, name):
     """The HTML of a page that holds a quantized model."""
     data = {"name": name, "parameters": model.num_params(), "config": asdict(model.config), "weights": pack(model)}
-    return with_data(with_parts("share.html"), data | {"tokenizer": tokenizer_data(tokenizer)})
+    return html_page("share.html", data | {"tokenizer": tokenizer_data(tokenizer)})
 
 
 def main(argv=None):
@@ -85,8 +84,7 @@ def main(argv=None):
     compute = compute_init("cpu", "float32")
     model, tokenizer, meta = load_model(args.source, compute, "eval", args.model_tag, args.step, quantize="int8")
     name, n = f"nanochat-{meta['model_tag']}-{args.source}", model.num_params()
-    limit = f"a page holds at most {MAX_PARAMETERS:,}: share a smaller model, or export it with nanochat.hf"
-    require(n <= MAX_PARAMETERS, f"{name} has {n:,} parameters, {limit}")
+    require(n <= MAX_PARAMETERS, f"{name} has {n:,} parameters, a page holds {MAX_PARAMETERS:,}: share a smaller model")
     with atomic_path(file) as draft:
         draft.write_text(page(model, tokenizer, name), encoding="utf-8")
     print(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB); open it in a browser")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nanochat.cli import listen, make_parser, parse_args, path, run_script, server_url
 from nanochat.common import base_dir, print0, require
-from nanochat.pages import page_headers, watch_page
+from nanochat.pages import html_page, page_headers
 
 FILES = ("*.json", "*.md", "runs/*.json", "metrics/*.jsonl", "samples/*.jsonl")
 
@@ -73,12 +73,11 @@ def create_app(folders):
     from fastapi import FastAPI
     from fastapi.responses import HTMLResponse, JSONResponse
 
-    app, html = FastAPI(openapi_url=None), watch_page()
-    headers = page_headers(html)
+    app, html = FastAPI(openapi_url=None), html_page("watch.html")
 
     @app.get("/")
     def show():
-        return HTMLResponse(html, headers=headers)
+        return HTMLResponse(html, headers=page_headers(html))
 
     @app.post("/changes")
     def send(known: dict[str, tuple[int, str]]):

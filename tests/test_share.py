@@ -301,7 +301,7 @@ def test_command_writes_the_page(sft_checkpoint, run_main, capsys, monkeypatch):
     with raises_user_error("nanochat.html already exists; choose a new file"):
         run_main("nanochat.share", "-i", "sft", file)
     monkeypatch.setattr(share, "MAX_PARAMETERS", 1000)
-    with raises_user_error("nanochat-d1-sft has .* parameters, a page holds at most 1,000: share a smaller model"):
+    with raises_user_error("nanochat-d1-sft has .* parameters, a page holds 1,000: share a smaller model"):
         run_main("nanochat.share", "-i", "sft", sft_checkpoint / "other.html")
 
 

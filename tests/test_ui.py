@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-from nanochat.pages import with_parts
+from nanochat.pages import html_page
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (uv pip install playwright)")
 expect = playwright.expect
 pytestmark = pytest.mark.slow
 
 UI = ROOT / "nanochat" / "serve" / "ui.html"
-HTML = with_parts("ui.html")
+HTML = html_page("ui.html")
 PHONE = {"viewport": {"width": 375, "height": 667}, "is_mobile": True, "has_touch": True}
 LAST = "#log article:last-child "
 

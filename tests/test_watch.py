@@ -10,7 +10,7 @@ from helpers import raises_user_error
 
 from nanochat import watch
 from nanochat.cli import listen
-from nanochat.pages import watch_page
+from nanochat.pages import html_page
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (uv pip install playwright)")
 expect = playwright.expect
@@ -144,7 +144,7 @@ def finished_report(base):
     (base / "report" / "chat-evaluation-sft.json").write_text(json.dumps(section))
     (base / "report" / "chat-evaluation-sft.md").write_text("## Chat evaluation sft\nConversations")
     file = base / "report.html"
-    file.write_text(watch_page(watch.changes([base], {})), encoding="utf-8")
+    file.write_text(html_page("watch.html", watch.changes([base], {})), encoding="utf-8")
     return file.as_uri()
 
 

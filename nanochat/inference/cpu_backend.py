@@ -68,8 +68,6 @@ def quantize(model):
     """
     model.float()  # bfloat16 cannot hold an int8 times its scale
     for layer in [module for module in model.modules() if isinstance(module, (torch.nn.Linear, torch.nn.Embedding))]:
-        weight = layer.weight
-        scales = weight.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
-        rounded = (weight / scales).round().to(torch.int8)
-        layer.weight.copy_(rounded * scales)
-        layer.int8 = rounded, scales
+        scales = layer.weight.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+        layer.int8 = (layer.weight / scales).round().to(torch.int8), scales
+        layer.weight.copy_(layer.int8[0] * scales)

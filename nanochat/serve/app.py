@@ -21,7 +21,7 @@ from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 
 from nanochat.common import UserError
-from nanochat.pages import HERE, page_headers, with_parts
+from nanochat.pages import HERE, html_page, page_headers
 from nanochat.serve.completions import ChatCompletion, TextCompletion, inspection
 from nanochat.serve.schemas import RETRY, ApiError, ChatRequest, CompletionRequest, ErrorBody, InspectRequest
 from nanochat.serve.service import Service
@@ -276,12 +276,11 @@ def add_api(app, service):
 
 def add_page(app):
     """Only the page's own script and style may run, and only call this server."""
-    html = with_parts("ui.html")
-    headers = page_headers(html)
+    html = html_page("ui.html")
 
     @app.get("/", include_in_schema=False)
     async def page():
-        return Response(html, media_type="text/html; charset=utf-8", headers=headers)
+        return Response(html, media_type="text/html; charset=utf-8", headers=page_headers(html))
 
     @app.get("/logo.svg", include_in_schema=False)
     async def logo():

@@ -146,7 +146,7 @@ function createLook(inspect, getTokenizer) {
       const facts = [`token ${i}, id ${token.id}`, `bytes ${token.bytes.map(b => b.toString(16).padStart(2, "0")).join(" ")}`];
       if (loss !== null) facts.push(`loss ${loss.toFixed(2)}, probability ${percent(Math.exp(-loss))}`);
       if (forced) facts.push("written by the calculator");
-      const shown = token.token.includes("\uFFFD") ? label(token) : token.token.replaceAll("\n", "↵\n");
+      const shown = token.token.includes("\uFFFD") ? label(token) : token.token.replaceAll("\n", "↵");
       const chip = push(shown, () => show({position: i}), {
         className: ["token", token.special && "special", forced && "forced"].filter(Boolean).join(" "),
         title: facts.join("\n"), tabIndex: chosen ? 0 : -1,
