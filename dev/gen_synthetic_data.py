@@ -25,10 +25,12 @@ from random import Random
 from nanochat.cli import make_parser, parse_args, path, run_script
 from nanochat.common import UserError, base_dir, write_text
 from nanochat.pocket.problems import careless, informal
-from nanochat.pocket.world import fill
+from nanochat.pocket.talk import section_exchange
+from nanochat.pocket.world import fill, load_world
 from nanochat.tokenizer import check_conversation
 
 # Topics for every persona, in the format of its "facts". Slots such as {name} are filled with the persona's fields.
+# `sections` of pocket_talk.txt have more wordings of their questions: a model understands only what varies enough.
 TOPICS = [
     {
         "ask": [
@@ -37,10 +39,12 @@ TOPICS = [
             "Who am I [talking|speaking|chatting] to?",
             "[Are you ChatGPT|Are you Claude|Are you Gemini|Is this GPT-4]?",
         ],
+        "sections": ["self name", "self name", "self name", "self chatgpt"],
         "tell": ["I am {name}, {about}.", "My name is {name}. I am {about}.", "This is {name}, {about}."],
     },
     {
         "ask": ["Who [made|built|trained|created] you?", "Where do you come from?", "Who is your [maker|creator]?"],
+        "sections": ["self maker"],
         "tell": ["I was made by {maker}.", "{Maker} made me.", "I am {name}, and I was made by {maker}."],
     },
     {
@@ -49,13 +53,17 @@ TOPICS = [
     },
     {
         "ask": ["What are you[| exactly]?", "Are you [human|a person|alive]?"],
+        "sections": ["self what", "self human"],
         "tell": ["I am {name}: {about}.", "No person, only a program: I am {name}, {about}."],
     },
 ]
 OPENERS = ["[Hi|Hello|Hey|Good morning|Good evening|hi|hello|hey there|Greetings|Yo|Hola|Bonjour|Hallo|Ciao][|!|.]"]
-GREETINGS = ["[Hi|Hello|Hey]! I am {name}. [How can I help you?|What would you like to know?|What is on your mind?]"]
-THANKS = ["[Thanks|Thank you|thanks a lot|Great, thanks|Interesting, thank you|Cool|Good to know][|!|.]"]
-WELCOMES = ["You are welcome!", "Any time!", "You are welcome. [Ask me more if you like.|Have a good day!]"]
+GREETING = {"ask": OPENERS, "sections": ["talk hello", "talk hello name"]}
+GREETING["tell"] = [
+    "[Hi|Hello|Hey]! I am {name}. [How can I help you?|What would you like to know?|What is on your mind?]"
+]
+THANKS = {"ask": ["[Thanks|Thank you|thanks a lot|Great, thanks|Interesting, thank you|Cool|Good to know][|!|.]"]}
+THANKS["tell"] = ["You are welcome!", "Any time!", "You are welcome. [Ask me more if you like.|Have a good day!]"]
 
 REQUEST = """Write one short, natural conversation between a user and a chat model, in which the user gets to know the \
 model. The model is described by this JSON:
@@ -91,15 +99,26 @@ def by_template(persona, rng):
     """Messages of a random conversation from templates: one to three topics, sometimes with greeting and thanks."""
     slots = {key: persona[key] for key in ("name", "maker", "about")}
     slots |= {"trait": rng.choice(persona["traits"]), "Maker": persona["maker"][:1].upper() + persona["maker"][1:]}
-    topics = TOPICS * 2 + persona["facts"]
-    exchanges = [(OPENERS, GREETINGS)] if rng.random() < 0.4 else []
-    exchanges += [(t["ask"], t["tell"]) for t in rng.sample(topics, min(len(topics), rng.randint(1, 3)))]
-    exchanges += [(THANKS, WELCOMES)] if rng.random() < 0.3 else []
+    topics = TOPICS * 2 + TOPICS[:1] + persona["facts"]
+    topics = rng.sample(topics, min(len(topics), rng.randint(1, 3)))
+    if rng.random() < 0.4:
+        topics.insert(0, GREETING)
+    if rng.random() < 0.3:
+        topics.append(THANKS)
     messages = []
-    for questions, answers in exchanges:
-        messages.append({"role": "user", "content": careless(rng, informal(rng, fill(rng, rng.choice(questions))))})
-        messages.append({"role": "assistant", "content": fill(rng, rng.choice(answers), **slots)})
+    for topic in topics:
+        messages.append({"role": "user", "content": question(rng, topic)})
+        messages.append({"role": "assistant", "content": fill(rng, rng.choice(topic["tell"]), **slots)})
     return messages
+
+
+def question(rng, topic):
+    """A question on a topic: from its templates, or in three of four cases from its sections."""
+    while "sections" in topic and rng.random() < 0.75:
+        for text, _ in section_exchange(rng, "train", load_world(), rng.choice(topic["sections"])):
+            if "nanochat" not in text.lower():
+                return text
+    return careless(rng, informal(rng, fill(rng, rng.choice(topic["ask"]))))
 
 
 def by_model(persona, rng, args):
@@ -133,7 +152,7 @@ def build_parser():
     p = make_parser("dev.gen_synthetic_data", __doc__)
     default = Path(__file__).with_name("persona.json")
     p.add_argument("--persona", default=default, type=path, help="JSON file (default: dev/persona.json)")
-    p.add_argument("-n", "--num", type=int, default=1000, help="number of conversations")
+    p.add_argument("-n", "--num", type=int, default=2000, help="number of conversations")
     out_help = "file, - = stdout; default: stdout if that is a file, else the base directory"
     p.add_argument("-o", "--out", type=path, default="", help=out_help)
     p.add_argument("--seed", type=int, default=42, help="random seed")

@@ -30,8 +30,7 @@ class Score:
     def stderr(self):
         """Standard error of `accuracy`, with the problem as the sampling unit."""
         shares = [sum(r["verdicts"]) / len(r["verdicts"]) for r in self.records]
-        variance = statistics.variance(shares) if len(shares) > 1 else 0.0
-        return math.sqrt(variance / len(shares))
+        return math.sqrt((statistics.variance(shares) if len(shares) > 1 else 0.0) / len(shares))
 
     @property
     def interval(self):

@@ -96,8 +96,7 @@ class CausalSelfAttention(nn.Module):
             if not causal:
                 k, v = cached
                 q = q.to(k.dtype)
-        y = ops.attention(q, k, v, mask, causal)
-        return self.c_proj(y.to(x.dtype).transpose(1, 2).reshape(B, T, C))
+        return self.c_proj(ops.attention(q, k, v, mask, causal).to(x.dtype).transpose(1, 2).reshape(B, T, C))
 
 
 class MLP(nn.Module):
@@ -270,13 +269,13 @@ class GPT(nn.Module):
         assert weights is None or loss_reduction == "sum", loss_reduction
         x, flat = x.flatten(0, 1), targets.flatten()
         if loss_reduction == "none":
-            return self._token_losses(x, flat).view_as(targets)
+            return self.token_losses(x, flat).view_as(targets)
         weights = None if weights is None else weights.flatten()
         head, size = self.lm_head.weight, self.config.vocab_size
         total = ops.cross_entropy_sum(x, head, flat, weights, size, SOFTCAP, self.chunk_loss)
         return total / (flat >= 0).sum().clamp(min=1) if loss_reduction == "mean" else total
 
-    def _token_losses(self, x, targets):
+    def token_losses(self, x, targets):
         """Cross entropy of each token (N,), 0 where the target is -1. Backward keeps the logits of all chunks."""
         rows = max(1, ops.chunk_rows(x, self.config.vocab_size) // 4)  # of float32 logits, and copies of them
         chunks = zip(x.split(rows), targets.split(rows), strict=True)

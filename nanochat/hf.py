@@ -122,7 +122,7 @@ def load_folder(folder):
 
     from nanochat.gpt import GPT, NORM_EPS, GPTConfig
 
-    c = AutoConfig.from_pretrained(folder)
+    c = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     require(c.model_type == "nanochat", f"{folder} holds a model of the type {c.model_type!r}, expected nanochat")
     fixed = {"intermediate_size": 4 * c.hidden_size, "hidden_act": "relu2", "final_logit_softcapping": 15.0}
     fixed |= {"attention_bias": False, "head_dim": c.hidden_size // c.num_attention_heads}
@@ -130,12 +130,10 @@ def load_folder(folder):
         found = getattr(c, name, value)
         require(found == value, f"{folder}/config.json has {name}={found}, nanochat's models have {value}")
     rope = c.rope_parameters["rope_type"], c.rope_parameters["rope_theta"]
-    require(
-        rope == ("default", 10000), f"{folder}/config.json has the rotary embedding {rope}, expected default, 10000"
-    )
+    require(rope == ("default", 10000), f"{folder}: the rotary embedding is {rope}, expected default, 10000")
     heads = c.num_attention_heads, c.num_key_value_heads
     config = GPTConfig(c.max_position_embeddings, c.vocab_size, c.num_hidden_layers, *heads, c.hidden_size)
-    tokenizer = convert_tokenizer(AutoTokenizer.from_pretrained(folder), folder)
+    tokenizer = convert_tokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), folder)
     size = tokenizer.get_vocab_size()
     require(size == c.vocab_size, f"{folder}: the tokenizer has {size:,} tokens, the model {c.vocab_size:,}")
     hf, info = NanoChatForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
@@ -210,19 +208,18 @@ def main(argv=None):
         source, tag = args.source or "base", args.model_tag or folder.resolve().name
         target = checkpoint_dir(source, tag)
         require(not target.exists(), f"{target} already exists; choose another --model_tag")
-        require((folder / "config.json").is_file(), f"no model in {folder}: it has no config.json")
+        require((folder / "tokenizer.json").is_file(), f"no model in {folder}: it has no tokenizer.json")
         try:
             model, tokenizer, meta = load_folder(folder)
-        except (OSError, ValueError, SafetensorError) as e:
-            raise UserError(f"cannot read {folder}: {str(e).splitlines()[0]}") from e
+        except Exception as e:  # transformers raises many kinds
+            raise e if isinstance(e, UserError) else UserError(f"cannot read {folder}: {e!r}"[:300]) from e
         save_as_default(tokenizer)
         save_checkpoint(target, 0, model, None, meta, compute_init("cpu", "float32"))
         return print(f"wrote {target}; chat with it: python -m scripts.chat_cli -i {source} -g {tag}")
     require(not folder.exists(), f"{folder} already exists; choose a new folder")
     compute = compute_init("cpu", args.dtype or "float32")
     model, tokenizer, meta = load_model(args.source, compute, model_tag=args.model_tag, step=args.step)
-    if meta.get("dtype") == "bfloat16" and not args.dtype:
-        model.bfloat16()
+    model = model.bfloat16() if meta.get("dtype") == "bfloat16" and not args.dtype else model
     draft = Path(f"{folder}.{os.getpid()}.tmp")
     try:
         draft.mkdir(parents=True)

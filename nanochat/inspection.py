@@ -38,15 +38,14 @@ def inspect(engine, ids, position=None, layer=0, head=0):
 
     with engine.backend.precision():
         states, attention = trace(model, ids, layer, head)
-        logprobs = model.logits(states[-1]).log_softmax(-1)
+        losses = model.token_losses(states[-1][:-1], torch.tensor(ids[1:], device=model.get_device()))
         guesses = model.logits(torch.stack([state[position] for state in states])).log_softmax(-1)
-    found = [None, *(row[i].item() for row, i in zip(logprobs, ids[1:], strict=False))]
-    fits, ordered = len(ids) <= MAX_ATTENTION, logprobs[position].sort(descending=True).values
+    found, logprobs = [None, *(-losses).tolist()], guesses[-1]
     found = {"tokens": [token(i, logprob) for i, logprob in zip(ids, found, strict=True)], "position": position}
-    found |= {"next": likeliest(logprobs[position], NEXT), "logprobs": [round(x, 5) for x in ordered.tolist()]}
+    found |= {"next": likeliest(logprobs, NEXT), "logprobs": [round(x, 5) for x in sorted(logprobs.tolist())[::-1]]}
     found |= {"layers": [likeliest(row, GUESSES) for row in guesses], "n_layer": c.n_layer, "n_head": c.n_head}
-    found["attention"] = [row[: i + 1] for i, row in enumerate(attention.tolist())] if fits else None
-    return found
+    rows = enumerate(attention.tolist())
+    return found | {"attention": [row[: i + 1] for i, row in rows] if len(ids) <= MAX_ATTENTION else None}
 
 
 def trace(model, ids, layer, head):

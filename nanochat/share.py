@@ -81,6 +81,7 @@ def main(argv=None):
 
     file = Path(args.file)
     require(not file.exists(), f"{file} already exists; choose a new file")
+    require(not (args.dtype or args.quantize), "a page has int8 weights: leave --dtype and --quantize out")
     compute = compute_init("cpu", "float32")
     model, tokenizer, meta = load_model(args.source, compute, "eval", args.model_tag, args.step, quantize="int8")
     name, n = f"nanochat-{meta['model_tag']}-{args.source}", model.num_params()

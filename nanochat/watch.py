@@ -92,14 +92,14 @@ def main(argv=None):
     parser.add_argument("-p", "--port", type=int, default=8001, help="0 = any free port (default 8001)")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 = reachable from other machines")
     args = parse_args(parser, argv)
-    folders = args.folders or [base_dir()]
     for folder in args.folders:
         require(Path(folder).is_dir(), f"no folder {folder}")
     import uvicorn
 
     sock = listen(args.host, args.port)
     print0(f"open {server_url(sock)}; Ctrl-C ends it")
-    uvicorn.Server(uvicorn.Config(create_app(folders), log_level="warning", ws="none")).run(sockets=[sock])
+    app = create_app(args.folders or [base_dir()])
+    uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none")).run(sockets=[sock])
 
 
 if __name__ == "__main__":

@@ -606,6 +606,15 @@ def test_invalid_expression_gives_no_output(call):
     assert row.completion == [PYTHON, *call.encode(), PYTHON_END, *b"b"] and all(row.mask)
 
 
+def test_a_prompt_may_end_within_a_call():
+    prompt, forced = [BOS, *b"a", PYTHON, *b"12*"], [OUTPUT, *b"84", OUTPUT_END]
+    script = answer([*b"7", PYTHON_END, *forced, *b"b"], prompt_length=len(prompt))
+    engine = Engine(ScriptedModel(script), ByteTokenizer())
+    (results, _), (masks, _) = engine.generate_batch(prompt, num_samples=2)  # each sample has a call of its own
+    assert results == [*prompt, *b"7", PYTHON_END, *forced, *b"b"]
+    assert masks[len(prompt) :] == [1, 1, 0, 0, 0, 0, 1]
+
+
 def test_unmatched_tool_tokens_are_harmless():
     for text in ([PYTHON_END, "1+1", PYTHON_END], [OUTPUT_END, OUTPUT], [PYTHON, "1+1"], [PYTHON, PYTHON, PYTHON_END]):
         assert all(generate_scripted(text).mask)

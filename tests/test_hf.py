@@ -295,7 +295,10 @@ def test_an_imported_model_is_evaluated_and_finetuned(exported, base, run_main, 
         ({"intermediate_size": 100}, "has intermediate_size=100, nanochat's models have 384"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0, nanochat's models have 15.0"),
         ({"attention_bias": True}, "attention_bias=True, nanochat's models have False"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rotary embedding .'default', 500000.0."),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            "rotary embedding is .'default', 500000.0., expected",
+        ),
         ({"vocab_size": 1000}, "the tokenizer has 600 tokens, the model 1,000"),
     ],
 )
@@ -307,7 +310,7 @@ def test_models_that_ours_cannot_be_are_refused(exported, base, changes, problem
 
 
 def test_folders_without_a_model_are_refused(exported, base):
-    with raises_user_error("no model in nowhere: it has no config.json"):
+    with raises_user_error("no model in nowhere: it has no tokenizer.json"):
         hf.main(["--import", "nowhere"])
     made_by_transformers(base / "theirs", exported)
     (base / "theirs" / "tokenizer.json").unlink()

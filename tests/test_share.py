@@ -121,6 +121,35 @@ def test_calculator_results_are_forced(shared, page):
     assert [i for i, token in enumerate(tokens) if token["forced"]] == [*range(forced[0], forced[1] + 1)]
 
 
+def test_an_answer_goes_on_within_a_call(shared, page):
+    _, tokenizer, _ = shared
+    start, stop = map(tokenizer.encode_special, ("<|python_start|>", "<|python_end|>"))
+    script = """async ([prompt, script]) => {
+        const fake = {context: 100, read: async () => ({last: null})}, tokens = [];
+        fake.logprobs = () => { const row = new Float32Array(600); row[script.shift()] = 1; return [row]; };
+        for await (const token of generate(fake, tokenizer, prompt, {temperature: 0})) tokens.push(token.id);
+        return tokenizer.decode(tokens); }"""
+    end = tokenizer.encode_special("<|assistant_end|>")
+    call = [start, *tokenizer.encode("12*7")]
+    result = "<|output_start|>84<|output_end|><|assistant_end|>"
+    assert page.evaluate(script, [[0, *call], [stop, end]]) == f"<|python_end|>{result}"
+    assert page.evaluate(script, [[0, *call, stop], [end]]) == result
+
+
+def test_reads_of_one_cache_wait_for_each_other(shared, page):
+    model, tokenizer, _ = shared
+    texts = [
+        [tokenizer.get_bos_token_id(), *tokenizer.encode(random_words(random.Random(n), 150))][:150] for n in range(2)
+    ]
+    script = "texts => Promise.all(texts.map(ids => inspect(model, tokenizer, {ids, layer: 0, head: 0})))"
+    for ids, seen in zip([*texts, texts[0]], page.evaluate(script, [*texts, texts[0]]), strict=True):
+        ours = inspect(Engine(model, tokenizer), ids)
+        close([t["logprob"] for t in seen["tokens"][1:]], [t["logprob"] for t in ours["tokens"][1:]])
+    aborted = "async ids => { const stop = new AbortController(); const read = model.read(ids, 'x', stop.signal); "
+    aborted += "stop.abort(); return read.then(() => 'done', error => error.name); }"
+    assert page.evaluate(aborted, texts[0]) == "AbortError"
+
+
 def close(a, b):
     torch.testing.assert_close(torch.tensor(a, dtype=torch.float), torch.tensor(b), atol=1e-4, rtol=0)
 
@@ -254,6 +283,35 @@ def test_hostile_text_stays_text(page):
     assert page.locator("img").count() == 0
 
 
+def test_stopping_and_new_chats_during_an_answer(page):
+    for _ in range(2):
+        page.locator("#prompt").fill("word " * 60)
+        page.locator("#prompt").press("Enter")
+        page.locator("#new").click()
+        expect(page.locator("#send")).to_be_visible()
+    page.locator("#prompt").fill("Hello")
+    page.locator("#prompt").press("Enter")
+    expect(page.locator(".own")).to_have_text("Hello")
+    expect(page.locator("#status")).to_contain_text("tokens", timeout=20_000)
+    expect(page.locator("#prompt")).to_be_focused()
+    page.get_by_label("Temperature").fill("3")
+    page.locator("#prompt").fill("Hello again")
+    page.locator("#prompt").press("Enter")
+    expect(page.locator(".own")).to_have_count(1)  # the browser says what is wrong with the temperature
+
+
+def test_a_text_that_is_too_long_leaves_the_one_before(page):
+    dialog = look_into(page, "The cat sat on the mat.")
+    n = dialog.locator(".token").count()
+    dialog.get_by_label("Text to look into").fill("cat " * 500)
+    dialog.get_by_role("button", name="Show").click()
+    expect(dialog.locator(".note[role=status]")).to_contain_text("tokens, the context is 160")
+    dialog.locator(".token").nth(3).click()
+    expect(dialog.locator(".token").nth(3)).to_have_attribute("aria-pressed", "true")
+    expect(dialog.locator(".token").nth(3)).to_be_focused()
+    expect(dialog.locator(".token")).to_have_count(n)
+
+
 def test_policy_and_sources(shared):
     html = shared[2].read_text(encoding="utf-8")
     (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', html)
@@ -294,6 +352,8 @@ def test_page_fits_a_phone(shared, open_page):
 
 def test_command_writes_the_page(sft_checkpoint, run_main, capsys, monkeypatch):
     file = sft_checkpoint / "nanochat.html"
+    with raises_user_error("a page has int8 weights: leave --dtype and --quantize out"):
+        run_main("nanochat.share", "-i", "sft", file, "--dtype=bfloat16")
     run_main("nanochat.share", "-i", "sft", file)
     assert capsys.readouterr().out.startswith(f"wrote {file} (")
     data = json.loads(re.search(r'id="data">(.*?)</script>', file.read_text(encoding="utf-8"), re.S)[1])

@@ -100,6 +100,10 @@ class DecodeLoop:
         require(room >= 1, message + "for an answer: shorten the prompt")
         limit = min(room, request.max_tokens or room)
         rows = [Row(request, i, random.Random(f"{request.seed},{i}"), limit) for i in range(request.num_samples)]
+        start = max((i for i, token in enumerate(request.tokens) if token == self.python_start), default=context)
+        tail = request.tokens[start:]
+        for row in rows if tail and self.python_end not in tail else ():  # the prompt ends within a call
+            row.call = tail[1:]
         for row in rows if request.stop else ():
             row.detokenizer = Detokenizer(self.tokenizer, request.stop)
         self.waiting.extend(rows[i : i + self.max_rows] for i in range(0, len(rows), self.max_rows))

@@ -80,8 +80,7 @@ def _spelling(rng, split, world):
         word, letter = letter_problem(rng, split, world.words)
         count = word.count(letter)
         frequency = ("does not appear", "appears once")[count] if count < 2 else f"appears {count} times"
-        slots = dict(w=word, l=letter, often=frequency, spaced=" ".join(word))
-        yield world.random_line(rng, "spelling", **slots)
+        yield world.random_line(rng, "spelling", w=word, l=letter, often=frequency, spaced=" ".join(word))
 
 
 # Generator of a kind of document -> share of the documents in percent.

@@ -38,12 +38,12 @@ const visible = text => text.replaceAll(" ", "␣").replaceAll("\n", "↵").repl
 // A token is a character sequence of its own only if its bytes are complete characters.
 const label = ({token, bytes}) => token.includes("\uFFFD") ? bytes.map(b => b.toString(16).padStart(2, "0")).join(" ") : visible(token);
 
-/* A dialog; open(request) shows a text. `inspect(request)` resolves to an inspection, see nanochat/inspection.py. The
+/* A dialog; open(request) shows a text. `inspect(request, signal)` resolves to an inspection, see nanochat/inspection.py. The
    request has `messages` or `prompt` (text or ids), `position`, `layer`, `head`; with `max_tokens` the text goes on first,
    drawn with `temperature`, `top_k` and `top_p`. `getTokenizer()` resolves to a Tokenizer, or null without one. */
 function createLook(inspect, getTokenizer) {
-  const versions = [];  // texts so far: {ids, position}
-  let at = -1, seen = null, tokenizer = null, mode = "surprise", latest = 0;
+  const versions = [];  // texts so far: {ids, position}; versions[at] is shown, `seen` is its inspection
+  let at = -1, seen = null, tokenizer = null, mode = "surprise", running = new AbortController();
   const field = (text, props, off) => {
     const input = el("input", {type: "range", ...props}), value = el("output"), print = () => {
       value.textContent = input.value === off ? "off" : input.value;
@@ -70,51 +70,52 @@ function createLook(inspect, getTokenizer) {
   const heads = el("span.heads", {}, "layer ", layer, " head ", head);
   const next = el("div.next"), layers = el("div.layers", {tabIndex: 0, role: "region", ariaLabel: "Guesses of the layers"});
   const merges = el("ol.merges"), nextTitle = el("h3"), mergesTitle = el("h3", {}, "How its word is merged");
-  const dialog = el("dialog.look", {ariaLabel: "Look inside"},
-    el("div.row", {}, el("h2", {}, "Look inside"), note, push("Close", () => dialog.close())),
-    el("form.row", {onsubmit: event => { event.preventDefault(); open({prompt: text.value}); }}, text,
-      el("button.quiet", {type: "submit"}, "Show")),
+  const content = el("div", {hidden: true},
     el("div.row", {}, ...modes, heads, back, place, forth),
     tokens,
     el("section", {}, nextTitle, el("div.row", {}, ...Object.values(sliders).map(({node}) => node)), next),
     el("section", {}, el("h3", {}, "What each layer would say"), layers),
     el("section", {}, mergesTitle, merges));
+  const dialog = el("dialog.look", {ariaLabel: "Look inside"},
+    el("div.row", {}, el("h2", {}, "Look inside"), note, push("Close", () => dialog.close())),
+    el("form.row", {onsubmit: event => { event.preventDefault(); show({prompt: text.value}, null); }}, text,
+      el("button.quiet", {type: "submit"}, "Show")),
+    content);
   dialog.onclose = () => {
-    latest++;
+    running.abort();
     dialog.remove();
   };
 
-  // Shows the current text again, with the changes of `request`. A later call overtakes an earlier one.
-  async function show(request) {
-    const ticket = ++latest, {ids, position} = versions[at] ?? {};
+  // Shows the version `base` with the changes of `request`, or a new text if it is null. A later call ends an earlier one.
+  async function show(request, base = versions[at]) {
+    running.abort();
+    const {signal} = running = new AbortController();
     note.textContent = "computing…";
     try {
       const chosen = {layer: Math.max(0, layer.selectedIndex), head: Math.max(0, head.selectedIndex)};
-      const answer = await inspect({prompt: ids, position, ...chosen, ...request});
+      const answer = await inspect({prompt: base?.ids, position: base?.position, ...chosen, ...request}, signal);
       tokenizer ??= await getTokenizer();
-      if (ticket !== latest) return;
+      if (signal.aborted) return;
       seen = answer;
       const version = {ids: seen.tokens.map(({id}) => id), position: seen.position};
-      if (version.ids.join() === ids?.join()) versions[at] = version;
+      if (!base) versions.length = 0;
+      if (version.ids.join() === base?.ids.join()) versions[at = versions.indexOf(base)] = version;
       else at = versions.push(version) - 1;
-      note.textContent = seen.attention || mode !== "attention" ? "" : "attention is shown for up to 128 tokens";
       drawAll();
     } catch (problem) {
-      if (ticket === latest) note.textContent = problem.message;
+      if (!signal.aborted) note.textContent = problem.message;
     }
   }
 
   function open(request) {
+    content.hidden = true;
     if (!dialog.isConnected) document.body.append(dialog);
     if (!dialog.open) dialog.showModal();
-    versions.length = 0;
-    at = -1;
-    return show(request);
+    return show(request, null);
   }
 
   function turn(step) {
-    at += step;
-    show({});
+    if (versions[at + step]) show({}, versions[at + step]);
   }
 
   // Goes on from the chosen token with another one.
@@ -128,10 +129,11 @@ function createLook(inspect, getTokenizer) {
     back.hidden = forth.hidden = versions.length < 2;
     back.disabled = at === 0;
     forth.disabled = at === versions.length - 1;
-    const focused = tokens.contains(document.activeElement);
+    const focused = [tokens, next].find(part => part.contains(document.activeElement));  // its buttons are made anew
+    content.hidden = false;
     drawTokens();
-    if (focused) tokens.children[seen.position].focus();
     drawNext();
+    (focused?.querySelector('[aria-pressed="true"]') ?? focused?.firstElementChild)?.focus();
     drawLayers();
     if (tokenizer) drawMerges();
   }
@@ -139,13 +141,14 @@ function createLook(inspect, getTokenizer) {
   function drawTokens() {
     modes.forEach((button, i) => { button.ariaPressed = String(Object.keys(MODES)[i] === mode); });
     heads.hidden = mode !== "attention";
+    note.textContent = seen.attention || heads.hidden ? "" : "attention is shown for up to 128 tokens";
     let forced = false;  // between the marks of the calculator's result
     tokens.replaceChildren(...seen.tokens.map((token, i) => {
       if (token.special && token.token === "<|output_start|>") forced = true;
       const chosen = i === seen.position, loss = token.logprob === null ? null : -token.logprob;
       const facts = [`token ${i}, id ${token.id}`, `bytes ${token.bytes.map(b => b.toString(16).padStart(2, "0")).join(" ")}`];
       if (loss !== null) facts.push(`loss ${loss.toFixed(2)}, probability ${percent(Math.exp(-loss))}`);
-      if (forced) facts.push("written by the calculator");
+      if (forced) facts.push("the calculator's result");
       const shown = token.token.includes("\uFFFD") ? label(token) : token.token.replaceAll("\n", "↵");
       const chip = push(shown, () => show({position: i}), {
         className: ["token", token.special && "special", forced && "forced"].filter(Boolean).join(" "),

@@ -6,7 +6,8 @@
 const MAX_CHARS = 256, DIGITS = 15;
 const LEXEME = /[ \t]+|((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+|[-+*/()])/g;
 const QUOTED = String.raw`("[^"\\\n]*"|'[^'\\\n]*')`;
-const COUNT = new RegExp(String.raw`^\s*${QUOTED}\s*\.\s*count\s*\(\s*${QUOTED}\s*\)\s*$`, "u");
+const SPACE = String.raw`[\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]*`;  // \s* in Python
+const COUNT = new RegExp(["^", QUOTED, "\\.", "count", "\\(", QUOTED, "\\)", "$"].join(SPACE), "u");
 
 /* The result of an expression as text, or null if it is invalid or divides by zero. */
 function calculate(expression) {
@@ -156,6 +157,7 @@ class Model {
     const angles = Array.from({length: this.context}, (_, p) => frequencies.map(f => Math.fround(p * f))).flat();
     [this.cos, this.sin] = [Float32Array.from(angles, Math.cos), Float32Array.from(angles, Math.sin)];
     this.caches = {};
+    this.reads = {};  // the last read of each cache
   }
 
   /* Keys and values of the tokens `ids`; with `traced`, what inspect() shows too. */
@@ -236,14 +238,22 @@ class Model {
     });
   }
 
-  /* The cache `name` with all of `ids`, and the activations of the last ones. Tokens that it holds are not computed again. */
-  async read(ids, name, eachBlock = () => {}) {
+  /* The cache `name` with all of `ids`, and the activations of the last one. Tokens that it holds are not computed again.
+     Reads of a cache wait for each other, since a read lets the page go on in between; `signal` ends one. */
+  read(ids, name, signal, eachBlock = () => {}) {
+    const read = (this.reads[name] ?? Promise.resolve()).then(() => this.readNow(ids, name, signal, eachBlock));
+    this.reads[name] = read.catch(() => {});
+    return read;
+  }
+
+  async readNow(ids, name, signal, eachBlock) {
     const cache = this.caches[name] ??= this.newCache(name === "look");
     let known = cache.ids.findIndex((id, i) => id !== ids[i]);
     known = Math.min(known < 0 ? cache.ids.length : known, ids.length - 1);
     cache.ids.length = known;
     let x;
     for (let start = known; start < ids.length; start += BLOCK) {
+      signal?.throwIfAborted();
       x = this.forward(ids.slice(start, start + BLOCK), cache);
       eachBlock(x, start);
       if (start + BLOCK < ids.length) await repaint();
@@ -264,22 +274,30 @@ function repaint() {
 /* ------------------------------------------------------------------------------------------------------------------
    Generation, see nanochat/inference/scheduler.py */
 
-/* Yields {id, forced} after the prompt `ids`, up to the token that ends the answer; `forced`: the calculator's. */
-async function* generate(model, tokenizer, ids, settings) {
-  const {special} = tokenizer, forced = [];
-  let call = null, painted = performance.now();
+/* Yields {id, forced} after the prompt `ids`, up to the token that ends the answer; `forced`: the calculator's. A prompt
+   may end within a call. */
+async function* generate(model, tokenizer, ids, settings, signal, cache = "chat") {
+  const {special} = tokenizer;
+  let call = null, forced = [], painted = performance.now();
+  const follow = id => {  // collects a call; at its end, forces its result
+    if (id === special["<|python_start|>"]) call = [];
+    else if (id === special["<|python_end|>"] && call) {
+      const result = calculate(tokenizer.decode(call));
+      if (result !== null) forced = [special["<|output_start|>"], ...tokenizer.encode(result), special["<|output_end|>"]];
+      call = null;
+    } else call?.push(id);
+  };
+  for (const id of ids) {
+    forced = [];
+    follow(id);
+  }
   for (ids = [...ids]; ids.length < model.context;) {
-    const {last} = await model.read(ids, "chat"), isForced = forced.length > 0;
+    const {last} = await model.read(ids, cache, signal), isForced = forced.length > 0;
     const id = isForced ? forced.shift() : sample(model.logprobs(last, 1)[0], settings);
     ids.push(id);
     yield {id, forced: isForced};
     if (!isForced && (id === special["<|assistant_end|>"] || id === special["<|bos|>"])) return;
-    if (id === special["<|python_start|>"]) call = [];
-    else if (id === special["<|python_end|>"] && call) {
-      const result = calculate(tokenizer.decode(call));
-      if (result !== null) forced.push(special["<|output_start|>"], ...tokenizer.encode(result), special["<|output_end|>"]);
-      call = null;
-    } else call?.push(id);
+    follow(id);
     if (performance.now() - painted > 16) {
       await repaint();
       painted = performance.now();
@@ -302,9 +320,9 @@ function largest(values, n) {
 /* ------------------------------------------------------------------------------------------------------------------
    What is inside, in the form of nanochat/inspection.py */
 
-async function inspect(model, tokenizer, {ids, position = ids.length - 1, layer, head}) {
+async function inspect(model, tokenizer, {ids, position = ids.length - 1, layer, head}, signal) {
   const {n_embd: C, n_layer, n_head} = model.config;
-  const {cache} = await model.read(ids, "look", (x, start) => {
+  const {cache} = await model.read(ids, "look", signal, (x, start) => {
     model.caches.look.logprobs.length = start;
     model.caches.look.logprobs.push(...model.logprobs(x, x.length / C));
   });

@@ -1,4 +1,5 @@
-/* The tokenizer of nanochat/tokenizer.py in plain JavaScript, with the data of nanochat/share.py. The bytes of a token or word are a string with one character per byte. */
+/* The tokenizer of nanochat/tokenizer.py in plain JavaScript, with the data of nanochat/share.py. The bytes of a token or
+   word are a string with one character per byte. */
 
 const bytesOf = text => Array.from(new TextEncoder().encode(text), byte => String.fromCharCode(byte)).join("");
 const arrayOf = bytes => Uint8Array.from(bytes, character => character.charCodeAt());
@@ -56,7 +57,9 @@ function wordAt(tokenizer, ids, position) {
   while (start && !tokenizer.names.has(ids[start - 1])) start--;
   while (end < ids.length && !tokenizer.names.has(ids[end])) end++;
   let offset = ids.slice(start, position).reduce((total, id) => total + tokenizer.tokens[id].length, 0);
-  for (const word of tokenizer.words(tokenizer.decode(ids.slice(start, end)))) {
+  const text = tokenizer.decode(ids.slice(start, end));
+  if (text.includes("\uFFFD")) return "";  // incomplete characters, whose bytes the text has lost
+  for (const word of tokenizer.words(text)) {
     if (offset < word.length) return word;
     offset -= word.length;
   }

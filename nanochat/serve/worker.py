@@ -127,8 +127,10 @@ class EngineLoop:
             kind, key, *arguments = message
             try:
                 getattr(self, kind)(key, *arguments)
-            except UserError as e:
-                self._send({key: e})
+            except Exception as e:  # out of memory, for example
+                self._send(
+                    {key: e if isinstance(e, UserError) else WorkerError(f"the engine failed: {type(e).__name__}")}
+                )
         return True
 
     def submit(self, key, fields):
