@@ -83,7 +83,9 @@ const SOFTCAP = 15, EPS = 1.1920929e-7, BLOCK = 64, MAX_ATTENTION = 128;
 
 /* The bytes of a base64 text that gzip has compressed. */
 async function unpack(base64) {
-  const stream = new Blob([arrayOf(atob(base64))]).stream().pipeThrough(new DecompressionStream("gzip"));
+  const text = atob(base64), bytes = new Uint8Array(text.length);
+  for (let i = 0; i < bytes.length; i++) bytes[i] = text.charCodeAt(i);
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   return new Response(stream).arrayBuffer();
 }
 
