@@ -14,7 +14,10 @@ function el(name, props = {}, ...children) {
 // What temperature, top-k and top-p leave of log-probabilities (largest first): the probabilities of a draw.
 function shape(logprobs, {temperature, top_k, top_p}) {
   if (temperature < 1e-5) return logprobs.map((_, i) => i ? 0 : 1);
-  const scale = values => { const total = values.reduce((a, b) => a + b, 0); return values.map(value => value / total); };
+  const scale = values => {
+    const total = values.reduce((a, b) => a + b, 0);
+    return values.map(value => value / total);
+  };
   const kept = logprobs.slice(0, top_k || logprobs.length);
   let before = 0;
   const nucleus = scale(kept.map(logprob => Math.exp((logprob - kept[0]) / temperature))).map((p, i) => {
@@ -35,12 +38,13 @@ function draw(probabilities) {
 const MODES = {surprise: "Surprise", tokens: "Tokens", attention: "Attention"}, SHOWN = 12, GO_ON = 40;
 const percent = p => p > 0 && p < 0.001 ? "< 0.1 %" : `${(100 * p).toFixed(1)} %`;
 const visible = text => text.replaceAll(" ", "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥") || "(nothing)";
-// A token is a character sequence of its own only if its bytes are complete characters.
-const label = ({token, bytes}) => token.includes("\uFFFD") ? bytes.map(b => b.toString(16).padStart(2, "0")).join(" ") : visible(token);
+const hex = bytes => Array.from(bytes, byte => byte.toString(16).padStart(2, "0")).join(" ");
+// The text of a token, or its bytes if they are no complete characters.
+const label = ({token, bytes}) => token.includes("\uFFFD") ? hex(bytes) : visible(token);
 
-/* A dialog; open(request) shows a text. `inspect(request, signal)` resolves to an inspection, see nanochat/inspection.py. The
-   request has `messages` or `prompt` (text or ids), `position`, `layer`, `head`; with `max_tokens` the text goes on first,
-   drawn with `temperature`, `top_k` and `top_p`. `getTokenizer()` resolves to a Tokenizer, or null without one. */
+/* A dialog; open(request) shows a text. `inspect(request, signal)` resolves to an inspection, see
+   nanochat/inspection.py. The request has `messages` or `prompt` (text or ids), `position`, `layer` and `head`; with
+   `max_tokens` the text goes on first, drawn with `temperature`, `top_k` and `top_p`. `getTokenizer()` resolves to a Tokenizer, or null without one. */
 function createLook(inspect, getTokenizer) {
   const versions = [];  // texts so far: {ids, position}; versions[at] is shown, `seen` is its inspection
   let at = -1, seen = null, tokenizer = null, mode = "surprise", running = new AbortController();
@@ -68,7 +72,8 @@ function createLook(inspect, getTokenizer) {
   const tokens = el("div.tokens", {role: "group", ariaLabel: "Tokens", onkeydown: moveFocus});
   const modes = Object.entries(MODES).map(([name, title]) => push(title, () => { mode = name; drawTokens(); }));
   const heads = el("span.heads", {}, "layer ", layer, " head ", head);
-  const next = el("div.next"), layers = el("div.layers", {tabIndex: 0, role: "region", ariaLabel: "Guesses of the layers"});
+  const next = el("div.next");
+  const layers = el("div.layers", {tabIndex: 0, role: "region", ariaLabel: "Guesses of the layers"});
   const merges = el("ol.merges"), nextTitle = el("h3"), mergesTitle = el("h3", {}, "How its word is merged");
   const content = el("div", {hidden: true},
     el("div.row", {}, ...modes, heads, back, place, forth),
@@ -86,7 +91,7 @@ function createLook(inspect, getTokenizer) {
     dialog.remove();
   };
 
-  // Shows the version `base` with the changes of `request`, or a new text if it is null. A later call ends an earlier one.
+  // Shows the version `base` with the changes of `request`, or a new text if it is null. A later call ends this one.
   async function show(request, base = versions[at]) {
     running.abort();
     const {signal} = running = new AbortController();
@@ -119,7 +124,10 @@ function createLook(inspect, getTokenizer) {
   }
 
   // Goes on from the chosen token with another one.
-  const branch = id => show({prompt: [...versions[at].ids.slice(0, seen.position + 1), id], max_tokens: GO_ON, ...settings()});
+  function branch(id) {
+    const prompt = [...versions[at].ids.slice(0, seen.position + 1), id];
+    show({prompt, max_tokens: GO_ON, ...settings()});
+  }
 
   function drawAll() {
     for (const [select, n] of [[layer, seen.n_layer], [head, seen.n_head]]) {
@@ -146,7 +154,7 @@ function createLook(inspect, getTokenizer) {
     tokens.replaceChildren(...seen.tokens.map((token, i) => {
       if (token.special && token.token === "<|output_start|>") forced = true;
       const chosen = i === seen.position, loss = token.logprob === null ? null : -token.logprob;
-      const facts = [`token ${i}, id ${token.id}`, `bytes ${token.bytes.map(b => b.toString(16).padStart(2, "0")).join(" ")}`];
+      const facts = [`token ${i}, id ${token.id}`, `bytes ${hex(token.bytes)}`];
       if (loss !== null) facts.push(`loss ${loss.toFixed(2)}, probability ${percent(Math.exp(-loss))}`);
       if (forced) facts.push("the calculator's result");
       const shown = token.token.includes("\uFFFD") ? label(token) : token.token.replaceAll("\n", "↵");
@@ -188,8 +196,9 @@ function createLook(inspect, getTokenizer) {
     next.replaceChildren(...seen.next.slice(0, SHOWN).map((token, i) => {
       const bar = el("span.bar"), raw = Math.exp(token.logprob);
       bar.style.width = `${100 * probabilities[i]}%`;
-      const row = push("", () => branch(token.id), {title: `go on with id ${token.id}; ${percent(raw)} without temperature, top-k and top-p`});
-      row.append(el("code", {}, label(token)), el("span.track", {}, bar), el("span", {}, percent(probabilities[i])), el("small", {}, percent(raw)));
+      const title = `go on with id ${token.id}; ${percent(raw)} without temperature, top-k and top-p`;
+      const row = push(el("code", {}, label(token)), () => branch(token.id), {title});
+      row.append(el("span.track", {}, bar), el("span", {}, percent(probabilities[i])), el("small", {}, percent(raw)));
       row.ariaPressed = String(token.id === taken?.id);
       return row;
     }));

@@ -89,8 +89,8 @@ async function unpack(base64) {
   return new Response(stream).arrayBuffer();
 }
 
-/* x (T rows) times a matrix of int8 weights with a scale per row. Four tokens, or four rows of the
-   matrix, at a time: no addition waits for the one before. Sums are in double precision, which is faster than with Math.fround(). */
+/* x (T rows) times a matrix of int8 weights with a scale per row. Four tokens, or four rows of the matrix, at a time: no
+   addition waits for the one before. Sums are in double precision, which is faster than with Math.fround(). */
 function matmul(x, T, {weights, scales, rows, columns}) {
   const out = new Float32Array(T * rows);
   let t = 0;
@@ -141,7 +141,7 @@ function normalize(x, size, out = x) {
 }
 
 class Model {
-  /* config: that of GPT; buffer: the scales of all matrices in float32, then their int8 weights, as share.py has them. */
+  /* config: that of GPT; buffer: the scales of all matrices in float32, then their int8 weights, see share.py. */
   constructor(config, buffer) {
     const {n_embd: C, n_head, n_kv_head, n_layer, vocab_size} = config, D = C / n_head, G = n_kv_head * D;
     const block = [[C, C], [G, C], [G, C], [C, C], [4 * C, C], [C, 4 * C]];
@@ -155,8 +155,9 @@ class Model {
     });
     Object.assign(this, {config, D, G, wte: matrices[0], head: matrices.at(-1), context: config.sequence_len});
     this.layers = Array.from({length: n_layer}, (_, l) => matrices.slice(1 + 6 * l, 7 + 6 * l));
-    const frequencies = Array.from({length: D / 2}, (_, i) => Math.fround(1 / Math.fround(10000 ** Math.fround(2 * i / D))));
-    const angles = Array.from({length: this.context}, (_, p) => frequencies.map(f => Math.fround(p * f))).flat();
+    const {fround} = Math;
+    const frequencies = Array.from({length: D / 2}, (_, i) => fround(1 / fround(10000 ** fround(2 * i / D))));
+    const angles = Array.from({length: this.context}, (_, p) => frequencies.map(f => fround(p * f))).flat();
     [this.cos, this.sin] = [Float32Array.from(angles, Math.cos), Float32Array.from(angles, Math.sin)];
     this.caches = {};
     this.reads = {};  // the last read of each cache
@@ -164,8 +165,9 @@ class Model {
 
   /* Keys and values of the tokens `ids`; with `traced`, what inspect() shows too. */
   newCache(traced) {
-    const {n_layer, n_head, n_embd} = this.config, arrays = (n, size) => Array.from({length: n}, () => new Float32Array(size));
-    const cache = {ids: [], keys: arrays(n_layer, this.context * this.G), values: arrays(n_layer, this.context * this.G)};
+    const {n_layer, n_head, n_embd} = this.config, size = this.context * this.G;
+    const arrays = (n, size) => Array.from({length: n}, () => new Float32Array(size));
+    const cache = {ids: [], keys: arrays(n_layer, size), values: arrays(n_layer, size)};
     if (!traced) return cache;
     const states = arrays(n_layer + 1, this.context * n_embd), logprobs = [];
     return {...cache, states, logprobs, attention: arrays(n_layer * n_head, MAX_ATTENTION ** 2)};
@@ -174,12 +176,16 @@ class Model {
   /* Activations of `ids` after the last norm; appends them to the cache. */
   forward(ids, cache) {
     const {n_embd: C, n_head, n_kv_head} = this.config, T = ids.length, start = cache.ids.length, {wte} = this;
-    const x = Float32Array.from({length: T * C}, (_, i) => wte.weights[ids[Math.floor(i / C)] * C + i % C] * wte.scales[ids[Math.floor(i / C)]]);
+    const x = new Float32Array(T * C);
+    ids.forEach((id, t) => {
+      for (let i = 0; i < C; i++) x[t * C + i] = wte.weights[id * C + i] * wte.scales[id];
+    });
     normalize(x, C);
     cache.ids.push(...ids);
     cache.states?.[0].set(x, start * C);
     this.layers.forEach(([c_q, c_k, c_v, c_proj, mlp_fc, mlp_proj], layer) => {
-      const add = rows => rows.forEach((value, i) => { x[i] += value; }), normed = () => normalize(x, C, new Float32Array(x.length));
+      const add = rows => rows.forEach((value, i) => { x[i] += value; });
+      const normed = () => normalize(x, C, new Float32Array(x.length));
       const h = normed(), q = this.rotate(matmul(h, T, c_q), n_head, start);
       cache.keys[layer].set(this.rotate(matmul(h, T, c_k), n_kv_head, start), start * this.G);
       cache.values[layer].set(matmul(h, T, c_v), start * this.G);
@@ -332,13 +338,15 @@ async function inspect(model, tokenizer, {ids, position = ids.length - 1, layer,
     const bytes = [...arrayOf(tokenizer.tokens[id])];
     return {id, token: tokenizer.decode([id]), bytes, logprob, special: tokenizer.names.has(id)};
   };
-  const logprobs = cache.logprobs[position], likeliest = (logprobs, n) => largest(logprobs, n).map(id => token(id, logprobs[id]));
+  const logprobs = cache.logprobs[position];
+  const likeliest = (logprobs, n) => largest(logprobs, n).map(id => token(id, logprobs[id]));
   const guesses = cache.states.map(states =>
     likeliest(model.logprobs(normalize(states.slice(position * C, (position + 1) * C), C), 1)[0], 5));
-  const weights = cache.attention[layer * n_head + head], n = ids.length <= MAX_ATTENTION ? ids.length : 0;
+  const weights = cache.attention[layer * n_head + head];
+  const rows = ids.map((_, i) => [...weights.subarray(i * MAX_ATTENTION, i * MAX_ATTENTION + i + 1)]);
   return {
     tokens: ids.map((id, i) => token(id, i ? cache.logprobs[i - 1][id] : null)),
-    position, next: likeliest(logprobs, 20), logprobs: [...logprobs].sort((a, b) => b - a), layers: guesses, n_layer, n_head,
-    attention: n ? Array.from({length: n}, (_, i) => [...weights.subarray(i * MAX_ATTENTION, i * MAX_ATTENTION + i + 1)]) : null,
+    position, next: likeliest(logprobs, 20), logprobs: [...logprobs].sort((a, b) => b - a),
+    layers: guesses, n_layer, n_head, attention: ids.length <= MAX_ATTENTION ? rows : null,
   };
 }
