@@ -148,7 +148,8 @@ def load_folder(folder):
     wte = model.transformer.wte.weight.data
     if abs(c.rms_norm_eps - NORM_EPS) > 1e-5 * wte.square().mean():
         wte *= (NORM_EPS / c.rms_norm_eps) ** 0.5
-    meta = {"user_config": {}, "made_from": {"tokenizer": tokenizer.fingerprint(), "shards": None}}
+    # A chat model, whatever stage it is saved as.
+    meta = {"stage": "sft", "user_config": {}, "made_from": {"tokenizer": tokenizer.fingerprint(), "shards": None}}
     meta |= {"dtype": str(hf.dtype).removeprefix("torch."), "card": read_text(Path(folder) / "README.md")}
     return model, tokenizer, meta
 

@@ -51,7 +51,7 @@ def main(argv=None):
     model, tokenizer, meta = load_model(args.source, compute, "eval", args.model_tag, args.step, quantize=args.quantize)
     # With earlier turns in the prefix cache, only a prompt's new tokens are prefilled.
     engine = Engine(model, tokenizer, compute, prefix_tokens=2 * model.config.sequence_len)
-    chat = session.Chat(engine, args.source, args.max_tokens, args.system, **sampling)
+    chat = session.Chat(engine, meta.get("stage", args.source), args.max_tokens, args.system, **sampling)
     if question is None:
         print(f"{meta['model_tag']}, step {meta['step']}.", end=" ")
         return repl.run_repl(chat, base_dir() / "chat_history", args.verbose)

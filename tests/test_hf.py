@@ -1,5 +1,6 @@
 """The exported folder as transformers' Auto classes load it, against our own model and tokenizer."""
 
+import json
 import os
 import random
 import stat
@@ -287,6 +288,11 @@ def test_an_imported_model_is_evaluated_and_finetuned(exported, base, run_main, 
     flags = ["--source=base", "--corpus=pocket", "--num_iterations=1", "--device_batch_size=2"]
     run_main("scripts.chat_sft", *flags, "--target_examples_per_step=2", "--eval_every=-1", "--compile=0")
     assert load_model("sft", CPU)[2]["model_tag"] == "d1"
+    capsys.readouterr()
+    run_main("scripts.chat_cli", "-i", "base", "-p", "Hi", "-t", "0", "-m", "8", "--json")
+    answer = json.loads(capsys.readouterr().out)
+    prompt = exported[1].render_for_completion({"messages": [{"role": "user", "content": "Hi"}]})
+    assert answer["prompt_tokens"] == len(prompt)  # a chat, not plain text
 
 
 @pytest.mark.parametrize(
