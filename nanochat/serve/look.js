@@ -155,7 +155,7 @@ function createLook(inspect, getTokenizer) {
       if (token.special && token.token === "<|output_start|>") forced = true;
       const chosen = i === seen.position, loss = token.logprob === null ? null : -token.logprob;
       const facts = [`token ${i}, id ${token.id}`, `bytes ${hex(token.bytes)}`];
-      if (loss !== null) facts.push(`loss ${loss.toFixed(2)}, probability ${percent(Math.exp(-loss))}`);
+      if (loss !== null) facts.push(`loss ${loss.toFixed(4)}, probability ${Math.exp(-loss).toFixed(4)}`);
       if (forced) facts.push("the calculator's result");
       const shown = token.token.includes("\uFFFD") ? label(token) : token.token.replaceAll("\n", "↵");
       const chip = push(shown, () => show({position: i}), {
@@ -179,7 +179,11 @@ function createLook(inspect, getTokenizer) {
   // Colors the tokens that token `i` attends to.
   function attend(i) {
     if (mode !== "attention" || !seen.attention) return;
-    [...tokens.children].forEach((chip, j) => tint(chip, "--accent", seen.attention[i][j] ?? 0));
+    [...tokens.children].forEach((chip, j) => {
+      const weight = seen.attention[i][j] ?? 0;
+      tint(chip, "--accent", weight);
+      chip.dataset.attention = weight.toFixed(4);
+    });
   }
 
   function moveFocus(event) {
@@ -196,7 +200,7 @@ function createLook(inspect, getTokenizer) {
     next.replaceChildren(...seen.next.slice(0, SHOWN).map((token, i) => {
       const bar = el("span.bar"), raw = Math.exp(token.logprob);
       bar.style.width = `${100 * probabilities[i]}%`;
-      const title = `go on with id ${token.id}; ${percent(raw)} without temperature, top-k and top-p`;
+      const title = `go on with id ${token.id}; probability ${raw.toFixed(4)}, with the sliders ${probabilities[i].toFixed(4)}`;
       const row = push(el("code", {}, label(token)), () => branch(token.id), {title});
       row.append(el("span.track", {}, bar), el("span", {}, percent(probabilities[i])), el("small", {}, percent(raw)));
       row.ariaPressed = String(token.id === taken?.id);
@@ -206,7 +210,8 @@ function createLook(inspect, getTokenizer) {
 
   function drawLayers() {
     const rows = seen.layers.map((guesses, i) => el("tr", {}, el("th", {scope: "row"}, i ? `Layer ${i}` : "Embedding"),
-      ...guesses.map(token => el("td", {}, el("code", {}, label(token)), ` ${percent(Math.exp(token.logprob))}`))));
+      ...guesses.map(token => el("td", {title: `id ${token.id}, probability ${Math.exp(token.logprob).toFixed(4)}`},
+        el("code", {}, label(token)), ` ${percent(Math.exp(token.logprob))}`))));
     layers.replaceChildren(el("table", {}, el("tbody", {}, ...rows)));
   }
 
