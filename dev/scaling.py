@@ -2,7 +2,7 @@
 A small study of scaling, illustrative only: which size of model is best for a budget of compute?
 
     python -m dev.scaling                            # depths 2 to 6, three budgets: about half an hour on two cores
-    python -m dev.scaling --budgets=1e13,2e13 --depths=2,3,4,5
+    python -m dev.scaling --budgets=2e13,4e13 --depths=2,3,4,5
 
 For each budget C in FLOPs it trains one model per depth, fits a parabola of the final validation bpb over log N (N:
 parameters), takes its minimum, and fits N_opt ~ C^a and D_opt ~ C^b (D: training tokens) through the minima (Hoffmann
@@ -62,7 +62,7 @@ def describe_minimum(budget, sizes, values):
 def main(argv=None):
     parser = make_parser("dev.scaling", __doc__)
     add = parser.add_argument
-    add("--budgets", default="1e13,2e13,4e13", help="FLOPs of a run, separated by commas")
+    add("--budgets", default="2e13,4e13,6e13", help="FLOPs of a run, separated by commas")
     add("--depths", default="2,3,4,5,6", help="depths of the models, separated by commas")
     add("--resamples", type=int, default=1000, help="number of bootstrap samples")
     args = parse_args(parser, argv)
