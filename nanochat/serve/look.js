@@ -39,12 +39,13 @@ const MODES = {surprise: "Surprise", tokens: "Tokens", attention: "Attention"}, 
 const percent = p => p > 0 && p < 0.001 ? "< 0.1 %" : `${(100 * p).toFixed(1)} %`;
 const visible = text => text.replaceAll(" ", "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥") || "(nothing)";
 const hex = bytes => Array.from(bytes, byte => byte.toString(16).padStart(2, "0")).join(" ");
-// The text of a token, or its bytes if they are no complete characters.
+// The text of a token, or its bytes if they are not whole characters.
 const label = ({token, bytes}) => token.includes("\uFFFD") ? hex(bytes) : visible(token);
 
 /* A dialog; open(request) shows a text. `inspect(request, signal)` resolves to an inspection, see
    nanochat/inspection.py. The request has `messages` or `prompt` (text or ids), `position`, `layer` and `head`; with
-   `max_tokens` the text goes on first, drawn with `temperature`, `top_k` and `top_p`. `getTokenizer()` resolves to a Tokenizer, or null without one. */
+   `max_tokens` the text goes on first, drawn with `temperature`, `top_k` and `top_p`. `getTokenizer()` resolves to a
+   Tokenizer, or to null if there is none for JavaScript. */
 function createLook(inspect, getTokenizer) {
   const versions = [];  // texts so far: {ids, position}; versions[at] is shown, `seen` is its inspection
   let at = -1, seen = null, tokenizer = null, mode = "surprise", running = new AbortController();
@@ -225,5 +226,5 @@ function createLook(inspect, getTokenizer) {
     }))));
   }
 
-  return {open, dialog};
+  return {open};
 }

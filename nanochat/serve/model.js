@@ -163,7 +163,7 @@ class Model {
     this.reads = {};  // the last read of each cache
   }
 
-  /* Keys and values of the tokens `ids`; with `traced`, what inspect() shows too. */
+  /* An empty cache of keys and values; a `traced` one also keeps what inspect() shows. */
   newCache(traced) {
     const {n_layer, n_head, n_embd} = this.config, size = this.context * this.G;
     const arrays = (n, size) => Array.from({length: n}, () => new Float32Array(size));
@@ -343,10 +343,10 @@ async function inspect(model, tokenizer, {ids, position = ids.length - 1, layer,
   const guesses = cache.states.map(states =>
     likeliest(model.logprobs(normalize(states.slice(position * C, (position + 1) * C), C), 1)[0], 5));
   const weights = cache.attention[layer * n_head + head];
-  const rows = ids.map((_, i) => [...weights.subarray(i * MAX_ATTENTION, i * MAX_ATTENTION + i + 1)]);
+  const row = (_, i) => [...weights.subarray(i * MAX_ATTENTION, i * MAX_ATTENTION + i + 1)];
   return {
     tokens: ids.map((id, i) => token(id, i ? cache.logprobs[i - 1][id] : null)),
     position, next: likeliest(logprobs, 20), logprobs: [...logprobs].sort((a, b) => b - a),
-    layers: guesses, n_layer, n_head, attention: ids.length <= MAX_ATTENTION ? rows : null,
+    layers: guesses, n_layer, n_head, attention: ids.length <= MAX_ATTENTION ? ids.map(row) : null,
   };
 }
