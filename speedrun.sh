@@ -34,7 +34,7 @@ pocket() {
     stage "base loss" 10 report/base-model-loss.md "base_checkpoints/d4 tokenizer base_data" \
         python -m scripts.base_loss -g d4 --device_batch_size=32 --split_tokens=131072
     stage "midtraining" 460 mid_checkpoints/d4 "base_checkpoints/d4 tokenizer $mixture" \
-        python -m scripts.mid_train "$run" --resume=1 --model_tag=d4 $size --total_batch_size=4096 --packing=bos \
+        python -m scripts.mid_train "$run" --resume=1 --model_tag=d4 $size --total_batch_size=8192 --packing=bos \
         --train_on=assistant --eval_every=1000 --recipe=tuned --warmdown_ratio=1 --init_lr_frac=0.6
     stage "midtraining evaluation" 15 report/chat-evaluation-mid.md "mid_checkpoints/d4 tokenizer $world" \
         python -m scripts.chat_eval -i mid -g d4 -a "$tasks" -x 128 --max_new_tokens=320

@@ -22,9 +22,9 @@ RL_PROBLEMS = 1600  # training problems of a generated task in reinforcement lea
 
 # Rows in midtraining and in SFT; in total about 6.7 and 0.2 million tokens with the pocket tier's tokenizer. Tokens per
 # row, in this order: 85, 269, 58, 62, 36, 55.
-POCKET_ROWS = {pocket.PocketChat: {"mid": 32000, "sft": 800}, pocket.PocketStories: {"mid": 1800, "sft": 60}}
-POCKET_ROWS |= {pocket.PocketFacts: {"mid": 12000, "sft": 500}, pocket.PocketSums: {"mid": 28000, "sft": 500}}
-POCKET_ROWS |= {pocket.PocketIdentity: {"mid": 3000, "sft": 60}, PocketLetters: {"mid": 17000, "sft": 200}}
+POCKET_ROWS = {pocket.PocketChat: {"mid": 48000, "sft": 800}, pocket.PocketStories: {"mid": 1500, "sft": 60}}
+POCKET_ROWS |= {pocket.PocketFacts: {"mid": 11000, "sft": 500}, pocket.PocketSums: {"mid": 30000, "sft": 500}}
+POCKET_ROWS |= {pocket.PocketIdentity: {"mid": 3000, "sft": 60}, PocketLetters: {"mid": 22000, "sft": 200}}
 
 
 def identity_conversations(public=True):

@@ -6,6 +6,7 @@ world or from a public list of 370 thousand English words.
 """
 
 import functools
+import re
 from pathlib import Path
 
 from nanochat.common import mirror_url, require
@@ -87,12 +88,13 @@ class PocketLetters(GeneratedTask):
         while not question:
             answer, *templates = rng.choice(_sections()["letters"])
             templates += question_templates("count", "pocket") if "####" in answer else []
-            word, letter = letter_problem(rng, self.split, world.words, absent=0.5 if "{yes}" in answer else 0.1)
+            word, letter = letter_problem(rng, self.split, world.words, 0.5 if "{yes}" in answer else 0.1, blended=0.4)
             k = rng.randint(1, min(8, len(word)))
             quote, ordinal = rng.choice(("", "", "'", '"')), rng.choice(ORDINALS[k - 1])
             slots = dict(w=f"{quote}{word}{quote}", l=rng.choice((letter, letter, f"'{letter}'", letter.upper())))
             question = ask(rng, self.split, world, rng.choice(templates), k=ordinal, **slots)
         # The answer repeats the word as the question writes it, because a small model learns exact copies first.
+        slots["w"] = re.search(re.escape(slots["w"]) + "|" + word, question, re.I)[0]
         slots |= dict(l=letter, k=k, letter=word[k - 1], first=word[0], last=word[-1], length=len(word))
         slots |= dict(spaced=" ".join(word), backward=" ".join(word[::-1]), yes="yes" if letter in word else "no")
         lines = [f"{i}:{c}" for i, c in enumerate(word, 1)]

@@ -1,4 +1,4 @@
-"""Documents about the pocket world for pretraining: stories, descriptions, dialogues, exercises."""
+"""Documents about the pocket world for pretraining: stories, descriptions, exercises."""
 
 import hashlib
 import re
@@ -7,7 +7,7 @@ from random import Random
 from nanochat.pocket.problems import fact, letter_problem
 from nanochat.pocket.stories import describe, story
 from nanochat.pocket.talk import TOPICS, draw_exchanges
-from nanochat.pocket.world import fill, load_world
+from nanochat.pocket.world import load_world
 
 # Each of these functions yields one document in pieces of one or several lines.
 
@@ -17,17 +17,11 @@ def _story(rng, split, world):
     yield story(rng, split, world, title=rng.random() < 0.8, foreign=0.15).text
 
 
-def _characters(rng, split, world):
-    """Descriptions of one to three characters."""
-    for c in rng.sample(world.characters, rng.choice((1, 1, 2, 3))):
-        yield describe(rng, world, c, rng.randint(6, 9)) + "\n"
-
-
-def _place(rng, split, world):
-    """Descriptions of a place and of up to two residents."""
+def _descriptions(rng, split, world):
+    """Descriptions of one to three characters, or of a place and its residents."""
     p = rng.choice(world.places)
-    residents = [describe(rng, world, c, rng.randint(2, 4)) for c in p.residents]
-    yield "\n\n".join([describe(rng, world, p, rng.randint(4, 5)), *residents[: rng.randint(0, 2)]])
+    subjects = rng.sample(world.characters, rng.choice((1, 1, 2, 3))) if rng.random() < 0.7 else [p, *p.residents]
+    yield "\n\n".join(describe(rng, world, subject, rng.randint(4, 9)) for subject in subjects)
 
 
 def _statements(rng, split, world):
@@ -36,19 +30,6 @@ def _statements(rng, split, world):
     pairs = (rng.sample(world.characters, 2) for _ in range(rng.randint(6, 14)))
     lines = [world.random_line(rng, section, a=a, b=b).rpartition(" | ")[2] for a, b in pairs]
     yield rng.choice("\n ").join(lines)
-
-
-def _dialogue(rng, split, world):
-    """Two characters meet and talk about themselves."""
-    a, b = rng.sample(world.characters, 2)
-    meeting_place, p = rng.sample([p for p in world.places if p not in (a.place, b.place)], 2)
-    lines = []
-    for template in rng.sample(world.lines("chatter"), rng.randint(3, 6)):
-        speaker, other = rng.sample((a, b), 2)
-        lines.append(fill(rng, template, a=speaker, b=other, p=p))
-    sections = ("chatter opening", "chatter ending", "heading")
-    opening, ending, heading = (world.random_line(rng, section, a=a, b=b, p=meeting_place) for section in sections)
-    yield from (heading, "", opening, *lines, ending)
 
 
 def _questions(rng, split, world, topics=tuple(topic for topic in TOPICS if topic != "story")):
@@ -77,14 +58,14 @@ def _arithmetic(rng, split, world):
 def _spelling(rng, split, world):
     """Sentences that spell words or count letters in them."""
     for _ in range(rng.randint(8, 20)):
-        word, letter = letter_problem(rng, split, world.words)
+        word, letter = letter_problem(rng, split, world.words, blended=0.4)
         count = word.count(letter)
         frequency = ("does not appear", "appears once")[count] if count < 2 else f"appears {count} times"
         yield world.random_line(rng, "spelling", w=word, l=letter, often=frequency, spaced=" ".join(word))
 
 
 # Generator of a kind of document -> share of the documents in percent.
-WEIGHTS = {_story: 18, _characters: 10, _place: 4, _statements: 13, _dialogue: 4}
+WEIGHTS = {_story: 18, _descriptions: 15, _statements: 16}
 WEIGHTS |= {_facts: 17, _questions: 16, _arithmetic: 9, _spelling: 9}
 
 

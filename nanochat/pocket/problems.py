@@ -7,6 +7,7 @@ problems nor wordings, whatever the seeds. No wording of people.txt is generated
 """
 
 import functools
+import itertools
 import re
 from collections import namedtuple
 from pathlib import Path
@@ -28,8 +29,15 @@ def wording(text):
 def _names():
     """All words of names, in lower case."""
     world = load_world()
-    people = " ".join(world.lines("boys") + world.lines("girls"))
-    return {*" ".join(map(str, world.characters + world.places)).lower().split(), *people.lower().split(" | ")}
+    people = " ".join(world.lines("boys") + world.lines("girls")).split(" | ")
+    for section in ("boys", "girls"):
+        people += itertools.starmap(blend, itertools.product(world.entries_of(section, "train"), repeat=2))
+    return {*" ".join(map(str, world.characters + world.places)).lower().split(), *map(str.lower, people)}
+
+
+def blend(word, other):
+    """The first half of `word` and the second half of `other`: a new word, which a model has to copy or spell."""
+    return word[: (len(word) + 1) // 2] + other[(len(other) + 1) // 2 :]
 
 
 @functools.cache
@@ -105,9 +113,10 @@ def fact(rng, split, world):
 
 
 def stranger(rng, world, split):
-    """A Person with a first name that belongs to `split`."""
+    """A Person with a first name that belongs to `split`. For training, half of the names are made up of two."""
     section, he = rng.choice((("boys", "he"), ("girls", "she")))
-    return Person(rng.choice(world.entries_of(section, split)), he)
+    name, other = (rng.choice(world.entries_of(section, split)) for _ in range(2))
+    return Person(blend(name, other) if split == "train" and rng.random() < 0.5 else name, he)
 
 
 def _owners(rng, world, split):
@@ -126,8 +135,8 @@ def apply_operator(x, operator, y):
 
 def sum_template(rng, world):
     """(question template, steps) of a random arithmetic problem. A step is "{x}+{y}", "@*2"; @ is the last result."""
-    forms = {"events": 18, "scene": 5, "problem": 14, "more problem": 30, "classic": 18}
-    forms |= {"bare": 5, "more bare": 5, "order": 2, "more order": 3}
+    forms = {"events": 14, "scene": 4, "problem": 14, "more problem": 34, "classic": 16}
+    forms |= {"bare": 12, "more bare": 5, "order": 2, "more order": 3}
     form = rng.choices(list(forms), forms.values())[0]
     if form not in ("events", "scene"):
         question, steps = rng.choice(world.lines(form)).split(" => ")
@@ -216,10 +225,15 @@ def comparison(rng, split, world):
     return [(question, reply)] if question else []
 
 
-def letter_problem(rng, split, words, absent=0.1):
-    """A random (word, letter) pair of `split`. With the probability 1 - `absent` the word contains the letter."""
+def letter_problem(rng, split, words, absent=0.1, blended=0.0):
+    """
+    A random (word, letter) pair of `split`. With the probability 1 - `absent` the word contains the letter.
+
+    `blended`: share of the words for training that are made up of two, so that a model learns to spell and not words.
+    """
     while True:
         word = rng.choice(words)
+        word = blend(word, rng.choice(words)) if split == "train" and rng.random() < blended else word
         letter = rng.choice(word if rng.random() > absent else "abcdefghijklmnopqrstuvwxyz")
         if split_of("letter", word, letter) == split:
             return word, letter

@@ -11,34 +11,35 @@ Story = namedtuple("Story", "text a b p topic")
 
 
 def hero(rng, split, world):
-    """A main character from outside of the pocket world, such as a dragon named Tom, with the traits of an animal."""
-    character, person = copy(rng.choice(world.characters)), stranger(rng, world, split)
+    """A main character from outside of the pocket world, such as a dragon named Tom, with the traits of its first."""
+    character, person = copy(world.characters[0]), stranger(rng, world, split)
     Person.__init__(character, person.name, person.he)
     character.kind = rng.choice(world.entries_of("heroes", split))
     character.a_kind = an(character.kind)
     return character
 
 
-def story(rng, split, world, title=False, foreign=0.0):
+def story(rng, split, world, title=False, foreign=0.0, given=("b", "p", "topic")):
     """
     A random Story. The combination of plot, characters and place belongs to `split`.
 
-    With the probability `foreign`, the main character is no animal of the pocket world (see `hero`).
+    With the probability `foreign`, the main character is no animal of the pocket world (see `hero`). `given`: which of
+    b, p and topic are random. A small model learns little from what it cannot foresee, so the others are what they
+    usually are: the best friend of `a`, the place next to its home, and the plot's own topic.
     """
+    plots = [plot for plot in world.sections["plot"] if "topic" in given or "{topic}" not in "".join(plot)]
     while True:
-        plot = rng.choice(world.sections["plot"])
+        plot = rng.choice(plots)
         a, b = rng.sample(world.characters, 2)
-        p = rng.choice(world.places)
-        lead = hero(rng, split, world) if rng.random() < foreign else a
-        fits = p not in (lead.place, b.place) and (lead.fear != b.fear or "cannot sleep" not in plot[0])
+        a = hero(rng, split, world) if rng.random() < foreign else a
+        b = b if "b" in given else a.friend
+        p = rng.choice(world.places) if "p" in given else a.place.near
+        fits = ("p" not in given or p not in (a.place, b.place)) and b.kind != a.kind
         if fits and split_of("story", plot[0], a, b, p) == split:
             break
-    a = lead
-    details = rng.sample(world.lines("opening more"), rng.randint(0, 1))  # of two, a small model repeats the first
-    opening = " ".join([rng.choice(world.lines("opening")), *details])
     topic = world.expand(rng, rng.choice(world.topics[world.sections["plot"].index(plot)]), split)
-    sections = rng.choice((("ending",), ("closing",), ("ending", "closing")))
-    ending = " ".join(rng.choice(world.lines(section)) for section in sections)
+    topic = fill(rng, topic, a=a, b=b)
+    opening, ending = (rng.choice(world.lines(section)) for section in ("opening", "ending"))
     heading = [rng.choice((plot[0], *world.lines("heading"))), "-"] if title else []
     text = "\n".join([*heading, opening, *plot[1:], ending]).replace("\n-\n", "\n\n")
     return Story(fill(rng, text, a=a, b=b, p=p, topic=topic), a, b, p, topic)

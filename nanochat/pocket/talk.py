@@ -9,7 +9,7 @@ import re
 from functools import partial
 
 from nanochat.pocket.problems import apply_operator, arithmetic_problem, ask, comparison, fact, stranger
-from nanochat.pocket.stories import describe, story
+from nanochat.pocket.stories import story
 from nanochat.pocket.world import ATTRIBUTES, fill
 
 
@@ -24,43 +24,52 @@ def section_exchange(rng, split, world, section, **slots):
 
 def story_exchanges(rng, split, world):
     """A request for a story, the story, and in some cases a question about it."""
-    s = story(rng, split, world, foreign=0.15)
     section = rng.choice(("none", "one", "two", "two", "kinds"))
-    question = ask(rng, split, world, rng.choice(world.lines(f"ask story {section}")), **s._asdict())
-    # A small model mixes up the characters unless both appear in the question or the first paragraph.
-    if not question or not {s.b.name, s.b.kind} & {*re.findall(r"\w+", question + s.text.split("\n")[0])}:
+    template = world.expand(rng, rng.choice(world.lines(f"ask story {section}")), split)
+    s = story(rng, split, world, foreign=0.15, given=re.findall(r"{(b|p|topic)\b", template))
+    question = ask(rng, split, world, template, **s._asdict())
+    if not question:
         return []
     section = rng.choice(world.groups["told"])
     follow_up = section_exchange(rng, split, world, section, **s._asdict()) if rng.random() < 0.4 else []
     return [(question, s.text), *follow_up]
 
 
-def _fact(rng, split, world):
-    f = fact(rng, split, world)
-    return [(f.question, f.answer)]
+def _two_attributes(rng, split, world, a):
+    """(question, reply) about two attributes of a character."""
+    (first, question, _), (second, _, more) = rng.sample(world.table("clause"), 2)
+    reply = " ".join(world.statement(attribute, a)[1] for attribute in (first, second))
+    return (first != second) and ask(rng, split, world, f"{question} and {more}?", a=a), reply
 
 
-def _about(rng, split, world):
-    """A request to describe a character or a place."""
-    kind, subjects = rng.choice((("character", world.characters), ("place", world.places)))
-    subject = rng.choice(subjects)
-    question = ask(rng, split, world, rng.choice(world.lines(f"ask {kind}")), a=subject, p=subject)
-    return [(question, describe(rng, world, subject, rng.randint(3, 5)))] if question else []
+def _two_characters(rng, split, world, a):
+    """(question, reply) about an attribute of two characters: what it is, or whether it is the same."""
+    attribute, *questions = rng.choice(world.table("same"))
+    b = rng.choice([c for c in world.characters if c is not a])
+    first, second = (world.statement(attribute, c)[1] for c in (a, b))
+    return ask(rng, split, world, rng.choice(questions), a=a, b=b), f"{first.removesuffix('.')}, and {second}"
 
 
 def _first_question(rng, split, world, a):
-    """(question, reply, attribute) about a character: open, yes-or-no, a choice of two, or about the best friend."""
-    forms = ("ask", "ask", "ask", "check", "check", "check", "which", "which who", "friend of")
+    """
+    (question, reply, attribute) about a character: open, yes-or-no, a choice of two, or about the best friend.
+
+    The reply to all of them is the fact itself. A small model does not learn to compare it with what the question says:
+    after 7 million tokens "so yes" or "so no" was right in 45 % of the cases.
+    """
+    forms = ("ask", "ask", "ask", "check", "check", "check", "which", "which who", "friend of", "two", "same")
     form, attribute = rng.choice(forms), rng.choice(ATTRIBUTES)
+    if form in ("two", "same"):
+        question, reply = (_two_attributes if form == "two" else _two_characters)(rng, split, world, a)
+        return question, reply, None
     if form == "ask":
         template = rng.choice(world.lines(f"ask {attribute}"))
     else:
         attribute, template = rng.choice(world.table(form))
     others = [c for c in world.characters if getattr(c, attribute) != getattr(a, attribute) and c is not a.friend]
     pair = rng.sample((a, rng.choice(others)), 2)  # the random order balances the answers
-    question, reply = ask(rng, split, world, template, a=a, o=pair[0], u=pair[1]), world.statement(attribute, a)[1]
-    if form == "check":
-        reply = f"{reply.removesuffix('.')}, so {'yes' if pair[0] is a else 'no'}."
+    question = ask(rng, split, world, template, a=a, o=pair[0], u=pair[1])
+    reply = world.statement("job" if attribute == "work" else attribute, a)[1]
     if form == "friend of":
         return question, f"{world.statement('friend', a)[1]} {world.statement(attribute, a.friend)[1]}", None
     return question, reply, attribute if form == "ask" else ""
@@ -86,10 +95,8 @@ def _place(rng, split, world):
     """Up to four exchanges about a place; later questions say "there"."""
     p, exchanges = rng.choice(world.places), []
     for _ in range(rng.choice((2, 3, 4))):
-        attribute = rng.choice(("landmark", "famous", "near", "resident", "about"))
-        template = rng.choice(world.lines(f"ask {attribute}"))
-        if exchanges:
-            attribute, template = rng.choice(world.table("follow place"))
+        attribute, template = rng.choice(world.table("follow place"))
+        template = template if exchanges else rng.choice(world.lines(f"ask {attribute}"))
         if question := ask(rng, split, world, template, p=p):
             exchanges.append((question, world.statement(attribute, p)[1]))
     return exchanges
@@ -110,9 +117,9 @@ def _sum(rng, split, world):
 
 
 # Topic -> (weight, function). Without a function, it stands for the sections whose names begin with it.
-TOPICS = {"fact": (20, _fact), "character": (20, character_exchanges), "place": (3, _place), "about": (3, _about)}
-TOPICS |= {"sum": (6, _sum), "comparison": (3, comparison), "story": (7, story_exchanges)}
-TOPICS |= {"self": (16, None), "unknown": (12, None), "talk": (21, None)}
+TOPICS = {"fact": (20, lambda *args: [fact(*args)[2:4]]), "character": (20, character_exchanges), "place": (3, _place)}
+TOPICS |= {"sum": (6, _sum), "comparison": (1, comparison), "story": (7, story_exchanges)}
+TOPICS |= {"introduce": (4, None), "self": (20, None), "unknown": (14, None), "talk": (28, None)}
 
 
 def draw_exchanges(rng, split, world, topics=TOPICS):

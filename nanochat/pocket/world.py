@@ -114,6 +114,7 @@ class Character(Person):
         self.kind, self.home, self.wears, self.food, self.job = kind, home, wears, food, job
         self.hobby, self.fear, self.thing, self.friend = hobby, fear, thing, friend
         self.color, self.garment = wears.split()
+        self.sex = {"he": "boy", "she": "girl"}[he]
         for noun in ("kind", "wears", "garment", "job", "thing"):
             setattr(self, f"a_{noun}", an(getattr(self, noun)))
         self.Food = food.capitalize()
@@ -151,7 +152,9 @@ class World:
         *most, last = places
         self.topics = [topics for _, *topics in self.table("story topics")]  # of each plot
         self.place_names = f"{', '.join(most)} and {last}"
-        for c in characters.values():  # answers of several names
+        work = {job: phrases for job, *phrases in self.table("work")}
+        for c in characters.values():
+            c.works, c.work = work.get(c.job, (f"works as {c.a_job}", f"work as {c.a_job}"))
             c.neighbor = next(other for other in c.place.residents if other is not c)
             *names, last = (other.name for other in characters.values() if other.fear == c.fear)
             c.afraid = f"{', '.join(names)} and {last} are" if names else f"Only {last} is"
