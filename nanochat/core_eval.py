@@ -49,8 +49,8 @@ class CoreScore:
 
     @property
     def core(self):
-        """Mean of the centered accuracies; with all tasks of the bundle this is CORE."""
-        return sum(self.centered.values()) / len(self.centered)
+        """Mean of the centered accuracies; with all tasks of the bundle this is CORE. Rounded, as 0 may be 3e-17."""
+        return round(sum(self.centered.values()) / len(self.centered), 12)
 
 
 def evaluate_core(model, tokenizer, compute, max_per_task=-1, tasks=None, progress=lambda *_: None, pass_tokens=None):
