@@ -120,6 +120,13 @@ def test_every_split_has_conversations_about_all_topics(split, world):
         assert 1 <= len(exchanges) <= 12 and all(question and reply for question, reply in exchanges)
 
 
+def test_replies_take_their_facts_from_the_world_file(world):
+    names = "|".join(c.name for c in world.characters + world.places)
+    replies = [line for section in world.sections for line in world.lines(section) if line.startswith("! ")]
+    assert len(replies) > 100
+    assert not [r for r in replies if re.search(rf"\b({names})\b", re.sub(r"\{.*?\}", "", r))]
+
+
 def test_only_a_name_that_was_told_is_remembered(world):
     remembered = 0
     for seed in range(600):

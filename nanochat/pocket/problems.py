@@ -229,7 +229,7 @@ def letter_problem(rng, split, words, absent=0.1, blended=0.0):
     """
     A random (word, letter) pair of `split`. With the probability 1 - `absent` the word contains the letter.
 
-    `blended`: share of the words for training that are made up of two, so that a model learns to spell and not words.
+    `blended`: share of the words for training that are made up of two, so that a model learns to spell, not a list.
     """
     while True:
         word = rng.choice(words)

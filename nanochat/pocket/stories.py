@@ -11,7 +11,7 @@ Story = namedtuple("Story", "text a b p topic")
 
 
 def hero(rng, split, world):
-    """A main character from outside of the pocket world, such as a dragon named Tom, with the traits of its first."""
+    """A main character from outside of the pocket world, such as a dragon named Tom, living like the first animal."""
     character, person = copy(world.characters[0]), stranger(rng, world, split)
     Person.__init__(character, person.name, person.he)
     character.kind = rng.choice(world.entries_of("heroes", split))
@@ -19,22 +19,23 @@ def hero(rng, split, world):
     return character
 
 
-def story(rng, split, world, title=False, foreign=0.0, given=("b", "p", "topic")):
+def story(rng, split, world, title=False, foreign=0.0, requested=("b", "p", "topic")):
     """
     A random Story. The combination of plot, characters and place belongs to `split`.
 
-    With the probability `foreign`, the main character is no animal of the pocket world (see `hero`). `given`: which of
-    b, p and topic are random. A small model learns little from what it cannot foresee, so the others are what they
-    usually are: the best friend of `a`, the place next to its home, and the plot's own topic.
+    With the probability `foreign`, the main character is no animal of the pocket world (see `hero`).
+    `requested`: those of b, p and topic that a request names; they are random. The others follow from `a` and the plot,
+    since a small model learns little from what it cannot foresee: its best friend, the place next to its home, and a
+    plot with a topic of its own.
     """
-    plots = [plot for plot in world.sections["plot"] if "topic" in given or "{topic}" not in "".join(plot)]
+    plots = [plot for plot in world.sections["plot"] if "topic" in requested or "{topic}" not in "".join(plot)]
     while True:
         plot = rng.choice(plots)
         a, b = rng.sample(world.characters, 2)
         a = hero(rng, split, world) if rng.random() < foreign else a
-        b = b if "b" in given else a.friend
-        p = rng.choice(world.places) if "p" in given else a.place.near
-        fits = ("p" not in given or p not in (a.place, b.place)) and b.kind != a.kind
+        b = b if "b" in requested else a.friend
+        p = rng.choice(world.places) if "p" in requested else a.place.near
+        fits = "p" not in requested or p not in (a.place, b.place)
         if fits and split_of("story", plot[0], a, b, p) == split:
             break
     topic = world.expand(rng, rng.choice(world.topics[world.sections["plot"].index(plot)]), split)

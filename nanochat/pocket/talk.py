@@ -17,7 +17,7 @@ def section_exchange(rng, split, world, section, **slots):
     """An exchange from a section with lines "? question" and "! reply"."""
     questions, replies = ([line[2:] for line in world.lines(section) if line[0] == mark] for mark in "?!")
     (a, b), p, n = rng.sample(world.characters, 2), rng.choice(world.places), stranger(rng, world, split)
-    slots = dict(a=a, b=b, p=p, n=n, places=world.place_names) | slots
+    slots = {c.name: c for c in world.characters} | dict(a=a, b=b, p=p, n=n, places=world.place_names) | slots
     question = ask(rng, split, world, rng.choice(questions), **slots)
     return [(question, fill(rng, world.expand(rng, rng.choice(replies)), **slots))] if question else []
 
@@ -26,7 +26,7 @@ def story_exchanges(rng, split, world):
     """A request for a story, the story, and in some cases a question about it."""
     section = rng.choice(("none", "one", "two", "two", "kinds"))
     template = world.expand(rng, rng.choice(world.lines(f"ask story {section}")), split)
-    s = story(rng, split, world, foreign=0.15, given=re.findall(r"{(b|p|topic)\b", template))
+    s = story(rng, split, world, foreign=0.15, requested=re.findall(r"{(b|p|topic)\b", template))
     question = ask(rng, split, world, template, **s._asdict())
     if not question:
         return []
@@ -36,10 +36,10 @@ def story_exchanges(rng, split, world):
 
 
 def _two_attributes(rng, split, world, a):
-    """(question, reply) about two attributes of a character."""
+    """(question, reply) about two attributes of a character. No question if both are the same."""
     (first, question, _), (second, _, more) = rng.sample(world.table("clause"), 2)
     reply = " ".join(world.statement(attribute, a)[1] for attribute in (first, second))
-    return (first != second) and ask(rng, split, world, f"{question} and {more}?", a=a), reply
+    return first != second and ask(rng, split, world, f"{question} and {more}?", a=a), reply
 
 
 def _two_characters(rng, split, world, a):
@@ -52,10 +52,10 @@ def _two_characters(rng, split, world, a):
 
 def _first_question(rng, split, world, a):
     """
-    (question, reply, attribute) about a character: open, yes-or-no, a choice of two, or about the best friend.
+    (question, reply, attribute): open, yes or no, a choice of two, or about a friend, two attributes, two characters.
 
-    The reply to all of them is the fact itself. A small model does not learn to compare it with what the question says:
-    after 7 million tokens "so yes" or "so no" was right in 45 % of the cases.
+    The reply to a yes-or-no question is the fact itself. A small model does not learn to compare the two: after 7
+    million tokens of training, "so yes" or "so no" was right in 45 % of the cases.
     """
     forms = ("ask", "ask", "ask", "check", "check", "check", "which", "which who", "friend of", "two", "same")
     form, attribute = rng.choice(forms), rng.choice(ATTRIBUTES)

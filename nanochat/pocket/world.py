@@ -153,7 +153,7 @@ class World:
         self.topics = [topics for _, *topics in self.table("story topics")]  # of each plot
         self.place_names = f"{', '.join(most)} and {last}"
         work = {job: phrases for job, *phrases in self.table("work")}
-        for c in characters.values():
+        for c in characters.values():  # what the job is about, and answers of several names
             c.works, c.work = work.get(c.job, (f"works as {c.a_job}", f"work as {c.a_job}"))
             c.neighbor = next(other for other in c.place.residents if other is not c)
             *names, last = (other.name for other in characters.values() if other.fear == c.fear)
