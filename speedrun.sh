@@ -44,8 +44,8 @@ pocket() {
     stage "SFT evaluation" 20 report/chat-evaluation-sft.md "chatsft_checkpoints/d4 tokenizer $world" \
         python -m scripts.chat_eval -i sft -g d4 -a "$tasks|PocketHardSums" --max_new_tokens=320
     stage "reinforcement learning" 80 chatrl_checkpoints/d4 "chatsft_checkpoints/d4 tokenizer $world" \
-        python -m scripts.chat_rl "$run" --resume=1 --model_tag=d4 --num_iterations=30 --init_lr_frac=0.07 \
-        --eval_every=30 --eval_examples=64 --save_every=20 --keep=2
+        python -m scripts.chat_rl "$run" --resume=1 --model_tag=d4 --num_iterations=30 --eval_every=30 \
+        --eval_examples=64 --save_every=20 --keep=2
     stage "RL evaluation" 20 report/chat-evaluation-rl.md "chatrl_checkpoints/d4 tokenizer $world" \
         python -m scripts.chat_eval -i rl -g d4 -a "$tasks|PocketHardSums" --max_new_tokens=320
     stage "report" 5 report/report.md "report/*.json" python -m nanochat.report generate

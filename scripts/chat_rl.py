@@ -30,7 +30,7 @@ def build_parser():
     add("--max_rows", type=int, default=256, help="answers generated at once, per device")
     add("--num_epochs", type=int, default=1, help="passes over the task's problems")
     add("--num_iterations", type=int, default=-1, help="optimizer steps; -1 = from --num_epochs")
-    lr_help = "initial learning rates, as a multiple of the flags; fall to 0 (default 0.05, pocket corpus 0.15)"
+    lr_help = "initial learning rates, as a multiple of the flags; fall to 0 (default 0.05, pocket corpus 0.07)"
     add("--init_lr_frac", type=non_negative, help=lr_help)
     add("--eval_every", type=int, default=60, help="steps between evaluations; -1 = never")
     add("--eval_examples", type=int, default=400, help="held-out problems per evaluation")
@@ -80,7 +80,7 @@ def main(argv=None):
     model, tokenizer, source_meta = load_model(args.source, compute, "train", args.model_tag, args.step)
     corpus = source_meta["corpus"]
     if args.init_lr_frac is None:
-        args.init_lr_frac = {"public": 0.05, "pocket": 0.15}[corpus]
+        args.init_lr_frac = {"public": 0.05, "pocket": 0.07}[corpus]
     args.task, train_task, eval_task = load_task(args.task, corpus)
     num_steps = train.epoch_steps(args, train_task, args.examples_per_step)
     origins = made_from(source_meta, tokenizer, train_task)
