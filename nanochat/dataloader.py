@@ -22,7 +22,7 @@ from nanochat.common import print0, require
 from nanochat.dataset import read_row_group
 
 SHARD_BLOCK = 128  # documents per block
-TASK_BLOCK = 16  # conversations per block
+TASK_BLOCK = 128  # conversations per block: packed, 1 % of the tokens are padding
 SHUFFLED_TOKENS = 2**17  # of a lane's buffer: about a block, so its rows come from a hundred documents
 CACHED_ROW_GROUPS = 32  # decoded row groups in memory; the lanes read blocks that are close to each other
 
@@ -152,7 +152,11 @@ class Lane:
         """(ids, targets) of the current block: two streams of tokens, or two arrays of packed rows (N, T + 1)."""
         if self._data is None:
             docs = self.source.read(self.blocks(self.epoch)[self.block])
-            self._data = pack_best_fit(*docs, self.T) if self.packing == "bos" else [_concat(part) for part in docs]
+            if self.packing == "bos":  # in random order, or else all lanes would begin with their longest documents
+                rows, seed = pack_best_fit(*docs, self.T), (self.source.seed, self.index, self.epoch, self.block)
+                self._data = [part[np.random.default_rng(seed).permutation(len(part))] for part in rows]
+            else:
+                self._data = [_concat(part) for part in docs]
         return self._data
 
     def _next_block(self):

@@ -90,7 +90,7 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         q = norm(rotate(self.c_q(x).view(B, T, self.n_head, self.head_dim), cos, sin)).transpose(1, 2)
         k, v = self.keys_and_values(x, cos, sin)
-        causal = mask is None and (kv_cache is None or T > 1)
+        causal = kv_cache is None or mask is None and T > 1
         if kv_cache is not None:
             cached = kv_cache.insert(self.layer, k, v)
             if not causal:
@@ -124,6 +124,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.document_start = None  # id of a document's first token; if set, documents of a row do not see each other
         self.grad_checkpoint = False  # recompute blocks in the backward pass: less memory, a third slower
         self.block_forward, self.chunk_loss = Block.forward, ops.capped_cross_entropy_  # until compile()
         self._rotary = None  # (cos, sin), each (positions, head_dim / 2); grows on demand
@@ -228,26 +229,27 @@ class GPT(nn.Module):
         `fill_only` writes keys and values to the cache, skips the rest of the last layer, and returns None.
         """
         T = idx.size(1)
-        if kv_cache is None:
-            # Copies, since a compiled graph would depend on the length of the table that a view belongs to.
-            mask, (cos, sin) = None, (t[:T, None].clone() for t in self.rotary(T))
-        else:
-            positions, mask = kv_cache.begin(T)
-            cos, sin = (t[positions][:, :, None] for t in self.rotary(kv_cache.max_position(T)))
         x = self.transformer.wte(idx)
         if torch.is_autocast_enabled(x.device.type):  # casts the residual stream too; norms then read half the bytes
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = norm(x)
+        if kv_cache is None:
+            # Copies, since a compiled graph would depend on the length of the table that a view belongs to.
+            cos, sin = (t[:T, None].clone() for t in self.rotary(T))
+            mask = None if self.document_start is None else ops.document_mask(idx == self.document_start, x.dtype)
+        else:
+            positions, mask = kv_cache.begin(T)
+            cos, sin = (t[positions][:, :, None] for t in self.rotary(kv_cache.max_position(T)))
         for block in self.transformer.h:
             if fill_only and block is self.transformer.h[-1]:
                 kv_cache.insert(block.attn.layer, *block.attn.keys_and_values(norm(x), cos, sin))
             elif kv_cache is not None:
                 x = block(x, cos, sin, kv_cache, mask)
             elif self.grad_checkpoint and torch.is_grad_enabled():
-                args = block, x, cos, sin, None, None
+                args = block, x, cos, sin, None, mask
                 x = torch.utils.checkpoint.checkpoint(self.block_forward, *args, use_reentrant=False)
             else:
-                x = self.block_forward(block, x, cos, sin, None, None)
+                x = self.block_forward(block, x, cos, sin, None, mask)
         if kv_cache is not None:
             kv_cache.advance(T)
         return None if fill_only else norm(x)

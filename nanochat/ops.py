@@ -23,14 +23,23 @@ def attention(q, k, v, mask=None, causal=False):
     """
     Scaled dot-product attention. q (B, Hq, Tq, D); k, v (B, Hkv, Tk, D); returns (B, Hq, Tq, D).
 
-    mask: bool, broadcastable to (B, Hq, Tq, Tk), True = attend. `causal` requires Tq == Tk and no mask.
+    mask: broadcastable to (B, Hq, Tq, Tk): bool, True = attend, or added to the scores. `causal` requires Tq == Tk, and
+    a mask that is causal too.
     """
     if causal and on_cpu(q):
-        return causal_attention(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
+        return causal_attention(q, k, v, mask)
+    causal, grouped = causal and mask is None, q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
 
 
-def causal_attention(q, k, v):
+def document_mask(starts, dtype):
+    """Causal mask (B, 1, T, T): 0 within a document, else -inf. `starts` (B, T): True at a document's first token."""
+    document = starts.cumsum(1)
+    visible = (document[:, :, None] == document[:, None]).tril()
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)[:, None]
+
+
+def causal_attention(q, k, v, mask=None):
     """
     Causal attention on a CPU; shapes as in attention(). Blocks of queries skip all later keys.
 
@@ -40,20 +49,23 @@ def causal_attention(q, k, v):
     if groups > 1:
         k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
     rows = (t.flatten(0, 1) for t in (q, k, v))  # contiguous, or else every matrix product would copy them
-    return CausalAttention.apply(scale, *rows).unflatten(0, q.shape[:2])
+    return CausalAttention.apply(scale, mask, *rows).unflatten(0, q.shape[:2])
 
 
 class CausalAttention(torch.autograd.Function):
-    """Causal attention of q, k, v (N, T, D), where N counts the heads of all rows."""
+    """Causal attention of q, k, v (N, T, D), where N counts the heads of all rows; `mask` (B, 1, T, T) or None."""
 
     @staticmethod
-    def forward(ctx, scale, q, k, v):
+    def forward(ctx, scale, mask, q, k, v):
         T, q, out, probabilities = q.size(1), q * scale, [], []
         future = torch.full((QUERY_BLOCK, QUERY_BLOCK), -torch.inf, dtype=q.dtype).triu(1)
         for start in range(0, T, QUERY_BLOCK):
             end = min(start + QUERY_BLOCK, T)
             scores = q[:, start:end] @ k[:, :end].mT
-            scores[..., start:] += future[: end - start, : end - start]
+            if mask is None:
+                scores[..., start:] += future[: end - start, : end - start]
+            else:
+                scores.unflatten(0, (len(mask), -1)).add_(mask[:, :, start:end, :end])
             probabilities.append(scores.softmax(-1))
             out.append(probabilities[-1] @ v[:, :end])
         ctx.scale = scale
@@ -77,7 +89,7 @@ class CausalAttention(torch.autograd.Function):
                 grad_k[:, :end] += block_k
                 grad_v[:, :end] += block_v
             grad_q.append(grad_scores @ k[:, :end])
-        return None, torch.cat(grad_q[::-1], dim=1).mul_(ctx.scale), grad_k, grad_v
+        return None, None, torch.cat(grad_q[::-1], dim=1).mul_(ctx.scale), grad_k, grad_v
 
 
 def compiler_problem(device):

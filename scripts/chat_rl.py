@@ -30,8 +30,7 @@ def build_parser():
     add("--max_rows", type=int, default=256, help="answers generated at once, per device")
     add("--num_epochs", type=int, default=1, help="passes over the task's problems")
     add("--num_iterations", type=int, default=-1, help="optimizer steps; -1 = from --num_epochs")
-    lr_help = "initial learning rates, as a multiple of the flags; fall to 0 (default 0.05, pocket corpus 0.07)"
-    add("--init_lr_frac", type=non_negative, help=lr_help)
+    add("--init_lr_frac", type=non_negative, default=0.05, help="initial learning rates, as a multiple of the flags")
     add("--eval_every", type=int, default=60, help="steps between evaluations; -1 = never")
     add("--eval_examples", type=int, default=400, help="held-out problems per evaluation")
     add("--eval_samples", type=int, default=8, help="answers per held-out problem")
@@ -47,8 +46,7 @@ def load_task(name, corpus):
     choices = ", ".join(name for name, task in EVAL_TASKS.items() if task.trainable)
     require(task.trainable, f"--task={name}: choose one of {choices}, or your own as file.py:Class")
     train_task, eval_task = task.make("train", corpus=corpus), task.make(corpus=corpus)
-    letters = f"--task={name} is scored by the logits of letters; RL needs a task with generated answers"
-    require(train_task.eval_type == "generative", letters)
+    require(train_task.eval_type == "generative", f"--task={name} has letters as answers; RL needs a task with texts")
     with task_errors(name):
         require(len(train_task), "no problems to train on")
         if train_task.fingerprint() == eval_task.fingerprint():
@@ -68,8 +66,7 @@ def main(argv=None):
     args = parse_args(build_parser(), argv)
     for name in "device_batch_size examples_per_step max_new_tokens max_rows eval_examples eval_samples".split():
         require(getattr(args, name) >= 1, f"--{name}={getattr(args, name)}: expected at least 1")
-    need = "need at least 2 answers, to compare their rewards"
-    require(args.num_samples >= 2, f"--num_samples={args.num_samples}: {need}")
+    require(args.num_samples >= 2, f"--num_samples={args.num_samples}: need at least 2 answers, to compare rewards")
     distribution = "--temperature other than 1 and --top_k would sample from another distribution than the loss assumes"
     require(args.temperature == 1 and not args.top_k, f"{distribution}; leave them out")
     from nanochat import chat_eval, rl, schedule, tracking, train
@@ -79,8 +76,6 @@ def main(argv=None):
     compute = compute_init(args.device_type, args.dtype, args.seed, args.dist_timeout)
     model, tokenizer, source_meta = load_model(args.source, compute, "train", args.model_tag, args.step)
     corpus = source_meta["corpus"]
-    if args.init_lr_frac is None:
-        args.init_lr_frac = {"public": 0.05, "pocket": 0.07}[corpus]
     args.task, train_task, eval_task = load_task(args.task, corpus)
     num_steps = train.epoch_steps(args, train_task, args.examples_per_step)
     origins = made_from(source_meta, tokenizer, train_task)

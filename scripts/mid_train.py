@@ -24,6 +24,7 @@ def build_parser():
     add("--max_seq_len", type=int, default=-1, help="context in tokens; -1 = the base model's; more extends it")
     add("--total_batch_size", type=int, default=524288, help="tokens per step, over all devices")
     add("--packing", default="stream", choices=("stream", "bos"), help="bos = rows start at conversations")
+    add("--document_mask", **FLAG, help="mask the conversations of a row from each other")
     add("--train_on", default="all", choices=("all", "assistant"), help="tokens to train on")
     add("--init_lr_frac", type=non_negative, default=1.0, help="initial learning rates, as a multiple of the flags")
     add("--warmdown_ratio", type=share, help="learning rate decay, as a share of the steps")
@@ -59,6 +60,7 @@ def main(argv=None):
     if stage.finished:
         return
     model.grad_checkpoint = args.grad_checkpoint
+    model.document_start = tokenizer.get_bos_token_id() if args.document_mask else None
     base_batch_size = base_meta["user_config"].get("device_batch_size", args.device_batch_size)
     if args.device_batch_size > base_batch_size:
         print0(f"warning: --device_batch_size={args.device_batch_size}, in pretraining it was {base_batch_size}")

@@ -103,10 +103,9 @@ class PocketChat(GeneratedTask):
     topics = TOPICS
 
     def make(self, rng):
-        messages = []
-        for question, reply in conversation(rng, self.split, load_world(), self.topics):
-            messages += user_and_assistant(question, split_calls(reply) if "<<" in reply else reply)["messages"]
-        return {"messages": messages}
+        exchanges = conversation(rng, self.split, load_world(), self.topics)
+        parts = (user_and_assistant(text, split_calls(reply) if "<<" in reply else reply) for text, reply in exchanges)
+        return {"messages": [message for part in parts for message in part["messages"]]}
 
 
 class WorldChat(PocketChat):

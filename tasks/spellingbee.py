@@ -15,8 +15,7 @@ from nanochat.pocket.world import load_world, read_sections, split_of
 from tasks.common import GeneratedTask, fetch_once, user_and_assistant
 from tasks.gsm8k import FinalNumberTask, split_calls
 
-ORDINALS = [("first", "1st"), ("second", "2nd"), ("third", "3rd"), ("fourth", "4th"), ("fifth", "5th")]
-ORDINALS += [("sixth", "6th"), ("seventh", "7th"), ("eighth", "8th")]
+ORDINALS = "first/1st second/2nd third/3rd fourth/4th fifth/5th sixth/6th seventh/7th eighth/8th".split()
 WORDS_URL = "dwyl/english-words/refs/heads/master/words_alpha.txt"
 
 
@@ -89,8 +88,8 @@ class PocketLetters(GeneratedTask):
             answer, *templates = rng.choice(_sections()["letters"])
             templates += question_templates("count", "pocket") if "####" in answer else []
             word, letter = letter_problem(rng, self.split, world.words, 0.5 if "{yes}" in answer else 0.1, blended=0.4)
-            k = rng.randint(1, min(8, len(word)))
-            quote, ordinal = rng.choice(("", "", "'", '"')), rng.choice(ORDINALS[k - 1])
+            k = rng.randint(1, min(len(ORDINALS), len(word)))
+            quote, ordinal = rng.choice(("", "", "'", '"')), rng.choice(ORDINALS[k - 1].split("/"))
             slots = dict(w=f"{quote}{word}{quote}", l=rng.choice((letter, letter, f"'{letter}'", letter.upper())))
             question = ask(rng, self.split, world, rng.choice(templates), k=ordinal, **slots)
         # The answer repeats the word as the question writes it, because a small model learns exact copies first.

@@ -21,6 +21,31 @@ def small_model(n_kv_head=4, vocab_size=100, n_layer=3):
 
 
 @pytest.mark.parametrize("n_kv_head", [4, 2])
+@pytest.mark.parametrize("block", [256, 8])
+def test_masked_documents_of_a_row_have_the_losses_and_gradients_of_rows_of_their_own(n_kv_head, block, monkeypatch):
+    monkeypatch.setattr(ops, "QUERY_BLOCK", block)
+    model, start = small_model(n_kv_head), 0
+    first, *others = (torch.cat((torch.tensor([start]), torch.randint(1, 100, (n,)))) for n in (5, 12, 1, 8))
+    row, alone = torch.cat((first[2:], *others))[None], []  # the row begins in the middle of a document
+
+    def gradients(loss):
+        model.zero_grad()
+        loss.backward()
+        return [p.grad for p in model.parameters()]
+
+    for ids in (first[2:], *others):
+        alone.append(model(ids[None], ids[None].roll(-1), loss_reduction="none")[0, :-1])
+    expected = torch.cat(alone)
+    keep = torch.cat([torch.arange(len(ids)) < len(ids) - 1 for ids in (first[2:], *others)])
+    model.document_start = start
+    losses = model(row, row.roll(-1), loss_reduction="none")[0, keep]
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(gradients(losses.sum()), gradients(expected.sum()), rtol=1e-4, atol=1e-4)
+    model.document_start = None
+    assert (model(row, row.roll(-1), loss_reduction="none")[0, keep] - expected)[4:].abs().max() > 0.01
+
+
+@pytest.mark.parametrize("n_kv_head", [4, 2])
 @pytest.mark.parametrize("use_cache", [False, True])
 def test_logits_equal_transformers(n_kv_head, use_cache):
     model = small_model(n_kv_head)

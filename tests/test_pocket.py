@@ -225,7 +225,10 @@ def test_sums_are_correct_and_use_only_numbers_of_their_question(world, hard):
 
 def test_comparisons_are_correct(world):
     for question, answer in itertools.chain(*draws(lambda r, s: comparison(r, s, world), "train", n=300)):
-        one, size, two = re.match(r"(\d+) is (more|less) than (\d+)", answer).groups()
+        left, right, difference, one, size, two = re.match(
+            r"The difference is <<(\d+)-(\d+)=(-?\d+)>>\3\. So (\d+) is (more|less) than (\d+)", answer
+        ).groups()
+        assert int(left) - int(right) == int(difference) and {left, right} == {one, two}
         assert (int(one) > int(two)) == (size == "more") and {one, two} == set(re.findall(r"\d+", question))
 
 

@@ -41,9 +41,9 @@ FLAGS = {
     "scripts.chat_sft": f"{MACHINE} {RATES} source=mid model_tag=None step=None dtype= device_batch_size=4 "
     "num_epochs=1 num_iterations=-1 target_examples_per_step=32 init_lr_frac=0.02 eval_every=100 eval_steps=100 "
     "eval_metrics_every=200 eval_metrics_max_problems=1024",
-    # top_k=50 in the reference, whose loss assumes samples without it. init_lr_frac=None is 0.05 on the public corpus.
+    # top_k=50 in the reference, whose loss assumes samples without it.
     "scripts.chat_rl": f"{MACHINE} {RATES} source=sft model_tag=None step=None dtype= device_batch_size=8 "
-    "examples_per_step=16 num_samples=16 max_new_tokens=256 temperature=1.0 top_k=0 init_lr_frac=None num_epochs=1 "
+    "examples_per_step=16 num_samples=16 max_new_tokens=256 temperature=1.0 top_k=0 init_lr_frac=0.05 num_epochs=1 "
     "save_every=60 eval_every=60 eval_examples=400",
     # source= is the newest stage that exists; required or sft in the reference.
     "scripts.chat_eval": f"{MODEL} source= dtype= task_name=None temperature=0.0 max_new_tokens=512 num_samples=1 "

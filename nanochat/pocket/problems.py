@@ -59,8 +59,8 @@ def ask(rng, split, world, template, **slots):
         return None
     typed = next((text for _ in range(9) if wording_split(text := informal(rng, plain)) == split), plain)
     question = " ".join(fill(rng, typed, **slots).split())
-    question = re.sub(r"(?:^|(?<=[.?!] ))[a-z]", lambda m: m[0].upper(), question)  # "my brother" may come first
-    question = careless(rng, question)
+    # "my brother" may come first.
+    question = careless(rng, re.sub(r"(?:^|(?<=[.?!] ))[a-z]", lambda m: m[0].upper(), question))
     return None if wording(question) in people_wordings() else question
 
 
@@ -162,8 +162,14 @@ def sum_template(rng, world):
     return " ".join([*sentences, "<scene question>" if scene else f"<how many{last}>"]), steps
 
 
-def draw_numbers(rng, steps, hard):
-    """({variable: number}, [(left, operator, right, result)]) of a problem; None if a result is no integer above 0."""
+def draw_numbers(rng, split, steps, hard, template):
+    """
+    ({variable: number}, [(left, operator, right, result)]) of a problem.
+
+    None if a result is no integer above 0, or if the calculation belongs to another split, by a hash of its numbers.
+    Sums and products begin with an earlier result, or with the number that comes first in the template: a reply that
+    cannot be foreseen is learned badly.
+    """
     # Hard problems include small numbers: training on large numbers only would hurt accuracy on small ones.
     top = rng.choice((99, 999, 9999, 9999) if hard else (9, 20, 20, 99, 99, 99, 999, 999, 9999))
     factor, small = (min(top, 999), 99) if hard else (min(top, 99), 12)
@@ -174,18 +180,16 @@ def draw_numbers(rng, steps, hard):
         numbers[variable] = rng.randint(2, limit)
     for step in steps:
         left, operator, right = re.fullmatch(r"(\S+?)([-+*/])(\S+)", step).groups()
+        if operator in "+*":
+            left, right = sorted((left, right), key=lambda text: (text[0] != "@", template.find(text) % 2**32))
         values = numbers | {"@": results[-1][-1] if results else None, "@@": results[-2][-1] if results[1:] else None}
         left, right = (values[t] if (t := text.strip("{}")) in values else int(t) for text in (left, right))
         result = apply_operator(left, operator, right)
         if result is None or not 1 <= result <= 99999:
             return None
         results.append((left, operator, right, result))
-    return numbers, results
-
-
-def _sum_split(calls):
-    """The split of a calculation, by its numbers."""
-    return split_of("sum", calls[0][0], *(f"{operator}{right}" for _, operator, right, _ in calls))
+    key = results[0][0], *(f"{operator}{right}" for _, operator, right, _ in results)
+    return (numbers, results) if split_of("sum", *key) == split else None
 
 
 def arithmetic_problem(rng, split, world, hard=False):
@@ -199,9 +203,10 @@ def arithmetic_problem(rng, split, world, hard=False):
     while not question:
         template, steps = sum_template(rng, world)
         template = world.expand(rng, template, split)
-        draws = (draw_numbers(rng, steps, hard) for _ in range(500 if wording_split(template) == split else 0))
-        if drawn := next((d for d in draws if d and _sum_split(d[1]) == split), None):
-            numbers, calls = drawn
+        tries = 500 if wording_split(template) == split else 0
+        draws = (draw_numbers(rng, split, steps, hard, template) for _ in range(tries))
+        numbers, calls = next(filter(None, draws), (None, None))
+        if numbers:
             in_words = rng.random() < 0.2 and not re.search(r"[a-z]\{|\}[a-z]", template)  # not "80g" or "3x4"
             slots = {v: NUMBER_WORDS[n - 2] if in_words and n <= 12 else n for v, n in numbers.items()}
             slots |= _owners(rng, world, split)
@@ -213,15 +218,19 @@ def arithmetic_problem(rng, split, world, hard=False):
 
 
 def comparison(rng, split, world):
-    """[(question, reply)]: who has more, or which number is larger. [] if the wording belongs to another split."""
+    """
+    [(question, reply)]: who has more, or which number is larger. [] if the wording belongs to another split.
+
+    The sign of the difference decides: a small model copies numbers well, but does not learn to compare them.
+    """
     template, verdict = rng.choice(world.lines("compare")).split(" => ")
     x, y = rng.sample(range(2, rng.choice((12, 100, 1000))), 2)
     slots = _owners(rng, world, split) | dict(x=x, y=y, i=rng.choice(world.entries_of("things", split)))
     question = ask(rng, split, world, template, **slots)
-    pick, size = (max, "more") if verdict in ("more", "bigger") else (min, "less")
-    winner = pick(x, y)
+    winner, size = (max(x, y), "more") if verdict in ("more", "bigger") else (min(x, y), "less")
     owner = re.sub(r"\b(my|our)\b", "your", re.sub(r"^(I|we)$", "you", str(slots["a" if winner == x else "b"])))
-    reply = f"{winner} is {size} than {x + y - winner}" + (f", so the answer is {owner}." if verdict == size else ".")
+    reply = f"The difference is <<{x}-{y}={x - y}>>{x - y}. So {winner} is {size} than {x + y - winner}"
+    reply += f", and the answer is {owner}." if verdict == size else "."
     return [(question, reply)] if question else []
 
 

@@ -117,9 +117,9 @@ def _sum(rng, split, world):
 
 
 # Topic -> (weight, function). Without a function, it stands for the sections whose names begin with it.
-TOPICS = {"fact": (20, lambda *args: [fact(*args)[2:4]]), "character": (20, character_exchanges), "place": (3, _place)}
-TOPICS |= {"sum": (6, _sum), "comparison": (1, comparison), "story": (7, story_exchanges)}
-TOPICS |= {"introduce": (4, None), "self": (20, None), "unknown": (14, None), "talk": (28, None)}
+TOPICS = {"fact": (17, lambda *args: [fact(*args)[2:4]]), "character": (18, character_exchanges), "place": (3, _place)}
+TOPICS |= {"sum": (6, _sum), "comparison": (2, comparison), "story": (7, story_exchanges)}
+TOPICS |= {"introduce": (4, None), "self": (22, None), "unknown": (15, None), "talk": (33, None)}
 
 
 def draw_exchanges(rng, split, world, topics=TOPICS):

@@ -21,13 +21,14 @@ FORMS = {"he": "him his has does is", "she": "her her has does is", "they": "the
 FORMS |= {"I": "me my have do am", "we": "us our have do are"}
 
 
-def _digest(text):
+def digest(text):
+    """A random number that is always the same for a text."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big")
 
 
 def split_of(*key):
     """Split of the problem or wording with this key: "test" (10 %), "val" (5 %) or "train", by a hash of the key."""
-    bucket = _digest("|".join(map(str, key))) % 20
+    bucket = digest("|".join(map(str, key))) % 20
     return "test" if bucket < 2 else "val" if bucket == 2 else "train"
 
 
@@ -149,9 +150,8 @@ class World:
             require(len(place.residents) >= 2, f"{place} has fewer than two characters who live there")
             place.who, place.who2 = place.residents[:2]
         self.places, self.characters = list(places.values()), list(characters.values())
-        *most, last = places
         self.topics = [topics for _, *topics in self.table("story topics")]  # of each plot
-        self.place_names = f"{', '.join(most)} and {last}"
+        self.place_names = " and ".join(", ".join(places).rsplit(", ", 1))
         work = {job: phrases for job, *phrases in self.table("work")}
         for c in characters.values():  # what the job is about, and answers of several names
             c.works, c.work = work.get(c.job, (f"works as {c.a_job}", f"work as {c.a_job}"))
@@ -193,7 +193,7 @@ class World:
         Each word belongs to one split, so that validation and test use verbs and names that training lacks.
         """
         lines = self.lines(section)
-        words = sorted({word.strip() for line in lines for word in line.split(" | ")}, key=_digest)
+        words = sorted({word.strip() for line in lines for word in line.split(" | ")}, key=digest)
         start, stop = len(words) // 10 + 1, len(words) // 10 + len(words) // 20 + 2
         parts = {"test": words[:start], "val": words[start:stop], "train": words[stop:]}
         return parts[split] if len(words) > len(lines) else lines
