@@ -27,23 +27,23 @@ pocket() {
     stage "corpus: pocket world" 10 base_data $world python -m nanochat.dataset --pocket --chars=8000000
     stage "tokenizer" 10 tokenizer base_data python -m scripts.tok_train --vocab_size=2048
     stage "tokenizer evaluation" 5 report/tokenizer-evaluation.md "tokenizer base_data" python -m scripts.tok_eval
-    stage "base pretraining" 95 base_checkpoints/d4 "tokenizer base_data" python -m scripts.base_train "$run" \
+    stage "base pretraining" 90 base_checkpoints/d4 "tokenizer base_data" python -m scripts.base_train "$run" \
         --resume=1 --recipe=tuned --embedding_lr=0.6 --unembedding_lr=0.008 --matrix_lr=0.04 --induction=1 \
         --depth=4 $size --total_batch_size=8192 --num_iterations=170 --eval_every=85 --core_metric_every=-1 \
         --sample_every=25
     stage "base loss" 10 report/base-model-loss.md "base_checkpoints/d4 tokenizer base_data" \
         python -m scripts.base_loss -g d4 --device_batch_size=32 --split_tokens=131072
-    stage "midtraining" 500 mid_checkpoints/d4 "base_checkpoints/d4 tokenizer $mixture" \
+    stage "midtraining" 465 mid_checkpoints/d4 "base_checkpoints/d4 tokenizer $mixture" \
         python -m scripts.mid_train "$run" --resume=1 --model_tag=d4 $size --total_batch_size=8192 --packing=bos \
         --document_mask=1 --train_on=assistant --eval_every=1000 --recipe=tuned --warmdown_ratio=1 --init_lr_frac=0.6
     stage "midtraining evaluation" 15 report/chat-evaluation-mid.md "mid_checkpoints/d4 tokenizer $world" \
         python -m scripts.chat_eval -i mid -g d4 -a "$tasks" -x 128 --max_new_tokens=320
-    stage "supervised finetuning" 35 chatsft_checkpoints/d4 "mid_checkpoints/d4 tokenizer $mixture" \
+    stage "supervised finetuning" 25 chatsft_checkpoints/d4 "mid_checkpoints/d4 tokenizer $mixture" \
         python -m scripts.chat_sft "$run" --resume=1 --model_tag=d4 --device_batch_size=8 --init_lr_frac=0.05 \
         --eval_steps=32 --eval_metrics_every=-1 --save_every=50 --keep=2
     stage "SFT evaluation" 20 report/chat-evaluation-sft.md "chatsft_checkpoints/d4 tokenizer $world" \
         python -m scripts.chat_eval -i sft -g d4 -a "$tasks|PocketHardSums" --max_new_tokens=320
-    stage "reinforcement learning" 75 chatrl_checkpoints/d4 "chatsft_checkpoints/d4 tokenizer $world" \
+    stage "reinforcement learning" 70 chatrl_checkpoints/d4 "chatsft_checkpoints/d4 tokenizer $world" \
         python -m scripts.chat_rl "$run" --resume=1 --model_tag=d4 --num_iterations=24 --eval_every=24 \
         --eval_examples=64 --save_every=20 --keep=2
     stage "RL evaluation" 20 report/chat-evaluation-rl.md "chatrl_checkpoints/d4 tokenizer $world" \

@@ -113,10 +113,10 @@ def fact(rng, split, world):
 
 
 def stranger(rng, world, split):
-    """A Person with a first name that belongs to `split`. For training, half of the names are made up of two."""
+    """A Person with a first name that belongs to `split`. For training, some of the names are made up of two."""
     section, he = rng.choice((("boys", "he"), ("girls", "she")))
     name, other = (rng.choice(world.entries_of(section, split)) for _ in range(2))
-    return Person(blend(name, other) if split == "train" and rng.random() < 0.5 else name, he)
+    return Person(blend(name, other) if split == "train" and rng.random() < 0.3 else name, he)
 
 
 def _owners(rng, world, split):
