@@ -40,7 +40,7 @@ pocket() {
         python -m scripts.chat_eval -i mid -g d4 -a "$tasks" -x 128 --max_new_tokens=320
     stage "supervised finetuning" 25 chatsft_checkpoints/d4 "mid_checkpoints/d4 tokenizer $mixture" \
         python -m scripts.chat_sft "$run" --resume=1 --model_tag=d4 --device_batch_size=8 --init_lr_frac=0.05 \
-        --eval_steps=32 --eval_metrics_every=-1 --save_every=50 --keep=2
+        --num_iterations=33 --eval_steps=32 --eval_metrics_every=-1 --save_every=50 --keep=2
     stage "SFT evaluation" 20 report/chat-evaluation-sft.md "chatsft_checkpoints/d4 tokenizer $world" \
         python -m scripts.chat_eval -i sft -g d4 -a "$tasks|PocketHardSums" --max_new_tokens=320
     stage "reinforcement learning" 70 chatrl_checkpoints/d4 "chatsft_checkpoints/d4 tokenizer $world" \

@@ -20,11 +20,11 @@ from tasks.spellingbee import PocketLetters, SimpleSpelling, SpellingBee
 
 RL_PROBLEMS = 1600  # training problems of a generated task in reinforcement learning
 
-# Rows in midtraining and in SFT; in total about 8.8 and 0.1 million tokens with the pocket tier's tokenizer. Tokens per
+# Rows in midtraining and in SFT; in total about 8.8 and 0.2 million tokens with the pocket tier's tokenizer. Tokens per
 # row, in this order: 89, 244, 59, 62, 34, 56.
-POCKET_ROWS = {pocket.PocketChat: {"mid": 46000, "sft": 400}, pocket.PocketStories: {"mid": 1000, "sft": 30}}
-POCKET_ROWS |= {pocket.PocketFacts: {"mid": 12000, "sft": 250}, pocket.PocketSums: {"mid": 38000, "sft": 250}}
-POCKET_ROWS |= {pocket.PocketIdentity: {"mid": 2500, "sft": 30}, PocketLetters: {"mid": 23500, "sft": 100}}
+POCKET_ROWS = {pocket.PocketChat: {"mid": 46000, "sft": 800}, pocket.PocketStories: {"mid": 1000, "sft": 60}}
+POCKET_ROWS |= {pocket.PocketFacts: {"mid": 12000, "sft": 500}, pocket.PocketSums: {"mid": 38000, "sft": 500}}
+POCKET_ROWS |= {pocket.PocketIdentity: {"mid": 2500, "sft": 60}, PocketLetters: {"mid": 23500, "sft": 200}}
 
 
 def identity_conversations(public=True):
