@@ -22,7 +22,7 @@ from nanochat.common import print0, require
 from nanochat.dataset import read_row_group
 
 SHARD_BLOCK = 128  # documents per block
-TASK_BLOCK = 128  # conversations per block: packed, 1 % of the tokens are padding
+TASK_BLOCK = 128  # conversations per block; when they are packed, 1 % of the tokens are padding
 SHUFFLED_TOKENS = 2**17  # of a lane's buffer: about a block, so its rows come from a hundred documents
 CACHED_ROW_GROUPS = 32  # decoded row groups in memory; the lanes read blocks that are close to each other
 

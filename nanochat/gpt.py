@@ -124,7 +124,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.document_start = None  # id of a document's first token; if set, documents of a row do not see each other
+        self.document_start = None  # id of a document's first token; if set, attention stays within documents
         self.grad_checkpoint = False  # recompute blocks in the backward pass: less memory, a third slower
         self.block_forward, self.chunk_loss = Block.forward, ops.capped_cross_entropy_  # until compile()
         self._rotary = None  # (cos, sin), each (positions, head_dim / 2); grows on demand

@@ -23,8 +23,8 @@ def attention(q, k, v, mask=None, causal=False):
     """
     Scaled dot-product attention. q (B, Hq, Tq, D); k, v (B, Hkv, Tk, D); returns (B, Hq, Tq, D).
 
-    mask: broadcastable to (B, Hq, Tq, Tk): bool, True = attend, or added to the scores. `causal` requires Tq == Tk, and
-    a mask that is causal too.
+    mask: broadcastable to (B, Hq, Tq, Tk); bool (True = attend) or float (added to the scores). `causal` requires
+    Tq == Tk; a mask must then hide all later keys itself.
     """
     if causal and on_cpu(q):
         return causal_attention(q, k, v, mask)

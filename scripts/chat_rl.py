@@ -46,7 +46,7 @@ def load_task(name, corpus):
     choices = ", ".join(name for name, task in EVAL_TASKS.items() if task.trainable)
     require(task.trainable, f"--task={name}: choose one of {choices}, or your own as file.py:Class")
     train_task, eval_task = task.make("train", corpus=corpus), task.make(corpus=corpus)
-    require(train_task.eval_type == "generative", f"--task={name} has letters as answers; RL needs a task with texts")
+    require(train_task.eval_type == "generative", f"--task={name} is multiple choice; RL needs generated answers")
     with task_errors(name):
         require(len(train_task), "no problems to train on")
         if train_task.fingerprint() == eval_task.fingerprint():

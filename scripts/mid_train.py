@@ -24,7 +24,7 @@ def build_parser():
     add("--max_seq_len", type=int, default=-1, help="context in tokens; -1 = the base model's; more extends it")
     add("--total_batch_size", type=int, default=524288, help="tokens per step, over all devices")
     add("--packing", default="stream", choices=("stream", "bos"), help="bos = rows start at conversations")
-    add("--document_mask", **FLAG, help="mask the conversations of a row from each other")
+    add("--document_mask", **FLAG, help="no attention from one conversation of a row to another")
     add("--train_on", default="all", choices=("all", "assistant"), help="tokens to train on")
     add("--init_lr_frac", type=non_negative, default=1.0, help="initial learning rates, as a multiple of the flags")
     add("--warmdown_ratio", type=share, help="learning rate decay, as a share of the steps")

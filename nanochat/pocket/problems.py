@@ -167,8 +167,8 @@ def draw_numbers(rng, split, steps, hard, template):
     ({variable: number}, [(left, operator, right, result)]) of a problem.
 
     None if a result is no integer above 0, or if the calculation belongs to another split, by a hash of its numbers.
-    Sums and products begin with an earlier result, or with the number that comes first in the template: a reply that
-    cannot be foreseen is learned badly.
+    Sums and products begin with an earlier result, or with the number that comes first in the template, since
+    a model cannot learn an arbitrary order.
     """
     # Hard problems include small numbers: training on large numbers only would hurt accuracy on small ones.
     top = rng.choice((99, 999, 9999, 9999) if hard else (9, 20, 20, 99, 99, 99, 999, 999, 9999))

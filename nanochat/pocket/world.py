@@ -22,7 +22,7 @@ FORMS |= {"I": "me my have do am", "we": "us our have do are"}
 
 
 def digest(text):
-    """A random number that is always the same for a text."""
+    """A 32-bit hash of `text`, the same in every process."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big")
 
 
