@@ -1,9 +1,8 @@
 """
-The calculator tool: evaluates arithmetic, from its syntax tree and never with eval, and str.count.
+The calculator tool: evaluates arithmetic, from its syntax tree and never with eval, and looks at the letters of words.
 
-Arithmetic uses exact fractions, so 0.1+0.2 is 0.3 and 0.2*50 is 10, as in the training data. There are no powers and
-no operations that build strings, so a result is never longer than its expression, and the limit on the length of
-expressions also limits time and memory.
+Arithmetic uses exact fractions, so 0.1+0.2 is 0.3 and 0.2*50 is 10, as in the training data. There are no powers, and
+no result is longer than twice its expression, so the limit on the length of expressions also limits time and memory.
 """
 
 import ast
@@ -19,6 +18,9 @@ SIGNIFICANT_DIGITS = 15  # of a result that is not an integer
 _TOKEN = re.compile(r"[ \t]+|((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+|[-+*/()])")
 _STRING = r"""("[^"\\\n]*"|'[^'\\\n]*')"""
 _COUNT = re.compile(rf"\s*{_STRING}\s*\.\s*count\s*\(\s*{_STRING}\s*\)\s*")
+_LETTERS = re.compile(r"(letters|backwards|length|letter (-?[0-9]+)|count ([^\n])): *([^\n]+)")
+_PAIR = re.compile(r"(larger|smaller|remainder): ([0-9]+), ([0-9]+)")
+_PAIRS = {"larger": max, "smaller": min, "remainder": lambda x, y: x % y if y else None}
 _OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.UAdd: pos, ast.USub: neg}
 
 
@@ -27,10 +29,18 @@ def calculate(expr):
     The result of `expr` as text, or None if `expr` is invalid or divides by zero.
 
     Valid are + - * / and parentheses over decimal numbers, and '…'.count('…'). Results that are not integers are
-    rounded to 15 significant digits.
+    rounded to 15 significant digits. Of a word, "letters: word" gives "w o r d", "backwards: word" "d r o w",
+    "length: word" 4, "letter 1: word" w, "letter -1: word" d, "count o: word" 1. Tokens hide a word's letters from a
+    model, but it can copy them. Case, quotes and all else that is not a letter do not matter. Of two whole numbers,
+    "larger: 15, 94" gives 94, "smaller: 15, 94" 15 and "remainder: 94, 15" 4.
     """
     if len(expr) > MAX_CHARS:
         return None
+    if match := _LETTERS.fullmatch(expr):
+        return _about_letters(*match.groups())
+    if match := _PAIR.fullmatch(expr):
+        result = _PAIRS[match[1]](int(match[2]), int(match[3]))
+        return None if result is None else str(result)
     if match := _COUNT.fullmatch(expr):
         text, part = (quoted[1:-1] for quoted in match.groups())
         return str(text.count(part))
@@ -45,6 +55,18 @@ def calculate(expr):
     except (SyntaxError, ZeroDivisionError):
         return None
     return result if len(result) <= MAX_CHARS else None
+
+
+def _about_letters(request, position, counted, text):
+    """The result of a request in calculate() about the letters of `text`, or None."""
+    letters = [c for c in text.lower() if c.isalpha()]
+    if position:
+        i = int(position)
+        return letters[i - (i > 0)] if 0 < abs(i) <= len(letters) else None
+    if counted or request == "length":
+        return str(letters.count(counted.lower()) if counted else len(letters))
+    result = " ".join(letters if request == "letters" else reversed(letters))
+    return result if 0 < len(result) <= MAX_CHARS else None
 
 
 def _evaluate(node, tokens):

@@ -35,6 +35,25 @@ TABLE = {
     "'straße'.count('ß')": "1",
     "'aaa'.count('')": "4",
     " 'ab' . count ( 'b' ) ": "1",
+    "letters: apple": "a p p l e",
+    "letters: 'Ice cream'?": "i c e c r e a m",
+    "backwards: apple": "e l p p a",
+    "length: apple": "5",
+    "length: 123": "0",
+    "letter 1: apple": "a",
+    "letter 5: apple": "e",
+    "letter -1: apple": "e",
+    "letter -2:apple": "l",
+    "count p: Apple": "2",
+    "count P: apple": "2",
+    "count z: apple": "0",
+    "count ü: Übung": "1",
+    "larger: 15, 94": "94",
+    "larger: 94, 15": "94",
+    "smaller: 15, 94": "15",
+    "smaller: 9, 009": "9",
+    "remainder: 94, 15": "4",
+    "remainder: 3, 5": "3",
 }
 
 # Separated by |.
@@ -42,7 +61,9 @@ REFUSED = """1/0|1/(2-2)||()|2+|*2|2 3|1,23|1234,567|12,3456|1,|(2|2)|2**3|5//2|
 True|a|__import__('os')|().__class__|(1).real|'a'.upper()|'a'.count|'a'.count()|'a'.count('a','b')|'a'.count(1)
 1 .count('1')|'a'.zfill(999999999).count('0')|'a'.center(99999999).count(' ')|'a'*9**9|'a'+'b'|'\\x61'.count('a')
 f'{1}'.count('1')|b'a'.count('a')|'a''b'.count('a')|'a'.count('a')+1|[1].count(1)|lambda:0|1;2|1#2|2×3|1 if 1 else 2|1<2
-~1|...|.|-|'a\0"""
+~1|...|.|-|'a\0|letters|letters:|letters: |letters: 12|backwards: ?|letter: apple|letter 0: apple|letter 6: apple
+letter -6: apple|letter 1.5: apple|letter a: apple|count: apple|count pp: apple|count p apple|spell: apple|Letters: a
+larger: 1|larger: 1, 2, 3|larger: a, b|larger: 1.5, 2|smaller: -1, 2|remainder: 5, 0|remainder: 5 3|largest: 1, 2"""
 
 
 @pytest.mark.parametrize("expr", TABLE)
@@ -89,10 +110,11 @@ def test_equals_fractions_on_random_expressions():
 
 def test_hostile_text_is_refused_quickly():
     rng = random.Random(0)
-    alphabet = "0123456789.,+-*/() '\"count\\\0\n٣é"
+    alphabet = "0123456789.,+-*/() '\"count\\\0\n٣é:letrs"
     hostile = ["(" * 256, "-" * 256, "9" * 256, "(" * 128 + "1" + ")" * 127, "1/" * 127 + "3", "9*" * 127 + "9"]
     hostile += [",".join(["111"] * 64), "9" * 10**6, "'" * 256, "'a'.count(" * 20, ".1*" * 85 + "1"]
     hostile += ["".join(rng.choices(alphabet, k=rng.randint(1, 256))) for _ in range(3000)]
+    hostile += ["letters: " + "a" * 247, "backwards: " + "ß" * 200, "letter " + "9" * 240 + ": a", "count \ud800: a"]
     for text in hostile:
         start = time.perf_counter()
         result = calculate(text)

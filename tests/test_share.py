@@ -73,6 +73,11 @@ def test_calculator_equals_ours(page):
     expressions = [*TABLE, *REFUSED.replace("\n", "|").split("|"), "", "1\n+1", "((1)", "1 1", "9" * 256, "9" * 257]
     expressions += [random_expression(rng, 4)[0] for _ in range(2000)]
     expressions += ["".join(rng.choices("0123456789.,+-*/() '\"rab.count", k=rng.randint(1, 12))) for _ in range(2000)]
+    requests = "letters,backwards,length,letter 2,letter -3,letter 0,count a,count É,letter,count".split(",")
+    words = ["".join(rng.choices("abé'’É ßİ1?ΑΣς\U0001d400\n", k=rng.randint(0, 9))) for _ in range(2000)]
+    expressions += [f"{rng.choice(requests)}:{rng.choice(' ,')}{word}" for word in words]
+    pairs = [(rng.randint(0, 10 ** rng.randint(1, 30)), rng.randint(0, 99)) for _ in range(300)]
+    expressions += [f"{rng.choice(['larger', 'smaller', 'remainder'])}: {x}, {y}" for x, y in pairs]
     expressions += [f"{rng.randint(1, 10**20)}/{rng.randint(1, 10**9)}" for _ in range(500)]
     results = page.evaluate("expressions => expressions.map(calculate)", expressions)
     for expression, theirs in zip(expressions, results, strict=True):

@@ -8,10 +8,16 @@ const LEXEME = /[ \t]+|((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]*)
 const QUOTED = String.raw`("[^"\\\n]*"|'[^'\\\n]*')`;
 const SPACE = String.raw`[\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]*`;  // \s* in Python
 const COUNT = new RegExp(["^", QUOTED, "\\.", "count", "\\(", QUOTED, "\\)", "$"].join(SPACE), "u");
+const LETTERS = /^(letters|backwards|length|letter (-?[0-9]+)|count ([^\n])): *([^\n]+)$/u;
+const PAIR = /^(larger|smaller|remainder): ([0-9]+), ([0-9]+)$/;
 
 /* The result of an expression as text, or null if it is invalid or divides by zero. */
 function calculate(expression) {
   if ([...expression].length > MAX_CHARS) return null;
+  const request = LETTERS.exec(expression);
+  if (request) return aboutLetters(...request.slice(1));
+  const pair = PAIR.exec(expression);
+  if (pair) return aboutNumbers(pair[1], BigInt(pair[2]), BigInt(pair[3]));
   const [, text, part] = (COUNT.exec(expression) ?? []).map(quoted => quoted.slice(1, -1));
   if (text !== undefined) return String(part ? text.split(part).length - 1 : [...text].length + 1);
   if (expression.replace(LEXEME, "")) return null;
@@ -24,6 +30,20 @@ function calculate(expression) {
     if (problem instanceof SyntaxError || problem instanceof RangeError) return null;
     throw problem;
   }
+}
+
+function aboutLetters(request, position, counted, text) {
+  const letters = text.toLowerCase().match(/\p{L}/gu) ?? [];
+  if (position) return letters.at(position - (position > 0)) ?? null;
+  if (counted) return String(letters.filter(letter => letter === counted.toLowerCase()).length);
+  if (request === "length") return String(letters.length);
+  const result = (request === "letters" ? letters : letters.reverse()).join(" ");
+  return result && result.length <= MAX_CHARS ? result : null;
+}
+
+function aboutNumbers(request, x, y) {
+  if (request === "remainder") return y ? String(x % y) : null;
+  return String((request === "larger") === (x > y) ? x : y);
 }
 
 /* Recursive descent over `lexemes`, which shrink. A value is a fraction [numerator, denominator] of BigInts. */
