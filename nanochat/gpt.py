@@ -115,8 +115,9 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, kv_cache, mask):
+    def forward(self, x, cos, sin, kv_cache, mask, rows=None):
         x = x + self.attn(norm(x), cos, sin, kv_cache, mask)
+        x = x if rows is None else x.flatten(0, 1)[rows]
         return x + self.mlp(norm(x))
 
 
@@ -222,14 +223,14 @@ class GPT(nn.Module):
                 self._rotary = angles.cos(), angles.sin()
         return self._rotary
 
-    def hidden(self, idx, kv_cache=None, fill_only=False):
+    def hidden(self, idx, kv_cache=None, fill_only=False, rows=None):
         """
         Activations (B, T, C) of token ids (B, T) after the last norm, before the head.
 
+        `rows` (N,), indices into the flat tokens: only their activations (N, C), which saves the last MLP for others.
         `fill_only` writes keys and values to the cache, skips the rest of the last layer, and returns None.
         """
-        T = idx.size(1)
-        x = self.transformer.wte(idx)
+        T, x = idx.size(1), self.transformer.wte(idx)
         if torch.is_autocast_enabled(x.device.type):  # casts the residual stream too; norms then read half the bytes
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = norm(x)
@@ -240,16 +241,16 @@ class GPT(nn.Module):
         else:
             positions, mask = kv_cache.begin(T)
             cos, sin = (t[positions][:, :, None] for t in self.rotary(kv_cache.max_position(T)))
-        for block in self.transformer.h:
+        for block, selected in zip(self.transformer.h, [None] * (self.config.n_layer - 1) + [rows], strict=True):
             if fill_only and block is self.transformer.h[-1]:
                 kv_cache.insert(block.attn.layer, *block.attn.keys_and_values(norm(x), cos, sin))
             elif kv_cache is not None:
                 x = block(x, cos, sin, kv_cache, mask)
             elif self.grad_checkpoint and torch.is_grad_enabled():
-                args = block, x, cos, sin, None, mask
+                args = block, x, cos, sin, None, mask, selected
                 x = torch.utils.checkpoint.checkpoint(self.block_forward, *args, use_reentrant=False)
             else:
-                x = self.block_forward(block, x, cos, sin, None, mask)
+                x = self.block_forward(block, x, cos, sin, None, mask, selected)
         if kv_cache is not None:
             kv_cache.advance(T)
         return None if fill_only else norm(x)
@@ -265,17 +266,20 @@ class GPT(nn.Module):
         Given `targets` (B, T), -1 = not trained on: the cross entropy in nats, as its "mean" or "sum" over trained
         tokens, or per token (B, T) with "none". `weights` (B, T) multiply the tokens' losses in a "sum".
         """
-        x = self.hidden(idx, kv_cache)
         if targets is None:
+            x = self.hidden(idx, kv_cache)
             return self.logits(x[:, -1:] if last_only else x)
         assert weights is None or loss_reduction == "sum", loss_reduction
-        x, flat = x.flatten(0, 1), targets.flatten()
+        flat, weights = targets.flatten(), None if weights is None else weights.flatten()
         if loss_reduction == "none":
-            return self.token_losses(x, flat).view_as(targets)
-        weights = None if weights is None else weights.flatten()
+            return self.token_losses(self.hidden(idx, kv_cache).flatten(0, 1), flat).view_as(targets)
+        num_trained, rows = (flat >= 0).sum(), ops.trained_rows(flat)
+        x = self.hidden(idx, kv_cache, rows=rows).view(-1, self.config.n_embd)
+        if rows is not None:
+            flat, weights = flat[rows], None if weights is None else weights[rows]
         head, size = self.lm_head.weight, self.config.vocab_size
         total = ops.cross_entropy_sum(x, head, flat, weights, size, SOFTCAP, self.chunk_loss)
-        return total / (flat >= 0).sum().clamp(min=1) if loss_reduction == "mean" else total
+        return total / num_trained.clamp(min=1) if loss_reduction == "mean" else total
 
     def token_losses(self, x, targets):
         """Cross entropy of each token (N,), 0 where the target is -1. Backward keeps the logits of all chunks."""

@@ -129,6 +129,20 @@ def capped_cross_entropy_(logits, targets, token_weights, softcap):
     return nats
 
 
+def trained_rows(targets):
+    """
+    Indices of all `targets` (N,) other than -1, and of some others; None = all.
+
+    On a GPU always None, since the number of trained tokens would have to be waited for. On a CPU a multiple of
+    CPU_LOSS_ROWS, since matrix products compile for every shape.
+    """
+    untrained = targets < 0
+    if not on_cpu(targets) or not untrained.any():
+        return None
+    num_rows = -(-int((~untrained).sum()) // CPU_LOSS_ROWS) * CPU_LOSS_ROWS
+    return untrained.argsort(stable=True)[:num_rows]
+
+
 def cross_entropy_sum(x, weight, targets, token_weights, vocab_size, softcap, chunk_loss=capped_cross_entropy_):
     """
     Weighted sum of the cross entropy of soft-capped logits, in nats, without materializing all logits.
@@ -138,11 +152,6 @@ def cross_entropy_sum(x, weight, targets, token_weights, vocab_size, softcap, ch
     """
     trained = targets >= 0
     token_weights = trained.float() if token_weights is None else trained * token_weights
-    if on_cpu(x):  # on a GPU, the number of trained tokens would have to be waited for
-        # Trained tokens first, then others up to a multiple of CPU_LOSS_ROWS: matrix products compile for every shape.
-        num_rows = -(-int(trained.sum()) // CPU_LOSS_ROWS) * CPU_LOSS_ROWS
-        rows = trained.logical_not().argsort(stable=True)[:num_rows]
-        x, targets, token_weights = x[rows], targets[rows], token_weights[rows]
     return ChunkedCrossEntropy.apply(x, weight, targets, token_weights, vocab_size, softcap, chunk_loss)
 
 
@@ -155,8 +164,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, token_weights, vocab_size, softcap, chunk_loss):
-        needs_grad = any(ctx.needs_input_grad)
-        w = weight[:vocab_size].to(x.dtype)
+        needs_grad, w = any(ctx.needs_input_grad), weight[:vocab_size].to(x.dtype)
         grad_x = torch.empty_like(x) if needs_grad else None
         grad_w = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
         total = torch.zeros((), dtype=torch.float32, device=x.device)
