@@ -25,7 +25,7 @@ pocket() {
     tag=d4
     stage "report: machine and time" 5 report/header.md "" python -m nanochat.report reset
     stage "corpus: pocket world" 10 base_data $world python -m nanochat.dataset --pocket --chars=8000000
-    stage "tokenizer" 10 tokenizer base_data python -m scripts.tok_train --vocab_size=2048
+    stage "tokenizer" 10 tokenizer base_data python -m scripts.tok_train --vocab_size=3072
     stage "tokenizer evaluation" 5 report/tokenizer-evaluation.md "tokenizer base_data" python -m scripts.tok_eval
     stage "base pretraining" 90 base_checkpoints/d4 "tokenizer base_data" python -m scripts.base_train "$run" \
         --resume=1 --recipe=tuned --embedding_lr=0.6 --unembedding_lr=0.008 --matrix_lr=0.04 --induction=1 \

@@ -92,8 +92,7 @@ class ListTask(Task):
 class ChoiceTask(Task):
     """A multiple-choice task with four choices: the answer is a letter."""
 
-    eval_type = "categorical"
-    baseline = 0.25
+    eval_type, baseline = "categorical", 0.25
 
     def evaluate(self, conversation, assistant_response):
         return assistant_response == conversation["messages"][-1]["content"]

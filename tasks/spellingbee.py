@@ -9,6 +9,7 @@ import functools
 import re
 from pathlib import Path
 
+from nanochat.calculator import calculate
 from nanochat.common import mirror_url, require
 from nanochat.pocket.problems import ask, letter_problem
 from nanochat.pocket.world import load_world, read_sections, split_of
@@ -80,7 +81,7 @@ def count_letter(word, letter, w, l):  # noqa: E741
 
 
 class PocketLetters(GeneratedTask):
-    """Questions about the letters of a word in people's words: spelling, counting, positions, length."""
+    """Questions about a word in people's words: its spelling, length, and letters; and requests to repeat words."""
 
     def make(self, rng):
         world, question = load_world(), None
@@ -88,22 +89,20 @@ class PocketLetters(GeneratedTask):
             answer, *templates = rng.choice(_sections()["letters"])
             templates += question_templates("count", "pocket") if "####" in answer else []
             word, letter = letter_problem(rng, self.split, world.words, 0.5 if "{yes}" in answer else 0.1, blended=0.4)
-            k = rng.randint(1, min(len(ORDINALS), len(word)))
-            quote, ordinal = rng.choice(("", "", "'", '"')), rng.choice(ORDINALS[k - 1].split("/"))
-            slots = dict(w=f"{quote}{word}{quote}", l=rng.choice((letter, letter, f"'{letter}'", letter.upper())))
-            question = ask(rng, self.split, world, rng.choice(templates), k=ordinal, **slots)
-        # The answer repeats the word as the question writes it, because a small model learns exact copies first.
-        slots["w"] = re.search(re.escape(slots["w"]) + "|" + word, question, re.I)[0]
-        slots |= dict(l=letter, k=k, letter=word[k - 1], first=word[0], last=word[-1], length=len(word))
-        slots |= dict(spaced=" ".join(word), backward=" ".join(word[::-1]), yes="yes" if letter in word else "no")
-        lines = [f"{i}:{c}" for i, c in enumerate(word, 1)]
-        slots |= dict(count=word.count(letter), lines="\n".join(lines), until="\n".join(lines[:k]))
-        reply = answer.format(**slots)
-        return user_and_assistant(question, split_calls(reply) if "<<" in reply else reply)
+            quote, k = rng.choice(("", "", "'", '"')), rng.randint(1, min(len(ORDINALS), len(word)))
+            if answer == "{w}":  # a model cannot copy words that are part of no reply
+                word = f"{quote} {quote}".join(rng.sample(world.words, rng.randint(2, 9)))
+            slots = dict(w=f"{quote}{word}{quote}", k=rng.choice(ORDINALS[k - 1].split("/")))
+            slots["l"] = rng.choice((letter, f"'{letter}'", f'"{letter}"', letter.upper()))
+            question = ask(rng, self.split, world, rng.choice(templates), **slots)
+        # The call repeats the word as the question writes it, because a small model learns exact copies first.
+        word = re.search(re.escape(slots["w"]) + "|" + word.replace("'", ""), question, re.I)[0]
+        reply = answer.format(w=word, l=letter, k=k, count=(n := word.lower().count(letter)), yes="yes" if n else "no")
+        reply = re.sub("<<(.*?)>>", lambda call: f"<<{call[1]}={calculate(call[1])}>>{calculate(call[1])}", reply)
+        return user_and_assistant(question, split_calls(reply))
 
     def evaluate(self, conversation, assistant_response):
-        reference = conversation["messages"][-1]["content"]
-        text = reference if isinstance(reference, str) else reference[-1]["text"]
+        text = conversation["messages"][-1]["content"][-1]["text"]
         return assistant_response.endswith(text.splitlines()[-1])
 
 

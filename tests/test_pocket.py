@@ -3,12 +3,14 @@
 import ast
 import hashlib
 import itertools
+import operator
 import re
 from random import Random
 
 import pytest
 from helpers import environment, raises_user_error, run_python
 
+from nanochat.calculator import calculate
 from nanochat.pocket.documents import documents
 from nanochat.pocket.problems import (
     arithmetic_problem,
@@ -193,13 +195,12 @@ def test_questions_belong_to_one_split_however_they_are_typed(world):
 
 def arithmetic(expression):
     """The value of an expression such as 12+3*4, by Python's parser."""
-    operators = {ast.Add: "__add__", ast.Sub: "__sub__", ast.Mult: "__mul__", ast.Div: "__truediv__"}
+    operators = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
     def value(node):
         if isinstance(node, ast.Constant):
             return node.value
-        left, right = value(node.left), value(node.right)
-        return getattr(left, operators[type(node.op)])(right)
+        return operators[type(node.op)](value(node.left), value(node.right))
 
     return value(ast.parse(expression, mode="eval").body)
 
@@ -213,23 +214,27 @@ def test_sums_are_correct_and_use_only_numbers_of_their_question(world, hard):
     for question, answer in draws(lambda r, s: arithmetic_problem(r, s, world, hard), "test"):
         calls, last = expressions(answer), re.fullmatch(r"(?s).*\n#### (\d+)", answer)[1]
         in_words = {str(words[w]) for w in re.findall(r"[a-z]+", question.lower()) if w in words}
-        numbers = {*re.findall(r"\d+", question), *in_words, *constants, *(result for _, result in calls)}
-        for expression, result in calls:
-            assert arithmetic(expression) == int(result) >= 1
-            assert set(re.findall(r"\d+", expression)) <= numbers, (question, answer)
-            operators.update(re.findall(r"[-+*/]", expression))
-        steps.add(len(calls))
-        assert last == calls[-1][1] and f"<<{'='.join(calls[0])}>>{calls[0][1]}" in answer
+        ((expression, result),) = calls
+        assert int(calculate(expression)) == int(result) >= 1
+        if not expression.startswith("remainder"):
+            assert arithmetic(expression) == int(result)
+        assert set(re.findall(r"\d+", expression)) <= {*re.findall(r"\d+", question), *in_words, *constants}
+        operators.update(signs := re.findall(r"[-+*/]", expression))
+        steps.add(len(signs))
+        assert last == result and f">>{result}." in answer and "((" not in expression
     assert operators == set("+-*/") and steps >= {1, 2, 3}
 
 
 def test_comparisons_are_correct(world):
+    sizes = set()
     for question, answer in itertools.chain(*draws(lambda r, s: comparison(r, s, world), "train", n=300)):
-        left, right, difference, one, size, two = re.match(
-            r"The difference is <<(\d+)-(\d+)=(-?\d+)>>\3\. So (\d+) is (more|less) than (\d+)", answer
-        ).groups()
-        assert int(left) - int(right) == int(difference) and {left, right} == {one, two}
-        assert (int(one) > int(two)) == (size == "more") and {one, two} == set(re.findall(r"\d+", question))
+        size, left, right, result = re.match(r"The (\w+) number is <<\1: (\d+), (\d+)=(\d+)>>\4", answer).groups()
+        assert int(result) == {"larger": max, "smaller": min}[size](int(left), int(right))
+        assert {left, right} == set(re.findall(r"\d+", question)) and calculate(f"{size}: {left}, {right}") == result
+        if owner := re.search(r"answer is ([A-Z]\w+)\.", answer):
+            assert re.search(rf"{owner[1]}\W.*?{result}" if result in question else owner[1], question, re.I)
+        sizes.add((size, bool(owner)))
+    assert len(sizes) == 4
 
 
 def test_facts_agree_with_the_world_file(world, cast):

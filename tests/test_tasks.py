@@ -460,25 +460,27 @@ def test_stories_must_have_the_requested_characters():
 def test_answers_about_letters_agree_with_the_word():
     kinds = set()
     for conversation in PocketLetters("train", 600):
-        text = as_text(conversation)
-        spelling = re.search(r"(?:The word|I spell|To read) ['\"]?(\w+)['\"]?.*?(?: is spelled|:) (\w(?: \w)*)\.", text)
-        word, spelled = spelling[1].lower(), spelling[2]
-        assert spelled == " ".join(word)
-        if match := re.search(r"The (first|last) letter is (\w)\.$", text):
-            assert match[2] == word[0 if match[1] == "first" else -1]
-        elif match := re.search(r"(\d):(\w)\nLetter number (\d) is (\w)\.$", text):
-            assert match[1] == match[3] and match[2] == match[4] == word[int(match[1]) - 1]
-        elif match := re.search(r"(\d+):\w\nThat makes (\d+) letters\.$", text):
-            assert match[1] == match[2] == str(len(word))
-        elif match := re.search(r"Number of (\w):.*?(\d)(?:\n#### (\d)|, so (yes|no)\.)$", text):
-            assert int(match[2]) == word.count(match[1]) and match[3] in (None, match[2])
-            assert match[4] in (None, "yes" if match[1] in word else "no")
-        elif match := re.search(r"Backwards it is ([\w ]+)\.$", text):
-            assert match[1] == " ".join(word[::-1])
-        kinds.add(match.re.pattern + str(match[0][-4:-1] if match[0].endswith("no.") else "") if match else "")
+        text, parts = as_text(conversation), [p["text"] for p in conversation["messages"][-1]["content"]]
         assert PocketLetters("train", 1).evaluate(conversation, text)
         assert not PocketLetters("train", 1).evaluate(conversation, text[:-2])
-    assert len(kinds) >= 6
+        if len(parts) == 1:  # words to repeat
+            assert text.lower() in question(conversation).lower() and kinds.add("repeat") is None
+            continue
+        _, call, result, _ = parts
+        request, word = re.fullmatch(r"(.*): ['\"]?(\w+)['\"]?", call).groups()
+        kind, argument = (*request.split(), "")[:2]
+        letters = list(word.lower())
+        if kind == "letter":
+            expected = letters[-1 if argument == "-1" else int(argument) - 1]
+            assert re.search(r"(first|last) letter is|Letter number \d is", text)
+        else:
+            expected = {"letters": " ".join(letters), "backwards": " ".join(letters[::-1]), "length": str(len(letters))}
+            expected = (expected | {"count": str(letters.count(argument))})[kind]
+        assert result == expected and word.lower() in question(conversation).lower()
+        endings = rf"\.| letters\.|\n#### {result}|, so {'no' if result == '0' else 'yes'}\."
+        assert re.search(rf"{result}({endings})$", text), text
+        kinds.add((kind, argument == "-1", "so yes" in text, "so no" in text))
+    assert len(kinds) == 9
 
 
 def test_people_ask_more_than_300_questions_of_eight_kinds():

@@ -5,7 +5,6 @@ import hashlib
 import re
 from random import Random
 
-from nanochat.pocket.problems import letter_problem
 from nanochat.pocket.stories import describe, story
 from nanochat.pocket.talk import TOPICS, draw_exchanges
 from nanochat.pocket.world import load_world
@@ -44,16 +43,9 @@ def _questions(rng, split, world, topics=tuple(topic for topic in TOPICS if topi
 _facts, _arithmetic = (functools.partial(_questions, topics=[topic]) for topic in ("fact", "sum"))
 
 
-def _spelling(rng, split, world):
-    """Sentences that spell words."""
-    for _ in range(rng.randint(8, 20)):
-        word, _ = letter_problem(rng, split, world.words, blended=0.4)
-        yield world.random_line(rng, "spelling", w=word, spaced=" ".join(word))
-
-
 # Generator of a kind of document -> its weight.
 WEIGHTS = {_story: 18, _descriptions: 15, _statements: 16}
-WEIGHTS |= {_facts: 17, _questions: 16, _arithmetic: 9, _spelling: 24}
+WEIGHTS |= {_facts: 17, _questions: 26, _arithmetic: 9}
 
 
 def documents(split, chars, seed=0):

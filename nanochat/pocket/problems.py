@@ -6,6 +6,7 @@ each problem (the numbers of a calculation, a letter and a word) too. So trainin
 problems nor wordings, whatever the seeds. No wording of people.txt is generated in any split.
 """
 
+import ast
 import functools
 import itertools
 import re
@@ -15,7 +16,8 @@ from pathlib import Path
 from nanochat.pocket.world import Person, fill, load_world, split_of
 
 PEOPLE_FILE = Path(__file__).with_name("people.txt")
-LEADS = {"+": "That makes", "-": "That leaves", "*": "That makes", "/": "That gives"}  # before a calculation
+# Before a calculation; x % y is the remainder.
+LEADS = {"+": "That makes", "-": "That leaves", "*": "That makes", "/": "That gives", "%": "That leaves"}
 NUMBER_WORDS = "two three four five six seven eight nine ten eleven twelve".split()
 
 
@@ -130,7 +132,7 @@ def apply_operator(x, operator, y):
     """x + y, x - y, x * y or the quotient x / y, which is None unless it is an integer."""
     if operator == "/":
         return x // y if y and x % y == 0 else None
-    return {"+": x + y, "-": x - y, "*": x * y}[operator]
+    return {"+": x + y, "-": x - y, "*": x * y, "%": x % y if x > y else None}[operator]
 
 
 def sum_template(rng, world):
@@ -164,40 +166,46 @@ def sum_template(rng, world):
 
 def draw_numbers(rng, split, steps, hard, template):
     """
-    ({variable: number}, [(left, operator, right, result)]) of a problem.
+    ({variable: number}, expression, result) of a problem. The expression combines all steps.
 
-    None if a result is no integer above 0, or if the calculation belongs to another split, by a hash of its numbers.
-    Sums and products begin with an earlier result, or with the number that comes first in the template, since
-    a model cannot learn an arbitrary order.
+    None if a step's result is no integer above 0, or if the calculation belongs to another split, by a hash of its
+    numbers. Sums and products begin with the number that comes first in the template, since a model cannot learn an
+    arbitrary order.
     """
     # Hard problems include small numbers: training on large numbers only would hurt accuracy on small ones.
     top = rng.choice((99, 999, 9999, 9999) if hard else (9, 20, 20, 99, 99, 99, 999, 999, 9999))
     factor, small = (min(top, 999), 99) if hard else (min(top, 99), 12)
-    formula, numbers, results = " ".join(steps), {}, []
+    formula, values = " ".join(steps), {}  # a value is a tuple: an expression, its result, its place in the template
     for variable in "xyzw":
         slot = re.escape(f"{{{variable}}}")
-        limit = small if re.search(rf"[*/]{slot}", formula) else factor if re.search(rf"{slot}\*", formula) else top
-        numbers[variable] = rng.randint(2, limit)
+        limit = small if re.search(rf"[*/%]{slot}", formula) else factor if re.search(rf"{slot}\*", formula) else top
+        number = rng.randint(2, limit)
+        values[f"{{{variable}}}"] = str(number), number, template.find(f"{{{variable}}}")
+    numbers, key = {slot[1]: number for slot, (_, number, _) in values.items()}, []
     for step in steps:
-        left, operator, right = re.fullmatch(r"(\S+?)([-+*/])(\S+)", step).groups()
+        left, operator, right = re.fullmatch(r"(\S+?)([-+*/%])(\S+)", step).groups()
+        operands = [values.get(text) or (text, int(text), len(template)) for text in (left, right)]
         if operator in "+*":
-            left, right = sorted((left, right), key=lambda text: (text[0] != "@", template.find(text) % 2**32))
-        values = numbers | {"@": results[-1][-1] if results else None, "@@": results[-2][-1] if results[1:] else None}
-        left, right = (values[t] if (t := text.strip("{}")) in values else int(t) for text in (left, right))
-        result = apply_operator(left, operator, right)
+            operands.sort(key=lambda operand: operand[2])
+        (left, x, place), (right, y, _) = operands
+        result = apply_operator(x, operator, y)
         if result is None or not 1 <= result <= 99999:
             return None
-        results.append((left, operator, right, result))
-    key = results[0][0], *(f"{operator}{right}" for _, operator, right, _ in results)
-    return (numbers, results) if split_of("sum", *key) == split else None
+        expression = f"remainder: {left}, {right}" if operator == "%" else f"({left}){operator}({right})"
+        values |= {"@@": values.get("@"), "@": (expression, result, place)}
+        key += [*([] if key else [x]), f"{operator}{y}"]
+    # Without needless parentheses.
+    expression = expression if operator == "%" else ast.unparse(ast.parse(expression)).replace(" ", "")
+    return (numbers, expression, result) if split_of("sum", *key) == split else None
 
 
 def arithmetic_problem(rng, split, world, hard=False):
     """
     (question, answer) of an arithmetic problem of one to three steps whose numbers and wording belong to `split`.
 
-    The answer is in GSM8K's format: <<34+12=46>>46 is a calculator call, the last line is `#### 46`. Operands are at
-    most 9999, but above 999 in few problems that are not `hard`.
+    The answer is in GSM8K's format: <<34+12=46>>46 is a calculator call, the last line is `#### 46`. One call has all
+    steps, so a model copies numbers of the question only. Operands are at most 9999, but above 999 in few problems that
+    are not `hard`.
     """
     question = None
     while not question:
@@ -205,32 +213,31 @@ def arithmetic_problem(rng, split, world, hard=False):
         template = world.expand(rng, template, split)
         tries = 500 if wording_split(template) == split else 0
         draws = (draw_numbers(rng, split, steps, hard, template) for _ in range(tries))
-        numbers, calls = next(filter(None, draws), (None, None))
+        numbers, expression, result = next(filter(None, draws), (None, None, None))
         if numbers:
             in_words = rng.random() < 0.2 and not re.search(r"[a-z]\{|\}[a-z]", template)  # not "80g" or "3x4"
             slots = {v: NUMBER_WORDS[n - 2] if in_words and n <= 12 else n for v, n in numbers.items()}
             slots |= _owners(rng, world, split)
             slots |= dict(p=rng.choice(world.places), i=rng.choice(world.entries_of("things", split)))
             question = ask(rng, split, world, template, **slots)
-    sentences = [f"{LEADS[op]} <<{left}{op}{right}={result}>>{result}." for left, op, right, result in calls]
-    answer = " Then t".join([sentences[0], *(sentence[1:] for sentence in sentences[1:])])
-    return question, f"{answer}\n#### {calls[-1][-1]}"
+    lead = LEADS[re.match(r".*([-+*/%])", steps[-1])[1]]
+    return question, f"{lead} <<{expression}={result}>>{result}.\n#### {result}"
 
 
 def comparison(rng, split, world):
     """
     [(question, reply)]: who has more, or which number is larger. [] if the wording belongs to another split.
 
-    The sign of the difference decides: a small model copies numbers well, but does not learn to compare them.
+    The calculator decides: a small model copies numbers well, but does not learn to compare them.
     """
     template, verdict = rng.choice(world.lines("compare")).split(" => ")
     x, y = rng.sample(range(2, rng.choice((12, 100, 1000))), 2)
     slots = _owners(rng, world, split) | dict(x=x, y=y, i=rng.choice(world.entries_of("things", split)))
     question = ask(rng, split, world, template, **slots)
-    winner, size = (max(x, y), "more") if verdict in ("more", "bigger") else (min(x, y), "less")
+    size, winner = ("larger", max(x, y)) if verdict in ("more", "bigger") else ("smaller", min(x, y))
     owner = re.sub(r"\b(my|our)\b", "your", re.sub(r"^(I|we)$", "you", str(slots["a" if winner == x else "b"])))
-    reply = f"The difference is <<{x}-{y}={x - y}>>{x - y}. So {winner} is {size} than {x + y - winner}"
-    reply += f", and the answer is {owner}." if verdict == size else "."
+    reply = f"The {size} number is <<{size}: {x}, {y}={winner}>>{winner}"
+    reply += f", so the answer is {owner}." if verdict in ("more", "less") else "."
     return [(question, reply)] if question else []
 
 

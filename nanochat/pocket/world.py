@@ -109,8 +109,6 @@ class Character(Person):
     """An animal of the pocket world. Templates use its attributes: {a.his}, {a.a_job}, {a.place.landmark}."""
 
     def __init__(self, name, he, kind, home, wears, food, job, hobby, fear, thing, friend):
-        if he not in ("he", "she"):
-            raise ValueError(he)
         super().__init__(name, he)
         self.kind, self.home, self.wears, self.food, self.job = kind, home, wears, food, job
         self.hobby, self.fear, self.thing, self.friend = hobby, fear, thing, friend
@@ -118,8 +116,7 @@ class Character(Person):
         self.sex = {"he": "boy", "she": "girl"}[he]
         for noun in ("kind", "wears", "garment", "job", "thing"):
             setattr(self, f"a_{noun}", an(getattr(self, noun)))
-        self.Food = food.capitalize()
-        self.doing = gerund(hobby)
+        self.Food, self.doing = food.capitalize(), gerund(hobby)
 
 
 class World:
