@@ -211,8 +211,7 @@ def pack_best_fit(docs, targets, T):
     Every row starts with the beginning of a document and is filled with the longest document that still fits. If none
     fits, the shortest one is cropped and its rest is dropped. The last row is padded, with targets -1.
     """
-    waiting = sorted((len(doc), i) for i, doc in enumerate(docs))
-    rows = []
+    waiting, rows = sorted((len(doc), i) for i, doc in enumerate(docs)), []
     while waiting:
         row = []  # pairs of id and target
         while (room := T + 1 - len(row)) and waiting:

@@ -100,8 +100,7 @@ def execute_many(programs, workers=None, **options):
 
 def _execute(code, timeout, memory, layers):
     """Run one program isolated by `layers`. Raises UserError if one of them cannot be set up."""
-    nonce = secrets.token_hex(16)
-    deadline = time.monotonic() + timeout
+    nonce, deadline = secrets.token_hex(16), time.monotonic() + timeout
     with contextlib.ExitStack() as cleanup:
         scratch = os.path.realpath(tempfile.mkdtemp(prefix="nanochat-"))
         cleanup.callback(_delete_folder, scratch)

@@ -28,13 +28,7 @@ TABLES = ("transformer.wte.weight", "lm_head.weight")  # ours have padding rows
 # text. The tokenizer removes it again.
 ESCAPE = "\ufdd0"
 # An imported tokenizer must give these the same ids as ours, and its template this conversation.
-TEXTS = (
-    "Hello there, don't you'LL",
-    " a  b\n\n\tc \r\n",
-    "1234567 apples, 3.5%",
-    "naïve café 你好 🎉",
-    "\0\x7f<|bos|>",
-)
+TEXTS = "Hello there, don't you'LL", " a  b\n\n\tc \r\n", "1234567 apples, 3.5%", "naïve café 你好 🎉", "\0\x7f<|bos|>"
 CHAT = [{"role": role, "content": text} for role, text in (("user", "Who?"), ("assistant", "I."), ("user", "Why?"))]
 
 

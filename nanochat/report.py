@@ -156,8 +156,7 @@ def bloat():
     texts = [text for name in _git("ls-files", "-z").split("\0") if (text := read_text(ROOT / name)) is not None]
     if not texts:
         return {"Size": "unknown (not a git checkout)"}
-    characters = sum(map(len, texts))
-    lines = sum(text.count("\n") for text in texts)
+    characters, lines = sum(map(len, texts)), sum(text.count("\n") for text in texts)
     return {"Characters": characters, "Lines": lines, "Files": len(texts), "Tokens (characters / 4)": characters // 4}
 
 
@@ -169,8 +168,7 @@ def header(gpus, started):
 
         torch_version, cuda = torch.__version__, torch.version.cuda or "none"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0  # bytes
-    commit = _git("rev-parse", "--short", "HEAD")
-    rate = hourly_rate(gpus)
+    commit, rate = _git("rev-parse", "--short", "HEAD"), hourly_rate(gpus)
     git = {"Branch": _git("rev-parse", "--abbrev-ref", "HEAD") or "unknown"}
     git["Commit"] = f"{commit} ({'dirty' if _git('status', '--porcelain') else 'clean'})" if commit else "unknown"
     git["Message"] = _git("log", "-1", "--format=%s")[:80] or "unknown"

@@ -91,8 +91,7 @@ def main(argv=None):
     print0(f"device {compute.device}, {str(compute.dtype).removeprefix('torch.')}, {compute.world_size} process(es)")
 
     # Optimizers; restores weights and optimizer state when resuming
-    optimizers = stage.setup_optimizers(model)
-    total_tokens = num_steps * args.total_batch_size
+    optimizers, total_tokens = stage.setup_optimizers(model), num_steps * args.total_batch_size
     compiled = stage.compile(model, total_tokens, fixed_shape=True)
 
     # Data; validation batches are read at the first validation

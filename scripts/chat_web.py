@@ -58,8 +58,7 @@ def main(argv=None):
 
     from nanochat.serve.app import create_app
 
-    app = create_app(args)
-    sock = listen(args.host, args.port)
+    app, sock = create_app(args), listen(args.host, args.port)
     print(f"open {server_url(sock)} (API: {server_url(sock)}/v1); the model is loading", flush=True)
     if sock.getsockname()[0] not in ("127.0.0.1", "::1") and not args.api_key:
         print("warning: other machines can reach this server, and it needs no --api_key", flush=True)

@@ -58,8 +58,7 @@ def compression_table(texts, tokenizer, baseline=None, label=""):
 
 def main(argv=None):
     args = parse_args(build_parser(), argv)
-    tokenizer = get_tokenizer()
-    texts = evaluation_texts(args.data_dir)
+    tokenizer, texts = get_tokenizer(), evaluation_texts(args.data_dir)
     sections = [compression_table(texts, tokenizer)]
     for name, label in BASELINES.items():
         if baseline := load_cached(name):

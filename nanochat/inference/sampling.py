@@ -93,8 +93,7 @@ def sample_on_device(logits, uniforms, temperature, top_k, top_p, min_p):
         probs = probs.masked_fill(outside, 0)
     if min_p > 0:
         probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
-    cdf = probs.cumsum(-1)
-    uniforms = torch.tensor(uniforms, device=logits.device)[:, None]
+    cdf, uniforms = probs.cumsum(-1), torch.tensor(uniforms, device=logits.device)[:, None]
     index = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True)
     return (index if ids is None else ids.gather(1, index))[:, 0]
 

@@ -22,8 +22,7 @@ import struct
 import sys
 import types
 
-LINUX = sys.platform == "linux"
-MACHINE = os.uname().machine
+LINUX, MACHINE = sys.platform == "linux", os.uname().machine
 NONCE_BYTES = 32
 
 # Resource limits that are the same for all programs (bytes, threads, descriptors); the caller sets time and memory.
