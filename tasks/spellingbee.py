@@ -91,7 +91,7 @@ class PocketLetters(GeneratedTask):
             word, letter = letter_problem(rng, self.split, world.words, 0.5 if "{yes}" in answer else 0.1, blended=0.4)
             quote, k = rng.choice(("", "", "'", '"')), rng.randint(1, min(len(ORDINALS), len(word)))
             if answer == "{w}":  # a model cannot copy words that are part of no reply
-                word = f"{quote} {quote}".join(rng.sample(world.words, rng.randint(2, 9)))
+                word = f"{quote} {quote}".join(rng.sample(world.words, rng.randint(2, 14)))
             slots = dict(w=f"{quote}{word}{quote}", k=rng.choice(ORDINALS[k - 1].split("/")))
             slots["l"] = rng.choice((letter, f"'{letter}'", f'"{letter}"', letter.upper()))
             question = ask(rng, self.split, world, rng.choice(templates), **slots)

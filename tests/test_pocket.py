@@ -232,7 +232,7 @@ def test_comparisons_are_correct(world):
         assert int(result) == {"larger": max, "smaller": min}[size](int(left), int(right))
         assert {left, right} == set(re.findall(r"\d+", question)) and calculate(f"{size}: {left}, {right}") == result
         if owner := re.search(r"answer is ([A-Z]\w+)\.", answer):
-            assert re.search(rf"{owner[1]}\W.*?{result}" if result in question else owner[1], question, re.I)
+            assert owner[1].lower() in question.lower()
         sizes.add((size, bool(owner)))
     assert len(sizes) == 4
 
