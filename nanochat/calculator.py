@@ -2,7 +2,7 @@
 The calculator tool: evaluates arithmetic, from its syntax tree and never with eval, and looks at the letters of words.
 
 Arithmetic uses exact fractions, so 0.1+0.2 is 0.3 and 0.2*50 is 10, as in the training data. There are no powers, and
-no result is longer than twice its expression, so the limit on the length of expressions also limits time and memory.
+strings are at most doubled, so the limit on the length of expressions also limits time and memory.
 """
 
 import ast
@@ -26,13 +26,18 @@ _OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.U
 
 def calculate(expr):
     """
-    The result of `expr` as text, or None if `expr` is invalid or divides by zero.
+    The result of `expr` as text, or None if `expr` is invalid, divides by zero or asks for a letter that is not there.
 
     Valid are + - * / and parentheses over decimal numbers, and '…'.count('…'). Results that are not integers are
-    rounded to 15 significant digits. Of a word, "letters: word" gives "w o r d", "backwards: word" "d r o w",
-    "length: word" 4, "letter 1: word" w, "letter -1: word" d, "count o: word" 1. Tokens hide a word's letters from a
-    model, but it can copy them. Case, quotes and all else that is not a letter do not matter. Of two whole numbers,
-    "larger: 15, 94" gives 94, "smaller: 15, 94" 15 and "remainder: 94, 15" 4.
+    rounded to 15 significant digits. Whole numbers can be compared and divided with a remainder:
+
+        larger: 15, 94 -> 94        smaller: 15, 94 -> 15       remainder: 94, 15 -> 4
+
+    Tokens hide the letters of a word, but a model can copy the word into a request. Case and all characters that are no
+    letters are ignored:
+
+        letters: word -> w o r d    backwards: word -> d r o w  length: word -> 4
+        letter 1: word -> w         letter -1: word -> d        count o: word -> 1
     """
     if len(expr) > MAX_CHARS:
         return None

@@ -188,7 +188,8 @@ class GPT(nn.Module):
         """
         Compile the elementwise operations between matrix products, for passes without a cache.
 
-        One graph serves all blocks, lengths and numbers of rows (a single row has its own), and one more evaluations.
+        One graph serves all blocks, lengths and numbers of rows (a single row has its own). The last block has its own
+        if it omits tokens, and evaluations have theirs.
         """
         fullgraph = self.get_device().type != "cpu"
         if not fullgraph:  # attention would be compiled anew for every length; a decorator would slow down imports
@@ -227,7 +228,7 @@ class GPT(nn.Module):
         """
         Activations (B, T, C) of token ids (B, T) after the last norm, before the head.
 
-        `rows` (N,), indices into the flat tokens: only their activations (N, C), which saves the last MLP for others.
+        Given `rows` (N,), indices of tokens in the flattened batch: (N, C), without the last MLP for the other tokens.
         `fill_only` writes keys and values to the cache, skips the rest of the last layer, and returns None.
         """
         T, x = idx.size(1), self.transformer.wte(idx)
@@ -241,16 +242,17 @@ class GPT(nn.Module):
         else:
             positions, mask = kv_cache.begin(T)
             cos, sin = (t[positions][:, :, None] for t in self.rotary(kv_cache.max_position(T)))
-        for block, selected in zip(self.transformer.h, [None] * (self.config.n_layer - 1) + [rows], strict=True):
-            if fill_only and block is self.transformer.h[-1]:
+        for block in self.transformer.h:
+            last = block is self.transformer.h[-1]
+            args = x, cos, sin, kv_cache, mask, rows if last else None
+            if fill_only and last:
                 kv_cache.insert(block.attn.layer, *block.attn.keys_and_values(norm(x), cos, sin))
             elif kv_cache is not None:
-                x = block(x, cos, sin, kv_cache, mask)
+                x = block(*args)
             elif self.grad_checkpoint and torch.is_grad_enabled():
-                args = block, x, cos, sin, None, mask, selected
-                x = torch.utils.checkpoint.checkpoint(self.block_forward, *args, use_reentrant=False)
+                x = torch.utils.checkpoint.checkpoint(self.block_forward, block, *args, use_reentrant=False)
             else:
-                x = self.block_forward(block, x, cos, sin, None, mask, selected)
+                x = self.block_forward(block, *args)
         if kv_cache is not None:
             kv_cache.advance(T)
         return None if fill_only else norm(x)

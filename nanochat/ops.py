@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 QUERY_BLOCK = 256  # queries per block of CausalAttention
-CPU_LOSS_ROWS = 256  # rows of the loss on a CPU: a multiple, so that shapes repeat
+CPU_LOSS_ROWS = 256  # rows of the last MLP and the loss on a CPU: a multiple, so that shapes repeat
 CPU_LOGITS_BYTES, CUDA_LOGITS_BYTES = 1 << 28, 1 << 30  # size of a chunk of logits: matrix products need many rows,
 CPU_BLOCK_ELEMENTS = 1 << 21  # elementwise operations on a CPU few, whose intermediate results fit its cache
 
@@ -131,10 +131,10 @@ def capped_cross_entropy_(logits, targets, token_weights, softcap):
 
 def trained_rows(targets):
     """
-    Indices of all `targets` (N,) other than -1, and of some others; None = all.
+    Indices of all `targets` (N,) other than -1, and of others up to a multiple of CPU_LOSS_ROWS; None = all tokens.
 
-    On a GPU always None, since the number of trained tokens would have to be waited for. On a CPU a multiple of
-    CPU_LOSS_ROWS, since matrix products compile for every shape.
+    The multiple is for matrix products, which compile for every shape. On a GPU the result is None, since the number
+    of trained tokens would have to be waited for.
     """
     untrained = targets < 0
     if not on_cpu(targets) or not untrained.any():

@@ -57,16 +57,12 @@ def _values(path):
             # In a pretty-printed value, the line of the error; else the line of the value, which may be cut.
             line = line if first_line.strip("[{") else getattr(e, "lineno", line)
             raise UserError(f"{path}:{line}: not JSON ({e}): {first_line[:60]}; {FORMS}") from None
-        if isinstance(value, list) and value and not _is_message(value[0]):
+        first = value[0] if isinstance(value, list) and value else None
+        if isinstance(first, list) or isinstance(first, dict) and not {"role", "from"} & set(first):
             position = start + 1  # an array of conversations: next, its items one by one
         else:
             yield line, value
         line += text.count("\n", start, position)
-
-
-def _is_message(value):
-    """Whether the first item of a list is a message, or at least no conversation."""
-    return not isinstance(value, list | dict) or (isinstance(value, dict) and bool({"role", "from"} & set(value)))
 
 
 def _parse(value, where):

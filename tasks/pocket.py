@@ -14,7 +14,6 @@ from tasks.common import GeneratedTask, ListTask, user_and_assistant
 from tasks.gsm8k import FinalNumberTask, split_calls
 
 ROLES = {"?": "user", "!": "assistant"}  # mark of a line in people.txt -> role
-REFUSES = ("*", "refuses")  # the verdict of a question that has to be declined
 KNOWS_NOTHING = re.compile(r"(?i)\b(do not|don't) (know|understand)|know nothing|only know|no idea|never learned")
 # These decline too, but answer questions about the model's abilities.
 CANNOT = re.compile(r"(?i)\b(cannot|can't|not able|unable|have no|do not (remember|have)|does not live|lies outside)")
@@ -142,7 +141,7 @@ class PocketPeople(ListTask):
     def evaluate(self, conversation, assistant_response):
         verdicts = conversation["verdicts"]
         # Only the beginning: a character of a story may say that he does not know something.
-        if REFUSES not in verdicts and KNOWS_NOTHING.search(assistant_response[:200]):
+        if ("*", "refuses") not in verdicts and KNOWS_NOTHING.search(assistant_response[:200]):
             return False
         return all(_verdict(*verdict, assistant_response) for verdict in verdicts)
 
@@ -155,6 +154,6 @@ def _verdict(mark, expected, response):
     if (mark, expected) == ("*", "story"):
         sentences = re.split(r"(?<=[.!?])\s", response.strip())
         return len(response.split()) > 60 and len(set(sentences)) == len(sentences)
-    if (mark, expected) == REFUSES:
+    if (mark, expected) == ("*", "refuses"):  # a question that has to be declined
         return bool(KNOWS_NOTHING.search(response) or CANNOT.search(response))
     return bool(re.search(expected, response, re.I | re.S)) == (mark == "+")

@@ -1,5 +1,5 @@
 """
-Letters in words: counting them (SpellingBee) and spelling a word (SimpleSpelling).
+Letters in words: counting them (SpellingBee), spelling a word (SimpleSpelling), anything about them (PocketLetters).
 
 SpellingBee's answers spell the word, keep a running count and then call the calculator. The words come from the pocket
 world or from a public list of 370 thousand English words.
@@ -90,20 +90,20 @@ class PocketLetters(GeneratedTask):
             templates += question_templates("count", "pocket") if "####" in answer else []
             word, letter = letter_problem(rng, self.split, world.words, 0.5 if "{yes}" in answer else 0.1, blended=0.4)
             quote, k = rng.choice(("", "", "'", '"')), rng.randint(1, min(len(ORDINALS), len(word)))
-            if answer == "{w}":  # a model cannot copy words that are part of no reply
+            if answer == "{w}":  # words to repeat
                 word = f"{quote} {quote}".join(rng.sample(world.words, rng.randint(2, 14)))
             slots = dict(w=f"{quote}{word}{quote}", k=rng.choice(ORDINALS[k - 1].split("/")))
             slots["l"] = rng.choice((letter, f"'{letter}'", f'"{letter}"', letter.upper()))
             question = ask(rng, self.split, world, rng.choice(templates), **slots)
-        # The call repeats the word as the question writes it, because a small model learns exact copies first.
+        # The reply has the word as the question writes it, because a small model learns exact copies first.
         word = re.search(re.escape(slots["w"]) + "|" + word.replace("'", ""), question, re.I)[0]
         reply = answer.format(w=word, l=letter, k=k, count=(n := word.lower().count(letter)), yes="yes" if n else "no")
         reply = re.sub("<<(.*?)>>", lambda call: f"<<{call[1]}={calculate(call[1])}>>{calculate(call[1])}", reply)
         return user_and_assistant(question, split_calls(reply))
 
     def evaluate(self, conversation, assistant_response):
-        text = conversation["messages"][-1]["content"][-1]["text"]
-        return assistant_response.endswith(text.splitlines()[-1])
+        texts = (part["text"] for part in conversation["messages"][-1]["content"] if part["type"] == "text")
+        return assistant_response.splitlines()[-1:] == "".join(texts).splitlines()[-1:]
 
 
 class SimpleSpelling(WordTask):

@@ -199,6 +199,28 @@ def test_attention_in_blocks_equals_sdpa(T, kv_heads):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_losses_without_the_last_mlp_of_untrained_tokens(monkeypatch, reduction, grad_checkpoint):
+    monkeypatch.setattr(ops, "CPU_LOSS_ROWS", 4)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(32, 100, 2, 2, 2, 32))
+    model.init_weights()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    model.grad_checkpoint = grad_checkpoint
+    ids, targets = torch.randint(100, (2, 3, 20)).unbind()
+    targets[torch.rand(3, 20) < 0.6] = -1
+    weights = torch.rand(3, 20) if reduction == "sum" else None
+    assert len(ops.trained_rows(targets.flatten())) < 40
+    actual = model(ids, targets, loss_reduction=reduction, weights=weights)
+    nats = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none").view(3, 20)
+    expected = (nats * weights).sum() if reduction == "sum" else nats.sum() / (targets >= 0).sum()
+    torch.testing.assert_close(actual, expected)
+    for a, b in zip(*(torch.autograd.grad(x, list(model.parameters())) for x in (actual, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loss_and_gradients_equal_those_in_float64(dtype, monkeypatch):
     monkeypatch.setattr(ops, "CPU_LOGITS_BYTES", 300 * 16 * dtype.itemsize)  # three chunks

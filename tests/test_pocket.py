@@ -221,7 +221,8 @@ def test_sums_are_correct_and_use_only_numbers_of_their_question(world, hard):
         assert set(re.findall(r"\d+", expression)) <= {*re.findall(r"\d+", question), *in_words, *constants}
         operators.update(signs := re.findall(r"[-+*/]", expression))
         steps.add(len(signs))
-        assert last == result and f">>{result}." in answer and "((" not in expression
+        assert last == result and f">>{result}." in answer and not re.search(r"\(\d+\)", expression)
+    assert any("remainder" in arithmetic_problem(Random(i), "train", world, hard)[1] for i in range(300))
     assert operators == set("+-*/") and steps >= {1, 2, 3}
 
 

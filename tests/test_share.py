@@ -76,6 +76,7 @@ def test_calculator_equals_ours(page):
     requests = "letters,backwards,length,letter 2,letter -3,letter 0,count a,count É,letter,count".split(",")
     words = ["".join(rng.choices("abé'’É ßİ1?ΑΣς\U0001d400\n", k=rng.randint(0, 9))) for _ in range(2000)]
     expressions += [f"{rng.choice(requests)}:{rng.choice(' ,')}{word}" for word in words]
+    expressions += ["letters: " + "𝐀" * 100, "backwards: " + "漢" * 120, "letter 00: a", "letter -0: a"]
     pairs = [(rng.randint(0, 10 ** rng.randint(1, 30)), rng.randint(0, 99)) for _ in range(300)]
     expressions += [f"{rng.choice(['larger', 'smaller', 'remainder'])}: {x}, {y}" for x, y in pairs]
     expressions += [f"{rng.randint(1, 10**20)}/{rng.randint(1, 10**9)}" for _ in range(500)]

@@ -460,9 +460,11 @@ def test_stories_must_have_the_requested_characters():
 def test_answers_about_letters_agree_with_the_word():
     kinds = set()
     for conversation in PocketLetters("train", 600):
-        text, parts = as_text(conversation), [p["text"] for p in conversation["messages"][-1]["content"]]
+        content = conversation["messages"][-1]["content"]
+        parts, text = [p["text"] for p in content], "".join(p["text"] for p in content if p["type"] == "text")
         assert PocketLetters("train", 1).evaluate(conversation, text)
         assert not PocketLetters("train", 1).evaluate(conversation, text[:-2])
+        assert not PocketLetters("train", 1).evaluate(conversation, text[:-2] + "1" + text[-2:])
         if len(parts) == 1:  # words to repeat
             assert text.lower() in question(conversation).lower() and kinds.add("repeat") is None
             continue

@@ -1,8 +1,8 @@
 """Documents about the pocket world for pretraining: stories, descriptions, exercises."""
 
-import functools
 import hashlib
 import re
+from functools import partial
 from random import Random
 
 from nanochat.pocket.stories import describe, story
@@ -40,12 +40,9 @@ def _questions(rng, split, world, topics=tuple(topic for topic in TOPICS if topi
             yield f"Question: {question}\nAnswer: {reply}\n"
 
 
-_facts, _arithmetic = (functools.partial(_questions, topics=[topic]) for topic in ("fact", "sum"))
-
-
 # Generator of a kind of document -> its weight.
 WEIGHTS = {_story: 18, _descriptions: 15, _statements: 16}
-WEIGHTS |= {_facts: 17, _questions: 26, _arithmetic: 9}
+WEIGHTS |= {partial(_questions, topics=["fact"]): 17, _questions: 26, partial(_questions, topics=["sum"]): 9}
 
 
 def documents(split, chars, seed=0):

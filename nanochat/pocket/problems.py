@@ -86,6 +86,8 @@ def informal(rng, text):
         pair = rng.choice(pairs)  # of letters: swapped, one missing, one doubled
         error = rng.choice((pair[0][::-1], pair[0][0], pair[0][0] + pair[0]))
         text = text[: pair.start()] + error + text[pair.end() :]
+    if text[0] == "{" or text[-1] == "}":  # more words would belong to the slot
+        return text
     if rng.random() < 0.15:  # words that do not matter
         words = " ".join(rng.sample(world.entries_of("word", "train"), rng.randint(2, 7)))
         text = rng.choice((f"{words}, {text}", f"{words}. {text}", f"My {words}: {text}", f"{text} {words}."))
@@ -129,14 +131,18 @@ def _owners(rng, world, split):
 
 
 def apply_operator(x, operator, y):
-    """x + y, x - y, x * y or the quotient x / y, which is None unless it is an integer."""
+    """x + y, x - y, x * y, the quotient x / y, None unless an integer, or the remainder x % y, None unless x > y."""
     if operator == "/":
         return x // y if y and x % y == 0 else None
-    return {"+": x + y, "-": x - y, "*": x * y, "%": x % y if x > y else None}[operator]
+    return {"+": x + y, "-": x - y, "*": x * y, "%": x % y if x > y > 0 else None}[operator]
 
 
 def sum_template(rng, world):
-    """(question template, steps) of a random arithmetic problem. A step is "{x}+{y}", "@*2"; @ is the last result."""
+    """
+    (question template, steps) of a random arithmetic problem. A step is "{x}+{y}", "@*2"; @ is the last result.
+
+    @@ is the result before that. A remainder, "{x}%{y}", is always the only step.
+    """
     forms = {"events": 14, "scene": 4, "problem": 14, "more problem": 34, "classic": 16}
     forms |= {"bare": 12, "more bare": 5, "order": 2, "more order": 3}
     form = rng.choices(list(forms), forms.values())[0]
@@ -204,7 +210,7 @@ def arithmetic_problem(rng, split, world, hard=False):
     (question, answer) of an arithmetic problem of one to three steps whose numbers and wording belong to `split`.
 
     The answer is in GSM8K's format: <<34+12=46>>46 is a calculator call, the last line is `#### 46`. One call has all
-    steps, so a model copies numbers of the question only. Operands are at most 9999, but above 999 in few problems that
+    steps, so a model need not copy results. Operands are at most 9999, but above 999 in few problems that
     are not `hard`.
     """
     question = None
@@ -245,7 +251,7 @@ def letter_problem(rng, split, words, absent=0.1, blended=0.0):
     """
     A random (word, letter) pair of `split`. With the probability 1 - `absent` the word contains the letter.
 
-    `blended`: share of the words for training that are made up of two, so that a model learns to spell, not a list.
+    `blended`: share of the words for training that are made up of two, so that a model learns to copy any word.
     """
     while True:
         word = rng.choice(words)

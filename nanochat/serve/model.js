@@ -34,11 +34,11 @@ function calculate(expression) {
 
 function aboutLetters(request, position, counted, text) {
   const letters = text.toLowerCase().match(/\p{L}/gu) ?? [];
-  if (position) return letters.at(position - (position > 0)) ?? null;
+  if (position) return Number(position) ? letters.at(position - (position > 0)) ?? null : null;
   if (counted) return String(letters.filter(letter => letter === counted.toLowerCase()).length);
   if (request === "length") return String(letters.length);
   const result = (request === "letters" ? letters : letters.reverse()).join(" ");
-  return result && result.length <= MAX_CHARS ? result : null;
+  return result && [...result].length <= MAX_CHARS ? result : null;
 }
 
 function aboutNumbers(request, x, y) {
