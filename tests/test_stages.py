@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 
 import pytest
 from helpers import (
@@ -155,6 +156,7 @@ def send_signal(monkeypatch):
             calls.append(name)
             if len(calls) == call:
                 os.kill(os.getpid(), signum)
+                time.sleep(0.3)  # the thread that stops the run may have to wait for a core
             return original(*args, **options)
 
         with monkeypatch.context() as patch:
