@@ -1,5 +1,5 @@
 """
-The calculator tool: evaluates arithmetic, from its syntax tree and never with eval, and looks at the letters of words.
+The calculator tool: arithmetic, parsed and never passed to eval, comparisons, and questions about a word's letters.
 
 Arithmetic uses exact fractions, so 0.1+0.2 is 0.3 and 0.2*50 is 10, as in the training data. There are no powers, and
 strings are at most doubled, so the limit on the length of expressions also limits time and memory.
@@ -33,7 +33,7 @@ def calculate(expr):
 
         larger: 15, 94 -> 94        smaller: 15, 94 -> 15       remainder: 94, 15 -> 4
 
-    Tokens hide the letters of a word, but a model can copy the word into a request. Case and all characters that are no
+    A model does not see the letters of a token, but it can copy the word into a request. Case and characters other than
     letters are ignored:
 
         letters: word -> w o r d    backwards: word -> d r o w  length: word -> 4
@@ -63,7 +63,7 @@ def calculate(expr):
 
 
 def _about_letters(request, position, counted, text):
-    """The result of a request in calculate() about the letters of `text`, or None."""
+    """The result of a request about the letters of `text`, see calculate(); None if there is none."""
     letters = [c for c in text.lower() if c.isalpha()]
     if position:
         i = int(position)

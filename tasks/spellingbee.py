@@ -1,5 +1,5 @@
 """
-Letters in words: counting them (SpellingBee), spelling a word (SimpleSpelling), anything about them (PocketLetters).
+Letters in words: counting (SpellingBee), spelling (SimpleSpelling), questions of all kinds (PocketLetters).
 
 SpellingBee's answers spell the word, keep a running count and then call the calculator. The words come from the pocket
 world or from a public list of 370 thousand English words.
@@ -95,7 +95,7 @@ class PocketLetters(GeneratedTask):
             slots = dict(w=f"{quote}{word}{quote}", k=rng.choice(ORDINALS[k - 1].split("/")))
             slots["l"] = rng.choice((letter, f"'{letter}'", f'"{letter}"', letter.upper()))
             question = ask(rng, self.split, world, rng.choice(templates), **slots)
-        # The reply has the word as the question writes it, because a small model learns exact copies first.
+        # The reply copies the word as the user typed it: a small model learns exact copies first.
         word = re.search(re.escape(slots["w"]) + "|" + word.replace("'", ""), question, re.I)[0]
         reply = answer.format(w=word, l=letter, k=k, count=(n := word.lower().count(letter)), yes="yes" if n else "no")
         reply = re.sub("<<(.*?)>>", lambda call: f"<<{call[1]}={calculate(call[1])}>>{calculate(call[1])}", reply)
