@@ -96,16 +96,13 @@ class Report:
         names = [*(s for s in SECTIONS if s in logged), *(s for s in logged if s not in SECTIONS)]
         head = read_text(self.folder / "header.md")
         parts = [head or header(gpu_list(), "Run started: unknown, there was no `report reset`")]
-        for name in names:
-            parts.append(read_text(self.folder / f"{slug(name)}.md") or "")
+        parts += [read_text(self.folder / f"{slug(name)}.md") or "" for name in names]
         parts.append(summary(logged, names, json_dict(read_text(self.folder / "header.json"))))
         if missing := [name for name in SECTIONS if name not in logged and name not in OPTIONAL_SECTIONS]:
             parts.append(f"Not run, or not logged: {', '.join(missing)}.\n")
         parts.append("Curves, samples and conversations: [report.html](report.html)\n")
-        texts = {
-            "report.md": "\n".join(parts),
-            "report.html": html_page("watch.html", changes([self.folder.parent], {})),
-        }
+        page = html_page("watch.html", changes([self.folder.parent], {}))
+        texts = {"report.md": "\n".join(parts), "report.html": page}
         return [write_text(self.folder / name, text) for name, text in texts.items()]
 
 

@@ -149,8 +149,7 @@ class PocketPeople(ListTask):
 def _verdict(mark, expected, response):
     """One verdict of people.txt on a response."""
     if mark == "=":
-        numbers = re.findall(r"\d[\d,]*", response)
-        return bool(numbers) and numbers[-1].replace(",", "") == expected
+        return [number.replace(",", "") for number in re.findall(r"\d[\d,]*", response)][-1:] == [expected]
     if (mark, expected) == ("*", "story"):
         sentences = re.split(r"(?<=[.!?])\s", response.strip())
         return len(response.split()) > 60 and len(set(sentences)) == len(sentences)

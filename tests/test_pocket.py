@@ -28,6 +28,7 @@ from nanochat.pocket.talk import (
     TOPICS,
     conversation,
     draw_exchanges,
+    fact_exchanges,
     section_exchange,
 )
 from nanochat.pocket.world import ATTRIBUTES, FILES, WORLD_FILE, World, gerund, load_world
@@ -239,6 +240,21 @@ def test_comparisons_are_correct(world):
     assert len(sizes) == 4
 
 
+def test_follow_up_questions_mean_who_or_what_was_mentioned(world, cast):
+    """ "He" is the character of the reply and "there" its place; both were mentioned, at the latest in the question."""
+    pronouns, mentions, changes = {"he": "he|his|him", "she": "she|her"}, 0, 0
+    for exchanges in draws(lambda r, s: fact_exchanges(r, s, world), "train", n=1500):
+        for (question, reply), (before, answer) in itertools.pairwise(reversed(exchanges)):
+            subject, told = reply.split()[0].removesuffix("'s"), (before + answer).lower()
+            if subject in cast and re.search(rf"(?i)\b({pronouns[cast[subject]['he']]})\b", question):
+                mentions += 1
+                changes += subject != answer.split()[0].removesuffix("'s")
+                assert subject.lower() in told + question.lower(), exchanges
+            elif re.search(r"(?i)\bthere[.?!]*$", question):
+                assert any(p.name in reply and p.name.lower() in told for p in world.places), exchanges
+    assert mentions > 300 and changes > 10  # "Pip's best friend is Hazel." "Where does she live?"
+
+
 def test_facts_agree_with_the_world_file(world, cast):
     facts = draws(lambda r, s: fact(r, s, world), "test") + draws(lambda r, s: fact(r, s, world), "train")
     assert {f.attribute for f in facts} == set(world.fact_weights)
@@ -332,6 +348,23 @@ def test_a_story_is_about_what_was_requested(world):
                 assert c.name in text, request
         for p in world.places:
             assert p.name not in request or p.name in text, request
+
+
+@pytest.mark.parametrize("slots", [["a"], ["p"], ["a", "b"], ["a", "p"]])
+def test_a_story_follows_from_its_request(slots, world):
+    """Equal requests get equal stories, so that a small model can learn them."""
+    stories = {}
+    for s in draws(lambda r, split: story(r, split, world, requested=slots), "train", n=600):
+        request = tuple(str(getattr(s, slot)) for slot in slots)
+        assert stories.setdefault(request, s.text) == s.text, request
+    assert 10 < len(stories) < 600
+
+
+def test_what_a_hero_does_is_the_topic(world):
+    doings = set(world.entries_of("doings", "train"))
+    assert len(doings) > 80
+    for s in draws(lambda r, split: story(r, split, world, requested=["a", "doing"]), "train", n=100):
+        assert s.topic in doings and s.text.count(s.topic) >= 3, s
 
 
 def test_a_hero_from_outside_is_the_main_character(world):

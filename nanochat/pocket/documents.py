@@ -7,7 +7,7 @@ from random import Random
 
 from nanochat.pocket.stories import describe, story
 from nanochat.pocket.talk import TOPICS, draw_exchanges
-from nanochat.pocket.world import load_world
+from nanochat.pocket.world import fill, load_world
 
 # Each of these functions yields one document in pieces of one or several lines.
 
@@ -27,9 +27,9 @@ def _descriptions(rng, split, world):
 def _statements(rng, split, world):
     """Sentences about many characters: "The baker is Hazel.", or comparisons of two characters."""
     section = rng.choice(("reverse", "pair", "fact text", "fact text"))
-    pairs = (rng.sample(world.characters, 2) for _ in range(rng.randint(6, 14)))
-    lines = [world.random_line(rng, section, a=a, b=b).rpartition(" | ")[2] for a, b in pairs]
-    yield rng.choice("\n ").join(lines)
+    templates = (rng.choice(world.table(section))[-1] for _ in range(rng.randint(6, 14)))
+    pairs = ((world.expand(rng, template), *rng.sample(world.characters, 2)) for template in templates)
+    yield rng.choice("\n ").join(fill(rng, template, a=a, b=b) for template, a, b in pairs)
 
 
 def _questions(rng, split, world, topics=tuple(topic for topic in TOPICS if topic != "story")):

@@ -112,8 +112,7 @@ def fact(rng, split, world):
     value = rng.choice(residents) if attribute == "resident" else value
     wrong = [v for v in world.values[attribute] if v not in (value, subject.name, *residents)]
     choices = [value, *rng.sample(wrong, min(3, len(wrong)))]
-    rng.shuffle(choices)
-    return Fact(attribute, subject, question, answer, value, choices)
+    return Fact(attribute, subject, question, answer, value, rng.sample(choices, len(choices)))
 
 
 def stranger(rng, world, split):
@@ -132,9 +131,8 @@ def _owners(rng, world, split):
 
 def apply_operator(x, operator, y):
     """x + y, x - y, x * y, the quotient x / y, None unless an integer, or the remainder x % y, None unless x > y."""
-    if operator == "/":
-        return x // y if y and x % y == 0 else None
-    return {"+": x + y, "-": x - y, "*": x * y, "%": x % y if x > y > 0 else None}[operator]
+    quotient, remainder = x // y if y and x % y == 0 else None, x % y if x > y > 0 else None
+    return {"+": x + y, "-": x - y, "*": x * y, "/": quotient, "%": remainder}[operator]
 
 
 def sum_template(rng, world):
@@ -242,8 +240,8 @@ def comparison(rng, split, world):
     question = ask(rng, split, world, template, **slots)
     size, winner = ("larger", max(x, y)) if verdict in ("more", "bigger") else ("smaller", min(x, y))
     owner = re.sub(r"\b(my|our)\b", "your", re.sub(r"^(I|we)$", "you", str(slots["a" if winner == x else "b"])))
-    reply = f"The {size} number is <<{size}: {x}, {y}={winner}>>{winner}"
-    reply += f", so the answer is {owner}." if verdict in ("more", "less") else "."
+    answer = f", so the answer is {owner}" if verdict in ("more", "less") else ""
+    reply = f"The {size} number is <<{size}: {x}, {y}={winner}>>{winner}{answer}."
     return [(question, reply)] if question else []
 
 

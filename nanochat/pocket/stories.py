@@ -1,7 +1,9 @@
 """Stories, and descriptions of characters and places, from the templates of the pocket world."""
 
+import re
 from collections import namedtuple
 from copy import copy
+from random import Random
 
 from nanochat.pocket.problems import stranger
 from nanochat.pocket.world import Person, Place, an, digest, fill, split_of
@@ -10,41 +12,54 @@ from nanochat.pocket.world import Person, Place, an, digest, fill, split_of
 Story = namedtuple("Story", "text a b p topic")
 
 
-def hero(rng, split, world):
-    """A main character from outside of the pocket world, such as a dragon named Tom, living like the first animal."""
-    character, person = copy(world.characters[0]), stranger(rng, world, split)
+def hero(rng, split, world, requested=("a", "a.kind")):
+    """
+    A main character from outside of the pocket world, such as a dragon named Tom, living like the first animal.
+
+    `requested`: slots of the request. Without the kind, it is a boy or a girl; without the name, each kind has its own.
+    """
+    character, kind = copy(world.characters[0]), rng.choice(world.entries_of("heroes", split))
+    person = stranger(rng if "a" in requested else Random(kind), world, split)
+    character.kind = kind if {"a.kind", "a.a_kind"} & {*requested} else {"he": "boy", "she": "girl"}[person.he]
     Person.__init__(character, person.name, person.he)
-    character.kind = rng.choice(world.entries_of("heroes", split))
     character.a_kind = an(character.kind)
     return character
 
 
-def story(rng, split, world, title=False, foreign=0.0, requested=("b", "p", "topic")):
+def story(rng, split, world, title=False, foreign=0.0, requested=("a", "a.kind", "b", "p", "topic")):
     """
     A random Story. The combination of plot, characters and place belongs to `split`.
 
     With the probability `foreign`, the main character is no animal of the pocket world (see `hero`).
-    `requested`: those of b, p and topic that a request names; they are random. The others follow from the characters,
-    since a small model learns little from what it cannot foresee: the best friend, the place next to the home, and a
-    plot that is always the same for the requested friend, or without one for `a`. Opening and ending follow from `a`.
+    `requested`: slots of a request, such as "a.kind"; what they name is random. The rest follows from it, since a small
+    model learns little from what it cannot foresee: `a` from the place or topic, `b` and `p` from `a` (the best friend,
+    the place next to the home), the plot from `b` if that is requested, else from `a`, opening and ending from `a`.
+    "doing" is a topic too, one like "flying a kite".
     """
-    plots = [plot for plot in world.sections["plot"] if "topic" in requested or "{topic}" not in "".join(plot)]
-    plot = None
-    while not plot:
-        a, b = rng.sample(world.characters, 2)
-        a = hero(rng, split, world) if rng.random() < foreign else a
-        b = b if "b" in requested else a.friend
-        p = rng.choice(world.places) if "p" in requested else a.place.near
-        key = rng.random() if "topic" in requested else (b if "b" in requested else a).kind
-        order = sorted(plots, key=lambda plot, key=key: digest(f"{key} {plot[0]}"))
-        fits = "p" not in requested or p not in (a.place, b.place)
-        plot = fits and next((plot for plot in order if split_of("story", plot[0], a, b, p) == split), None)
-    topic = rng.choice(world.topics[world.sections["plot"].index(plot)])
-    topic = fill(rng, world.expand(rng, topic, split), a=a, b=b)
-    opening, ending = (lines[digest(a.kind) % len(lines)] for lines in map(world.lines, ("opening", "ending")))
-    heading = [rng.choice((plot[0], *world.lines("heading"))), "-"] if title else []
-    text = "\n".join([*heading, opening, *plot[1:], ending]).replace("\n-\n", "\n\n")
-    return Story(fill(rng, text, a=a, b=b, p=p, topic=topic), a, b, p, topic)
+    slots = {slot.partition(".")[0].replace("doing", "topic") for slot in requested} & {"a", "b", "p", "topic"}
+    topics_of = {plot[0]: topics for plot, topics in zip(world.sections["plot"], world.topics, strict=True)}
+    while True:
+        p, plots = rng.choice(world.places) if "p" in slots else None, world.sections["plot"]
+        topics = ["<topics>"] if "doing" in requested else topics_of[rng.choice(plots)[0]]
+        plots = [plot for plot in plots if topics_of[plot[0]] == topics or "topic" not in slots]
+        plots = [plot for plot in plots if "{topic}" not in "".join(plot) or "topic" in slots]
+        topic = world.expand(rng, "<doings>" if "doing" in requested else rng.choice(topics), split)
+        heroes = sorted(world.characters, key=lambda c, key=p or topics[0]: digest(f"{key} {c}"))
+        if "a" in slots and rng.random() < foreign:
+            heroes = [hero(rng, split, world, requested)]
+        elif "a" in slots or not slots or "topic" in slots and (topics == ["<topics>"] or re.search("{[ab]", topic)):
+            heroes = [rng.choice(heroes)]
+        for a in heroes:
+            b = rng.choice([c for c in world.characters if c is not a]) if "b" in slots else a.friend
+            key, place = (b if "b" in slots else a).kind, p or a.place.near
+            plots.sort(key=lambda plot, key=key: digest(f"{key} {plot[0]}"))
+            for plot in plots if slots <= {"a"} else plots[:1]:
+                if place not in (a.place, b.place) and split_of("story", plot[0], a, b, place) == split:
+                    topic = fill(rng, topic if "topic" in slots else topics_of[plot[0]][0], a=a, b=b)
+                    opening, ending = (v[digest(a.kind) % len(v)] for v in map(world.lines, ("opening", "ending")))
+                    heading = [rng.choice((plot[0], *world.lines("heading"))), "-"] if title else []
+                    text = "\n".join([*heading, opening, *plot[1:], ending]).replace("\n-\n", "\n\n")
+                    return Story(fill(rng, text, a=a, b=b, p=place, topic=topic), a, b, place, topic)
 
 
 def describe(rng, world, subject, sentences):
@@ -56,5 +71,5 @@ def describe(rng, world, subject, sentences):
     text = [fill(rng, world.lines("describe kind")[0], S=subject, a=subject)]
     for attribute in rng.sample(attributes, min(8, sentences - 1)):
         s, S = (subject, subject) if rng.random() < 0.4 else (subject.he, subject.He)
-        text.append(world.random_line(rng, f"describe {attribute}", a=subject, s=s, S=S))
+        text.append(fill(rng, rng.choice(world.lines(f"describe {attribute}")), a=subject, s=s, S=S))
     return " ".join(text)

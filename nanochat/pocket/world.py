@@ -202,10 +202,6 @@ class World:
             template = template[: reference.start()] + entry + template[reference.end() :]
         return choose(rng, template)
 
-    def random_line(self, rng, section, split="train", **slots):
-        """A random template of a section, filled (see `fill`)."""
-        return fill(rng, self.expand(rng, rng.choice(self.lines(section)), split), **slots)
-
     def subjects(self, attribute):
         """The characters or places that have `attribute`."""
         return self.places if "{p" in self.statements[attribute][0] else self.characters
