@@ -130,6 +130,13 @@ def test_replies_take_their_facts_from_the_world_file(world):
     assert not [r for r in replies if re.search(rf"\b({names})\b", re.sub(r"\{.*?\}", "", r))]
 
 
+def test_only_sections_with_replies_mark_their_questions(world):
+    """A mark in a section that others refer to would be typed by the user."""
+    for section in world.sections:
+        marks = {line[:2] for line in world.lines(section)} & {"? ", "! "}
+        assert marks in (set(), {"? ", "! "}), section
+
+
 def test_only_a_name_that_was_told_is_remembered(world):
     remembered = 0
     for seed in range(600):

@@ -115,10 +115,10 @@ def fact(rng, split, world):
     return Fact(attribute, subject, question, answer, value, rng.sample(choices, len(choices)))
 
 
-def stranger(rng, world, split):
+def stranger(rng, world, split, he=None):
     """A Person with a first name that belongs to `split`. For training, some of the names are made up of two."""
-    section, he = rng.choice((("boys", "he"), ("girls", "she")))
-    name, other = (rng.choice(world.entries_of(section, split)) for _ in range(2))
+    he = he or rng.choice(("he", "she"))
+    name, other = (rng.choice(world.entries_of({"he": "boys", "she": "girls"}[he], split)) for _ in range(2))
     return Person(blend(name, other) if split == "train" and rng.random() < 0.3 else name, he)
 
 

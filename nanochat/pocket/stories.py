@@ -18,12 +18,38 @@ def hero(rng, split, world, requested=("a", "a.kind")):
 
     `requested`: slots of the request. Without the kind, it is a boy or a girl; without the name, each kind has its own.
     """
-    character, kind = copy(world.characters[0]), rng.choice(world.entries_of("heroes", split))
-    person = stranger(rng if "a" in requested else Random(kind), world, split)
-    character.kind = kind if {"a.kind", "a.a_kind"} & {*requested} else {"he": "boy", "she": "girl"}[person.he]
+    character, asked = copy(world.characters[0]), {"a.kind", "a.a_kind"} & {*requested}
+    kind, _, he = rng.choice(world.entries_of("heroes", split)).partition(" ")  # "queen she"
+    person = stranger(rng if "a" in requested else Random(kind), world, split, asked and he)
     Person.__init__(character, person.name, person.he)
+    character.kind = kind if asked else {"he": "boy", "she": "girl"}[person.he]
     character.a_kind = an(character.kind)
     return character
+
+
+def _cast(rng, split, world, foreign, requested):
+    """(plot, a, b, p, topic) for a request, see story(); None if the choices made belong to another split."""
+    slots = {slot.partition(".")[0].replace("doing", "topic") for slot in requested} & {"a", "b", "p", "topic"}
+    p, topics = rng.choice(world.places) if "p" in slots else None, rng.choice(world.topics)
+    topics = ["<doings>"] if "doing" in requested else topics
+    topic = world.expand(rng, rng.choice(topics), split)
+    plots = zip(world.sections["plot"], world.topics, strict=True)
+    plots = [(plot, t) for plot, t in plots if (t == topics if "topic" in slots else t[0][0] != "<")]
+    candidates = sorted(world.characters, key=lambda c: digest(f"{p or topics[0]} {c}"))
+    if "a" in slots and rng.random() < foreign:
+        candidates = [hero(rng, split, world, requested)]
+    elif "a" in slots or not slots or "topic" in slots and (topics[0][0] == "<" or re.search("{[ab]", topic)):
+        candidates = [rng.choice(candidates)]
+    if "a" not in slots and "{a.his}" in topic:  # a request for "her lost bell" names nobody
+        return None
+    for a in candidates:
+        b = rng.choice([c for c in world.characters if c is not a]) if "b" in slots else a.friend
+        key, place = (b if "b" in slots else a).kind, p or a.place.near
+        plots.sort(key=lambda pair, key=key: digest(f"{key} {pair[0][0]}"))
+        for plot, phrases in plots[:1] if {"b", "p"} & slots else plots:
+            if place not in (a.place, b.place) and split_of("story", plot[0], a, b, place) == split:
+                return plot, a, b, place, fill(rng, topic if "topic" in slots else phrases[0], a=a, b=b)
+    return None
 
 
 def story(rng, split, world, title=False, foreign=0.0, requested=("a", "a.kind", "b", "p", "topic")):
@@ -31,35 +57,19 @@ def story(rng, split, world, title=False, foreign=0.0, requested=("a", "a.kind",
     A random Story. The combination of plot, characters and place belongs to `split`.
 
     With the probability `foreign`, the main character is no animal of the pocket world (see `hero`).
-    `requested`: slots of a request, such as "a.kind"; what they name is random. The rest follows from it, since a small
-    model learns little from what it cannot foresee: `a` from the place or topic, `b` and `p` from `a` (the best friend,
-    the place next to the home), the plot from `b` if that is requested, else from `a`, opening and ending from `a`.
-    "doing" is a topic too, one like "flying a kite".
+    `requested`: slots of a request, such as "a.kind"; what they name is random, and "doing" is a topic like "flying a
+    kite". The rest follows from it, since a small model learns little from what it cannot foresee: `a` from the place
+    or from the only plot of a topic (if there are several, it is random), `b` and `p` from `a` (the best friend, the
+    place next to the home), the plot from `b` if that is requested, else from `a`, opening and ending from `a`.
     """
-    slots = {slot.partition(".")[0].replace("doing", "topic") for slot in requested} & {"a", "b", "p", "topic"}
-    topics_of = {plot[0]: topics for plot, topics in zip(world.sections["plot"], world.topics, strict=True)}
-    while True:
-        p, plots = rng.choice(world.places) if "p" in slots else None, world.sections["plot"]
-        topics = ["<topics>"] if "doing" in requested else topics_of[rng.choice(plots)[0]]
-        plots = [plot for plot in plots if topics_of[plot[0]] == topics or "topic" not in slots]
-        plots = [plot for plot in plots if "{topic}" not in "".join(plot) or "topic" in slots]
-        topic = world.expand(rng, "<doings>" if "doing" in requested else rng.choice(topics), split)
-        heroes = sorted(world.characters, key=lambda c, key=p or topics[0]: digest(f"{key} {c}"))
-        if "a" in slots and rng.random() < foreign:
-            heroes = [hero(rng, split, world, requested)]
-        elif "a" in slots or not slots or "topic" in slots and (topics == ["<topics>"] or re.search("{[ab]", topic)):
-            heroes = [rng.choice(heroes)]
-        for a in heroes:
-            b = rng.choice([c for c in world.characters if c is not a]) if "b" in slots else a.friend
-            key, place = (b if "b" in slots else a).kind, p or a.place.near
-            plots.sort(key=lambda plot, key=key: digest(f"{key} {plot[0]}"))
-            for plot in plots if slots <= {"a"} else plots[:1]:
-                if place not in (a.place, b.place) and split_of("story", plot[0], a, b, place) == split:
-                    topic = fill(rng, topic if "topic" in slots else topics_of[plot[0]][0], a=a, b=b)
-                    opening, ending = (v[digest(a.kind) % len(v)] for v in map(world.lines, ("opening", "ending")))
-                    heading = [rng.choice((plot[0], *world.lines("heading"))), "-"] if title else []
-                    text = "\n".join([*heading, opening, *plot[1:], ending]).replace("\n-\n", "\n\n")
-                    return Story(fill(rng, text, a=a, b=b, p=place, topic=topic), a, b, place, topic)
+    cast = None
+    while not cast:
+        cast = _cast(rng, split, world, foreign, requested)
+    plot, a, b, p, topic = cast
+    opening, ending = (lines[digest(a.kind) % len(lines)] for lines in map(world.lines, ("opening", "ending")))
+    heading = [rng.choice((plot[0], *world.lines("heading"))), "-"] if title else []
+    text = "\n".join([*heading, opening, *plot[1:], ending]).replace("\n-\n", "\n\n")
+    return Story(fill(rng, text, a=a, b=b, p=p, topic=topic), a, b, p, topic)
 
 
 def describe(rng, world, subject, sentences):

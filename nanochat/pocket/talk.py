@@ -35,40 +35,53 @@ def story_exchanges(rng, split, world):
     return [(question, s.text), *follow_up]
 
 
-def _follow_ups(rng, split, world, subject, attribute):
+def _follow_up(rng, split, world, subject, attribute):
     """
-    Up to three exchanges after one about an attribute of a character or place.
+    (attribute, template, a, b) of a question that follows one about `attribute` of `subject`, a Character or Place.
 
-    Their questions say "he", "there" or "that friend", name another character, or correct the name.
+    The reply is about `b`, which is `subject`, a friend, neighbor or place that was mentioned, or another character.
+    None if the question is unclear. The first attribute may be "", for none or several.
     """
-    exchanges = []
-    for _ in range(0 if attribute == "afraid" else rng.choice((0, 0, 1, 1, 2, 3))):
-        a, (new_attribute, template) = subject, rng.choice(world.table("follow"))
-        template = world.expand(rng, template, split)
-        other = getattr(a, attribute) if attribute in ("friend", "neighbor") and rng.random() < 0.5 else a
-        if other is not a and other.he != a.he and "{a." in template:
-            a = subject = other
-        elif attribute == "friend" and other is not a:  # of the same sex: "he" would mean `a`
-            subject, (new_attribute, template) = other, rng.choice(world.table("friend of"))
+    if isinstance(subject, Place) or attribute == "home" and rng.random() < 0.3:
+        place = subject if isinstance(subject, Place) else subject.place
+        attribute_asked, template = rng.choice(world.table("follow place"))
+        if attribute != "near":
+            return attribute_asked, template, place, place
+        return (attribute_asked, template, place.near, place.near) if "there" in template else None
+    if attribute in ATTRIBUTES and rng.random() < 0.5:
+        other = rng.choice([c for c in world.characters if c is not subject])
+        return attribute, rng.choice(world.lines(rng.choice(("and", "correct")))), subject, other
+    attribute_asked, template = rng.choice(world.table("follow"))
+    other = getattr(subject, attribute) if attribute in ("friend", "neighbor") else subject
+    if other is not subject and rng.random() < 0.5:
+        if other.he != subject.he:
+            subject = other
+        elif attribute == "friend":
+            attribute_asked, template = rng.choice(world.table("friend of"))
             template = re.sub("{a}'s <best friend>|the <best friend> of {a}", "[that|{a.his}] friend", template)
-        elif attribute == "near" or attribute == "home" and rng.random() < 0.3:
-            subject = a.near if attribute == "near" else a.place
-        elif attribute in ATTRIBUTES and rng.random() < 0.5:
-            subject = rng.choice([c for c in world.characters if c is not a])
-            new_attribute, template = attribute, rng.choice(world.lines(rng.choice(("and", "correct"))))
-        if isinstance(subject, Place):
-            new_attribute, template = rng.choice(world.table("follow place"))
-        question = ask(rng, split, world, template, a=a, b=subject, p=subject)
-        if not question:
-            break
-        attribute, reply = new_attribute, world.statement(new_attribute, subject)[1]
-        exchanges.append((question, reply))
+            return attribute_asked, template, subject, other
+    template = world.expand(rng, template, split)
+    return (attribute_asked, template, subject, subject) if other is subject or "{a." in template else None
+
+
+def _follow_ups(rng, split, world, subject, attribute, reply):
+    """Up to three exchanges after one with this reply about an attribute of a character or place."""
+    exchanges, replies = [], [reply]
+    number = 0 if attribute == "afraid" else rng.choice((0, 0, 0, 1, 2, 3))  # "Moss and Pepper are afraid of ..."
+    for _ in range(20):  # tries
+        if len(exchanges) < number and (follow_up := _follow_up(rng, split, world, subject, attribute)):
+            attribute_asked, template, a, b = follow_up
+            question, reply = ask(rng, split, world, template, a=a, b=b, p=b), world.statement(attribute_asked, b)[1]
+            if question and reply not in replies:
+                exchanges.append((question, reply))
+                replies.append(reply)
+                subject, attribute = b, attribute_asked
     return exchanges
 
 
 def character_exchanges(rng, split, world):
     """
-    A question about a character: who it is, yes or no, a choice, about a friend, two attributes, two characters.
+    A question about a character (who it is, yes or no, a choice, a friend, two attributes, two characters), follow-ups.
 
     The reply to a yes-or-no question is the fact itself. A small model does not learn to compare the two: after 7
     million tokens of training, "so yes" or "so no" was right in 45 % of the cases.
@@ -78,27 +91,30 @@ def character_exchanges(rng, split, world):
     if form == "introduce":
         exchanges = section_exchange(rng, split, world, "introduce character", a=a)
     else:
-        attribute, template, *more = rng.choice(world.table(form))
-        second = rng.choice([row for row in world.table(form) if row[0] != attribute])
-        reply, other, friend = (world.statement(attribute, c)[1] for c in (a, b, a.friend))
-        if form == "clause":  # two attributes
-            template, reply = f"{template} and {second[2]}?", f"{reply} {world.statement(second[0], a)[1]}"
+        rows = [row for row in world.table(form) if form != "clause" or row[0] != "friend"]  # "he" would be the friend
+        attribute, template, *more = rng.choice(rows)
+        reply = world.statement(attribute, a)[1]
+        if form == "clause":
+            second, _, clause = rng.choice([row for row in world.table(form) if row[0] != attribute])
+            template, reply = f"{template} and {clause}?", f"{reply} {world.statement(second, a)[1]}"
         elif form == "same":
+            other = world.statement(attribute, b)[1]
             template, reply = rng.choice((template, *more)), f"{reply.removesuffix('.')}, and {other}"
         elif form == "friend of":
-            reply = f"{world.statement('friend', a)[1]} {friend}"
+            reply = f"{world.statement('friend', a)[1]} {world.statement(attribute, a.friend)[1]}"
         others = [c for c in world.characters if getattr(c, attribute) != getattr(a, attribute) and c is not a.friend]
         o, u = rng.sample((a, rng.choice(others)), 2)  # the random order balances the answers
         question = ask(rng, split, world, template, a=a, b=b, o=o, u=u)
         exchanges = [(question, reply)] if question else []
-    followed = exchanges and form in ("check", "which", "which who", "introduce")
-    return exchanges + (_follow_ups(rng, split, world, a, "") if followed else [])
+    if exchanges and form in ("check", "which", "which who", "introduce"):
+        exchanges += _follow_ups(rng, split, world, a, "", exchanges[0][1])
+    return exchanges
 
 
 def fact_exchanges(rng, split, world):
     """A question about a character or place, or for one ("Who is the baker?"), and follow-ups."""
     f = fact(rng, split, world)
-    return [(f.question, f.answer), *_follow_ups(rng, split, world, f.subject, f.attribute)]
+    return [(f.question, f.answer), *_follow_ups(rng, split, world, f.subject, f.attribute, f.answer)]
 
 
 def _sum(rng, split, world):
