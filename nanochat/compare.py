@@ -55,8 +55,7 @@ def compare(folders):
     """Markdown that compares the runs in base directories, stage by stage; the first is the baseline."""
     parts = []
     for stage, section in STAGES.items():
-        runs = {str(folder): read_run(Path(folder) / "report", stage) for folder in folders}
-        runs = {name: run for name, run in runs.items() if all(run)}
+        runs = {str(folder): run for folder in folders if all(run := read_run(Path(folder) / "report", stage))}
         if len(runs) > 1:
             parts.append(f"## {section}\n\n{table(['', *runs], stage_rows([*runs.values()]))}")
     require(parts, f"no stage has run in two of {', '.join(map(str, folders))}; give base directories, at least two")

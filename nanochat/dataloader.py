@@ -104,8 +104,7 @@ def check_lengths(name, task, tokenizer, max_tokens, use_mask=True, sample=500):
     problems = (cut, f"are longer than {max_tokens} tokens and are cut"), (untrained, "have no trained token left")
     shares = "; ".join(f"{n / len(masks):.1%} {problem}" for n, problem in problems if n)
     shares = f"{name} conversations: {'about ' * (len(masks) < len(task))}{shares}"
-    hint = "nothing to train on; the context is too short, or all weights are 0"
-    require(untrained < len(masks), f"{shares}: {hint}")
+    require(untrained < len(masks), f"{shares}: nothing to train on; the context is too short, or all weights are 0")
     if cut or untrained:
         print0(shares)
 

@@ -17,6 +17,7 @@ from nanochat.cli import add_model_flags, make_parser, parse_args, path, run_scr
 from nanochat.cluster import compute_init
 from nanochat.common import UserError, base_dir, require
 from nanochat.records import json_dict, read_text, table
+from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer, save_as_default
 
 HERE = Path(__file__).parent
 # Parts of parameter names, ours -> transformers'.
@@ -154,8 +155,6 @@ def convert_tokenizer(hf_tokenizer, folder):
 
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
-
     problem = f"{folder}: the tokenizer is not a byte-level BPE with nanochat's special tokens"
     try:
         data = json.loads(hf_tokenizer.backend_tokenizer.to_str())
@@ -171,9 +170,8 @@ def convert_tokenizer(hf_tokenizer, folder):
     for text in TEXTS:
         ids = hf_tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         require(tokenizer.encode(text) == ids, f"{problem}: {text!r} gets other ids from it")
-    chat = hf_tokenizer.chat_template and hf_tokenizer.apply_chat_template(
-        CHAT, tokenize=False, add_generation_prompt=True
-    )
+    settings = dict(tokenize=False, add_generation_prompt=True)
+    chat = hf_tokenizer.chat_template and hf_tokenizer.apply_chat_template(CHAT, **settings)
     if chat != tokenizer.decode(tokenizer.render_for_completion({"messages": CHAT})):
         print("warning: its chat template is not nanochat's; conversations are rendered with nanochat's")
     return tokenizer
@@ -182,10 +180,9 @@ def convert_tokenizer(hf_tokenizer, folder):
 def main(argv=None):
     parser = make_parser("nanochat.hf", __doc__)
     add_model_flags(parser, source="")
-    parser.add_argument("folder", type=path, help="output folder, must not exist; with --import the folder of a model")
-    parser.add_argument(
-        "--import", action="store_true", dest="imports", help="make a checkpoint of a folder (default: -i base)"
-    )
+    add = parser.add_argument
+    add("folder", type=path, help="output folder, must not exist; with --import the folder of a model")
+    add("--import", action="store_true", dest="imports", help="make a checkpoint of a folder (default: -i base)")
     args = parse_args(parser, argv)
     require(args.imports or args.source, "-i/--source is required: the stage of the model to export")
     try:
@@ -194,7 +191,6 @@ def main(argv=None):
     except ImportError as e:
         raise UserError("transformers is not installed: pip install transformers") from e
     from nanochat.checkpoint_manager import checkpoint_dir, load_model, save_checkpoint
-    from nanochat.tokenizer import save_as_default
 
     require(not args.quantize, f"--quantize={args.quantize}: only float32 and bfloat16 weights can be exported")
     logging.disable_progress_bar()

@@ -102,8 +102,7 @@ class Report:
             parts.append(f"Not run, or not logged: {', '.join(missing)}.\n")
         parts.append("Curves, samples and conversations: [report.html](report.html)\n")
         page = html_page("watch.html", changes([self.folder.parent], {}))
-        texts = {"report.md": "\n".join(parts), "report.html": page}
-        return [write_text(self.folder / name, text) for name, text in texts.items()]
+        return [write_text(self.folder / "report.md", "\n".join(parts)), write_text(self.folder / "report.html", page)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

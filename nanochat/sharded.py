@@ -119,9 +119,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self.update(unit, params, 1.0 if grad_scale is None else grad_scale)
             unit.grad = None
             if self.world_size > 1:
-                own = self.own_rows(unit)
-                rows = self.pack(unit, params, own)
-                gathered = rows.new_empty(own * self.world_size, *unit.row_shape)
+                rows = self.pack(unit, params, self.own_rows(unit))
+                gathered = rows.new_empty(len(rows) * self.world_size, *unit.row_shape)
                 gathers.append((unit, gathered, dist.all_gather_into_tensor(gathered, rows, async_op=True)))
         for unit, gathered, work in gathers:
             work.wait()

@@ -193,9 +193,8 @@ class Stage:
         require(saved or self.args.resume_unverified, f"{self.path} does not record its tokenizer and data; {hint}")
         for name, (difference, remedy) in ORIGINS.items() if saved else ():
             old, new = saved.get(name), self.made_from.get(name)
-            problem = f"it was made from {difference} ({str(old)[:12]}, now {str(new)[:12]})"
-            hint = f"run without --resume to start anew, or {remedy}"
-            require(old == new, f"cannot resume {self.path}, {problem}; {hint}")
+            cause = f"it was made from {difference} ({str(old)[:12]}, now {str(new)[:12]})"
+            require(old == new, f"cannot resume {self.path}, {cause}; run without --resume to start anew, or {remedy}")
 
     def setup_optimizers(self, model):
         """Optimizers with the learning rates of the flags. When resuming, also loads weights and optimizer state."""

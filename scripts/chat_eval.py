@@ -80,10 +80,9 @@ def main(argv=None):
     check_flags(args)
     choose_source(args, ("sft", "rl", "mid"))
     started = time.time()
-    from nanochat import chat_eval, execution
+    from nanochat import chat_eval, execution, report
     from nanochat.checkpoint_manager import load_model
     from nanochat.engine import Engine
-    from nanochat.report import get_report
     from tasks.mixtures import EVAL_TASKS, find_task
 
     # Machine and model
@@ -128,7 +127,7 @@ def main(argv=None):
         records = ({"task": name, **record} for name, score in scores.items() for record in score.records)
         write_jsonl(args.save_samples, records)
     flags = vars(args) | {"model_tag": meta["model_tag"], "step": meta["step"]}
-    get_report().log(f"Chat evaluation {args.source}", [flags, facts, kinds, intervals, clock, *pages], metrics)
+    report.get_report().log(f"Chat evaluation {args.source}", [flags, facts, kinds, intervals, clock, *pages], metrics)
 
 
 if __name__ == "__main__":

@@ -128,10 +128,9 @@ def main(argv=None):
     stage.close(None, log, results=results)
 
     # Report
+    scores = {f"{when} {name}": x for when in ("first", "last") for name, x in results.get(when, {}).items()}
     facts = {"Problems": len(train_task), "Number of iterations": num_steps}
-    facts["Reward of the last step"] = results.get("reward")
-    for when in ("first", "last"):
-        facts |= {f"{when} {name}": value for name, value in results.get(when, {}).items()}
+    facts |= {"Reward of the last step": results.get("reward"), **scores}
     log.report("Chat RL", args, facts)
 
 

@@ -37,10 +37,9 @@ def build_parser():
 
 def main(argv=None):
     args = parse_args(build_parser(), argv)
-    from nanochat import loss_eval, schedule, tracking, train
+    from nanochat import engine, loss_eval, schedule, tracking, train
     from nanochat.checkpoint_manager import load_model, made_from
     from nanochat.dataloader import TaskSource, check_lengths
-    from nanochat.engine import Engine
     from nanochat.tokenizer import get_token_bytes
     from tasks.mixtures import training_tasks
 
@@ -92,7 +91,7 @@ def main(argv=None):
         if train.due(step, args.eval_every, last):
             log.validation(step, loss_eval.evaluate_bpb(compiled, val_batches(), token_bytes, compute), results)
             if compute.rank == 0:
-                log.samples(step, loss_eval.chat_samples(Engine(model, tokenizer, compute), val_task))
+                log.samples(step, loss_eval.chat_samples(engine.Engine(model, tokenizer, compute), val_task))
         if last:
             break
         batch = log.next_batch(loader)

@@ -37,8 +37,7 @@ def evaluation_texts(data_dir=None):
 
     files = sorted(Path(__file__).with_name("tok_eval_texts").glob("*.txt"))
     texts = {file.stem: file.read_text(encoding="utf-8").strip() for file in files}
-    for split in ("train", "val"):
-        texts[split] = "\n".join(next(parquets_iter_batched(split, data_dir=data_dir)))
+    texts |= {split: "\n".join(next(parquets_iter_batched(split, data_dir=data_dir))) for split in ("train", "val")}
     return {name: text for name, text in texts.items() if text}
 
 

@@ -149,7 +149,8 @@ class PocketPeople(ListTask):
 def _verdict(mark, expected, response):
     """One verdict of people.txt on a response."""
     if mark == "=":
-        return [number.replace(",", "") for number in re.findall(r"\d[\d,]*", response)][-1:] == [expected]
+        numbers = re.findall(r"\d[\d,]*", response)
+        return bool(numbers) and numbers[-1].replace(",", "") == expected
     if (mark, expected) == ("*", "story"):
         sentences = re.split(r"(?<=[.!?])\s", response.strip())
         return len(response.split()) > 60 and len(set(sentences)) == len(sentences)

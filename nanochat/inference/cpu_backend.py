@@ -21,10 +21,9 @@ class CPUBackend(TorchBackend):
         import rustbpe
 
         super().__init__(model, compute)
-        c, self.threads, layers = model.config, torch.get_num_threads(), []
-        for block in model.transformer.h:
-            attn, mlp = block.attn, block.mlp
-            layers.append([matrix(m) for m in (attn.c_q, attn.c_k, attn.c_v, attn.c_proj, mlp.c_fc, mlp.c_proj)])
+        c, self.threads = model.config, torch.get_num_threads()
+        names = "attn.c_q attn.c_k attn.c_v attn.c_proj mlp.c_fc mlp.c_proj".split()
+        layers = [[matrix(block.get_submodule(name)) for name in names] for block in model.transformer.h]
         embedding, head = model.transformer.wte.weight.data, matrix(model.lm_head, c.vocab_size)
         self.empty_keys = model.lm_head.weight.new_empty(c.n_kv_head, 0, c.head_dim)
         self.decoder = rustbpe.Decoder(embedding, layers, head, c.n_head, c.n_kv_head, c.head_dim, NORM_EPS, SOFTCAP)

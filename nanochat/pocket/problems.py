@@ -131,8 +131,9 @@ def _owners(rng, world, split):
 
 def apply_operator(x, operator, y):
     """x + y, x - y, x * y, the quotient x / y, None unless an integer, or the remainder x % y, None unless x > y."""
-    quotient, remainder = x // y if y and x % y == 0 else None, x % y if x > y > 0 else None
-    return {"+": x + y, "-": x - y, "*": x * y, "/": quotient, "%": remainder}[operator]
+    if operator == "/":
+        return x // y if y and x % y == 0 else None
+    return {"+": x + y, "-": x - y, "*": x * y, "%": x % y if x > y > 0 else None}[operator]
 
 
 def sum_template(rng, world):

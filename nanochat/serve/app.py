@@ -204,16 +204,8 @@ async def lifespan(app):
 def create_app(options):
     """The FastAPI app. Its workers load the model when the app starts. `options`: the flags of chat_web."""
     app = FastAPI(title="nanochat", version="0.2.0", docs_url=None, redoc_url=None, lifespan=lifespan)
-    for exception in (
-        ApiError,
-        RequestValidationError,
-        HTTPException,
-        WorkerError,
-        UserError,
-        RecursionError,
-        Exception,
-    ):
-        app.add_exception_handler(exception, handle_exception)
+    for kind in (ApiError, RequestValidationError, HTTPException, WorkerError, UserError, RecursionError, Exception):
+        app.add_exception_handler(kind, handle_exception)
     app.state.service = service = Service(options)
     origins = {"allow_origins": options.cors} if options.cors else {"allow_origin_regex": LOCAL_ORIGINS}
     app.add_middleware(Gate, api_key=options.api_key, metrics=service.metrics)

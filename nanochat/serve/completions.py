@@ -65,8 +65,7 @@ class Generation:
         completion, tokens = self.completion, self.tokens
         echo, scores = Answer(completion.tokenizer, every_token=completion.scores_every_token), [None] * len(tokens)
         if completion.scores_every_token:
-            top = completion.settings["logprobs"]
-            scores = await completion.worker.ask("score", f"{self.key}-score", tokens, top)
+            scores = await completion.worker.ask("score", f"{self.key}-score", tokens, completion.settings["logprobs"])
         for i, (token, score) in enumerate(zip(tokens, scores, strict=True), 1):
             echo.push(token, score, finish="length" if i == len(tokens) else None)
         for answer in self.answers:
@@ -205,11 +204,11 @@ async def inspection(service, body):
     """What is inside a text, see nanochat/inspection.py; with max_tokens, the text goes on first."""
     check((body.messages is None) != (body.prompt is None), "give either messages or a prompt", "prompt")
     worker, key = service.pick_worker(1, body.model), f"inspect-{uuid.uuid4().hex}"
-    render = service.tokenizer.render_conversation
-    texts = (
-        service.text_prompts([body.prompt]) if body.messages is None else [render({"messages": body.messages}, None)]
-    )
-    tokens = service.check_length(next(iter(texts))[0], "messages")
+    if body.messages is None:
+        tokens, _ = next(service.text_prompts([body.prompt]))
+    else:
+        tokens, _ = service.tokenizer.render_conversation({"messages": body.messages}, max_tokens=None)
+        service.check_length(tokens, "messages")
     if body.max_tokens:
         settings = service.engine_settings(body, body.max_tokens, None) | {"num_samples": 1}
         async with contextlib.aclosing(worker.generate(key, tokens=tokens, **settings)) as events:

@@ -27,9 +27,8 @@ class Schema(BaseModel):
         unused = {"tools", "functions"} if self.model_extra.get("tool_choice") == "none" else ()
         for name, value in self.model_extra.items():
             if name in UNSUPPORTED and name not in unused and value not in (None, [], *UNSUPPORTED[name]):
-                context = {"name": name, "value": json.dumps(value)[:60]}
-                message = "{name}={value} is not supported; leave it out"
-                raise PydanticCustomError("unsupported_parameter", message, context)
+                ctx = {"name": name, "value": json.dumps(value)[:60]}
+                raise PydanticCustomError("unsupported_parameter", "{name}={value} is not supported; leave it out", ctx)
         return self
 
 

@@ -128,9 +128,8 @@ class EngineLoop:
             try:
                 getattr(self, kind)(key, *arguments)
             except Exception as e:  # out of memory, for example
-                self._send(
-                    {key: e if isinstance(e, UserError) else WorkerError(f"the engine failed: {type(e).__name__}")}
-                )
+                error = e if isinstance(e, UserError) else WorkerError(f"the engine failed: {type(e).__name__}")
+                self._send({key: error})
         return True
 
     def submit(self, key, fields):
