@@ -12,6 +12,8 @@ from nanochat.pocket.problems import apply_operator, arithmetic_problem, ask, co
 from nanochat.pocket.stories import story
 from nanochat.pocket.world import ATTRIBUTES, Place, fill
 
+COMMON_SUM_TURNS = 50  # the first templates of "sum turns", which people use most
+
 
 def section_exchange(rng, split, world, section, **slots):
     """An exchange from a section with lines "? question" and "! reply"."""
@@ -122,8 +124,8 @@ def _sum(rng, split, world):
     exchanges = [arithmetic_problem(rng, split, world)]
     for _ in range(rng.choice((0, 0, 1, 2))):
         left = int(exchanges[-1][1].rpartition(" ")[2])
-        # People use the first ones most.
-        template, step = rng.choice(world.lines("sum turns")[: rng.choice((50, 999))]).split(" => ")
+        templates = world.lines("sum turns")
+        template, step = rng.choice(rng.choice((templates[:COMMON_SUM_TURNS], templates))).split(" => ")
         n = rng.randint(2, rng.choice((9, 20, 99)) if step[0] in "+-" else 9)
         operator, right = step[0], int(step[1:].replace("{n}", str(n)))
         result = apply_operator(left, operator, right)
