@@ -53,8 +53,7 @@ def compute_init(device_type="", dtype="", seed=42, dist_timeout=10.0):
         global _monitor
         _monitor = Monitor(store, start, rank, local_rank, world_size, timeout.total_seconds())
         common.writes_files, writers = find_writers(rank)
-    dtype = common.choose_dtype(device_type, dtype)
-    return common.Compute(device, dtype, rank, world_size, writers=writers)
+    return common.Compute(device, common.choose_dtype(device_type, dtype), rank, world_size, writers=writers)
 
 
 def compute_cleanup():

@@ -104,7 +104,11 @@ class PocketChat(GeneratedTask):
     def make(self, rng):
         exchanges = conversation(rng, self.split, load_world(), self.topics)
         parts = (user_and_assistant(text, split_calls(reply) if "<<" in reply else reply) for text, reply in exchanges)
-        return {"messages": [message for part in parts for message in part["messages"]]}
+        messages = [message for part in parts for message in part["messages"]]
+        if rng.random() < 0.5:  # clients of the API send the text of earlier replies, without their calls
+            for message, (_, reply) in zip(messages[1:-2:2], exchanges, strict=False):
+                message |= {"content": re.sub("<<.*?>>", "", reply), "weight": 0} if "<<" in reply else {}
+        return {"messages": messages}
 
 
 class WorldChat(PocketChat):

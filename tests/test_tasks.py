@@ -445,6 +445,21 @@ def test_facts_accept_only_the_correct_choice():
         assert [choice for choice in choices if task.evaluate(conversation, f" {choice}\n")] == [as_text(conversation)]
 
 
+def test_earlier_replies_stand_with_and_without_calls():
+    """Clients of the API send earlier replies as text; such a reply is no example, since it computes without a call."""
+    with_calls = without = 0
+    for conversation in PocketChat("train", 1500):
+        *earlier, last = conversation["messages"][1::2]
+        assert "weight" not in last
+        for message in earlier:
+            text = as_text({"messages": [message]})
+            is_sum = bool(re.search(r"#### \d+$", text))
+            with_calls += is_sum and isinstance(message["content"], list)
+            without += message.get("weight") == 0
+            assert is_sum <= (isinstance(message["content"], list) or message.get("weight") == 0), message
+    assert with_calls > 20 and without > 20
+
+
 def test_stories_must_have_the_requested_characters():
     task = PocketStories("test", 400)
     assert all(task.evaluate(c, as_text(c)) for c in task)

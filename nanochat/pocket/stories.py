@@ -30,8 +30,8 @@ def hero(rng, split, world, requested=("a", "a.kind")):
 def _cast(rng, split, world, foreign, requested):
     """(plot, a, b, p, topic) for a request, see story(); None if the choices made belong to another split."""
     slots = {slot.partition(".")[0].replace("doing", "topic") for slot in requested} & {"a", "b", "p", "topic"}
-    p, topics = rng.choice(world.places) if "p" in slots else None, rng.choice(world.topics)
-    topics = ["<doings>"] if "doing" in requested else topics
+    p = rng.choice(world.places) if "p" in slots else None
+    topics = ["<doings>"] if "doing" in requested else rng.choice(world.topics)
     topic = world.expand(rng, rng.choice(topics), split)
     plots = zip(world.sections["plot"], world.topics, strict=True)
     plots = [(plot, t) for plot, t in plots if (t == topics if "topic" in slots else t[0][0] != "<")]
@@ -49,7 +49,6 @@ def _cast(rng, split, world, foreign, requested):
         for plot, phrases in plots[:1] if {"b", "p"} & slots else plots:
             if place not in (a.place, b.place) and split_of("story", plot[0], a, b, place) == split:
                 return plot, a, b, place, fill(rng, topic if "topic" in slots else phrases[0], a=a, b=b)
-    return None
 
 
 def story(rng, split, world, title=False, foreign=0.0, requested=("a", "a.kind", "b", "p", "topic")):

@@ -12,8 +12,6 @@ from nanochat.pocket.problems import apply_operator, arithmetic_problem, ask, co
 from nanochat.pocket.stories import story
 from nanochat.pocket.world import ATTRIBUTES, Place, fill
 
-COMMON_SUM_TURNS = 50  # the first templates of "sum turns", which people use most
-
 
 def section_exchange(rng, split, world, section, **slots):
     """An exchange from a section with lines "? question" and "! reply"."""
@@ -124,8 +122,8 @@ def _sum(rng, split, world):
     exchanges = [arithmetic_problem(rng, split, world)]
     for _ in range(rng.choice((0, 0, 1, 2))):
         left = int(exchanges[-1][1].rpartition(" ")[2])
-        templates = world.lines("sum turns")
-        template, step = rng.choice(rng.choice((templates[:COMMON_SUM_TURNS], templates))).split(" => ")
+        templates = world.lines("sum turns")  # people use the first 50 most
+        template, step = rng.choice(rng.choice((templates[:50], templates))).split(" => ")
         n = rng.randint(2, rng.choice((9, 20, 99)) if step[0] in "+-" else 9)
         operator, right = step[0], int(step[1:].replace("{n}", str(n)))
         result = apply_operator(left, operator, right)
@@ -135,7 +133,7 @@ def _sum(rng, split, world):
 
 
 # Topic -> (weight, function). Without a function, it stands for the sections whose names begin with it.
-TOPICS = {"fact": (23, fact_exchanges), "character": (14, character_exchanges), "sum": (6, _sum)}
+TOPICS = {"fact": (23, fact_exchanges), "character": (14, character_exchanges), "sum": (8, _sum)}
 TOPICS |= {"comparison": (2, comparison), "story": (7, story_exchanges)}
 TOPICS |= {"introduce": (4, None), "self": (22, None), "unknown": (15, None), "talk": (33, None)}
 
@@ -155,7 +153,7 @@ def conversation(rng, split, world, topics=TOPICS):
     n, form = stranger(rng, world, split), rng.random()
     told = section_exchange(rng, split, world, "name told", n=n) if form < 0.12 and "self" in topics else []
     exchanges = draw_exchanges(rng, split, world, ("talk hello", "talk hello name")) if form > 0.9 else [*told]
-    for _ in range(rng.choice((1, 1, 1, 1, 2, 3))):
+    for _ in range(rng.choice((0 if told else 1, 1, 1, 1, 2, 3))):
         exchanges += draw_exchanges(rng, split, world, topics)
         if len(exchanges[-1][1]) > 500:  # characters: a story, and two stories exceed a context of 512 tokens
             break
