@@ -258,7 +258,7 @@ def test_two_processes_equal_one(base, run_script):
     """The losses of 20 steps agree within 1e-4. Then each run is resumed with the other number of processes."""
     # AdamW's first step on a token's embedding depends on signs only, and that of an element near 0 on rounding. With
     # this seed, none of them matters.
-    seed = "--seed=2", "--warmdown_ratio=0"
+    seed = "--seed=3", "--warmdown_ratio=0"
     train(run_script, "--num_iterations=20", "--eval_every=10", *seed)
     single = losses(base)
     for size in (1, 4):
