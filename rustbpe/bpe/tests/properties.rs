@@ -87,7 +87,8 @@ proptest! {
         for dropout in [0.1, 0.5, 1.0] {
             let ids = tokenizer.encode_dropping(&text, dropout).unwrap();
             prop_assert_eq!(ids.iter().flat_map(|&id| bytes[id as usize].clone()).collect::<Vec<u8>>(), text.as_bytes());
-            prop_assert!(dropout < 1.0 || ids.len() == text.len());
+            let long = pieces(GPT4_PATTERN, &text).iter().any(|piece| piece.len() > 200); // encoded without dropout
+            prop_assert!(dropout < 1.0 || long || ids.len() == text.len());
         }
         let again = Tokenizer::from_tokens(splitter, &tokenizer.token_bytes()).unwrap();
         prop_assert_eq!(again.token_bytes(), tokenizer.token_bytes());
