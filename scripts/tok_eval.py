@@ -26,8 +26,7 @@ def build_parser():
 
 def load_cached(name):
     """tiktoken's tokenizer `name`, or None if it is not cached: the evaluation never waits for a download."""
-    no_download = mock.patch("tiktoken.load.read_file", side_effect=FileNotFoundError)
-    with contextlib.suppress(FileNotFoundError), no_download:
+    with contextlib.suppress(FileNotFoundError), mock.patch("tiktoken.load.read_file", side_effect=FileNotFoundError):
         return Tokenizer.from_pretrained(name)
 
 

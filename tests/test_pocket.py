@@ -36,6 +36,7 @@ from tasks import pocket
 from tasks.spellingbee import PocketLetters
 
 SPLITS = ("train", "val", "test")
+ENDINGS = "From that day on, {a} and {b} were even better friends.\nAnd {a} never forgot that day.\n"
 COLUMNS = "name he kind home wears food job hobby fear thing friend".split()
 
 
@@ -388,6 +389,7 @@ def test_a_hero_from_outside_is_the_main_character(world):
         ("| red scarf |", "| scarf |", "wrong row in characters: Pip"),
         ("mouse | Clock Square |", "mouse | Moon Lake |", "Clock Square has fewer than two characters"),
         ("== places", "== towns", "'places'"),
+        (ENDINGS, "", "the section 'ending' is empty"),
         ("A story about {a} and {b}", "A story about {a.nose} and {b}", "no attribute 'nose', in 'A story"),
         ("A story about {a} and {b}", "A story about {k} and {b}", "wrong slot in a template: 'k'"),
     ],

@@ -19,7 +19,7 @@ def hero(rng, split, world, requested=("a", "a.kind")):
     `requested`: slots of the request. Without the kind, it is a boy or a girl; without the name, each kind has its own.
     """
     character, asked = copy(world.characters[0]), {"a.kind", "a.a_kind"} & {*requested}
-    kind, _, he = rng.choice(world.entries_of("heroes", split)).partition(" ")  # "queen she"
+    kind, _, he = rng.choice(world.entries_of("heroes", split)).partition(" ")  # "queen she" is always female
     person = stranger(rng if "a" in requested else Random(kind), world, split, asked and he)
     Person.__init__(character, person.name, person.he)
     character.kind = kind if asked else {"he": "boy", "she": "girl"}[person.he]

@@ -40,7 +40,7 @@ def _follow_up(rng, split, world, subject, attribute):
     (attribute, template, a, b) of a question that follows one about `attribute` of `subject`, a Character or Place.
 
     The reply is about `b`, which is `subject`, a friend, neighbor or place that was mentioned, or another character.
-    None if the question is unclear. The first attribute may be "", for none or several.
+    None if its pronoun would be ambiguous. `attribute` is "" if that question was not about a single attribute.
     """
     if isinstance(subject, Place) or attribute == "home" and rng.random() < 0.3:
         place = subject if isinstance(subject, Place) else subject.place

@@ -133,6 +133,7 @@ class World:
         for section in self.sections:
             self.groups.setdefault(section.split()[0], []).append(section)
         for section, (block, *_) in self.sections.items():
+            require(block, f"the section {section!r} is empty")
             require(len({" => " in line for line in block}) < 2, f"a line of {section!r} has no ' => '")
         places, characters = self.entries("places", Place), self.entries("characters", Character)
         try:
